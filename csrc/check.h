@@ -1,0 +1,34 @@
+// The dtypes that kernels know, and the invariants that CPU and CUDA share. Users' mistakes are caught in Python.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "dtype.h"
+
+namespace pyprune {
+
+inline Dtype dtype_of(const torch::stable::Tensor& tensor) {
+  using torch::headeronly::ScalarType;
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Dtype::kFloat32;
+    case ScalarType::Double: return Dtype::kFloat64;
+    case ScalarType::Half: return Dtype::kFloat16;
+    case ScalarType::BFloat16: return Dtype::kBFloat16;
+    case ScalarType::Bool: return Dtype::kBool;
+    default: STD_TORCH_CHECK(false, "pyprune kernels take float32, float64, float16, bfloat16 and bool");
+  }
+}
+
+// Masks and weights are matched by position: same length, same shape.
+inline void check_same_shapes(const std::vector<torch::stable::Tensor>& weights,
+                              const std::vector<torch::stable::Tensor>& masks) {
+  STD_TORCH_CHECK(weights.size() == masks.size(), "expected one mask per weight");
+  for (size_t i = 0; i < weights.size(); ++i) {
+    STD_TORCH_CHECK(dtype_of(masks[i]) == Dtype::kBool, "masks must be bool");
+    STD_TORCH_CHECK(weights[i].sizes().vec() == masks[i].sizes().vec(), "mask and weight differ in shape");
+  }
+}
+
+}  // namespace pyprune

@@ -1,0 +1,124 @@
+#include "bracket.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+
+#include "parallel.h"
+
+namespace pyprune {
+namespace {
+
+std::atomic<double> bracket_shift{0.0};
+
+constexpr int64_t kNoSample = 8192;  // so few weights are all candidates
+constexpr int64_t kSamplesPerTask = 4096;
+constexpr double kSpread = 3.5;  // misses one time in 2,000
+constexpr double kWidestSpread = 1000;
+constexpr int kPatience = 8;  // proposals before everything that is still possible becomes a candidate
+
+// A fixed scramble: the place within a stratum must not follow a pattern that the weights could have too.
+uint64_t scramble(uint64_t x) {
+  x = (x + 0x9e3779b97f4a7c15) * 0xbf58476d1ce4e5b9;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
+  return x ^ (x >> 31);
+}
+
+// The bracket is about sqrt(sample) / sample of the weights wide: this size balances the two.
+int64_t sample_size(int64_t total) {
+  return static_cast<int64_t>(0.4 * std::pow(static_cast<double>(total), 2.0 / 3.0)) + 1024;
+}
+
+}  // namespace
+
+BracketSearch::BracketSearch(const std::vector<Strided>& weights, const std::vector<Score>& scores, int64_t removed)
+    : weights_(weights), scores_(scores), spread_(kSpread), last_(Score::infinity_key(scores[0].wide)) {
+  int64_t total = 0;
+  for (const Strided& weight : weights) {
+    ends_.push_back(total += weight.numel);
+  }
+  if (total <= kNoSample) {
+    return;
+  }
+  sample_.resize(sample_size(total));
+  const int64_t size = static_cast<int64_t>(sample_.size());
+  rank_ = static_cast<double>(size) * (static_cast<double>(removed) / static_cast<double>(total));
+  share_tasks((size + kSamplesPerTask - 1) / kSamplesPerTask, [&](int64_t task, int64_t) {
+    size_t tensor = 0;
+    for (int64_t i = task * kSamplesPerTask; i < std::min(size, (task + 1) * kSamplesPerTask); ++i) {
+      sample_[i] = draw(i, tensor);
+    }
+  });
+}
+
+// The key of one element of the stratum; `tensor` moves on to the one it lies in.
+int64_t BracketSearch::draw(int64_t stratum, size_t& tensor) const {
+  const int64_t size = static_cast<int64_t>(sample_.size());
+  const int64_t whole = ends_.back() / size, rest = ends_.back() % size;
+  const int64_t start = stratum * whole + stratum * rest / size;
+  const int64_t width = (stratum + 1) * whole + (stratum + 1) * rest / size - start;
+  const int64_t flat = start + static_cast<int64_t>((scramble(stratum) >> 32) * static_cast<uint64_t>(width) >> 32);
+  while (flat >= ends_[tensor]) {
+    ++tensor;
+  }
+  const Strided& weight = weights_[tensor];
+  const char* at = weight.at(flat - ends_[tensor] + weight.numel);
+  int64_t key = 0;
+  by_bits(weight.dtype,
+          [&]<class T>(T) { key = scores_[tensor].key(*reinterpret_cast<const T*>(at) & kMagnitude<T>); });
+  return key;
+}
+
+int64_t BracketSearch::sampled(int64_t rank) {
+  std::ranges::nth_element(sample_, sample_.begin() + rank);
+  return sample_[rank];
+}
+
+Bracket BracketSearch::next() {
+  const int64_t size = static_cast<int64_t>(sample_.size());
+  if (size > 0 && proposals_++ < kPatience) {
+    for (; spread_ < kWidestSpread; spread_ *= 4) {
+      const double sigma = std::sqrt(rank_ * (1 - rank_ / static_cast<double>(size)));
+      const double half = spread_ * sigma + 1, center = rank_ + bracket_shift * sigma;
+      const int64_t first = static_cast<int64_t>(center - half),
+                    last = static_cast<int64_t>(std::ceil(center + half));
+      const Bracket bracket{first < 0 ? below_ : std::max(below_, sampled(std::min(first, size - 1)) - 1),
+                            last >= size ? last_ : std::min(last_, sampled(std::max<int64_t>(last, 0)))};
+      if (bracket.below < bracket.last) {
+        return without_crowds(bracket, 2 * half, sampled(std::min(static_cast<int64_t>(rank_), size - 1)));
+      }
+    }
+  }
+  return {below_, last_};
+}
+
+// An end of the bracket that very many weights share would make all of them candidates. If it is the likeliest score,
+// it alone becomes the bracket; otherwise it is left out, and if that was wrong, the next bracket is that score
+// alone.
+Bracket BracketSearch::without_crowds(Bracket bracket, double expected, int64_t likeliest) const {
+  const auto in_sample = [&](int64_t below, int64_t last) {
+    return static_cast<double>(
+        std::ranges::count_if(sample_, [=](int64_t key) { return below < key && key <= last; }));
+  };
+  const auto [below, last] = bracket;
+  if (bracket.one_score() || in_sample(below, last) <= 2 * expected) {
+    return bracket;
+  }
+  const bool crowd_first = in_sample(below, below + 1) > expected / 2;
+  const bool crowd_last = in_sample(last - 1, last) > expected / 2;
+  if (crowd_first && likeliest <= below + 1) {
+    return {below, below + 1};
+  }
+  if (crowd_last && likeliest >= last) {
+    return {last - 1, last};
+  }
+  bracket.below += crowd_first;
+  bracket.last -= crowd_last && bracket.last - bracket.below > 1;
+  return bracket;
+}
+
+void shift_bracket(double sigmas) {
+  bracket_shift = sigmas;
+}
+
+}  // namespace pyprune

@@ -1,0 +1,49 @@
+// Where to look for the k-th smallest score: a bracket from a sample, narrowed by what each sweep has shown.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "score.h"
+#include "strided.h"
+
+namespace pyprune {
+
+// The keys above `below` and up to `last`.
+struct Bracket {
+  int64_t below, last;
+  bool one_score() const { return last - below == 1; }
+};
+
+class BracketSearch {
+ public:
+  // Looks for the `removed`-th smallest score (0 < removed < number of elements).
+  BracketSearch(const std::vector<Strided>& weights, const std::vector<Score>& scores, int64_t removed);
+
+  // A bracket within what is still possible. After a few misses it is all that is still possible.
+  Bracket next();
+  // The score looked for was not in the bracket, but below or above it.
+  void too_high(Bracket bracket) { last_ = bracket.below; }
+  void too_low(Bracket bracket) { below_ = bracket.last; }
+
+ private:
+  int64_t draw(int64_t stratum, size_t& tensor) const;
+  int64_t sampled(int64_t rank);
+  Bracket without_crowds(Bracket bracket, double expected, int64_t likeliest) const;
+
+  const std::vector<Strided>& weights_;
+  const std::vector<Score>& scores_;
+  std::vector<int64_t> ends_;    // flat index behind each weight, all weights in a row
+  std::vector<int64_t> sample_;  // keys; empty for few weights, which are all candidates
+  double rank_ = 0;              // of the score looked for, in the sample
+  double spread_;                // half-width of the bracket, in standard deviations of that rank
+  int proposals_ = 0;
+  int64_t below_ = -1;  // the score looked for is above this
+  int64_t last_;        // and not above this
+};
+
+// Tests only: moves the sampled bracket by this many standard deviations, so that the sweep misses.
+void shift_bracket(double sigmas);
+
+}  // namespace pyprune

@@ -1,0 +1,20 @@
+// Declares kernels once per capability, in the namespaces portable, avx2 and avx512.
+#pragma once
+
+#ifdef PYPRUNE_X86
+#define PYPRUNE_FOR_EACH_CAPABILITY(DECLARE) \
+  namespace pyprune::portable {              \
+  DECLARE                                    \
+  }                                          \
+  namespace pyprune::avx2 {                  \
+  DECLARE                                    \
+  }                                          \
+  namespace pyprune::avx512 {                \
+  DECLARE                                    \
+  }
+#else
+#define PYPRUNE_FOR_EACH_CAPABILITY(DECLARE) \
+  namespace pyprune::portable {              \
+  DECLARE                                    \
+  }
+#endif

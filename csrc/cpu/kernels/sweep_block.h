@@ -1,0 +1,240 @@
+// One step of the sweep, 64 elements: Block<T>::step writes 64 mask bytes (|x| > low) and returns two bit masks. The
+// widest instruction set that the file is compiled for decides how; without any, HasBlock<T> is false.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace pyprune::PYPRUNE_CAPABILITY {
+namespace {
+
+struct Above {
+  uint64_t low, high;  // bit i: element i is above the low, the high bound
+};
+
+template <class T>
+struct Block;  // Block(low, high), step(x, mask, stream), maximum()
+
+template <class T>
+constexpr bool kHasBlock = false;
+
+#if defined(__SSE2__)
+template <>
+constexpr bool kHasBlock<uint16_t> = true;
+template <>
+constexpr bool kHasBlock<uint32_t> = true;
+#endif
+
+#if defined(__AVX512BW__)
+
+inline void store_mask(uint8_t* mask, uint64_t above_low, bool stream) {
+  const __m512i bytes = _mm512_maskz_set1_epi8(above_low, 1);
+  if (stream) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(mask), bytes);
+  } else {
+    _mm512_storeu_si512(mask, bytes);
+  }
+}
+
+template <>
+struct Block<uint32_t> {
+  __m512i lo, hi, largest = _mm512_setzero_si512();
+  Block(int64_t low, int64_t high)
+      : lo(_mm512_set1_epi32(static_cast<int>(low))), hi(_mm512_set1_epi32(static_cast<int>(high))) {}
+  Above step(const uint32_t* x, uint8_t* mask, bool stream) {
+    Above above{0, 0};
+    for (int part = 0; part < 4; ++part) {
+      const __m512i v = _mm512_and_si512(_mm512_loadu_si512(x + 16 * part), _mm512_set1_epi32(0x7fffffff));
+      above.low |= static_cast<uint64_t>(_mm512_cmpgt_epi32_mask(v, lo)) << (16 * part);
+      above.high |= static_cast<uint64_t>(_mm512_cmpgt_epi32_mask(v, hi)) << (16 * part);
+      largest = _mm512_max_epi32(largest, v);
+    }
+    store_mask(mask, above.low, stream);
+    return above;
+  }
+  uint64_t maximum() const { return static_cast<uint64_t>(_mm512_reduce_max_epi32(largest)); }
+};
+
+template <>
+struct Block<uint16_t> {
+  __m512i lo, hi, largest = _mm512_setzero_si512();
+  Block(int64_t low, int64_t high)
+      : lo(_mm512_set1_epi16(static_cast<short>(low))), hi(_mm512_set1_epi16(static_cast<short>(high))) {}
+  Above step(const uint16_t* x, uint8_t* mask, bool stream) {
+    Above above{0, 0};
+    for (int part = 0; part < 2; ++part) {
+      const __m512i v = _mm512_and_si512(_mm512_loadu_si512(x + 32 * part), _mm512_set1_epi16(0x7fff));
+      above.low |= static_cast<uint64_t>(_mm512_cmpgt_epi16_mask(v, lo)) << (32 * part);
+      above.high |= static_cast<uint64_t>(_mm512_cmpgt_epi16_mask(v, hi)) << (32 * part);
+      largest = _mm512_max_epi16(largest, v);
+    }
+    store_mask(mask, above.low, stream);
+    return above;
+  }
+  uint64_t maximum() const {
+    const __m512i odd = _mm512_srli_epi32(largest, 16), even = _mm512_and_si512(largest, _mm512_set1_epi32(0xffff));
+    return static_cast<uint64_t>(_mm512_reduce_max_epi32(_mm512_max_epi32(odd, even)));
+  }
+};
+
+#elif defined(__SSE2__)
+
+// Comparisons give whole lanes; packing them down gives the mask bytes, and a movemask of those the bits. The same
+// shape in AVX2 (whose packs work within halves and need a permutation) and SSE2.
+#if defined(__AVX2__)
+
+using Vector = __m256i;
+inline Vector load(const void* x) {
+  return _mm256_loadu_si256(static_cast<const Vector*>(x));
+}
+inline Vector set32(int v) {
+  return _mm256_set1_epi32(v);
+}
+inline Vector set16(short v) {
+  return _mm256_set1_epi16(v);
+}
+inline Vector both(Vector a, Vector b) {
+  return _mm256_and_si256(a, b);
+}
+inline Vector above32(Vector a, Vector b) {
+  return _mm256_cmpgt_epi32(a, b);
+}
+inline Vector above16(Vector a, Vector b) {
+  return _mm256_cmpgt_epi16(a, b);
+}
+inline Vector larger32(Vector a, Vector b) {
+  return _mm256_max_epi32(a, b);
+}
+inline Vector larger16(Vector a, Vector b) {
+  return _mm256_max_epi16(a, b);
+}
+inline Vector bytes_of(Vector a, Vector b, Vector c, Vector d) {
+  const Vector packed = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+  return _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+inline Vector bytes_of(Vector a, Vector b) {
+  return _mm256_permute4x64_epi64(_mm256_packs_epi16(a, b), 0b11011000);
+}
+inline uint64_t bits_of(Vector bytes) {
+  return static_cast<uint32_t>(_mm256_movemask_epi8(bytes));
+}
+inline void store_mask(uint8_t* mask, Vector bytes, bool stream) {
+  const Vector ones = _mm256_and_si256(bytes, _mm256_set1_epi8(1));
+  if (stream) {
+    _mm256_stream_si256(reinterpret_cast<Vector*>(mask), ones);
+  } else {
+    _mm256_storeu_si256(reinterpret_cast<Vector*>(mask), ones);
+  }
+}
+
+#else
+
+using Vector = __m128i;
+inline Vector load(const void* x) {
+  return _mm_loadu_si128(static_cast<const Vector*>(x));
+}
+inline Vector set32(int v) {
+  return _mm_set1_epi32(v);
+}
+inline Vector set16(short v) {
+  return _mm_set1_epi16(v);
+}
+inline Vector both(Vector a, Vector b) {
+  return _mm_and_si128(a, b);
+}
+inline Vector above32(Vector a, Vector b) {
+  return _mm_cmpgt_epi32(a, b);
+}
+inline Vector above16(Vector a, Vector b) {
+  return _mm_cmpgt_epi16(a, b);
+}
+inline Vector larger32(Vector a, Vector b) {
+  const Vector larger = _mm_cmpgt_epi32(a, b);
+  return _mm_or_si128(_mm_and_si128(larger, a), _mm_andnot_si128(larger, b));
+}
+inline Vector larger16(Vector a, Vector b) {
+  return _mm_max_epi16(a, b);
+}
+inline Vector bytes_of(Vector a, Vector b, Vector c, Vector d) {
+  return _mm_packs_epi16(_mm_packs_epi32(a, b), _mm_packs_epi32(c, d));
+}
+inline Vector bytes_of(Vector a, Vector b) {
+  return _mm_packs_epi16(a, b);
+}
+inline uint64_t bits_of(Vector bytes) {
+  return static_cast<uint32_t>(_mm_movemask_epi8(bytes));
+}
+inline void store_mask(uint8_t* mask, Vector bytes, bool stream) {
+  const Vector ones = _mm_and_si128(bytes, _mm_set1_epi8(1));
+  if (stream) {
+    _mm_stream_si128(reinterpret_cast<Vector*>(mask), ones);
+  } else {
+    _mm_storeu_si128(reinterpret_cast<Vector*>(mask), ones);
+  }
+}
+
+#endif
+
+template <class T>
+uint64_t maximum_of(Vector v) {
+  T lanes[sizeof(Vector) / sizeof(T)];
+  __builtin_memcpy(lanes, &v, sizeof(v));
+  T result = 0;
+  for (T lane : lanes) {
+    result = lane > result ? lane : result;
+  }
+  return result;
+}
+
+template <>
+struct Block<uint32_t> {
+  Vector lo, hi, largest = set32(0);
+  Block(int64_t low, int64_t high) : lo(set32(static_cast<int>(low))), hi(set32(static_cast<int>(high))) {}
+  Above step(const uint32_t* x, uint8_t* mask, bool stream) {
+    Above above{0, 0};
+    constexpr int kWidth = sizeof(Vector);  // elements that make one vector of mask bytes
+    for (int part = 0; part < 64; part += kWidth) {
+      Vector v[4];
+      for (int i = 0; i < 4; ++i) {
+        v[i] = both(load(x + part + i * kWidth / 4), set32(0x7fffffff));
+        largest = larger32(largest, v[i]);
+      }
+      const Vector low = bytes_of(above32(v[0], lo), above32(v[1], lo), above32(v[2], lo), above32(v[3], lo));
+      const Vector high = bytes_of(above32(v[0], hi), above32(v[1], hi), above32(v[2], hi), above32(v[3], hi));
+      store_mask(mask + part, low, stream);
+      above.low |= bits_of(low) << part;
+      above.high |= bits_of(high) << part;
+    }
+    return above;
+  }
+  uint64_t maximum() const { return maximum_of<uint32_t>(largest); }
+};
+
+template <>
+struct Block<uint16_t> {
+  Vector lo, hi, largest = set32(0);
+  Block(int64_t low, int64_t high) : lo(set16(static_cast<short>(low))), hi(set16(static_cast<short>(high))) {}
+  Above step(const uint16_t* x, uint8_t* mask, bool stream) {
+    Above above{0, 0};
+    constexpr int kWidth = sizeof(Vector);
+    for (int part = 0; part < 64; part += kWidth) {
+      const Vector a = both(load(x + part), set16(0x7fff)), b = both(load(x + part + kWidth / 2), set16(0x7fff));
+      largest = larger16(largest, larger16(a, b));
+      const Vector low = bytes_of(above16(a, lo), above16(b, lo));
+      const Vector high = bytes_of(above16(a, hi), above16(b, hi));
+      store_mask(mask + part, low, stream);
+      above.low |= bits_of(low) << part;
+      above.high |= bits_of(high) << part;
+    }
+    return above;
+  }
+  uint64_t maximum() const { return maximum_of<uint16_t>(largest); }
+};
+
+#endif
+
+}  // namespace
+}  // namespace pyprune::PYPRUNE_CAPABILITY

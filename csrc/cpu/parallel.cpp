@@ -1,0 +1,37 @@
+#include "parallel.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+
+namespace pyprune {
+
+int64_t thread_count() {
+  return torch::stable::get_num_threads();
+}
+
+void run_workers(const std::function<void(int64_t worker)>& body) {
+  torch::stable::parallel_for(0, thread_count(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      body(worker);
+    }
+  });
+}
+
+void share_tasks(int64_t count, const std::function<void(int64_t task, int64_t worker)>& body) {
+  if (count <= 1 || thread_count() == 1) {
+    for (int64_t task = 0; task < count; ++task) {
+      body(task, 0);
+    }
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  run_workers([&](int64_t worker) {
+    for (int64_t task = next.fetch_add(1); task < count; task = next.fetch_add(1)) {
+      body(task, worker);
+    }
+  });
+}
+
+}  // namespace pyprune

@@ -1,0 +1,357 @@
+// How the k smallest scores are found while the weights are read once:
+//
+//   1. A stratified sample of the scores gives a bracket of two scores that holds the k-th with high probability.
+//   2. One sweep over all weights counts what lies below the bracket, writes provisional masks (kept unless below)
+//   and
+//      sets aside the few candidates inside it. If the counts show that the bracket missed, they bound the k-th score
+//      from one side, and the sweep is repeated: always exact, hardly ever slow.
+//   3. The k-th score is selected among the candidates, and only their masks are corrected. Of equal scores the first
+//   in
+//      the order of the list go.
+//
+// A bracket can be one score wide, when many weights share it (half types, weights that are already zero). Then
+// nothing is set aside: the counts per chunk say which chunks lose all of it, and one chunk is walked.
+#include "select.h"
+
+#include <algorithm>
+#include <memory>
+#include <numeric>
+
+#include "bracket.h"
+#include "capability.h"
+#include "kernels/threshold.h"
+#include "parallel.h"
+
+namespace pyprune {
+namespace {
+
+constexpr int64_t kFewCandidates = 16384;
+constexpr int64_t kBins = 4096;
+
+// Grows in blocks, so that what is stored stays where it is.
+class Arena {
+ public:
+  char* reserve(int64_t bytes) {
+    if (end_ - next_ < bytes) {
+      const int64_t size = std::max(bytes, int64_t{1} << 20);
+      blocks_.push_back(std::make_unique_for_overwrite<char[]>(size));
+      next_ = blocks_.back().get();
+      end_ = next_ + size;
+    }
+    return next_;
+  }
+  void keep(int64_t bytes) { next_ += (bytes + 7) / 8 * 8; }
+  void clear() {
+    blocks_.clear();
+    next_ = end_ = nullptr;
+  }
+
+ private:
+  std::vector<std::unique_ptr<char[]>> blocks_;
+  char *next_ = nullptr, *end_ = nullptr;
+};
+
+// What a thread needs to itself.
+struct Worker {
+  Arena bits, positions;
+  std::unique_ptr<uint64_t[]> weight_run;  // for weights and masks that are not contiguous
+  std::unique_ptr<uint8_t[]> mask_run;
+};
+
+struct ChunkResult {
+  int64_t kept = 0;
+  int64_t candidates = 0;
+  int64_t nonfinite = 0;
+  const void* bits = nullptr;
+  const uint16_t* positions = nullptr;
+};
+
+Sweep sweep(const uint16_t* x, uint8_t* mask, int64_t n, int64_t low, int64_t high, uint16_t* bits, uint16_t* at) {
+  return PYPRUNE_KERNEL(sweep16)(x, mask, n, low, high, bits, at);
+}
+Sweep sweep(const uint32_t* x, uint8_t* mask, int64_t n, int64_t low, int64_t high, uint32_t* bits, uint16_t* at) {
+  return PYPRUNE_KERNEL(sweep32)(x, mask, n, low, high, bits, at);
+}
+Sweep sweep(const uint64_t* x, uint8_t* mask, int64_t n, int64_t low, int64_t high, uint64_t* bits, uint16_t* at) {
+  return PYPRUNE_KERNEL(sweep64)(x, mask, n, low, high, bits, at);
+}
+
+std::vector<Score> scores_of(const Competition& competition) {
+  const bool scaled = !competition.scales.empty();
+  std::vector<Score> scores;
+  for (size_t i = 0; i < competition.weights.size(); ++i) {
+    const double scale = scaled ? competition.scales[i] : 1.0;
+    scores.push_back({competition.weights[i].dtype, scaled, competition.wide, scale});
+  }
+  return scores;
+}
+
+class Selection {
+ public:
+  explicit Selection(const Competition& competition)
+      : weights_(competition.weights),
+        masks_(competition.masks),
+        scores_(scores_of(competition)),
+        removed_(competition.removed),
+        chunks_(chunks_of(competition.weights)),
+        results_(chunks_.size()),
+        workers_(chunks_.size() > 1 ? thread_count() : 1) {}
+
+  std::vector<int64_t> run() {
+    const int64_t total = std::accumulate(weights_.begin(), weights_.end(), int64_t{0},
+                                          [](int64_t sum, const Strided& weight) { return sum + weight.numel; });
+    if (removed_ == 0 || removed_ == total) {
+      // Nothing competes: one sweep writes the masks, and looks for what is not finite.
+      const int64_t bound = removed_ == 0 ? -1 : INT64_MAX;
+      sweep_all({bound, bound});
+      return nonfinite();
+    }
+    BracketSearch search(weights_, scores_, removed_);
+    for (;;) {
+      const Bracket bracket = search.next();
+      const auto [kept, inside] = sweep_all(bracket);
+      const std::vector<int64_t> bad = nonfinite();
+      if (std::ranges::any_of(bad, [](int64_t count) { return count > 0; })) {
+        return bad;
+      }
+      const int64_t going = removed_ - (total - kept);  // how many of the candidates
+      if (going <= 0) {
+        search.too_high(bracket);
+      } else if (going > inside) {
+        search.too_low(bracket);
+      } else if (bracket.one_score()) {
+        patch_equals(bracket, going);
+        return bad;
+      } else {
+        patch_candidates(bracket, going, inside);
+        return bad;
+      }
+    }
+  }
+
+ private:
+  // ---- the sweep ----
+
+  struct Counts {
+    int64_t kept, inside;
+  };
+
+  Counts sweep_all(Bracket bracket) {
+    std::vector<int64_t> lows, highs;
+    for (const Score& score : scores_) {
+      lows.push_back(score.bits_up_to(bracket.below));
+      highs.push_back(score.bits_up_to(bracket.last));
+    }
+    for (Worker& worker : workers_) {
+      worker.bits.clear();
+      worker.positions.clear();
+    }
+    const bool store = bracket.last - bracket.below > 1;
+    share_tasks(static_cast<int64_t>(chunks_.size()), [&](int64_t task, int64_t worker) {
+      const int64_t tensor = chunks_[task].tensor;
+      results_[task] = sweep_chunk(chunks_[task], workers_[worker], lows[tensor], highs[tensor], store);
+    });
+    Counts counts{0, 0};
+    for (const ChunkResult& result : results_) {
+      counts.kept += result.kept;
+      counts.inside += result.candidates;
+    }
+    return counts;
+  }
+
+  ChunkResult sweep_chunk(const Chunk& chunk, Worker& worker, int64_t low, int64_t high, bool store) {
+    ChunkResult result;
+    with_runs(chunk, worker, [&]<class T>(const T* x, uint8_t* mask) {
+      T* bits = nullptr;
+      uint16_t* positions = nullptr;
+      if (store) {
+        bits = reinterpret_cast<T*>(worker.bits.reserve(chunk.count * sizeof(T)));
+        positions = reinterpret_cast<uint16_t*>(worker.positions.reserve(chunk.count * sizeof(uint16_t)));
+      }
+      const Sweep swept = sweep(x, mask, chunk.count, low, high, bits, positions);
+      if (store) {
+        worker.bits.keep(swept.candidates * sizeof(T));
+        worker.positions.keep(swept.candidates * sizeof(uint16_t));
+      }
+      result = {swept.kept, swept.candidates, 0, bits, positions};
+      const uint64_t infinity = infinity_bits(weights_[chunk.tensor].dtype);
+      if (swept.largest >= infinity) {
+        result.nonfinite =
+            std::count_if(x, x + chunk.count, [=](T bits) { return (bits & kMagnitude<T>) >= infinity; });
+      }
+    });
+    return result;
+  }
+
+  // Calls visit with contiguous runs of the chunk's weight bits and of its mask, which it may overwrite.
+  template <class Visit>
+  void with_runs(const Chunk& chunk, Worker& worker, const Visit& visit) {
+    const Strided &weight = weights_[chunk.tensor], &mask = masks_[chunk.tensor];
+    const bool strided_mask = !mask.contiguous();
+    void* run = weight.data + chunk.start * item_size(weight.dtype);
+    if (!weight.contiguous()) {
+      if (!worker.weight_run) {
+        worker.weight_run = std::make_unique_for_overwrite<uint64_t[]>(kChunk);
+      }
+      run = worker.weight_run.get();
+      weight.gather(chunk.start, chunk.count, run);
+    }
+    uint8_t* mask_run = reinterpret_cast<uint8_t*>(mask.data) + chunk.start;
+    if (strided_mask) {
+      if (!worker.mask_run) {
+        worker.mask_run = std::make_unique_for_overwrite<uint8_t[]>(kChunk);
+      }
+      mask_run = worker.mask_run.get();
+      mask.gather(chunk.start, chunk.count, mask_run);
+    }
+    by_bits(weight.dtype, [&]<class T>(T) { visit(static_cast<const T*>(run), mask_run); });
+    if (strided_mask) {
+      mask.scatter(chunk.start, chunk.count, mask_run);
+    }
+  }
+
+  std::vector<int64_t> nonfinite() const {
+    std::vector<int64_t> counts(weights_.size());
+    for (size_t i = 0; i < chunks_.size(); ++i) {
+      counts[chunks_[i].tensor] += results_[i].nonfinite;
+    }
+    return counts;
+  }
+
+  // ---- the candidates ----
+
+  // Calls visit(key, position) for the candidates of a chunk, in order.
+  template <class Visit>
+  void for_each_candidate(int64_t task, const Visit& visit) const {
+    const ChunkResult& result = results_[task];
+    const Score& score = scores_[chunks_[task].tensor];
+    by_bits(score.dtype, [&]<class T>(T) {
+      const T* bits = static_cast<const T*>(result.bits);
+      for (int64_t i = 0; i < result.candidates; ++i) {
+        visit(score.key(bits[i]), result.positions[i]);
+      }
+    });
+  }
+
+  // The rank-th smallest key (from 1) of the candidates, and how many of them lie below it.
+  std::pair<int64_t, int64_t> select(Bracket bracket, int64_t rank, int64_t inside) {
+    int shift = 0;
+    std::vector<int64_t> bins;
+    int64_t bin = 0, below = 0;
+    const int64_t tasks = static_cast<int64_t>(chunks_.size());
+    if (inside > kFewCandidates) {
+      // Narrow down to one of many equal intervals first.
+      while ((bracket.last - bracket.below - 1) >> shift >= kBins) {
+        ++shift;
+      }
+      std::vector<std::vector<int64_t>> counts(workers_.size(), std::vector<int64_t>(kBins));
+      share_tasks(tasks, [&](int64_t task, int64_t worker) {
+        int64_t* mine = counts[worker].data();
+        for_each_candidate(task, [&](int64_t key, uint16_t) { ++mine[(key - bracket.below - 1) >> shift]; });
+      });
+      for (;; ++bin) {
+        int64_t here = 0;
+        for (const auto& one : counts) {
+          here += one[bin];
+        }
+        if (below + here >= rank) {
+          break;
+        }
+        below += here;
+      }
+      bracket.below += bin << shift;
+      bracket.last = bracket.below + (int64_t{1} << shift);
+    }
+    std::vector<std::vector<int64_t>> keys(workers_.size());
+    share_tasks(tasks, [&](int64_t task, int64_t worker) {
+      for_each_candidate(task, [&](int64_t key, uint16_t) {
+        if (bracket.below < key && key <= bracket.last) {
+          keys[worker].push_back(key);
+        }
+      });
+    });
+    std::vector<int64_t> all;
+    for (const auto& one : keys) {
+      all.insert(all.end(), one.begin(), one.end());
+    }
+    const auto nth = all.begin() + (rank - below - 1);
+    std::nth_element(all.begin(), nth, all.end());
+    below += std::count_if(all.begin(), nth, [&](int64_t key) { return key < *nth; });
+    return {*nth, below};
+  }
+
+  void patch_candidates(Bracket bracket, int64_t going, int64_t inside) {
+    const auto [kth, below] = select(bracket, going, inside);
+    const int64_t tasks = static_cast<int64_t>(chunks_.size());
+    std::vector<int64_t> ties(chunks_.size());
+    share_tasks(tasks, [&](int64_t task, int64_t) {
+      for_each_candidate(task, [&](int64_t key, uint16_t position) {
+        if (key < kth) {
+          drop(chunks_[task], position);
+        }
+        ties[task] += key == kth;
+      });
+    });
+    std::vector<int64_t> before(chunks_.size());
+    std::exclusive_scan(ties.begin(), ties.end(), before.begin(), int64_t{0});
+    const int64_t ties_going = going - below;
+    share_tasks(tasks, [&](int64_t task, int64_t) {
+      int64_t left = std::min(ties[task], ties_going - before[task]);
+      if (left <= 0) {
+        return;
+      }
+      for_each_candidate(task, [&](int64_t key, uint16_t position) {
+        if (key == kth && left-- > 0) {
+          drop(chunks_[task], position);
+        }
+      });
+    });
+  }
+
+  // All candidates have one score: the first `going` of them, chunk after chunk.
+  void patch_equals(Bracket bracket, int64_t going) {
+    std::vector<int64_t> before(chunks_.size());
+    std::transform_exclusive_scan(results_.begin(), results_.end(), before.begin(), int64_t{0}, std::plus<>(),
+                                  [](const ChunkResult& result) { return result.candidates; });
+    share_tasks(static_cast<int64_t>(chunks_.size()), [&](int64_t task, int64_t worker) {
+      const Chunk& chunk = chunks_[task];
+      int64_t left = std::min(results_[task].candidates, going - before[task]);
+      if (left <= 0) {
+        return;
+      }
+      const int64_t low = scores_[chunk.tensor].bits_up_to(bracket.below);
+      const int64_t high = scores_[chunk.tensor].bits_up_to(bracket.last);
+      if (left == results_[task].candidates) {
+        sweep_chunk(chunk, workers_[worker], high, high, false);
+        return;
+      }
+      with_runs(chunk, workers_[worker], [&]<class T>(const T* x, uint8_t* mask) {
+        for (int64_t i = 0; left > 0; ++i) {
+          const int64_t magnitude = static_cast<int64_t>(x[i] & kMagnitude<T>);
+          if (low < magnitude && magnitude <= high) {
+            mask[i] = 0;
+            --left;
+          }
+        }
+      });
+    });
+  }
+
+  void drop(const Chunk& chunk, int64_t position) const { *masks_[chunk.tensor].at(chunk.start + position) = 0; }
+
+  const std::vector<Strided>& weights_;
+  const std::vector<Strided>& masks_;
+  const std::vector<Score> scores_;
+  const int64_t removed_;
+  const std::vector<Chunk> chunks_;
+  std::vector<ChunkResult> results_;
+  std::vector<Worker> workers_;
+};
+
+}  // namespace
+
+std::vector<int64_t> select_masks(const Competition& competition) {
+  return Selection(competition).run();
+}
+
+}  // namespace pyprune

@@ -1,0 +1,46 @@
+"""What this build of pyprune is made of: the start of every bug report."""
+
+import platform
+
+import torch
+
+from pyprune import _C
+from pyprune.ops import CUDA_KERNELS_LOADED
+
+
+class BuildInfo(dict[str, str]):
+    """A dict of facts about the build that prints as a table."""
+
+    def __str__(self) -> str:
+        width = max(map(len, self))
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in self.items())
+
+
+def build_info() -> BuildInfo:
+    """Return versions, compiler, CPU capabilities and CUDA status; ``print`` shows them as a table.
+
+    The CPU capability in use is the fastest that the machine has; the environment variable
+    ``PYPRUNE_CPU_CAPABILITY`` (``default``, ``avx2`` or ``avx512``) overrides it.
+
+    Example:
+        >>> build_info()["cpu_capability"] in ("default", "avx2", "avx512")
+        True
+    """
+    native = _C.build_info()
+    if torch.version.cuda is None:
+        cuda_runtime = "not used: this torch has no CUDA"
+    else:
+        cuda_runtime = "kernels loaded" if CUDA_KERNELS_LOADED else "kernels not built"
+    return BuildInfo(
+        pyprune=native["version"],
+        python=platform.python_version(),
+        torch=torch.__version__,
+        built_with_torch=native["built_with_torch"],
+        compiler=native["compiler"],
+        machine=platform.machine(),
+        cpu_capability=_C.cpu_capability(),
+        cpu_capabilities=", ".join(_C.available_cpu_capabilities()),
+        threads=str(torch.get_num_threads()),
+        cuda_build=native["cuda"],
+        cuda_runtime=cuda_runtime,
+    )

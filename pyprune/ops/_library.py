@@ -1,0 +1,73 @@
+"""Load the native kernels and check what every operator takes."""
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+try:
+    from pyprune import _C
+except ImportError as error:
+    raise ImportError(
+        "pyprune's native module could not be loaded. Likely causes: pyprune was imported from a source tree "
+        "that is not installed (run `pip install .`), the wheel was built for another Python, or torch is "
+        f"older than 2.11 (found {torch.__version__}). The loader said: {error}"
+    ) from error
+
+WEIGHT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def _load_cuda_kernels() -> bool:
+    """Load the CUDA kernels if they were built and this torch can run them."""
+    library = Path(_C.__file__).with_name("_cuda.so")
+    if torch.version.cuda is None or not library.exists():
+        return False
+    # The stream and device functions live in torch's CUDA library, which a build against a CPU-only torch could
+    # not name: make its symbols visible first.
+    torch_cuda = Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"
+    if torch_cuda.exists():
+        ctypes.CDLL(str(torch_cuda), mode=ctypes.RTLD_GLOBAL)
+    torch.ops.load_library(str(library))
+    return True
+
+
+CUDA_KERNELS_LOADED = _load_cuda_kernels()
+
+
+def check_tensors(tensors: Sequence[Tensor], name: str, dtypes: Sequence[torch.dtype]) -> None:
+    """Raise unless all tensors are strided, of an allowed dtype, and on one device that has kernels."""
+    for index, tensor in enumerate(tensors):
+        if tensor.dtype not in dtypes:
+            allowed = ", ".join(str(dtype) for dtype in dtypes)
+            raise TypeError(f"{name}[{index}] has dtype {tensor.dtype}; allowed are {allowed}")
+        if tensor.layout is not torch.strided:
+            raise TypeError(
+                f"{name}[{index}] has layout {tensor.layout}; only dense (strided) tensors are allowed"
+            )
+        if tensor.device != tensors[0].device:
+            raise ValueError(
+                f"{name}[{index}] is on {tensor.device} and {name}[0] on {tensors[0].device}; "
+                "one call takes tensors of one device"
+            )
+        if tensor.device.type not in ("cpu", "cuda", "meta"):
+            raise ValueError(f"{name}[{index}] is on {tensor.device}; kernels exist for cpu and cuda")
+        if tensor.is_cuda and not CUDA_KERNELS_LOADED:
+            raise RuntimeError(
+                f"{name}[{index}] is on {tensor.device}, but pyprune was built without its CUDA kernels; "
+                "rebuild with nvcc on the PATH and PYPRUNE_CUDA=ON (see pyprune.build_info())"
+            )
+
+
+def check_masks(masks: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+    """Raise unless there is one bool mask per weight, of its shape and on its device."""
+    if len(masks) != len(weights):
+        raise ValueError(f"got {len(masks)} masks for {len(weights)} weights; give one mask per weight")
+    check_tensors(masks, "masks", (torch.bool,))
+    for index, (mask, weight) in enumerate(zip(masks, weights, strict=True)):
+        if mask.shape != weight.shape or mask.device != weight.device:
+            raise ValueError(
+                f"masks[{index}] is {tuple(mask.shape)} on {mask.device}, its weight {tuple(weight.shape)} "
+                f"on {weight.device}; they must agree"
+            )

@@ -1,0 +1,87 @@
+"""Every operator in plain torch: what the kernels must compute, written for reading and testing, not for speed."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+NORM_BLOCK = 4096
+NORM_LANES = 16
+
+
+def threshold(
+    weights: Sequence[Tensor], removed: int | Sequence[int], *, scales: Tensor | None = None
+) -> tuple[list[Tensor], Tensor]:
+    """Sort all scores, drop the smallest; a stable sort makes the lowest (tensor, flat index) of equals go first."""
+    wide = torch.float64 if any(weight.dtype == torch.float64 for weight in weights) else torch.float32
+    scores = []
+    for index, weight in enumerate(weights):
+        score = weight.detach().abs().double().flatten()
+        scores.append((score if scales is None else score * scales[index]).to(wide))
+    groups = [torch.cat(scores)] if isinstance(removed, int) else scores
+    counts = [removed] if isinstance(removed, int) else removed
+    kept = []
+    for group, count in zip(groups, counts, strict=True):
+        mask = torch.ones_like(group, dtype=torch.bool)
+        mask[torch.sort(group, stable=True).indices[:count]] = False
+        kept.append(mask)
+    flat = torch.cat(kept).split([weight.numel() for weight in weights])
+    masks = [mask.reshape(weight.shape) for mask, weight in zip(flat, weights, strict=True)]
+    nonfinite = torch.stack([(~weight.isfinite()).sum() for weight in weights])
+    return masks, nonfinite
+
+
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Root of the sum of squares in float64, with the order of additions that `ordered_sum` fixes.
+
+    Squares of float64 values can overflow or underflow, so those are summed three times, as they are and scaled by
+    2**-600 and 2**600, and the sum that stayed in range is taken. The root is `math.sqrt`, which
+    rounds correctly; torch's own can be off in the last bit.
+    """
+    results = []
+    for tensor in tensors:
+        values = tensor.detach().double().flatten()
+        factor = 1.0
+        total = ordered_sum(values * values).item()
+        if tensor.dtype == torch.float64 and not 2.0**-900 <= total < math.inf:
+            factor = 2.0**600 if total < math.inf else 2.0**-600
+            scaled = values * factor
+            total = ordered_sum(scaled * scaled).item()
+        results.append(math.sqrt(total) / factor)
+    return torch.tensor(results, dtype=torch.float64)
+
+
+def ordered_sum(values: Tensor) -> Tensor:
+    """Sum a float64 vector in the kernels' order.
+
+    Blocks of 4096 elements; in a block, lane j adds elements j, j + 16, j + 32, ... one after the other, starting
+    from zero; the 16 lanes are added in halves (lane j + lane j+8, then j+4, j+2, j+1). The block sums are a vector
+    again, summed in the same way until one number is left.
+    """
+    while True:
+        blocks = max(1, -(-values.numel() // NORM_BLOCK))
+        padded = values.new_zeros(blocks * NORM_BLOCK)
+        padded[: values.numel()] = values
+        rows = padded.view(blocks, NORM_BLOCK // NORM_LANES, NORM_LANES)
+        lanes = values.new_zeros(blocks, NORM_LANES)
+        for row in range(rows.shape[1]):
+            lanes = lanes + rows[:, row]
+        while lanes.shape[1] > 1:
+            half = lanes.shape[1] // 2
+            lanes = lanes[:, :half] + lanes[:, half:]
+        values = lanes[:, 0]
+        if blocks == 1:
+            return values[0]
+
+
+def fold(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+    """Zero what the masks drop, in place."""
+    with torch.no_grad():
+        for weight, mask in zip(weights, masks, strict=True):
+            weight.masked_fill_(~mask, 0)
+
+
+def count_zeros(tensors: Sequence[Tensor]) -> Tensor:
+    """Count the elements equal to zero."""
+    return torch.stack([(tensor == 0).sum() for tensor in tensors])

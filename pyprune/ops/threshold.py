@@ -1,0 +1,73 @@
+"""Exact k-smallest masks over a list of weights, without concatenating or sorting them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyprune.ops._library import WEIGHT_DTYPES, check_masks, check_tensors
+
+
+@torch.no_grad()
+def threshold(
+    weights: Sequence[Tensor],
+    removed: int | Sequence[int],
+    *,
+    scales: Tensor | None = None,
+    masks: Sequence[Tensor] | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """Mask out exactly the smallest scores |w|, or |w| * scale, of a list of weights.
+
+    With an int, the weights compete with each other and ``removed`` elements of all of them go. With a sequence,
+    weight i loses ``removed[i]`` elements of its own. Scores are rounded to float32 and compared (to float64 if one
+    of the weights is float64). Ties go lowest (tensor, flat index) first, so the count is exact and the masks are
+    the same bits on every device and for any number of threads.
+
+    Args:
+        weights: float32, float64, float16 or bfloat16 tensors on one device, any strides.
+        removed: how many elements to drop, in all or of each weight.
+        scales: float64 tensor of shape [len(weights)], positive and finite, on the weights' device.
+        masks: bool tensors to write, shaped like the weights; new ones (with the weights' layout) if None.
+
+    Returns:
+        The masks (True = kept), and an int64 tensor of shape [len(weights)] that counts the NaN and infinite elements
+        of each weight. Where one is not zero the masks mean nothing. Reading it is the caller's
+        only synchronisation with the device.
+
+    Raises:
+        TypeError, ValueError: for other dtypes, mixed devices, shapes that disagree or an impossible count.
+
+    Example:
+        >>> masks, bad = threshold([torch.tensor([3.0, -1.0]), torch.tensor([2.0, 0.5])], removed=2)
+        >>> [mask.tolist() for mask in masks]
+        [[True, False], [True, False]]
+    """
+    check_tensors(weights, "weights", WEIGHT_DTYPES)
+    sizes = [weight.numel() for weight in weights]
+    if isinstance(removed, int):
+        counts, limits = [removed], [sum(sizes)]
+    else:
+        counts, limits = list(removed), sizes
+    if len(counts) != len(limits):
+        raise ValueError(
+            f"removed has {len(counts)} counts for {len(limits)} weights; give one per weight, or one int"
+        )
+    for count, limit in zip(counts, limits, strict=True):
+        if not 0 <= count <= limit:
+            raise ValueError(f"cannot remove {count} of {limit} elements; allowed are 0 to {limit}")
+    if scales is not None and (scales.shape != (len(weights),) or scales.dtype != torch.float64):
+        raise ValueError(
+            f"scales is {scales.dtype} of shape {tuple(scales.shape)}; expected float64 of shape ({len(weights)},)"
+        )
+    if masks is None:
+        masks = [torch.empty_like(weight, dtype=torch.bool) for weight in weights]
+    check_masks(masks, weights)
+    if not weights:
+        return [], torch.empty(0, dtype=torch.int64)
+    nonfinite = torch.ops.pyprune.threshold(list(weights), scales, counts, list(masks))
+    return list(masks), nonfinite
+
+
+@torch.library.register_fake("pyprune::threshold")
+def _(weights: list[Tensor], scales: Tensor | None, removed: list[int], masks: list[Tensor]) -> Tensor:
+    return weights[0].new_empty(len(weights), dtype=torch.int64)
