@@ -11,7 +11,7 @@ namespace {
 
 std::atomic<double> bracket_shift{0.0};
 
-constexpr int64_t kNoSample = 8192;  // so few weights are all candidates
+constexpr int64_t kNoSample = 2048;  // so few weights are all candidates
 constexpr int64_t kSamplesPerTask = 4096;
 constexpr double kSpread = 3.5;  // misses one time in 2,000
 constexpr double kWidestSpread = 1000;
@@ -26,7 +26,7 @@ uint64_t scramble(uint64_t x) {
 
 // The bracket is about sqrt(sample) / sample of the weights wide: this size balances the two.
 int64_t sample_size(int64_t total) {
-  return static_cast<int64_t>(0.4 * std::pow(static_cast<double>(total), 2.0 / 3.0)) + 1024;
+  return static_cast<int64_t>(0.4 * std::pow(static_cast<double>(total), 2.0 / 3.0)) + 512;
 }
 
 }  // namespace
@@ -69,8 +69,11 @@ int64_t BracketSearch::draw(int64_t stratum, size_t& tensor) const {
   return key;
 }
 
+// The key of this rank. The sample is left partitioned around it, so that higher ranks are then cheap.
 int64_t BracketSearch::sampled(int64_t rank) {
-  std::ranges::nth_element(sample_, sample_.begin() + rank);
+  const auto from = sample_.begin() + (rank > sorted_rank_ ? sorted_rank_ : 0);
+  std::nth_element(from, sample_.begin() + rank, sample_.end());
+  sorted_rank_ = rank;
   return sample_[rank];
 }
 
@@ -85,7 +88,7 @@ Bracket BracketSearch::next() {
       const Bracket bracket{first < 0 ? below_ : std::max(below_, sampled(std::min(first, size - 1)) - 1),
                             last >= size ? last_ : std::min(last_, sampled(std::max<int64_t>(last, 0)))};
       if (bracket.below < bracket.last) {
-        return without_crowds(bracket, 2 * half, sampled(std::min(static_cast<int64_t>(rank_), size - 1)));
+        return without_crowds(bracket, 2 * half);
       }
     }
   }
@@ -95,7 +98,7 @@ Bracket BracketSearch::next() {
 // An end of the bracket that very many weights share would make all of them candidates. If it is the likeliest score,
 // it alone becomes the bracket; otherwise it is left out, and if that was wrong, the next bracket is that score
 // alone.
-Bracket BracketSearch::without_crowds(Bracket bracket, double expected, int64_t likeliest) const {
+Bracket BracketSearch::without_crowds(Bracket bracket, double expected) {
   const auto in_sample = [&](int64_t below, int64_t last) {
     return static_cast<double>(
         std::ranges::count_if(sample_, [=](int64_t key) { return below < key && key <= last; }));
@@ -104,6 +107,7 @@ Bracket BracketSearch::without_crowds(Bracket bracket, double expected, int64_t 
   if (bracket.one_score() || in_sample(below, last) <= 2 * expected) {
     return bracket;
   }
+  const int64_t likeliest = sampled(static_cast<int64_t>(rank_));
   const bool crowd_first = in_sample(below, below + 1) > expected / 2;
   const bool crowd_last = in_sample(last - 1, last) > expected / 2;
   if (crowd_first && likeliest <= below + 1) {

@@ -30,12 +30,13 @@ class BracketSearch {
  private:
   int64_t draw(int64_t stratum, size_t& tensor) const;
   int64_t sampled(int64_t rank);
-  Bracket without_crowds(Bracket bracket, double expected, int64_t likeliest) const;
+  Bracket without_crowds(Bracket bracket, double expected);
 
   const std::vector<Strided>& weights_;
   const std::vector<Score>& scores_;
   std::vector<int64_t> ends_;    // flat index behind each weight, all weights in a row
   std::vector<int64_t> sample_;  // keys; empty for few weights, which are all candidates
+  int64_t sorted_rank_ = 0;      // nothing before this rank is larger than what is behind it
   double rank_ = 0;              // of the score looked for, in the sample
   double spread_;                // half-width of the bracket, in standard deviations of that rank
   int proposals_ = 0;

@@ -38,12 +38,27 @@ struct Score {
     return static_cast<int64_t>(infinity_bits(wide ? Dtype::kFloat64 : Dtype::kFloat32));
   }
 
+  // Calls use(key_of), where key_of(bits) is the key of a magnitude that is not NaN: for loops, with the dtype known.
+  template <class Use>
+  auto with_key(const Use& use) const {
+    switch (dtype) {
+      case Dtype::kFloat64: return use([this](uint64_t bits) { return key_of(std::bit_cast<double>(bits)); });
+      case Dtype::kFloat32:
+        if (!scaled && !wide) {
+          return use([](uint64_t bits) { return static_cast<int64_t>(bits); });
+        }
+        return use([this](uint64_t bits) { return key_of(std::bit_cast<float>(static_cast<uint32_t>(bits))); });
+      case Dtype::kFloat16:
+        return use([this](uint64_t bits) { return key_of(float16_to_float(static_cast<uint16_t>(bits))); });
+      default: return use([this](uint64_t bits) { return key_of(bfloat16_to_float(static_cast<uint16_t>(bits))); });
+    }
+  }
+
   int64_t key(uint64_t bits) const {
     if (bits > infinity_bits(dtype)) {
       return largest_key(wide);  // NaN, above everything
     }
-    const double score = scaled ? magnitude(bits) * scale : magnitude(bits);
-    return wide ? std::bit_cast<int64_t>(score) : std::bit_cast<int32_t>(static_cast<float>(score));
+    return with_key([bits](const auto& key_of) { return key_of(bits); });
   }
 
   // Largest magnitude bits whose key is not above `bound`; -1 if there are none.
@@ -60,13 +75,9 @@ struct Score {
   }
 
  private:
-  double magnitude(uint64_t bits) const {
-    switch (dtype) {
-      case Dtype::kFloat64: return std::bit_cast<double>(bits);
-      case Dtype::kFloat32: return std::bit_cast<float>(static_cast<uint32_t>(bits));
-      case Dtype::kFloat16: return float16_to_float(static_cast<uint16_t>(bits));
-      default: return bfloat16_to_float(static_cast<uint16_t>(bits));
-    }
+  int64_t key_of(double magnitude) const {
+    const double score = scaled ? magnitude * scale : magnitude;
+    return wide ? std::bit_cast<int64_t>(score) : std::bit_cast<int32_t>(static_cast<float>(score));
   }
 };
 

@@ -220,15 +220,35 @@ class Selection {
 
   // ---- the candidates ----
 
-  // Calls visit(key, position) for the candidates of a chunk, in order.
+  // Calls visit(key) for the candidates of a chunk.
   template <class Visit>
-  void for_each_candidate(int64_t task, const Visit& visit) const {
+  void for_each_key(int64_t task, const Visit& visit) const {
     const ChunkResult& result = results_[task];
     const Score& score = scores_[chunks_[task].tensor];
-    by_bits(score.dtype, [&]<class T>(T) {
+    score.with_key([&](const auto& key_of) {
+      by_bits(score.dtype, [&]<class T>(T) {
+        const T* bits = static_cast<const T*>(result.bits);
+        for (int64_t i = 0; i < result.candidates; ++i) {
+          visit(key_of(bits[i]));
+        }
+      });
+    });
+  }
+
+  // Drops the candidates of a chunk whose bits are above `low` and not above `high`, the first `most` of them.
+  void drop(int64_t task, int64_t low, int64_t high, int64_t most = INT64_MAX) const {
+    const ChunkResult& result = results_[task];
+    const Chunk& chunk = chunks_[task];
+    const Strided& mask = masks_[chunk.tensor];
+    const bool flat = mask.contiguous();
+    by_bits(weights_[chunk.tensor].dtype, [&]<class T>(T) {
       const T* bits = static_cast<const T*>(result.bits);
-      for (int64_t i = 0; i < result.candidates; ++i) {
-        visit(score.key(bits[i]), result.positions[i]);
+      for (int64_t i = 0; i < result.candidates && most > 0; ++i) {
+        if (low < static_cast<int64_t>(bits[i]) && static_cast<int64_t>(bits[i]) <= high) {
+          const int64_t at = chunk.start + result.positions[i];
+          mask.data[flat ? at : mask.offset(at)] = 0;
+          --most;
+        }
       }
     });
   }
@@ -247,7 +267,7 @@ class Selection {
       std::vector<std::vector<int64_t>> counts(workers_.size(), std::vector<int64_t>(kBins));
       share_tasks(tasks, [&](int64_t task, int64_t worker) {
         int64_t* mine = counts[worker].data();
-        for_each_candidate(task, [&](int64_t key, uint16_t) { ++mine[(key - bracket.below - 1) >> shift]; });
+        for_each_key(task, [&](int64_t key) { ++mine[(key - bracket.below - 1) >> shift]; });
       });
       for (;; ++bin) {
         int64_t here = 0;
@@ -264,7 +284,7 @@ class Selection {
     }
     std::vector<std::vector<int64_t>> keys(workers_.size());
     share_tasks(tasks, [&](int64_t task, int64_t worker) {
-      for_each_candidate(task, [&](int64_t key, uint16_t) {
+      for_each_key(task, [&](int64_t key) {
         if (bracket.below < key && key <= bracket.last) {
           keys[worker].push_back(key);
         }
@@ -282,29 +302,31 @@ class Selection {
 
   void patch_candidates(Bracket bracket, int64_t going, int64_t inside) {
     const auto [kth, below] = select(bracket, going, inside);
+    std::vector<int64_t> under, equal;  // per weight: largest bits with a key below, and not above, the k-th
+    for (const Score& score : scores_) {
+      under.push_back(score.bits_up_to(kth - 1));
+      equal.push_back(score.bits_up_to(kth));
+    }
     const int64_t tasks = static_cast<int64_t>(chunks_.size());
     std::vector<int64_t> ties(chunks_.size());
     share_tasks(tasks, [&](int64_t task, int64_t) {
-      for_each_candidate(task, [&](int64_t key, uint16_t position) {
-        if (key < kth) {
-          drop(chunks_[task], position);
-        }
-        ties[task] += key == kth;
+      const int64_t tensor = chunks_[task].tensor;
+      drop(task, -1, under[tensor]);
+      by_bits(weights_[tensor].dtype, [&]<class T>(T) {
+        const T* bits = static_cast<const T*>(results_[task].bits);
+        ties[task] = std::count_if(bits, bits + results_[task].candidates, [&](T one) {
+          return under[tensor] < static_cast<int64_t>(one) && static_cast<int64_t>(one) <= equal[tensor];
+        });
       });
     });
     std::vector<int64_t> before(chunks_.size());
     std::exclusive_scan(ties.begin(), ties.end(), before.begin(), int64_t{0});
     const int64_t ties_going = going - below;
     share_tasks(tasks, [&](int64_t task, int64_t) {
-      int64_t left = std::min(ties[task], ties_going - before[task]);
-      if (left <= 0) {
-        return;
+      const int64_t left = std::min(ties[task], ties_going - before[task]);
+      if (left > 0) {
+        drop(task, under[chunks_[task].tensor], equal[chunks_[task].tensor], left);
       }
-      for_each_candidate(task, [&](int64_t key, uint16_t position) {
-        if (key == kth && left-- > 0) {
-          drop(chunks_[task], position);
-        }
-      });
     });
   }
 
@@ -336,8 +358,6 @@ class Selection {
       });
     });
   }
-
-  void drop(const Chunk& chunk, int64_t position) const { *masks_[chunk.tensor].at(chunk.start + position) = 0; }
 
   const std::vector<Strided>& weights_;
   const std::vector<Strided>& masks_;

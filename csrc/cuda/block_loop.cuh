@@ -1,0 +1,203 @@
+// How a block of threads walks elements of one tensor: 16-byte packs, several loads in flight per thread.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "tensor_table.cuh"
+
+namespace pyprune {
+
+constexpr int kLoadsInFlight = 4;
+constexpr int kSinglesInFlight = 2;  // each may hold the registers of a division
+constexpr unsigned kWholeWarp = 0xffffffffu;
+
+// What a weight's bits mean.
+struct Float32 {
+  using Bits = uint32_t;
+  __device__ static float value(Bits bits) { return __uint_as_float(bits); }
+};
+struct Float64 {
+  using Bits = uint64_t;
+  __device__ static double value(Bits bits) { return __longlong_as_double(static_cast<long long>(bits)); }
+};
+struct Float16 {
+  using Bits = uint16_t;
+  __device__ static float value(Bits bits) { return __half2float(__ushort_as_half(bits)); }
+};
+struct BFloat16 {
+  using Bits = uint16_t;
+  __device__ static float value(Bits bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
+};
+
+// N unsigned integers that move with one load or store. They are kept as words and taken apart on use: an array of
+// bytes or halves would take a register for each while its load is in flight.
+template <typename T, int N>
+struct alignas(sizeof(T) * N) Pack {
+  using Word =
+      std::conditional_t<sizeof(T) * N >= 4, uint32_t, std::conditional_t<sizeof(T) * N == 2, uint16_t, uint8_t>>;
+  static constexpr int kPerWord = sizeof(Word) / sizeof(T);  // 0 for T wider than a word
+  static constexpr int kBits = 8 * sizeof(T);
+  Word words[sizeof(T) * N / sizeof(Word)];
+
+  __device__ T get(int i) const {
+    if constexpr (kPerWord == 0) {
+      return words[2 * i] | static_cast<T>(words[2 * i + 1]) << 32;
+    } else {
+      return static_cast<T>(words[i / kPerWord] >> i % kPerWord * kBits);
+    }
+  }
+  __device__ void set_in_zeros(int i, T value) {
+    static_assert(kPerWord > 0);
+    words[i / kPerWord] |= static_cast<Word>(Word{value} << i % kPerWord * kBits);
+  }
+  __device__ void clear(int i) {
+    if constexpr (kPerWord == 0) {
+      words[2 * i] = words[2 * i + 1] = 0;
+    } else {
+      words[i / kPerWord] &= static_cast<Word>(~(Word{static_cast<T>(~T{0})} << i % kPerWord * kBits));
+    }
+  }
+};
+
+// Tells a generic lambda how many elements it is given at once (integral_constant converts on the host only).
+template <int N>
+struct Width {
+  static constexpr int value = N;
+};
+
+template <typename T>
+constexpr int kPackWidth = 16 / sizeof(T);
+
+template <int N, typename T>
+__device__ inline Pack<T, N> load_pack(const T* address) {
+  return *reinterpret_cast<const Pack<T, N>*>(address);
+}
+
+template <int N, typename T>
+__device__ inline void store_pack(T* address, const Pack<T, N>& pack) {
+  *reinterpret_cast<Pack<T, N>*>(address) = pack;
+}
+
+// Elements [begin, end), of which [packs_begin, packs_end) may be loaded 16 bytes at a time.
+struct Span {
+  int64_t begin;
+  int64_t packs_begin;
+  int64_t packs_end;
+  int64_t end;
+};
+
+// `linear`: the elements lie one after the other from `data`; otherwise all of them are met one by one.
+template <typename T>
+__device__ inline Span make_span(const T* data, bool linear, int64_t begin, int64_t end) {
+  if (!linear) return {begin, begin, begin, end};
+  const int64_t beyond = static_cast<int64_t>(reinterpret_cast<uintptr_t>(data + begin) % 16 / sizeof(T));
+  const int64_t head = begin + (beyond == 0 ? 0 : kPackWidth<T> - beyond);
+  const int64_t packs_begin = head < end ? head : end;
+  return {begin, packs_begin, packs_begin + (end - packs_begin) / kPackWidth<T> * kPackWidth<T>, end};
+}
+
+// The same for weights and a mask that packs of both must suit: no packs where the two are aligned differently.
+template <typename T>
+__device__ inline Span make_span(const T* data, const uint8_t* mask, bool linear, int64_t begin, int64_t end) {
+  const Span span = make_span(data, linear, begin, end);
+  const bool mask_aligned = reinterpret_cast<uintptr_t>(mask + span.packs_begin) % kPackWidth<T> == 0;
+  return mask_aligned ? span : Span{begin, begin, begin, end};
+}
+
+// Calls use(width, position, load(width, position)) for every pack, then for every single element, of the span.
+template <typename T, typename Load, typename Use>
+__device__ inline void visit(const Span& span, const Load& load, const Use& use) {
+  const Width<kPackWidth<T>> pack{};
+  const int64_t stride = static_cast<int64_t>(blockDim.x) * kPackWidth<T>;
+#pragma unroll 1
+  for (int64_t at = span.packs_begin + static_cast<int64_t>(threadIdx.x) * kPackWidth<T>; at < span.packs_end;
+       at += kLoadsInFlight * stride) {
+    decltype(load(pack, at)) items[kLoadsInFlight];
+#pragma unroll
+    for (int i = 0; i < kLoadsInFlight; ++i) {
+      if (at + i * stride < span.packs_end) items[i] = load(pack, at + i * stride);
+    }
+#pragma unroll
+    for (int i = 0; i < kLoadsInFlight; ++i) {
+      if (at + i * stride < span.packs_end) use(pack, at + i * stride, items[i]);
+    }
+  }
+
+  const Width<1> one{};
+  const int64_t head = span.packs_begin - span.begin;
+  const int64_t singles = head + (span.end - span.packs_end);
+  const auto position = [&](int64_t single) {
+    return single < head ? span.begin + single : span.packs_end + (single - head);
+  };
+#pragma unroll 1
+  for (int64_t at = threadIdx.x; at < singles; at += kSinglesInFlight * blockDim.x) {
+    decltype(load(one, at)) items[kSinglesInFlight];
+#pragma unroll
+    for (int i = 0; i < kSinglesInFlight; ++i) {
+      const int64_t single = at + static_cast<int64_t>(i) * blockDim.x;
+      if (single < singles) items[i] = load(one, position(single));
+    }
+#pragma unroll
+    for (int i = 0; i < kSinglesInFlight; ++i) {
+      const int64_t single = at + static_cast<int64_t>(i) * blockDim.x;
+      if (single < singles) use(one, position(single), items[i]);
+    }
+  }
+}
+
+// Calls body(T{}) with what the bits of a weight mean.
+template <bool kWithDouble = true, typename Body>
+__device__ inline void with_weight_type(DType dtype, const Body& body) {
+  if (dtype == DType::kFloat) {
+    body(Float32{});
+  } else if (dtype == DType::kHalf) {
+    body(Float16{});
+  } else if (dtype == DType::kBFloat16) {
+    body(BFloat16{});
+  } else if constexpr (kWithDouble) {
+    if (dtype == DType::kDouble) body(Float64{});
+  }
+}
+
+// Calls body(T{}) with the unsigned integer as wide as an element, for work on bits alone.
+template <typename Body>
+__device__ inline void with_bits(DType dtype, const Body& body) {
+  if (dtype == DType::kFloat) {
+    body(uint32_t{});
+  } else if (dtype == DType::kDouble) {
+    body(uint64_t{});
+  } else if (dtype == DType::kBool) {
+    body(uint8_t{});
+  } else {
+    body(uint16_t{});
+  }
+}
+
+// Every lane gets the sum over its warp; all lanes must call.
+template <typename T>
+__device__ inline T warp_sum(T value) {
+  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(kWholeWarp, value, distance);
+  return value;
+}
+
+// Signed counters, which CUDA's 64-bit atomics do not know; two's complement addition is the same.
+__device__ inline void atomic_add(int64_t* address, int64_t value) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(address), static_cast<unsigned long long>(value));
+}
+
+// Adds the values of all threads of the block to a global counter with one atomic; all threads must call.
+__device__ inline void add_block_total(int64_t value, int64_t* counter) {
+  __shared__ int64_t total;
+  if (threadIdx.x == 0) total = 0;
+  __syncthreads();
+  value = warp_sum(value);
+  if (threadIdx.x % 32 == 0 && value != 0) atomic_add(&total, value);
+  __syncthreads();
+  if (threadIdx.x == 0 && total != 0) atomic_add(counter, total);
+  __syncthreads();  // the next call resets the total
+}
+
+}  // namespace pyprune

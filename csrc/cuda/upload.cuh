@@ -1,0 +1,218 @@
+// The host side of every operator: describe the tensors, send the table to the device, launch.
+//
+// The table travels as kernel parameters, a batch of rows per launch: nothing waits for the device, nothing is copied
+// from pageable memory, and a CUDA graph replays it.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "tensor_table.cuh"
+
+// Hidden, as torch's stable types are.
+HIDDEN_NAMESPACE_BEGIN(pyprune)
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Launches on the stream; cudaLaunchKernelEx rather than <<<>>> because it converts and checks the arguments.
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream,
+            Arguments&&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = stream;
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
+}
+
+inline cudaStream_t current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// One wave of blocks that share all tiles.
+inline int64_t blocks_for(int64_t tiles, int32_t device) {
+  int multiprocessors = 1;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  return std::min<int64_t>(tiles, static_cast<int64_t>(multiprocessors) * kBlocksPerMultiprocessor);
+}
+
+// Uninitialised device memory from torch's allocator; later work on the same stream may reuse it once this is gone.
+template <typename Item>
+struct DeviceArray {
+  DeviceArray(const Tensor& like, int64_t count) : storage(allocate(like, count * sizeof(Item))) {
+    data = static_cast<Item*>(storage.mutable_data_ptr());
+  }
+  Tensor storage;
+  Item* data;
+
+ private:
+  static Tensor allocate(const Tensor& like, int64_t bytes) {
+    return torch::stable::new_empty(like, {&bytes, 1}, ScalarType::Byte);
+  }
+};
+
+// A new contiguous tensor of `count` elements on the device of `like`.
+inline Tensor new_vector(const Tensor& like, int64_t count, ScalarType dtype) {
+  return torch::stable::new_empty(like, {&count, 1}, dtype);
+}
+
+template <typename Item>
+void fill_zero(Item* items, int64_t count, cudaStream_t stream) {
+  if (count > 0) STD_CUDA_CHECK(cudaMemsetAsync(items, 0, count * sizeof(Item), stream));  // a graph refuses size 0
+}
+
+template <typename Item>
+struct Batch {
+  static constexpr int kCapacity = (4096 - 64) / sizeof(Item);  // kernel parameters end at 4 KiB
+  Item* destination;
+  int32_t count;
+  Item items[kCapacity];
+};
+
+template <typename Item>
+__global__ void write_batch(const __grid_constant__ Batch<Item> batch) {
+  for (int i = threadIdx.x; i < batch.count; i += blockDim.x) batch.destination[i] = batch.items[i];
+}
+
+template <typename Item>
+void upload(const std::vector<Item>& items, Item* destination, cudaStream_t stream) {
+  for (size_t first = 0; first < items.size(); first += Batch<Item>::kCapacity) {
+    Batch<Item> batch{};
+    batch.destination = destination + first;
+    batch.count = static_cast<int32_t>(std::min<size_t>(items.size() - first, Batch<Item>::kCapacity));
+    std::copy_n(items.begin() + first, batch.count, batch.items);
+    launch(&write_batch<Item>, 1, 128, stream, batch);
+  }
+}
+
+// Whether elements are met in logical (C) order, or in the order that lies best in memory.
+enum class Order { kLogical, kAny };
+enum class Writes { kNothing, kTensors, kMasks };
+
+struct Dim {
+  int64_t size;
+  int64_t stride;
+  int64_t mask_stride;
+};
+
+// Drops dims of size one and joins dims that one stride can walk, for the tensor and its mask at once.
+inline std::vector<Dim> coalesce(const Tensor& tensor, const Tensor* mask, Order order) {
+  std::vector<Dim> dims;
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    const int64_t stride = tensor.stride(d);
+    if (tensor.size(d) != 1) dims.push_back({tensor.size(d), stride, mask == nullptr ? stride : mask->stride(d)});
+  }
+  if (order == Order::kAny) {
+    std::stable_sort(dims.begin(), dims.end(), [](const Dim& a, const Dim& b) { return a.stride > b.stride; });
+  }
+  std::vector<Dim> joined;
+  for (const Dim& dim : dims) {
+    if (!joined.empty() && joined.back().stride == dim.stride * dim.size &&
+        joined.back().mask_stride == dim.mask_stride * dim.size) {
+      joined.back() = {joined.back().size * dim.size, dim.stride, dim.mask_stride};
+    } else {
+      joined.push_back(dim);
+    }
+  }
+  return joined;
+}
+
+inline bool is_contiguous(const std::vector<Dim>& dims) {
+  return dims.empty() || (dims.size() == 1 && dims[0].stride == 1 && dims[0].mask_stride == 1);
+}
+
+inline DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::kFloat;
+    case ScalarType::Double: return DType::kDouble;
+    case ScalarType::Half: return DType::kHalf;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Bool: return DType::kBool;
+    default: STD_TORCH_CHECK(false, "dtype without a kernel: ", static_cast<int>(tensor.scalar_type()));
+  }
+}
+
+// Builds the table of a list of tensors (and masks, or null) and sends it to their device.
+class UploadedTable {
+ public:
+  UploadedTable(const std::vector<Tensor>& tensors, const std::vector<Tensor>* masks, Order order, Writes writes,
+                cudaStream_t stream) {
+    std::vector<Layout> layouts;
+    int64_t tiles = 0;
+    const int32_t device = tensors[0].get_device_index();
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      check(tensors[i], masks == nullptr ? nullptr : &(*masks)[i], device);
+      host_rows.push_back(describe(tensors[i], masks == nullptr ? nullptr : &(*masks)[i], order, writes, layouts));
+      host_rows.back().first_tile = tiles;
+      tiles += tiles_of(host_rows.back());
+    }
+    rows_.emplace(tensors[0], static_cast<int64_t>(host_rows.size()));
+    layouts_.emplace(tensors[0], static_cast<int64_t>(layouts.size()));
+    upload(host_rows, rows_->data, stream);
+    upload(layouts, layouts_->data, stream);
+    table = {rows_->data, layouts_->data, static_cast<int32_t>(host_rows.size()), tiles};
+  }
+
+  std::vector<TableRow> host_rows;
+  TensorTable table;
+
+ private:
+  // A pointer of another device would take the whole process's CUDA context down.
+  static void check(const Tensor& tensor, const Tensor* mask, int32_t device) {
+    STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == device,
+                    "all tensors must be on one CUDA device");
+    if (mask == nullptr) return;
+    STD_TORCH_CHECK(mask->is_cuda() && mask->get_device_index() == device, "a mask must be on its weight's device");
+    bool alike = mask->scalar_type() == ScalarType::Bool && mask->dim() == tensor.dim();
+    for (int64_t d = 0; alike && d < tensor.dim(); ++d) alike = mask->size(d) == tensor.size(d);
+    STD_TORCH_CHECK(alike, "a mask must be bool and of its weight's shape");
+  }
+
+  static TableRow describe(const Tensor& tensor, const Tensor* mask, Order order, Writes writes,
+                           std::vector<Layout>& layouts) {
+    TableRow row{};
+    row.data = writes == Writes::kTensors ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
+    if (mask != nullptr) {
+      row.mask = static_cast<uint8_t*>(writes == Writes::kMasks ? mask->mutable_data_ptr()
+                                                                : const_cast<void*>(mask->const_data_ptr()));
+    }
+    row.numel = tensor.numel();
+    row.dtype = dtype_of(tensor);
+    row.layout = -1;
+    const std::vector<Dim> dims = coalesce(tensor, mask, order);
+    row.contiguous = row.numel == 0 || is_contiguous(dims);
+    row.dense = row.contiguous || is_contiguous(coalesce(tensor, nullptr, Order::kAny));
+    if (!row.contiguous) {
+      STD_TORCH_CHECK(dims.size() <= kMaxDims, "a tensor has ", dims.size(), " dimensions that cannot be joined; ",
+                      kMaxDims, " are supported: call .contiguous() on it first");
+      row.layout = static_cast<int32_t>(layouts.size());
+      Layout layout{};
+      layout.dims = static_cast<int32_t>(dims.size());
+      layout.narrow = row.numel < (int64_t{1} << 32) ? 1 : 0;
+      for (size_t d = 0; d < dims.size(); ++d) {
+        layout.sizes[d] = dims[d].size;
+        layout.strides[d] = dims[d].stride;
+        layout.mask_strides[d] = dims[d].mask_stride;
+      }
+      layouts.push_back(layout);
+    }
+    return row;
+  }
+
+  std::optional<DeviceArray<TableRow>> rows_;
+  std::optional<DeviceArray<Layout>> layouts_;
+};
+
+HIDDEN_NAMESPACE_END(pyprune)
