@@ -13,7 +13,7 @@ std::atomic<double> bracket_shift{0.0};
 
 constexpr int64_t kNoSample = 2048;  // so few weights are all candidates
 constexpr int64_t kSamplesPerTask = 4096;
-constexpr double kSpread = 3.5;  // misses one time in 2,000
+constexpr double kSpread = 3.0;  // misses one time in 400
 constexpr double kWidestSpread = 1000;
 constexpr int kPatience = 8;  // proposals before everything that is still possible becomes a candidate
 
@@ -26,7 +26,7 @@ uint64_t scramble(uint64_t x) {
 
 // The bracket is about sqrt(sample) / sample of the weights wide: this size balances the two.
 int64_t sample_size(int64_t total) {
-  return static_cast<int64_t>(0.4 * std::pow(static_cast<double>(total), 2.0 / 3.0)) + 512;
+  return static_cast<int64_t>(0.5 * std::pow(static_cast<double>(total), 2.0 / 3.0)) + 512;
 }
 
 }  // namespace
@@ -85,39 +85,39 @@ Bracket BracketSearch::next() {
       const double half = spread_ * sigma + 1, center = rank_ + bracket_shift * sigma;
       const int64_t first = static_cast<int64_t>(center - half),
                     last = static_cast<int64_t>(std::ceil(center + half));
-      const Bracket bracket{first < 0 ? below_ : std::max(below_, sampled(std::min(first, size - 1)) - 1),
-                            last >= size ? last_ : std::min(last_, sampled(std::max<int64_t>(last, 0)))};
-      if (bracket.below < bracket.last) {
-        return without_crowds(bracket, 2 * half);
+      const int64_t below = first < 0 ? below_ : std::max(below_, sampled(std::min(first, size - 1)) - 1);
+      const int64_t middle = sampled(static_cast<int64_t>(rank_));
+      const int64_t end = last >= size ? last_ : std::min(last_, sampled(std::max<int64_t>(last, 0)));
+      if (below < end) {
+        return without_crowds({below, std::clamp(middle, below, end), end}, 2 * half);
       }
     }
   }
-  return {below_, last_};
+  return {below_, below_, last_};
 }
 
 // An end of the bracket that very many weights share would make all of them candidates. If it is the likeliest score,
 // it alone becomes the bracket; otherwise it is left out, and if that was wrong, the next bracket is that score
 // alone.
-Bracket BracketSearch::without_crowds(Bracket bracket, double expected) {
+Bracket BracketSearch::without_crowds(Bracket bracket, double expected) const {
   const auto in_sample = [&](int64_t below, int64_t last) {
     return static_cast<double>(
         std::ranges::count_if(sample_, [=](int64_t key) { return below < key && key <= last; }));
   };
-  const auto [below, last] = bracket;
-  if (bracket.one_score() || in_sample(below, last) <= 2 * expected) {
-    return bracket;
+  const auto [below, middle, last] = bracket;
+  if (!bracket.one_score() && in_sample(below, last) > 2 * expected) {
+    const bool crowd_first = in_sample(below, below + 1) > expected / 2;
+    const bool crowd_last = in_sample(last - 1, last) > expected / 2;
+    if (crowd_first && middle <= below + 1) {
+      bracket.last = below + 1;
+    } else if (crowd_last && middle >= last) {
+      bracket.below = last - 1;
+    } else {
+      bracket.below += crowd_first;
+      bracket.last -= crowd_last && bracket.last - bracket.below > 1;
+    }
   }
-  const int64_t likeliest = sampled(static_cast<int64_t>(rank_));
-  const bool crowd_first = in_sample(below, below + 1) > expected / 2;
-  const bool crowd_last = in_sample(last - 1, last) > expected / 2;
-  if (crowd_first && likeliest <= below + 1) {
-    return {below, below + 1};
-  }
-  if (crowd_last && likeliest >= last) {
-    return {last - 1, last};
-  }
-  bracket.below += crowd_first;
-  bracket.last -= crowd_last && bracket.last - bracket.below > 1;
+  bracket.middle = bracket.one_score() ? bracket.below : std::clamp(middle, bracket.below, bracket.last);
   return bracket;
 }
 

@@ -10,9 +10,9 @@
 
 namespace pyprune {
 
-// The keys above `below` and up to `last`.
+// The keys above `below` and up to `last`; the one looked for is probably near `middle` (below <= middle <= last).
 struct Bracket {
-  int64_t below, last;
+  int64_t below, middle, last;
   bool one_score() const { return last - below == 1; }
 };
 
@@ -21,7 +21,8 @@ class BracketSearch {
   // Looks for the `removed`-th smallest score (0 < removed < number of elements).
   BracketSearch(const std::vector<Strided>& weights, const std::vector<Score>& scores, int64_t removed);
 
-  // A bracket within what is still possible. After a few misses it is all that is still possible.
+  // A bracket within what is still possible; of one score, or without a sample, its middle is `below`. After a few
+  // misses it is all that is still possible.
   Bracket next();
   // The score looked for was not in the bracket, but below or above it.
   void too_high(Bracket bracket) { last_ = bracket.below; }
@@ -30,7 +31,7 @@ class BracketSearch {
  private:
   int64_t draw(int64_t stratum, size_t& tensor) const;
   int64_t sampled(int64_t rank);
-  Bracket without_crowds(Bracket bracket, double expected);
+  Bracket without_crowds(Bracket bracket, double expected) const;
 
   const std::vector<Strided>& weights_;
   const std::vector<Score>& scores_;

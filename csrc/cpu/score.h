@@ -32,6 +32,13 @@ struct Score {
   bool wide;
   double scale;
 
+  static constexpr int kKeyBits = 63;
+  // Low bits of the key that are always zero: half types, widened to float32, leave some.
+  int unused_key_bits() const {
+    const bool widened = !scaled && !wide;
+    return widened && dtype == Dtype::kBFloat16 ? 16 : widened && dtype == Dtype::kFloat16 ? 13 : 0;
+  }
+
   int64_t largest_bits() const { return static_cast<int64_t>((uint64_t{1} << (8 * item_size(dtype) - 1)) - 1); }
   static constexpr int64_t largest_key(bool wide) { return wide ? INT64_MAX : INT32_MAX; }
   static constexpr int64_t infinity_key(bool wide) {

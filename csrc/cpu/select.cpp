@@ -1,13 +1,11 @@
 // How the k smallest scores are found while the weights are read once:
 //
-//   1. A stratified sample of the scores gives a bracket of two scores that holds the k-th with high probability.
-//   2. One sweep over all weights counts what lies below the bracket, writes provisional masks (kept unless below)
-//   and
-//      sets aside the few candidates inside it. If the counts show that the bracket missed, they bound the k-th score
-//      from one side, and the sweep is repeated: always exact, hardly ever slow.
-//   3. The k-th score is selected among the candidates, and only their masks are corrected. Of equal scores the first
-//   in
-//      the order of the list go.
+//   1. A stratified sample of the scores gives a bracket that holds the k-th with high probability.
+//   2. One sweep over all weights counts what lies below the bracket, sets aside the few candidates inside it, and
+//      writes provisional masks, split in its middle. If the counts show that the bracket missed, they bound the k-th
+//      score from one side, and the sweep is repeated: always exact, hardly ever slow.
+//   3. The k-th score is selected among the candidates, and the few masks between it and the middle are corrected.
+//      Of equal scores the first in the order of the list go.
 //
 // A bracket can be one score wide, when many weights share it (half types, weights that are already zero). Then
 // nothing is set aside: the counts per chunk say which chunks lose all of it, and one chunk is walked.
@@ -25,8 +23,8 @@
 namespace pyprune {
 namespace {
 
-constexpr int64_t kFewCandidates = 16384;
-constexpr int64_t kBins = 4096;
+constexpr int64_t kFewCandidates = 2048;
+constexpr int64_t kBins = 1024;
 
 // Grows in blocks, so that what is stored stays where it is.
 class Arena {
@@ -59,21 +57,24 @@ struct Worker {
 };
 
 struct ChunkResult {
-  int64_t kept = 0;
+  int64_t above = 0;
   int64_t candidates = 0;
   int64_t nonfinite = 0;
   const void* bits = nullptr;
   const uint16_t* positions = nullptr;
 };
 
-Sweep sweep(const uint16_t* x, uint8_t* mask, int64_t n, int64_t low, int64_t high, uint16_t* bits, uint16_t* at) {
-  return PYPRUNE_KERNEL(sweep16)(x, mask, n, low, high, bits, at);
+Sweep sweep(const uint16_t* x, uint8_t* mask, int64_t n, int64_t low, int64_t middle, int64_t high, uint16_t* bits,
+            uint16_t* at) {
+  return PYPRUNE_KERNEL(sweep16)(x, mask, n, low, middle, high, bits, at);
 }
-Sweep sweep(const uint32_t* x, uint8_t* mask, int64_t n, int64_t low, int64_t high, uint32_t* bits, uint16_t* at) {
-  return PYPRUNE_KERNEL(sweep32)(x, mask, n, low, high, bits, at);
+Sweep sweep(const uint32_t* x, uint8_t* mask, int64_t n, int64_t low, int64_t middle, int64_t high, uint32_t* bits,
+            uint16_t* at) {
+  return PYPRUNE_KERNEL(sweep32)(x, mask, n, low, middle, high, bits, at);
 }
-Sweep sweep(const uint64_t* x, uint8_t* mask, int64_t n, int64_t low, int64_t high, uint64_t* bits, uint16_t* at) {
-  return PYPRUNE_KERNEL(sweep64)(x, mask, n, low, high, bits, at);
+Sweep sweep(const uint64_t* x, uint8_t* mask, int64_t n, int64_t low, int64_t middle, int64_t high, uint64_t* bits,
+            uint16_t* at) {
+  return PYPRUNE_KERNEL(sweep64)(x, mask, n, low, middle, high, bits, at);
 }
 
 std::vector<Score> scores_of(const Competition& competition) {
@@ -103,18 +104,18 @@ class Selection {
     if (removed_ == 0 || removed_ == total) {
       // Nothing competes: one sweep writes the masks, and looks for what is not finite.
       const int64_t bound = removed_ == 0 ? -1 : INT64_MAX;
-      sweep_all({bound, bound});
+      sweep_all({bound, bound, bound});
       return nonfinite();
     }
     BracketSearch search(weights_, scores_, removed_);
     for (;;) {
       const Bracket bracket = search.next();
-      const auto [kept, inside] = sweep_all(bracket);
+      const auto [above, inside] = sweep_all(bracket);
       const std::vector<int64_t> bad = nonfinite();
       if (std::ranges::any_of(bad, [](int64_t count) { return count > 0; })) {
         return bad;
       }
-      const int64_t going = removed_ - (total - kept);  // how many of the candidates
+      const int64_t going = removed_ - (total - above);  // how many of the candidates
       if (going <= 0) {
         search.too_high(bracket);
       } else if (going > inside) {
@@ -133,14 +134,14 @@ class Selection {
   // ---- the sweep ----
 
   struct Counts {
-    int64_t kept, inside;
+    int64_t above, inside;
   };
 
   Counts sweep_all(Bracket bracket) {
-    std::vector<int64_t> lows, highs;
+    std::vector<Bracket> bits;
     for (const Score& score : scores_) {
-      lows.push_back(score.bits_up_to(bracket.below));
-      highs.push_back(score.bits_up_to(bracket.last));
+      bits.push_back(
+          {score.bits_up_to(bracket.below), score.bits_up_to(bracket.middle), score.bits_up_to(bracket.last)});
     }
     for (Worker& worker : workers_) {
       worker.bits.clear();
@@ -148,18 +149,18 @@ class Selection {
     }
     const bool store = bracket.last - bracket.below > 1;
     share_tasks(static_cast<int64_t>(chunks_.size()), [&](int64_t task, int64_t worker) {
-      const int64_t tensor = chunks_[task].tensor;
-      results_[task] = sweep_chunk(chunks_[task], workers_[worker], lows[tensor], highs[tensor], store);
+      results_[task] = sweep_chunk(chunks_[task], workers_[worker], bits[chunks_[task].tensor], store);
     });
     Counts counts{0, 0};
     for (const ChunkResult& result : results_) {
-      counts.kept += result.kept;
+      counts.above += result.above;
       counts.inside += result.candidates;
     }
     return counts;
   }
 
-  ChunkResult sweep_chunk(const Chunk& chunk, Worker& worker, int64_t low, int64_t high, bool store) {
+  // With the bracket in bits of the chunk's weight.
+  ChunkResult sweep_chunk(const Chunk& chunk, Worker& worker, Bracket bracket, bool store) {
     ChunkResult result;
     with_runs(chunk, worker, [&]<class T>(const T* x, uint8_t* mask) {
       T* bits = nullptr;
@@ -168,12 +169,12 @@ class Selection {
         bits = reinterpret_cast<T*>(worker.bits.reserve(chunk.count * sizeof(T)));
         positions = reinterpret_cast<uint16_t*>(worker.positions.reserve(chunk.count * sizeof(uint16_t)));
       }
-      const Sweep swept = sweep(x, mask, chunk.count, low, high, bits, positions);
+      const Sweep swept = sweep(x, mask, chunk.count, bracket.below, bracket.middle, bracket.last, bits, positions);
       if (store) {
         worker.bits.keep(swept.candidates * sizeof(T));
         worker.positions.keep(swept.candidates * sizeof(uint16_t));
       }
-      result = {swept.kept, swept.candidates, 0, bits, positions};
+      result = {swept.above, swept.candidates, 0, bits, positions};
       const uint64_t infinity = infinity_bits(weights_[chunk.tensor].dtype);
       if (swept.largest >= infinity) {
         result.nonfinite =
@@ -222,7 +223,7 @@ class Selection {
 
   // Calls visit(key) for the candidates of a chunk.
   template <class Visit>
-  void for_each_key(int64_t task, const Visit& visit) const {
+  void for_each_key(int64_t task, Visit visit) const {
     const ChunkResult& result = results_[task];
     const Score& score = scores_[chunks_[task].tensor];
     score.with_key([&](const auto& key_of) {
@@ -235,19 +236,20 @@ class Selection {
     });
   }
 
-  // Drops the candidates of a chunk whose bits are above `low` and not above `high`, the first `most` of them.
-  void drop(int64_t task, int64_t low, int64_t high, int64_t most = INT64_MAX) const {
+  // Calls visit(bits, mask byte) for the candidates of a chunk, in order, until it returns false.
+  template <class Visit>
+  void for_each_mask(int64_t task, const Visit& visit) const {
     const ChunkResult& result = results_[task];
     const Chunk& chunk = chunks_[task];
     const Strided& mask = masks_[chunk.tensor];
+    uint8_t* data = reinterpret_cast<uint8_t*>(mask.data);
     const bool flat = mask.contiguous();
     by_bits(weights_[chunk.tensor].dtype, [&]<class T>(T) {
       const T* bits = static_cast<const T*>(result.bits);
-      for (int64_t i = 0; i < result.candidates && most > 0; ++i) {
-        if (low < static_cast<int64_t>(bits[i]) && static_cast<int64_t>(bits[i]) <= high) {
-          const int64_t at = chunk.start + result.positions[i];
-          mask.data[flat ? at : mask.offset(at)] = 0;
-          --most;
+      for (int64_t i = 0; i < result.candidates; ++i) {
+        const int64_t at = chunk.start + result.positions[i];
+        if (!visit(static_cast<int64_t>(bits[i]), data[flat ? at : mask.offset(at)])) {
+          return;
         }
       }
     });
@@ -255,38 +257,18 @@ class Selection {
 
   // The rank-th smallest key (from 1) of the candidates, and how many of them lie below it.
   std::pair<int64_t, int64_t> select(Bracket bracket, int64_t rank, int64_t inside) {
-    int shift = 0;
-    std::vector<int64_t> bins;
-    int64_t bin = 0, below = 0;
-    const int64_t tasks = static_cast<int64_t>(chunks_.size());
+    int64_t below = 0;
     if (inside > kFewCandidates) {
-      // Narrow down to one of many equal intervals first.
-      while ((bracket.last - bracket.below - 1) >> shift >= kBins) {
-        ++shift;
-      }
-      std::vector<std::vector<int64_t>> counts(workers_.size(), std::vector<int64_t>(kBins));
-      share_tasks(tasks, [&](int64_t task, int64_t worker) {
-        int64_t* mine = counts[worker].data();
-        for_each_key(task, [&](int64_t key) { ++mine[(key - bracket.below - 1) >> shift]; });
-      });
-      for (;; ++bin) {
-        int64_t here = 0;
-        for (const auto& one : counts) {
-          here += one[bin];
-        }
-        if (below + here >= rank) {
-          break;
-        }
-        below += here;
-      }
-      bracket.below += bin << shift;
-      bracket.last = bracket.below + (int64_t{1} << shift);
+      below = narrow(bracket, rank);
+    }
+    if (bracket.one_score()) {
+      return {bracket.last, below};
     }
     std::vector<std::vector<int64_t>> keys(workers_.size());
-    share_tasks(tasks, [&](int64_t task, int64_t worker) {
-      for_each_key(task, [&](int64_t key) {
+    share_tasks(static_cast<int64_t>(chunks_.size()), [&](int64_t task, int64_t worker) {
+      for_each_key(task, [&mine = keys[worker], bracket](int64_t key) {
         if (bracket.below < key && key <= bracket.last) {
-          keys[worker].push_back(key);
+          mine.push_back(key);
         }
       });
     });
@@ -300,10 +282,53 @@ class Selection {
     return {*nth, below};
   }
 
+  // Narrows the bracket to one of many equal intervals; returns how many candidates lie below that one.
+  int64_t narrow(Bracket& bracket, int64_t rank) {
+    int unused = Score::kKeyBits;  // low bits that are zero in every key
+    for (const Score& score : scores_) {
+      unused = std::min(unused, score.unused_key_bits());
+    }
+    int shift = unused;
+    while ((bracket.last - bracket.below - 1) >> shift >= kBins) {
+      ++shift;
+    }
+    // Two tables in turn: when many candidates share a bin, a counter would wait for its own last write.
+    std::vector<std::vector<int64_t>> counts(workers_.size(), std::vector<int64_t>(2 * kBins));
+    share_tasks(static_cast<int64_t>(chunks_.size()), [&](int64_t task, int64_t worker) {
+      int64_t* table = counts[worker].data();
+      int64_t* other = table + kBins;
+      for_each_key(task, [table, other, shift, first = bracket.below + 1](int64_t key) mutable {
+        ++table[(key - first) >> shift];
+        std::swap(table, other);
+      });
+    });
+    int64_t bin = 0, below = 0;
+    for (;; ++bin) {
+      int64_t here = 0;
+      for (const auto& one : counts) {
+        here += one[bin] + one[bin + kBins];
+      }
+      if (below + here >= rank) {
+        break;
+      }
+      below += here;
+    }
+    bracket.below += bin << shift;
+    bracket.last = bracket.below + (int64_t{1} << shift);
+    if (shift == unused) {
+      // The interval holds one key at the most.
+      bracket.last = bracket.last >> shift << shift;
+      bracket.below = bracket.last - 1;
+    }
+    return below;
+  }
+
   void patch_candidates(Bracket bracket, int64_t going, int64_t inside) {
     const auto [kth, below] = select(bracket, going, inside);
-    std::vector<int64_t> under, equal;  // per weight: largest bits with a key below, and not above, the k-th
+    // Per weight, the largest bits with a key below the k-th, not above it, and not above the middle.
+    std::vector<int64_t> under, equal, provisional;
     for (const Score& score : scores_) {
+      provisional.push_back(score.bits_up_to(bracket.middle));
       under.push_back(score.bits_up_to(kth - 1));
       equal.push_back(score.bits_up_to(kth));
     }
@@ -311,7 +336,14 @@ class Selection {
     std::vector<int64_t> ties(chunks_.size());
     share_tasks(tasks, [&](int64_t task, int64_t) {
       const int64_t tensor = chunks_[task].tensor;
-      drop(task, -1, under[tensor]);
+      // The middle was near: few masks are wrong, and their lines are no longer in cache.
+      for_each_mask(task, [low = under[tensor], middle = provisional[tensor]](int64_t bits, uint8_t& mask) {
+        const bool keep = bits > low;
+        if (keep != (bits > middle)) {
+          mask = keep;
+        }
+        return true;
+      });
       by_bits(weights_[tensor].dtype, [&]<class T>(T) {
         const T* bits = static_cast<const T*>(results_[task].bits);
         ties[task] = std::count_if(bits, bits + results_[task].candidates, [&](T one) {
@@ -323,10 +355,17 @@ class Selection {
     std::exclusive_scan(ties.begin(), ties.end(), before.begin(), int64_t{0});
     const int64_t ties_going = going - below;
     share_tasks(tasks, [&](int64_t task, int64_t) {
-      const int64_t left = std::min(ties[task], ties_going - before[task]);
-      if (left > 0) {
-        drop(task, under[chunks_[task].tensor], equal[chunks_[task].tensor], left);
+      int64_t left = std::min(ties[task], ties_going - before[task]);
+      if (left <= 0) {
+        return;
       }
+      const int64_t tensor = chunks_[task].tensor;
+      for_each_mask(task, [&](int64_t bits, uint8_t& mask) {
+        const bool tie = under[tensor] < bits && bits <= equal[tensor];
+        mask &= !tie;
+        left -= tie;
+        return left > 0;
+      });
     });
   }
 
@@ -344,7 +383,7 @@ class Selection {
       const int64_t low = scores_[chunk.tensor].bits_up_to(bracket.below);
       const int64_t high = scores_[chunk.tensor].bits_up_to(bracket.last);
       if (left == results_[task].candidates) {
-        sweep_chunk(chunk, workers_[worker], high, high, false);
+        sweep_chunk(chunk, workers_[worker], {high, high, high}, false);
         return;
       }
       with_runs(chunk, workers_[worker], [&]<class T>(const T* x, uint8_t* mask) {

@@ -29,7 +29,7 @@ def _load_cuda_kernels() -> bool:
     torch_cuda = Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"
     if torch_cuda.exists():
         ctypes.CDLL(str(torch_cuda), mode=ctypes.RTLD_GLOBAL)
-    torch.ops.load_library(str(library))
+    torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     return True
 
 
@@ -43,9 +43,7 @@ def check_tensors(tensors: Sequence[Tensor], name: str, dtypes: Sequence[torch.d
             allowed = ", ".join(str(dtype) for dtype in dtypes)
             raise TypeError(f"{name}[{index}] has dtype {tensor.dtype}; allowed are {allowed}")
         if tensor.layout is not torch.strided:
-            raise TypeError(
-                f"{name}[{index}] has layout {tensor.layout}; only dense (strided) tensors are allowed"
-            )
+            raise TypeError(f"{name}[{index}] has layout {tensor.layout}; only dense (strided) tensors are allowed")
         if tensor.device != tensors[0].device:
             raise ValueError(
                 f"{name}[{index}] is on {tensor.device} and {name}[0] on {tensors[0].device}; "

@@ -22,9 +22,12 @@ def count_zeros(tensors: Sequence[Tensor]) -> Tensor:
     check_tensors(tensors, "tensors", (torch.bool, *WEIGHT_DTYPES))
     if not tensors:
         return torch.empty(0, dtype=torch.int64)
-    return torch.ops.pyprune.count_zeros(list(tensors))
+    result: Tensor = torch.ops.pyprune.count_zeros(list(tensors))
+    return result
 
 
-@torch.library.register_fake("pyprune::count_zeros")
-def _(tensors: list[Tensor]) -> Tensor:
+def _fake(tensors: list[Tensor]) -> Tensor:
     return tensors[0].new_empty(len(tensors), dtype=torch.int64)
+
+
+torch.library.register_fake("pyprune::count_zeros", _fake)

@@ -33,6 +33,8 @@ def fold(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
         torch.autograd.graph.increment_version(list(weights))
 
 
-@torch.library.register_fake("pyprune::fold")
-def _(weights: list[Tensor], masks: list[Tensor]) -> None:
+def _fake(weights: list[Tensor], masks: list[Tensor]) -> None:
     return None
+
+
+torch.library.register_fake("pyprune::fold", _fake)

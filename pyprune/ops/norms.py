@@ -26,9 +26,12 @@ def norms(tensors: Sequence[Tensor]) -> Tensor:
     check_tensors(tensors, "tensors", WEIGHT_DTYPES)
     if not tensors:
         return torch.empty(0, dtype=torch.float64)
-    return torch.ops.pyprune.norms(list(tensors))
+    result: Tensor = torch.ops.pyprune.norms(list(tensors))
+    return result
 
 
-@torch.library.register_fake("pyprune::norms")
-def _(tensors: list[Tensor]) -> Tensor:
+def _fake(tensors: list[Tensor]) -> Tensor:
     return tensors[0].new_empty(len(tensors), dtype=torch.float64)
+
+
+torch.library.register_fake("pyprune::norms", _fake)

@@ -26,7 +26,7 @@ def threshold(
         mask = torch.ones_like(group, dtype=torch.bool)
         mask[torch.sort(group, stable=True).indices[:count]] = False
         kept.append(mask)
-    flat = torch.cat(kept).split([weight.numel() for weight in weights])
+    flat = torch.split(torch.cat(kept), [weight.numel() for weight in weights])
     masks = [mask.reshape(weight.shape) for mask, weight in zip(flat, weights, strict=True)]
     nonfinite = torch.stack([(~weight.isfinite()).sum() for weight in weights])
     return masks, nonfinite

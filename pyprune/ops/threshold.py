@@ -68,6 +68,8 @@ def threshold(
     return list(masks), nonfinite
 
 
-@torch.library.register_fake("pyprune::threshold")
-def _(weights: list[Tensor], scales: Tensor | None, removed: list[int], masks: list[Tensor]) -> Tensor:
+def _fake(weights: list[Tensor], scales: Tensor | None, removed: list[int], masks: list[Tensor]) -> Tensor:
     return weights[0].new_empty(len(weights), dtype=torch.int64)
+
+
+torch.library.register_fake("pyprune::threshold", _fake)

@@ -1,5 +1,5 @@
-// One step of the sweep, 64 elements: Block<T>::step writes 64 mask bytes (|x| > low) and returns two bit masks. The
-// widest instruction set that the file is compiled for decides how; without any, HasBlock<T> is false.
+// One step of the sweep, 64 elements: Block<T>::step writes 64 mask bytes (|x| > middle) and returns two bit masks.
+// The widest instruction set that the file is compiled for decides how; without any, HasBlock<T> is false.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ struct Above {
 };
 
 template <class T>
-struct Block;  // Block(low, high), step(x, mask, stream), maximum()
+struct Block;  // Block(low, middle, high), step(x, mask, stream), maximum()
 
 template <class T>
 constexpr bool kHasBlock = false;
@@ -30,8 +30,8 @@ constexpr bool kHasBlock<uint32_t> = true;
 
 #if defined(__AVX512BW__)
 
-inline void store_mask(uint8_t* mask, uint64_t above_low, bool stream) {
-  const __m512i bytes = _mm512_maskz_set1_epi8(above_low, 1);
+inline void store_mask(uint8_t* mask, uint64_t keep, bool stream) {
+  const __m512i bytes = _mm512_maskz_set1_epi8(keep, 1);
   if (stream) {
     _mm512_stream_si512(reinterpret_cast<__m512i*>(mask), bytes);
   } else {
@@ -41,18 +41,22 @@ inline void store_mask(uint8_t* mask, uint64_t above_low, bool stream) {
 
 template <>
 struct Block<uint32_t> {
-  __m512i lo, hi, largest = _mm512_setzero_si512();
-  Block(int64_t low, int64_t high)
-      : lo(_mm512_set1_epi32(static_cast<int>(low))), hi(_mm512_set1_epi32(static_cast<int>(high))) {}
+  __m512i lo, mid, hi, largest = _mm512_setzero_si512();
+  Block(int64_t low, int64_t middle, int64_t high)
+      : lo(_mm512_set1_epi32(static_cast<int>(low))),
+        mid(_mm512_set1_epi32(static_cast<int>(middle))),
+        hi(_mm512_set1_epi32(static_cast<int>(high))) {}
   Above step(const uint32_t* x, uint8_t* mask, bool stream) {
     Above above{0, 0};
+    uint64_t keep = 0;
     for (int part = 0; part < 4; ++part) {
       const __m512i v = _mm512_and_si512(_mm512_loadu_si512(x + 16 * part), _mm512_set1_epi32(0x7fffffff));
       above.low |= static_cast<uint64_t>(_mm512_cmpgt_epi32_mask(v, lo)) << (16 * part);
+      keep |= static_cast<uint64_t>(_mm512_cmpgt_epi32_mask(v, mid)) << (16 * part);
       above.high |= static_cast<uint64_t>(_mm512_cmpgt_epi32_mask(v, hi)) << (16 * part);
       largest = _mm512_max_epi32(largest, v);
     }
-    store_mask(mask, above.low, stream);
+    store_mask(mask, keep, stream);
     return above;
   }
   uint64_t maximum() const { return static_cast<uint64_t>(_mm512_reduce_max_epi32(largest)); }
@@ -60,18 +64,22 @@ struct Block<uint32_t> {
 
 template <>
 struct Block<uint16_t> {
-  __m512i lo, hi, largest = _mm512_setzero_si512();
-  Block(int64_t low, int64_t high)
-      : lo(_mm512_set1_epi16(static_cast<short>(low))), hi(_mm512_set1_epi16(static_cast<short>(high))) {}
+  __m512i lo, mid, hi, largest = _mm512_setzero_si512();
+  Block(int64_t low, int64_t middle, int64_t high)
+      : lo(_mm512_set1_epi16(static_cast<short>(low))),
+        mid(_mm512_set1_epi16(static_cast<short>(middle))),
+        hi(_mm512_set1_epi16(static_cast<short>(high))) {}
   Above step(const uint16_t* x, uint8_t* mask, bool stream) {
     Above above{0, 0};
+    uint64_t keep = 0;
     for (int part = 0; part < 2; ++part) {
       const __m512i v = _mm512_and_si512(_mm512_loadu_si512(x + 32 * part), _mm512_set1_epi16(0x7fff));
       above.low |= static_cast<uint64_t>(_mm512_cmpgt_epi16_mask(v, lo)) << (32 * part);
+      keep |= static_cast<uint64_t>(_mm512_cmpgt_epi16_mask(v, mid)) << (32 * part);
       above.high |= static_cast<uint64_t>(_mm512_cmpgt_epi16_mask(v, hi)) << (32 * part);
       largest = _mm512_max_epi16(largest, v);
     }
-    store_mask(mask, above.low, stream);
+    store_mask(mask, keep, stream);
     return above;
   }
   uint64_t maximum() const {
@@ -191,8 +199,9 @@ uint64_t maximum_of(Vector v) {
 
 template <>
 struct Block<uint32_t> {
-  Vector lo, hi, largest = set32(0);
-  Block(int64_t low, int64_t high) : lo(set32(static_cast<int>(low))), hi(set32(static_cast<int>(high))) {}
+  Vector lo, mid, hi, largest = set32(0);
+  Block(int64_t low, int64_t middle, int64_t high)
+      : lo(set32(static_cast<int>(low))), mid(set32(static_cast<int>(middle))), hi(set32(static_cast<int>(high))) {}
   Above step(const uint32_t* x, uint8_t* mask, bool stream) {
     Above above{0, 0};
     constexpr int kWidth = sizeof(Vector);  // elements that make one vector of mask bytes
@@ -203,8 +212,9 @@ struct Block<uint32_t> {
         largest = larger32(largest, v[i]);
       }
       const Vector low = bytes_of(above32(v[0], lo), above32(v[1], lo), above32(v[2], lo), above32(v[3], lo));
+      const Vector keep = bytes_of(above32(v[0], mid), above32(v[1], mid), above32(v[2], mid), above32(v[3], mid));
       const Vector high = bytes_of(above32(v[0], hi), above32(v[1], hi), above32(v[2], hi), above32(v[3], hi));
-      store_mask(mask + part, low, stream);
+      store_mask(mask + part, keep, stream);
       above.low |= bits_of(low) << part;
       above.high |= bits_of(high) << part;
     }
@@ -215,8 +225,11 @@ struct Block<uint32_t> {
 
 template <>
 struct Block<uint16_t> {
-  Vector lo, hi, largest = set32(0);
-  Block(int64_t low, int64_t high) : lo(set16(static_cast<short>(low))), hi(set16(static_cast<short>(high))) {}
+  Vector lo, mid, hi, largest = set32(0);
+  Block(int64_t low, int64_t middle, int64_t high)
+      : lo(set16(static_cast<short>(low))),
+        mid(set16(static_cast<short>(middle))),
+        hi(set16(static_cast<short>(high))) {}
   Above step(const uint16_t* x, uint8_t* mask, bool stream) {
     Above above{0, 0};
     constexpr int kWidth = sizeof(Vector);
@@ -224,8 +237,9 @@ struct Block<uint16_t> {
       const Vector a = both(load(x + part), set16(0x7fff)), b = both(load(x + part + kWidth / 2), set16(0x7fff));
       largest = larger16(largest, larger16(a, b));
       const Vector low = bytes_of(above16(a, lo), above16(b, lo));
+      const Vector keep = bytes_of(above16(a, mid), above16(b, mid));
       const Vector high = bytes_of(above16(a, hi), above16(b, hi));
-      store_mask(mask + part, low, stream);
+      store_mask(mask + part, keep, stream);
       above.low |= bits_of(low) << part;
       above.high |= bits_of(high) << part;
     }

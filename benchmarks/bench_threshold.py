@@ -1,0 +1,215 @@
+"""Time magnitude masks, folding and counting beside torch's own ways and NNCF's formula, as ratios.
+
+All ways run in one process, in turns; the medians are compared. See ``--help`` for the options. The default run
+takes two to four minutes and 8 GB of memory.
+"""
+
+import argparse
+import json
+import time
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import Way, environment, interleave
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from shapes import MODELS, as_modules, random_weights
+from torch import Tensor
+from torch.nn.utils import prune as torch_prune
+
+import pyprune
+from pyprune import ops
+from pyprune.methods import removed_count
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+NOTES = """\
+x floor         medians, beside the floor of the job: nothing can be faster than moving the bytes
+floor of masks  ops.threshold with nothing to remove, into existing masks: it reads each
+                weight once and writes each mask byte once, and finds no threshold
+x pyprune       medians, beside the first line of pyprune in the same part
+existing masks  are overwritten; new masks pay for fresh memory, as torch's own ways do
+L2-normalised   scores |w| / ||w||_2; NNCF's formula: torch.cat of them, and kthvalue
+global_unstructured, pyprune.prune   also put the masks on the layers"""
+
+
+def cat_kthvalue(weights: list[Tensor], removed: int) -> list[Tensor]:
+    bound = torch.cat([weight.abs().flatten() for weight in weights]).kthvalue(removed).values
+    return [weight.abs() > bound for weight in weights]
+
+
+def nncf_formula(weights: list[Tensor], ratio: float) -> list[Tensor]:
+    """Compute what NNCF 3's update_pruning_ratio computes for its global mode, without its hooks."""
+    scores = torch.cat([(weight.abs() / weight.norm(2)).flatten() for weight in weights])
+    bound = scores.kthvalue(int((scores.numel() - 1) * ratio) + 1).values
+    return [weight.abs() / weight.norm(2) > bound for weight in weights]
+
+
+def kthvalue_per_tensor(weights: list[Tensor], removed: list[int]) -> list[Tensor]:
+    scores = [weight.abs() for weight in weights]
+    bounds = [score.flatten().kthvalue(max(count, 1)).values for score, count in zip(scores, removed, strict=True)]
+    return [score > bound for score, bound in zip(scores, bounds, strict=True)]
+
+
+def l2_normalised(weights: list[Tensor], removed: int, masks: list[Tensor] | None = None) -> list[Tensor]:
+    return ops.threshold(weights, removed, scales=ops.norms(weights).reciprocal(), masks=masks)[0]
+
+
+def threshold_ways(weights: list[Tensor], ratio: float, masks: list[Tensor]) -> list[Way]:
+    removed = removed_count(sum(weight.numel() for weight in weights), ratio)
+    removed_each = [removed_count(weight.numel(), ratio) for weight in weights]
+
+    def new_layers() -> tuple[torch.nn.ModuleList]:
+        return (as_modules(weights),)
+
+    def global_unstructured(layers: torch.nn.ModuleList) -> None:
+        torch_prune.global_unstructured(
+            [(layer, "weight") for layer in layers], torch_prune.L1Unstructured, amount=ratio
+        )
+
+    def pyprune_prune(layers: torch.nn.ModuleList) -> None:
+        pyprune.prune(layers, pyprune.PruneMode.UNSTRUCTURED_MAGNITUDE_GLOBAL, ratio=ratio)
+
+    def local(masks: list[Tensor] | None = None) -> None:
+        ops.threshold(weights, removed_each, masks=masks)
+
+    floor = Way("masks", "floor: read weights, write masks", lambda: ops.threshold(weights, 0, masks=masks))
+    ways = [
+        Way("global, |w|", "pyprune, existing masks", lambda: ops.threshold(weights, removed, masks=masks)),
+        Way("global, |w|", "pyprune, new masks", lambda: ops.threshold(weights, removed)),
+        Way("global, |w|", "torch.cat + kthvalue", lambda: cat_kthvalue(weights, removed)),
+        Way("global, |w|", "torch global_unstructured (L1)", global_unstructured, new_layers),
+        Way("global, L2-normalised", "pyprune, existing masks", lambda: l2_normalised(weights, removed, masks)),
+        Way("global, L2-normalised", "pyprune, new masks", lambda: l2_normalised(weights, removed)),
+        Way("global, L2-normalised", "pyprune.prune, the whole call", pyprune_prune, new_layers),
+        Way("global, L2-normalised", "NNCF's formula", lambda: nncf_formula(weights, ratio)),
+        Way("local, |w|", "pyprune, existing masks", lambda: local(masks)),
+        Way("local, |w|", "pyprune, new masks", local),
+        Way("local, |w|", "kthvalue per tensor", lambda: kthvalue_per_tensor(weights, removed_each)),
+    ]
+    return with_floor(floor, ways)
+
+
+def fold_ways(weights: list[Tensor], masks: list[Tensor]) -> list[Way]:
+    floor = Way("fold", "floor: torch._foreach_mul_, 1.0", lambda: torch._foreach_mul_(weights, 1.0))
+    ways = [
+        Way("fold", "pyprune", lambda: ops.fold(weights, masks)),
+        Way("fold", "torch._foreach_mul_, bool masks", lambda: torch._foreach_mul_(weights, masks)),
+    ]
+    return with_floor(floor, ways)
+
+
+def count_ways(masks: list[Tensor]) -> list[Way]:
+    return [
+        Way("count zeros of masks", "pyprune", lambda: ops.count_zeros(masks)),
+        Way("count zeros of masks", "torch.count_nonzero", lambda: [torch.count_nonzero(mask) for mask in masks]),
+    ]
+
+
+def with_floor(floor: Way, ways: list[Way]) -> list[Way]:
+    for way in (floor, *ways):
+        way.floor = floor
+    return [floor, *ways]
+
+
+def compare_masks(weights: list[Tensor], ratio: float) -> str:
+    """Say how our masks differ from those of torch.cat + kthvalue; raise if they do elsewhere than at ties."""
+    removed = removed_count(sum(weight.numel() for weight in weights), ratio)
+    masks, _ = ops.threshold(weights, removed)
+    ours = sum(int((~mask).sum()) for mask in masks)
+    if ours != removed:
+        raise RuntimeError(f"pyprune removed {ours} elements instead of {removed}")
+    bound = max(weight.abs()[~mask].max() for weight, mask in zip(weights, masks, strict=True) if not mask.all())
+    more = 0
+    for weight, mask, other in zip(weights, masks, cat_kthvalue(weights, removed), strict=True):
+        differs = mask != other
+        more += int(differs.sum())
+        if not (weight.abs()[differs] == bound).all() or other[~mask].any():
+            raise RuntimeError("the masks of pyprune and of torch.cat + kthvalue differ elsewhere than at ties")
+    return f"pyprune removes exactly {removed:,}; torch.cat + kthvalue these and {more:,} more (ties)"
+
+
+def table_of(title: str, ways: list[Way]) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("")
+    for column in ("median ms", "x floor", "x pyprune", "runs"):
+        table.add_column(column, justify="right")
+    for group, members in groupby(ways, key=lambda way: way.group):
+        part = list(members)
+        ours = next((way for way in part if way.name.startswith("pyprune")), None)
+        table.add_row(f"[bold]{group}")
+        for way in part:
+            table.add_row(
+                f"  {way.name}",
+                f"{way.median_ms:,.2f}",
+                f"{way.median_ms / way.floor.median_ms:,.2f}" if way.floor else "",
+                f"{way.median_ms / ours.median_ms:,.2f}" if ours and way is not way.floor else "",
+                str(len(way.samples_ms)),
+                end_section=way is part[-1],
+            )
+    return table
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, nargs="+", default=list(MODELS), help="shapes (default: all)")
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES), help="(default: all)")
+    parser.add_argument("--ratio", type=float, default=0.7, help="fraction to remove (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="of torch and of pyprune (default: torch's own)")
+    parser.add_argument("--repeats", type=int, default=15, help="of each way (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="a way gets at most (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the samples and the environment here")
+    parser.add_argument("--quick", action="store_true", help="ResNet-50 in float32, 3 repeats, half a second per way")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.model, arguments.dtype, arguments.repeats, arguments.seconds = ["resnet50"], ["float32"], 3, 0.5
+    if not 0 < arguments.ratio < 1:
+        parser.error(f"--ratio is {arguments.ratio}; it must be above 0 and below 1")
+    if arguments.repeats < 1:
+        parser.error(f"--repeats is {arguments.repeats}; it must be at least 1")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    start = time.perf_counter()
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    console = Console()
+    facts = environment()
+    kernels = f"pyprune {facts['pyprune']['pyprune']} ({facts['pyprune']['cpu_capability']})"
+    console.print(
+        f"{facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}, {kernels}\n"
+        f"ratio {arguments.ratio}; load average at the start {facts['load_average']:.1f} (neighbours spoil figures)",
+        highlight=False,
+    )
+    results: list[dict[str, Any]] = []
+    for model in arguments.model:
+        for dtype in arguments.dtype:
+            weights = random_weights(MODELS[model](), DTYPES[dtype])
+            title = f"{model}, {dtype}: {len(weights)} tensors, {sum(map(Tensor.numel, weights)) / 1e6:.1f}M weights"
+            agreement = compare_masks(weights, arguments.ratio)
+            masks = [torch.ones_like(weight, dtype=torch.bool) for weight in weights]
+            console.print(f"\nMeasuring {title}", highlight=False)
+            ways = threshold_ways(weights, arguments.ratio, masks)
+            interleave(ways, arguments.repeats, arguments.seconds, console, title)
+            # Folding changes the weights, so it comes last.
+            last = fold_ways(weights, masks) + count_ways(masks)
+            interleave(last, arguments.repeats, arguments.seconds, console, title)
+            console.print(table_of(title, ways + last))
+            console.print(f"{agreement}\n", highlight=False)
+            results += [
+                {"model": model, "dtype": dtype, "group": way.group, "way": way.name, "samples_ms": way.samples_ms}
+                for way in ways + last
+            ]
+    console.print(NOTES, highlight=False)
+    console.print(f"Took {time.perf_counter() - start:.0f} s.")
+    if arguments.json is not None:
+        report = {"environment": facts, "ratio": arguments.ratio, "results": results}
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Report how much of a model is pruned."""
+
+import io
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from pyprune import ops
+from pyprune.targets import Target, all_parameters, check_prunable, layer_weights, masks_of
+
+
+@dataclass(frozen=True)
+class TensorPruningStatistic:
+    """How much of one weight is pruned."""
+
+    tensor_name: str
+    shape: tuple[int, ...]
+    pruned_ratio: float
+
+
+@dataclass(frozen=True)
+class ModelPruningStatistic:
+    """How much of a model is pruned: of the weights that are listed, and of all parameters."""
+
+    pruning_ratio: float
+    global_pruning_ratio: float
+    pruned_tensors: tuple[TensorPruningStatistic, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return dicts, lists and numbers, ready for JSON."""
+        tensors = [asdict(tensor) | {"shape": list(tensor.shape)} for tensor in self.pruned_tensors]
+        return asdict(self) | {"pruned_tensors": tensors}
+
+    def __str__(self) -> str:
+        # Imported here: `import pyprune` must cost little.
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title="Pruning statistics", title_justify="left", box=box.SIMPLE, show_footer=True)
+        table.add_column("weight", "all of these\nall parameters of the model", overflow="fold")
+        table.add_column("shape", justify="right")
+        table.add_column("pruned", f"{self.pruning_ratio:.2%}\n{self.global_pruning_ratio:.2%}", justify="right")
+        for tensor in self.pruned_tensors:
+            # Text, because a name with brackets in it is no markup.
+            table.add_row(Text(tensor.tensor_name), " x ".join(map(str, tensor.shape)), f"{tensor.pruned_ratio:.2%}")
+        # As wide as the table needs, and never coloured: the text may go anywhere.
+        console = Console(file=io.StringIO(), width=1000, color_system=None)
+        with console.capture() as capture:
+            console.print(table)
+        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def pruning_statistic(model: nn.Module) -> ModelPruningStatistic:
+    """Count what is pruned, exactly; a tied weight counts once.
+
+    With masks on, the masked weights are listed and the zeros of their masks count. Without (a dense or a
+    stripped model), it is the weights of the layers that `prune` would choose, and the zeros in them.
+
+    Returns:
+        ``pruning_ratio``: zeros / elements of the listed weights; ``global_pruning_ratio``: the same zeros /
+        elements of all parameters of the model; ``pruned_tensors``: name, shape and ratio of each. 0.0 of nothing.
+
+    Raises:
+        TypeError, ValueError: if ``model`` is not a module, or, without masks, if the zeros of a weight cannot be
+            counted (lazy, meta, sharded, quantised).
+
+    Example:
+        >>> import torch
+        >>> linear = nn.Linear(4, 2, bias=False)
+        >>> _ = linear.weight.data.copy_(torch.eye(2, 4))
+        >>> pruning_statistic(linear).pruning_ratio
+        0.75
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module")
+    parameters = all_parameters(model)
+    counted = masks_of(model)
+    if not counted:
+        layers = {owner.name for owner in layer_weights(model)}
+        counted = {target: target.parameter for target in parameters if target.is_among(layers)}
+        for target in counted:
+            check_prunable(target)
+    zeros = _count(counted)
+    tensors = tuple(
+        TensorPruningStatistic(target.name, tuple(tensor.shape), _ratio(zeros[target], tensor.numel()))
+        for target, tensor in counted.items()
+    )
+    total = sum(zeros.values())
+    return ModelPruningStatistic(
+        _ratio(total, sum(tensor.numel() for tensor in counted.values())),
+        _ratio(total, sum(target.parameter.numel() for target in parameters)),
+        tensors,
+    )
+
+
+def _count(tensors: dict[Target, Tensor]) -> dict[Target, int]:
+    """Count the zeros of each tensor, with one call and one synchronisation per device."""
+    zeros = dict.fromkeys(tensors, 0)
+    for device in {tensor.device for tensor in tensors.values()}:
+        group = {target: tensor for target, tensor in tensors.items() if tensor.device == device}
+        zeros.update(zip(group, ops.count_zeros(list(group.values())).tolist(), strict=True))
+    return zeros
+
+
+def _ratio(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0

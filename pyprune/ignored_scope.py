@@ -1,0 +1,95 @@
+"""Which weights pruning leaves alone."""
+
+import difflib
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class IgnoredScope:
+    """Rules for what `prune` must not touch; a weight is ignored if one rule matches it or a module it lies in.
+
+    A tied weight is one weight: it is ignored if a rule matches any of its names.
+
+    Args:
+        names: names of parameters ("conv1.weight") or of modules ("encoder": all below it).
+        patterns: regular expressions for such names, matched at their start, as `re.match` does.
+        types: class names of modules ("Embedding": all below such modules, subclasses too).
+        validate: whether a rule that matches nothing in the model is an error.
+
+    Raises:
+        TypeError: if a rule is not a string, or a plain string was given for a list of them.
+        ValueError: for a pattern that is not a regular expression.
+
+    Example:
+        >>> IgnoredScope(names=["fc"], patterns=[r".*embed"]).names
+        ('fc',)
+    """
+
+    names: Sequence[str] = ()
+    patterns: Sequence[str] = ()
+    types: Sequence[str] = ()
+    validate: bool = True
+
+    def __post_init__(self) -> None:
+        for field in ("names", "patterns", "types"):
+            rules = getattr(self, field)
+            if isinstance(rules, str) or not isinstance(rules, Collection):
+                raise TypeError(
+                    f"IgnoredScope {field} is {rules!r}; give a list of strings, as in {field}=[{rules!r}]"
+                )
+            for rule in rules:
+                if not isinstance(rule, str):
+                    raise TypeError(f"IgnoredScope {field} has {rule!r} in it; every rule must be a string")
+            object.__setattr__(self, field, tuple(rules))
+        for pattern in self.patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"IgnoredScope pattern {pattern!r} is not a regular expression: {error}") from error
+
+
+def ignored_by(
+    scope: IgnoredScope, parameters: Collection[str], module_types: Mapping[str, Collection[str]]
+) -> Callable[[str], bool]:
+    """Return a function that says of a parameter's name whether the scope ignores it.
+
+    Args:
+        scope: the rules.
+        parameters: names of all parameters of the model.
+        module_types: for the name of every module ("" for the model itself) the names of its class and its bases.
+
+    Raises:
+        ValueError: if the scope validates and one of its rules matches nothing; the text lists the nearest names.
+
+    Example:
+        >>> ignored = ignored_by(IgnoredScope(types=["Linear"]), ["fc.weight"], {"": ["Net"], "fc": ["Linear"]})
+        >>> ignored("fc.weight")
+        True
+    """
+    names = [*parameters, *filter(None, module_types)]
+    types = sorted({name for bases in module_types.values() for name in bases})
+    matched = {name for name in names if name in scope.names}
+    unmatched = [("name", rule, names) for rule in scope.names if rule not in matched]
+    for pattern in scope.patterns:
+        hits = [name for name in names if re.match(pattern, name)]
+        matched.update(hits)
+        unmatched += [] if hits else [("pattern", pattern, names)]
+    matched.update(name for name, bases in module_types.items() if not set(scope.types).isdisjoint(bases))
+    unmatched += [("type", rule, types) for rule in scope.types if rule not in types]
+    if scope.validate and unmatched:
+        complaints = [
+            f"{kind} {rule!r} (nearest: {', '.join(difflib.get_close_matches(rule, known, n=3, cutoff=0.0))})"
+            for kind, rule, known in unmatched
+        ]
+        raise ValueError(
+            f"IgnoredScope rules that match nothing in the model: {'; '.join(complaints)}. "
+            "Correct them, or set validate=False to allow them"
+        )
+
+    def ignored(parameter: str) -> bool:
+        parts = parameter.split(".")
+        return any(".".join(parts[:length]) in matched for length in range(len(parts) + 1))
+
+    return ignored

@@ -1,0 +1,128 @@
+"""The model kinds that every function must cope with, and how to tell that a model did not change."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+
+class ConvNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 4, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(4)
+        self.conv2 = nn.Conv2d(4, 6, 3, groups=2, bias=False)
+        self.bn2 = nn.BatchNorm2d(6)
+        self.dropout = nn.Dropout(0.5)
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.bn1(self.conv1(images)).relu()
+        hidden = self.bn2(self.conv2(hidden)).relu().mean((2, 3))
+        return self.fc(self.dropout(hidden))
+
+
+class Transformer(nn.Module):
+    """Two kinds of attention, and embeddings tied to the output layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+        self.cross = nn.MultiheadAttention(8, 2, kdim=5, vdim=6, batch_first=True)
+        self.decoder = nn.Linear(8, 11)
+        self.decoder.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.layer(self.embed(tokens))
+        hidden = hidden + self.cross(hidden, hidden[..., :5], hidden[..., :6])[0]
+        return self.decoder(hidden)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(5, 6, num_layers=2, bidirectional=True, batch_first=True)
+        self.gru = nn.GRU(12, 4, batch_first=True)
+        self.cell = nn.LSTMCell(4, 3)
+
+    def forward(self, series: Tensor) -> Tensor:
+        hidden = self.gru(self.lstm(series)[0])[0]
+        return self.cell(hidden[:, -1], self.cell(hidden[:, 0]))[0]
+
+
+@dataclass
+class Case:
+    model: nn.Module
+    inputs: Tensor
+
+
+_CASES: dict[str, tuple[type[nn.Module], Callable[[], Tensor]]] = {
+    "cnn": (ConvNet, lambda: torch.randn(8, 1, 8, 8)),
+    "transformer": (Transformer, lambda: torch.randint(11, (3, 7))),
+    "recurrent": (Recurrent, lambda: torch.randn(3, 7, 5)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def build(kind: str) -> Case:
+    model, inputs = _CASES[kind]
+    return Case(model(), inputs())
+
+
+@pytest.fixture(params=list(_CASES))
+def case(request: pytest.FixtureRequest) -> Case:
+    return build(request.param)
+
+
+@pytest.fixture
+def cnn() -> Case:
+    return build("cnn")
+
+
+@pytest.fixture
+def transformer() -> Case:
+    return build("transformer")
+
+
+@pytest.fixture
+def recurrent() -> Case:
+    return build("recurrent")
+
+
+class Unchanged:
+    """Takes down all there is to see of a model, and asserts later that it is still so."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.seen = self._look()
+
+    def _look(self) -> dict[str, object]:
+        return {
+            "classes": [(name, type(module)) for name, module in self.model.named_modules()],
+            "parameters": [(name, id(p), p.requires_grad) for name, p in self.model.named_parameters()],
+            "flags": [module.training for module in self.model.modules()],
+            "attributes": [sorted(vars(module)) for module in self.model.modules()],
+            "state": {name: tensor.clone() for name, tensor in self.model.state_dict().items()},
+            "rng": torch.get_rng_state(),
+        }
+
+    def check(self) -> None:
+        now = self._look()
+        for key in ("classes", "parameters", "flags", "attributes"):
+            assert now[key] == self.seen[key], key
+        assert list(now["state"]) == list(self.seen["state"])
+        for name, tensor in self.seen["state"].items():
+            torch.testing.assert_close(now["state"][name], tensor, rtol=0, atol=0, equal_nan=True, msg=name)
+        assert torch.equal(now["rng"], self.seen["rng"])
+
+
+@pytest.fixture
+def unchanged() -> type[Unchanged]:
+    return Unchanged

@@ -1,0 +1,41 @@
+import pytest
+import torch
+from torch import nn
+
+from pyprune.calibration import evaluating, forward
+
+
+def test_forward_spreads_mappings_and_tuples():
+    class Two(nn.Module):
+        def forward(self, x, y=0):
+            return (x, y)
+
+    assert forward(Two(), (1, 2)) == (1, 2)
+    assert forward(Two(), {"x": 1, "y": 2}) == (1, 2)
+    assert forward(Two(), 1) == (1, 0)
+    assert forward(Two(), [1, 2]) == ([1, 2], 0)
+
+
+def test_evaluating_gives_every_flag_back_whatever_happens():
+    model = nn.Sequential(nn.Linear(1, 1), nn.Dropout(), nn.BatchNorm1d(1))
+    model[1].eval()
+
+    def fail():
+        with evaluating(model, training=[model[2]]):
+            assert [module.training for module in model.modules()] == [False, False, False, True]
+            assert not torch.is_grad_enabled()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert [module.training for module in model.modules()] == [True, True, False, True]
+    assert torch.is_grad_enabled()
+
+
+def test_evaluating_does_not_call_train_of_the_model():
+    class Merging(nn.Linear):
+        def train(self, mode=True):
+            raise AssertionError("train() has side effects here")
+
+    with evaluating(Merging(1, 1)):
+        pass

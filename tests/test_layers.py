@@ -1,0 +1,109 @@
+"""The package is built in floors, and imports only go down (ARCHITECTURE.md)."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pyprune
+
+ROOT = Path(pyprune.__file__).parent
+FLOORS = {
+    "_C": 0,
+    "ops": 1,
+    "_build_info": 1,
+    "methods": 2,
+    "ignored_scope": 2,
+    "calibration": 3,
+    "masks": 3,
+    "targets": 3,
+    "tracing": 3,
+    "_batch_norm": 4,
+    "_config": 4,
+    "_prune": 4,
+    "_statistics": 4,
+    "_strip": 4,
+    "__init__": 5,
+}
+# What floor 2 computes with; it never sees a module.
+PURE = {"methods", "ignored_scope"}
+
+
+def sources():
+    return sorted(path for path in ROOT.rglob("*.py"))
+
+
+def room(path_or_name):
+    """Return the first name below pyprune."""
+    if isinstance(path_or_name, Path):
+        return path_or_name.relative_to(ROOT).parts[0].removesuffix(".py")
+    return path_or_name.split(".")[1] if "." in path_or_name else "__init__"
+
+
+def imports(path):
+    """Yield the pyprune modules that a file imports, at the top or inside a function."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "pyprune")
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} has a relative import"
+            if node.module == "pyprune":
+                yield from (f"pyprune.{alias.name}" for alias in node.names)
+            elif (node.module or "").startswith("pyprune."):
+                yield node.module
+
+
+def test_every_source_file_has_a_floor():
+    assert {room(path) for path in sources()} | {"_C"} == set(FLOORS)
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_only_go_down(path):
+    floor = FLOORS[room(path)]
+    for name in imports(path):
+        target = room(name)
+        assert FLOORS[target] <= floor, f"{path.name} imports {name}, which is a floor above"
+        same_floor_is_fine = floor in (1, 3) or target == room(path)
+        assert FLOORS[target] < floor or same_floor_is_fine, f"{path.name} imports {name} of its own floor"
+
+
+def test_masks_do_not_know_why_they_were_chosen():
+    for name in ("masks", "calibration", "tracing"):
+        assert not {room(found) for found in imports(ROOT / f"{name}.py")} & {"methods", "ops"}
+
+
+def test_pure_floor_never_sees_a_module():
+    for name in PURE:
+        tree = ast.parse((ROOT / f"{name}.py").read_text())
+        assert not any(isinstance(node, ast.Attribute | ast.Name) and "nn" in ast.unparse(node).split(".")
+                       for node in ast.walk(tree))  # fmt: skip
+        assert not any(alias.name == "nn" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
+                       for alias in node.names)  # fmt: skip
+
+
+def test_only_ops_use_the_operators():
+    for path in sources():
+        if room(path) != "ops":
+            assert "torch.ops" not in path.read_text(), path
+
+
+def test_exported_names_are_sorted_and_exist():
+    assert pyprune.__all__ == sorted(pyprune.__all__)
+    public = {name for name, value in vars(pyprune).items() if name[0] != "_" and not inspect.ismodule(value)}
+    assert public | {"__version__"} == set(pyprune.__all__)
+    for name in pyprune.__all__:
+        assert name == "__version__" or getattr(pyprune, name).__doc__
+
+
+def test_version_is_that_of_the_native_module():
+    assert pyprune.__version__ == pyprune.build_info()["pyprune"]
+
+
+def test_import_adds_little_to_torch():
+    code = "import sys, torch; before = set(sys.modules); import pyprune; print(*sorted(set(sys.modules) - before))"
+    added = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not [name for name in added if name.startswith(("torch._dynamo", "torch._inductor"))]
+    assert {name.split(".")[0] for name in added} <= {"pyprune", "torch"} | set(sys.stdlib_module_names)

@@ -1,0 +1,255 @@
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+import pyprune
+from pyprune.masks import Mask, Owner, attach, dense_modules, dense_parameters, detach, shared_mask
+from pyprune.targets import find_targets, masks_of
+
+LOCAL, GLOBAL = pyprune.PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL, pyprune.PruneMode.UNSTRUCTURED_MAGNITUDE_GLOBAL
+
+
+def folded(model):
+    """The oracle: a dense copy made before pruning, with zeros written into its weights by hand."""
+    return {target.name: (target.parameter.detach() * mask) for target, mask in masks_of(model).items()}
+
+
+def dense_twin(case, ratio=0.6):
+    """Prune the model of the case; return a dense model with the same zeros."""
+    twin = copy.deepcopy(case.model)
+    pyprune.prune(case.model, GLOBAL, ratio=ratio)
+    weights = folded(case.model)
+    for target in find_targets(twin):
+        target.parameter.data.copy_(weights[target.name])
+    return twin
+
+
+def test_mask_zeroes_infinities_and_their_gradient():
+    weight = torch.tensor([torch.inf, 2.0, torch.nan], requires_grad=True)
+    out = Mask(torch.tensor([False, True, False]))(weight)
+    assert out.tolist() == [0.0, 2.0, 0.0]
+    (out * torch.tensor([torch.inf, 3.0, 1.0])).nan_to_num().sum().backward()
+    assert weight.grad.tolist() == [0.0, 3.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_mask_keeps_dtype_and_layout(dtype):
+    weight = torch.randn(2, 3, 4, 4, dtype=dtype).to(memory_format=torch.channels_last)
+    out = Mask(weight > 0)(weight)
+    assert out.dtype == dtype
+    assert out.stride() == weight.stride()
+
+
+def test_masks_zero_the_same_outputs_and_gradients_as_zeros_in_the_weights(case):
+    twin = dense_twin(case)
+    for training in (False, True):
+        case.model.train(training)
+        twin.train(training)
+        torch.manual_seed(1)
+        out = case.model(case.inputs)
+        torch.manual_seed(1)
+        expected = twin(case.inputs)
+        torch.testing.assert_close(out, expected)
+    out.square().sum().backward()
+    expected.square().sum().backward()
+    gradients = {target.name: target.parameter.grad for target in find_targets(twin)}
+    for target, mask in masks_of(case.model).items():
+        assert target.parameter.grad.count_nonzero() > 0, target.name
+        torch.testing.assert_close(target.parameter.grad, gradients[target.name] * mask)
+
+
+def test_masks_act_in_the_fast_path_of_attention(transformer):
+    twin = dense_twin(transformer)
+    transformer.model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(transformer.model(transformer.inputs), twin.eval()(transformer.inputs))
+        dense = copy.deepcopy(twin)
+        for target in find_targets(dense):
+            target.parameter.data += 1
+        assert not torch.allclose(dense(transformer.inputs), twin(transformer.inputs))
+
+
+def test_masks_let_a_training_step_through(case):
+    pyprune.prune(case.model, GLOBAL, ratio=0.6)
+    optimizer = torch.optim.SGD(case.model.parameters(), lr=0.1)
+    before = case.model(case.inputs).detach()
+    case.model(case.inputs).square().sum().backward()
+    optimizer.step()
+    for target, mask in masks_of(case.model).items():
+        for owner in target.owners:
+            assert not getattr(owner.module, owner.attribute)[~mask].any()
+    assert not torch.allclose(case.model(case.inputs), before)
+
+
+def test_masks_share_one_module_over_a_tied_weight_also_in_a_copy(transformer):
+    model = copy.deepcopy(pyprune.prune(transformer.model, GLOBAL, ratio=0.6))
+    embed, decoder = model.embed.parametrizations.weight, model.decoder.parametrizations.weight
+    assert embed.original is decoder.original
+    assert embed[0] is decoder[0]
+    assert embed[0] is not transformer.model.embed.parametrizations.weight[0]
+    target = next(target for target in find_targets(model) if target.name == "embed.weight")
+    assert [owner.name for owner in target.owners] == ["embed.weight", "decoder.weight"]
+
+
+def test_masks_survive_deepcopy_and_are_independent(case):
+    pyprune.prune(case.model, GLOBAL, ratio=0.6)
+    case.model.train()(case.inputs).sum().backward()  # leaves non-leaf tensors behind, if anything does
+    case.model.eval()
+    twin = copy.deepcopy(case.model)
+    expected = case.model(case.inputs)
+    torch.testing.assert_close(twin(case.inputs), expected)
+    pyprune.prune(twin, GLOBAL, ratio=0.1)
+    torch.testing.assert_close(case.model(case.inputs), expected)
+    pyprune.strip(twin)
+    torch.testing.assert_close(case.model(case.inputs), expected)
+    assert masks_of(case.model)
+
+
+def test_masks_on_a_copy_do_not_reach_the_original(recurrent):
+    model = recurrent.model.eval()
+    pyprune.prune(model, LOCAL, ratio=0.5, ignored_scope=pyprune.IgnoredScope(patterns=[r".*weight_hh"]))
+    twin = copy.deepcopy(model)
+    expected = model(recurrent.inputs)
+    pyprune.prune(twin, LOCAL, ratio=0.9)
+    torch.testing.assert_close(model(recurrent.inputs), expected)
+    assert model.lstm.weight_hh_l0 is dict(dense_parameters_by_name(model))["lstm.weight_hh_l0"]
+
+
+def dense_parameters_by_name(model):
+    return [(owner.name, parameter) for owner, parameter in dense_parameters(model)]
+
+
+def test_masks_survive_conversion(case):
+    twin = dense_twin(case).eval().double()
+    model = case.model.eval().double()
+    inputs = case.inputs.double() if case.inputs.is_floating_point() else case.inputs
+    torch.testing.assert_close(model(inputs), twin(inputs))
+    model.float().to("cpu")
+    torch.testing.assert_close(model(case.inputs), twin.float()(case.inputs))
+
+
+def test_masks_work_under_autocast(case):
+    twin = dense_twin(case).eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(case.model.eval()(case.inputs), twin(case.inputs))
+
+
+def test_masks_travel_in_a_pickled_state_dict(case):
+    fresh = copy.deepcopy(case.model).eval()
+    pyprune.prune(case.model, GLOBAL, ratio=0.6)
+    file = io.BytesIO()
+    torch.save(case.model.state_dict(), file)
+    file.seek(0)
+    pyprune.prune(fresh, LOCAL, ratio=0.1)
+    fresh.load_state_dict(torch.load(file, weights_only=True))
+    torch.testing.assert_close(fresh(case.inputs), case.model.eval()(case.inputs))
+
+
+@pytest.mark.parametrize("kind", ["cnn", "transformer"])
+def test_masks_compile_without_breaks_or_recompilation(kind, request):
+    case = request.getfixturevalue(kind)
+    pyprune.prune(case.model, GLOBAL, ratio=0.6)
+    case.model.apply(lambda module: setattr(module, "p", 0.0) if isinstance(module, nn.Dropout) else None)
+    torch._dynamo.reset()
+    compiled = torch.compile(case.model, fullgraph=True, backend="aot_eager")
+    for training in (True, False):
+        case.model.train(training)
+        compiled(case.inputs).sum().backward()
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for ratio in (0.9, 0.2):
+                pyprune.prune(case.model, GLOBAL, ratio=ratio)
+                torch.testing.assert_close(compiled(case.inputs), case.model(case.inputs))
+
+
+def test_masks_work_under_distributed_data_parallel(cnn, tmp_path):
+    twin = dense_twin(cnn)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(cnn.model.eval())
+        out = parallel(cnn.inputs)
+        torch.testing.assert_close(out, twin.eval()(cnn.inputs))
+        out.sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    for target, mask in masks_of(cnn.model).items():
+        assert not target.parameter.grad[~mask].any()
+
+
+def test_masks_work_on_parameter_lists():
+    class Lists(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.row = nn.ParameterList([torch.randn(4, 4), torch.randn(4, 4)])
+            self.named = nn.ParameterDict({"last": torch.randn(4, 2)})
+
+        def forward(self, x):
+            for weight in self.row:
+                x = x @ weight
+            return x @ self.named["last"]
+
+    model, x = Lists(), torch.randn(3, 4)
+    pyprune.prune(model, LOCAL, ratio=0.5, examples_inputs=x)
+    assert [int(w.count_nonzero()) for w in (*model.row, model.named["last"])] == [8, 8, 4]
+    expected = model(x)
+    pyprune.strip(model)
+    torch.testing.assert_close(model(x), expected)
+    assert [name for name, _ in model.named_parameters()] == ["row.0", "row.1", "named.last"]
+
+
+def test_masks_leave_a_parametrization_of_another_attribute_alone():
+    class Double(nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    linear = nn.Linear(4, 4)
+    parametrize.register_parametrization(linear, "bias", Double())
+    twin = copy.deepcopy(linear)
+    pyprune.prune(linear, LOCAL, ratio=0.5)
+    assert int(linear.weight.count_nonzero()) == 8
+    pyprune.strip(linear)
+    assert parametrize.is_parametrized(linear, "bias")
+    assert not parametrize.is_parametrized(linear, "weight")
+    assert torch.equal(linear.bias, twin.bias)
+    assert twin(torch.ones(1, 4)).shape == (1, 4)
+
+
+def test_dense_parameters_are_those_of_the_dense_model(case):
+    names = [name for name, _ in case.model.named_parameters(remove_duplicate=False)]
+    modules = [(name, module) for name, module in case.model.named_modules()]
+    parameters = dict(case.model.named_parameters(remove_duplicate=False))
+    pyprune.prune(case.model, GLOBAL, ratio=0.5)
+    assert [owner.name for owner, _ in dense_parameters(case.model)] == names
+    for owner, parameter in dense_parameters(case.model):
+        assert parameter is parameters[owner.name]
+    assert list(dense_modules(case.model)) == modules
+
+
+def test_attach_and_detach_reach_a_module_with_two_names():
+    shared = nn.Linear(3, 3)
+    model = nn.ModuleDict({"one": shared, "two": shared})
+    owners = [owner for owner, _ in dense_parameters(model) if owner.attribute == "weight"]
+    assert [owner.name for owner in owners] == ["one.weight", "two.weight"]
+    attach([(owners, torch.eye(3, dtype=torch.bool))])
+    assert len(shared.parametrizations.weight) == 1
+    assert int(shared.weight.count_nonzero()) == 3
+    detach(owners)
+    assert type(shared) is nn.Linear
+    assert list(shared._parameters) == ["weight", "bias"]
+
+
+def test_detach_of_one_mask_leaves_the_others(recurrent):
+    lstm = recurrent.model.lstm
+    owners = [Owner(name, lstm, name) for name in ("weight_ih_l0", "weight_hh_l1")]
+    attach(([owner], torch.zeros_like(getattr(lstm, owner.attribute), dtype=torch.bool)) for owner in owners)
+    detach(owners[:1])
+    assert shared_mask(owners[:1]) is None
+    assert shared_mask(owners) is owners[1].mask
+    assert next(name for name, _ in lstm.named_parameters()) == "weight_ih_l0"
+    assert not lstm.weight_hh_l1.any()
+    before = lstm(torch.ones(1, 1, 5))[0]
+    lstm.parametrizations.weight_hh_l1.original.data += 1
+    assert torch.equal(lstm(torch.ones(1, 1, 5))[0], before)

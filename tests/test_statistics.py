@@ -1,0 +1,94 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import pyprune
+from pyprune import ModelPruningStatistic, TensorPruningStatistic, pruning_statistic
+from pyprune.targets import find_targets, masks_of
+
+
+def test_pruning_statistic_counts_mask_zeros_exactly(case):
+    targets = find_targets(case.model)
+    parameters = sum(parameter.numel() for parameter in case.model.parameters())
+    targets[0].parameter.data.view(-1)[:3] = 0  # zeros in a weight are no pruned elements
+    pyprune.prune(case.model, "UNSTRUCTURED_MAGNITUDE_GLOBAL", ratio=0.3)
+    statistic = pruning_statistic(case.model)
+    zeros = {target.name: int((~mask).sum()) for target, mask in masks_of(case.model).items()}
+    assert statistic == ModelPruningStatistic(
+        sum(zeros.values()) / sum(target.parameter.numel() for target in targets),
+        sum(zeros.values()) / parameters,
+        tuple(
+            TensorPruningStatistic(
+                target.name, tuple(target.parameter.shape), zeros[target.name] / target.parameter.numel()
+            )
+            for target in targets
+        ),
+    )
+
+
+def test_pruning_statistic_is_the_same_after_strip(case):
+    pyprune.prune(case.model, "UNSTRUCTURED_MAGNITUDE_GLOBAL", ratio=0.6)
+    masked = pruning_statistic(case.model)
+    assert pruning_statistic(pyprune.strip(case.model)) == masked
+
+
+def test_pruning_statistic_of_a_dense_model_counts_its_zeros(transformer):
+    assert pruning_statistic(transformer.model).pruning_ratio == 0
+    transformer.model.embed.weight.data.zero_()
+    statistic = pruning_statistic(transformer.model)
+    total = sum(target.parameter.numel() for target in find_targets(transformer.model))
+    assert statistic.pruning_ratio == 88 / total
+    assert [tensor.tensor_name for tensor in statistic.pruned_tensors].count("embed.weight") == 1
+    assert "decoder.weight" not in [tensor.tensor_name for tensor in statistic.pruned_tensors]
+
+
+def test_pruning_statistic_lists_masked_weights_only(cnn):
+    scope = pyprune.IgnoredScope(names=["fc"])
+    pyprune.prune(cnn.model, "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.5, ignored_scope=scope)
+    assert [tensor.tensor_name for tensor in pruning_statistic(cnn.model).pruned_tensors] == [
+        "conv1.weight",
+        "conv2.weight",
+    ]
+
+
+def test_pruning_statistic_of_nothing_is_zero():
+    assert pruning_statistic(nn.ReLU()) == ModelPruningStatistic(0.0, 0.0, ())
+    assert pruning_statistic(nn.LayerNorm(3)) == ModelPruningStatistic(0.0, 0.0, ())
+    with pytest.warns(UserWarning, match="zero-element"):
+        empty = nn.Linear(0, 3)
+    assert pruning_statistic(empty).pruned_tensors[0].pruned_ratio == 0.0
+
+
+def test_pruning_statistic_says_what_it_cannot_count():
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
+        pruning_statistic(torch.ones(1))
+    with pytest.raises(ValueError, match="meta device"):
+        pruning_statistic(nn.Linear(2, 2, device="meta"))
+
+
+def test_pruning_statistic_becomes_json(cnn):
+    pyprune.prune(cnn.model, "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.5)
+    statistic = pruning_statistic(cnn.model)
+    values = statistic.to_dict()
+    assert json.loads(json.dumps(values)) == values
+    assert values["pruned_tensors"][0] == {
+        "tensor_name": "conv1.weight",
+        "shape": [4, 1, 3, 3],
+        "pruned_ratio": 0.5,
+    }
+    assert values["global_pruning_ratio"] == statistic.global_pruning_ratio
+
+
+def test_model_pruning_statistic_prints_a_table():
+    name = "encoder.layers.0." * 12 + "weight"
+    statistic = ModelPruningStatistic(
+        0.5, 0.25, (TensorPruningStatistic(name, (30, 20), 0.875), TensorPruningStatistic("[b]x", (), 0.0))
+    )
+    lines = str(statistic).splitlines()
+    assert any(name in line and "30 x 20" in line and "87.50%" in line for line in lines)
+    assert any("[b]x" in line and "0.00%" in line for line in lines)
+    assert any("50.00%" in line for line in lines)
+    assert any("25.00%" in line for line in lines)
+    assert "\x1b" not in str(statistic)
