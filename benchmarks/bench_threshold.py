@@ -1,7 +1,7 @@
 """Time magnitude masks, folding and counting beside torch's own ways and NNCF's formula, as ratios.
 
 All ways run in one process, in turns; the medians are compared. See ``--help`` for the options. The default run
-takes two to four minutes and 8 GB of memory.
+takes about two minutes and 7 GB of memory.
 """
 
 import argparse
@@ -159,7 +159,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ratio", type=float, default=0.7, help="fraction to remove (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="of torch and of pyprune (default: torch's own)")
     parser.add_argument("--repeats", type=int, default=15, help="of each way (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=4.0, help="a way gets at most (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="a way gets at most (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the samples and the environment here")
     parser.add_argument("--quick", action="store_true", help="ResNet-50 in float32, 3 repeats, half a second per way")
     arguments = parser.parse_args()

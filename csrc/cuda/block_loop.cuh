@@ -150,26 +150,26 @@ __device__ inline void visit(const Span& span, const Load& load, const Use& use)
 
 // Calls body(T{}) with what the bits of a weight mean.
 template <bool kWithDouble = true, typename Body>
-__device__ inline void with_weight_type(DType dtype, const Body& body) {
-  if (dtype == DType::kFloat) {
+__device__ inline void with_weight_type(Dtype dtype, const Body& body) {
+  if (dtype == Dtype::kFloat32) {
     body(Float32{});
-  } else if (dtype == DType::kHalf) {
+  } else if (dtype == Dtype::kFloat16) {
     body(Float16{});
-  } else if (dtype == DType::kBFloat16) {
+  } else if (dtype == Dtype::kBFloat16) {
     body(BFloat16{});
   } else if constexpr (kWithDouble) {
-    if (dtype == DType::kDouble) body(Float64{});
+    if (dtype == Dtype::kFloat64) body(Float64{});
   }
 }
 
 // Calls body(T{}) with the unsigned integer as wide as an element, for work on bits alone.
 template <typename Body>
-__device__ inline void with_bits(DType dtype, const Body& body) {
-  if (dtype == DType::kFloat) {
+__device__ inline void with_bits(Dtype dtype, const Body& body) {
+  if (dtype == Dtype::kFloat32) {
     body(uint32_t{});
-  } else if (dtype == DType::kDouble) {
+  } else if (dtype == Dtype::kFloat64) {
     body(uint64_t{});
-  } else if (dtype == DType::kBool) {
+  } else if (dtype == Dtype::kBool) {
     body(uint8_t{});
   } else {
     body(uint16_t{});

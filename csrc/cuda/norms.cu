@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kFinishThreads)
   const int team = threadIdx.x / kLanes;
   for (int32_t tensor = blockIdx.x; tensor < table.size; tensor += gridDim.x) {
     const TableRow& row = table.rows[tensor];
-    const int scalings = row.dtype == DType::kDouble ? kScalings : 1;
+    const int scalings = row.dtype == Dtype::kFloat64 ? kScalings : 1;
     const int64_t count = tiles_of(row);
     // Enough room for the tensors before this one: tiles_over(a) + tiles_over(b) <= (a + b) / kTile + 2.
     double* const seconds = scratch + row.first_tile / kTile + tensor;
@@ -182,7 +182,7 @@ Tensor norms(const std::vector<Tensor>& tensors) {
   const UploadedTable uploaded(tensors, nullptr, Order::kLogical, Writes::kNothing, stream);
   const TensorTable& table = uploaded.table;
   const bool any_double = std::any_of(uploaded.host_rows.begin(), uploaded.host_rows.end(),
-                                      [](const TableRow& row) { return row.dtype == DType::kDouble; });
+                                      [](const TableRow& row) { return row.dtype == Dtype::kFloat64; });
   const int scalings = any_double ? kScalings : 1;
   const int64_t stride = table.tiles / kTile + count + 1;
   const DeviceArray<double> sums(tensors[0], scalings * table.tiles);

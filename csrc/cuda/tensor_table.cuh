@@ -5,14 +5,14 @@
 
 #include <cstdint>
 
+#include "../dtype.h"
+
 namespace pyprune {
 
 constexpr int kTile = 4096;  // elements; a multiple of every vector width, so all tiles of a tensor are aligned alike
 constexpr int kThreads = 256;
 constexpr int kBlocksPerMultiprocessor = 4;
 constexpr int kMaxDims = 8;
-
-enum class DType : int8_t { kFloat, kDouble, kHalf, kBFloat16, kBool };
 
 // Sizes and strides (in elements, outermost first) of a tensor, and of its mask if it has one.
 struct Layout {
@@ -29,7 +29,7 @@ struct TableRow {
   int64_t numel;
   int64_t first_tile;
   int32_t layout;  // row of the layout table where `contiguous` is false, else -1
-  DType dtype;
+  Dtype dtype;
   bool contiguous;  // element i lies at data[i], and its mask at mask[i]
   bool dense;       // the elements fill data[0 .. numel), in some order
 };

@@ -223,8 +223,8 @@ Tensor threshold(const std::vector<Tensor>& weights, const std::optional<Tensor>
   for (size_t i = 0; i < weights.size(); ++i) {
     const TableRow& row = uploaded.host_rows[i];
     weight_bytes += row.numel * static_cast<int64_t>(weights[i].element_size());
-    wide = wide || row.dtype == DType::kDouble;
-    if (row.dtype != DType::kBFloat16) low_zeros = std::min(low_zeros, row.dtype == DType::kHalf ? 13 : 0);
+    wide = wide || row.dtype == Dtype::kFloat64;
+    if (row.dtype != Dtype::kBFloat16) low_zeros = std::min(low_zeros, row.dtype == Dtype::kFloat16 ? 13 : 0);
   }
   if (wide || scales.has_value()) low_zeros = 0;
 

@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "../check.h"
 #include "tensor_table.cuh"
 
 // Hidden, as torch's stable types are.
@@ -131,17 +132,6 @@ inline std::vector<Dim> coalesce(const Tensor& tensor, const Tensor* mask, Order
 
 inline bool is_contiguous(const std::vector<Dim>& dims) {
   return dims.empty() || (dims.size() == 1 && dims[0].stride == 1 && dims[0].mask_stride == 1);
-}
-
-inline DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat;
-    case ScalarType::Double: return DType::kDouble;
-    case ScalarType::Half: return DType::kHalf;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Bool: return DType::kBool;
-    default: STD_TORCH_CHECK(false, "dtype without a kernel: ", static_cast<int>(tensor.scalar_type()));
-  }
 }
 
 // Builds the table of a list of tensors (and masks, or null) and sends it to their device.
