@@ -1,5 +1,8 @@
 import functools
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 
 import hypothesis
@@ -183,17 +186,49 @@ def test_threshold_matches_numpy_partition(weights, fraction):
     assert nonfinite.sum() == 0
 
 
-def test_threshold_keeps_extra_memory_small():
-    # Peak resident memory cannot be asked for; what is set aside is bounded by the sample, which this bounds.
-    weight = torch.randn(4_000_000)
-    masks = [torch.empty(weight.shape, dtype=torch.bool)]
-    import resource
+# Peak memory is of a whole process, so each measurement has one to itself.
+MEASURE_EXTRA_MEMORY = """
+import resource, sys, torch
+from pyprune import ops
+shape, dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
+weight = torch.randn(shape).to(dtype)
+weight = torch.cat([weight] * 8)
+masks = [torch.ones(weight.shape, dtype=torch.bool)]
+ops.threshold([weight[:100_000]], 70_000)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+ops.threshold([weight], weight.numel() * 7 // 10, masks=masks)
+print(peak() - before)
+"""
 
-    ops.threshold([weight], 2_800_000, masks=masks)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    ops.threshold([weight], 2_800_000, masks=masks)
-    extra = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    assert extra < 16 * 2**20
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_threshold_keeps_extra_memory_under_16_mib(dtype):
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE_EXTRA_MEMORY, str(8_000_000), dtype],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert int(run.stdout) < 16 * 2**20
+
+
+@pytest.mark.skipif(
+    os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 10 * 2**30, reason="needs 10 GiB of free memory"
+)
+def test_threshold_of_more_than_2_to_the_31_elements():
+    size = 2**31 + 1000
+    weight = torch.ones(size, dtype=torch.bfloat16)
+    weight[-5:] = torch.tensor([0.0, 2.0, 3.0, -0.0, 4.0])
+    other = torch.full((1000,), 1.5)
+    masks, nonfinite = ops.threshold([other, weight], 2**31 + 500)
+    assert nonfinite.tolist() == [0, 0]
+    assert ops.count_zeros(masks).tolist() == [0, 2**31 + 500]
+    # The two zeros went, and of the ones the first: 497 of them are left.
+    assert masks[1][-502:].tolist() == [True] * 497 + [False, True, True, False, True]
+    ops.fold([weight], masks[1:])
+    assert ops.count_zeros([weight]).item() == 2**31 + 500
+    assert ops.norms([weight]).item() == pytest.approx(math.sqrt(497 + 4 + 9 + 16), rel=1e-15)
 
 
 def test_threshold_passes_opcheck(device):
