@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <utility>
 
 #include "parallel.h"
 
@@ -13,6 +14,7 @@ std::atomic<double> bracket_shift{0.0};
 
 constexpr int64_t kNoSample = 2048;  // so few weights are all candidates
 constexpr int64_t kSamplesPerTask = 4096;
+constexpr int64_t kInFlight = 64;
 constexpr double kSpread = 3.0;  // misses one time in 400
 constexpr double kWidestSpread = 1000;
 constexpr int kPatience = 8;  // proposals before everything that is still possible becomes a candidate
@@ -45,28 +47,38 @@ BracketSearch::BracketSearch(const std::vector<Strided>& weights, const std::vec
   rank_ = static_cast<double>(size) * (static_cast<double>(removed) / static_cast<double>(total));
   share_tasks((size + kSamplesPerTask - 1) / kSamplesPerTask, [&](int64_t task, int64_t) {
     size_t tensor = 0;
-    for (int64_t i = task * kSamplesPerTask; i < std::min(size, (task + 1) * kSamplesPerTask); ++i) {
-      sample_[i] = draw(i, tensor);
+    const int64_t end = std::min(size, (task + 1) * kSamplesPerTask);
+    for (int64_t start = task * kSamplesPerTask; start < end; start += kInFlight) {
+      draw(start, std::min(kInFlight, end - start), tensor);
     }
   });
 }
 
-// The key of one element of the stratum; `tensor` moves on to the one it lies in.
-int64_t BracketSearch::draw(int64_t stratum, size_t& tensor) const {
+// Keys of one element of each of `count` strata from `start` on; `tensor` moves on to where the last one lies. Nearly
+// each element is a cache miss and a page walk: all are under way before the first is used.
+void BracketSearch::draw(int64_t start, int64_t count, size_t& tensor) {
   const int64_t size = static_cast<int64_t>(sample_.size());
   const int64_t whole = ends_.back() / size, rest = ends_.back() % size;
-  const int64_t start = stratum * whole + stratum * rest / size;
-  const int64_t width = (stratum + 1) * whole + (stratum + 1) * rest / size - start;
-  const int64_t flat = start + static_cast<int64_t>((scramble(stratum) >> 32) * static_cast<uint64_t>(width) >> 32);
-  while (flat >= ends_[tensor]) {
-    ++tensor;
+  const auto begin_of = [&](int64_t stratum) { return stratum * whole + stratum * rest / size; };
+  std::pair<size_t, const char*> drawn[kInFlight];
+  int64_t begin = begin_of(start);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t end = begin_of(start + i + 1);
+    const uint64_t width = static_cast<uint64_t>(end - begin);
+    const int64_t flat = begin + static_cast<int64_t>((scramble(start + i) >> 32) * width >> 32);
+    begin = end;
+    while (flat >= ends_[tensor]) {
+      ++tensor;
+    }
+    drawn[i] = {tensor, weights_[tensor].at(flat - ends_[tensor] + weights_[tensor].numel)};
+    __builtin_prefetch(drawn[i].second);
   }
-  const Strided& weight = weights_[tensor];
-  const char* at = weight.at(flat - ends_[tensor] + weight.numel);
-  int64_t key = 0;
-  by_bits(weight.dtype,
-          [&]<class T>(T) { key = scores_[tensor].key(*reinterpret_cast<const T*>(at) & kMagnitude<T>); });
-  return key;
+  for (int64_t i = 0; i < count; ++i) {
+    const Score& score = scores_[drawn[i].first];
+    by_bits(score.dtype, [&]<class T>(T) {
+      sample_[start + i] = score.key(*reinterpret_cast<const T*>(drawn[i].second) & kMagnitude<T>);
+    });
+  }
 }
 
 // The key of this rank. The sample is left partitioned around it, so that higher ranks are then cheap.

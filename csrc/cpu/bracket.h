@@ -29,7 +29,7 @@ class BracketSearch {
   void too_low(Bracket bracket) { below_ = bracket.last; }
 
  private:
-  int64_t draw(int64_t stratum, size_t& tensor) const;
+  void draw(int64_t start, int64_t count, size_t& tensor);
   int64_t sampled(int64_t rank);
   Bracket without_crowds(Bracket bracket, double expected) const;
 

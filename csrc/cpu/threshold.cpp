@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
+#include <numeric>
 
 #include "parallel.h"
 #include "select.h"
@@ -13,9 +15,6 @@ namespace pyprune {
 namespace {
 
 using torch::stable::Tensor;
-
-// Weights up to this size are worth one thread each; larger ones are shared by all threads, one after the other.
-constexpr int64_t kOneThread = 2 * kChunk;
 
 std::vector<double> scales_of(const std::optional<Tensor>& scales, size_t count) {
   if (!scales.has_value()) {
@@ -58,15 +57,19 @@ Tensor threshold(const std::vector<Tensor> weights, std::optional<Tensor> scales
     }
     nonfinite[i] = select_masks(one)[0];
   };
-  std::vector<int64_t> small;
-  for (size_t i = 0; i < n; ++i) {
-    if (all.weights[i].numel <= kOneThread) {
-      small.push_back(static_cast<int64_t>(i));
-    } else {
-      select_one(static_cast<int64_t>(i));
-    }
+  // Most weights are worth one thread each, the largest first. Only one that would keep a thread busy while the
+  // others have nothing left is shared by all of them.
+  const int64_t total = std::transform_reduce(all.weights.begin(), all.weights.end(), int64_t{0}, std::plus<>(),
+                                              [](const Strided& weight) { return weight.numel; });
+  const int64_t one_thread = thread_count() == 1 ? total : std::max(2 * kChunk, total / (2 * thread_count()));
+  std::vector<int64_t> order(n);
+  std::iota(order.begin(), order.end(), int64_t{0});
+  std::ranges::sort(order, std::greater<>(), [&](int64_t i) { return all.weights[i].numel; });
+  size_t shared = 0;
+  for (; shared < n && all.weights[order[shared]].numel > one_thread; ++shared) {
+    select_one(order[shared]);
   }
-  share_tasks(static_cast<int64_t>(small.size()), [&](int64_t task, int64_t) { select_one(small[task]); });
+  share_tasks(static_cast<int64_t>(n - shared), [&](int64_t task, int64_t) { select_one(order[shared + task]); });
   return result;
 }
 
