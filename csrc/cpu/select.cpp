@@ -236,9 +236,9 @@ class Selection {
     });
   }
 
-  // Calls visit(bits, mask byte) for the candidates of a chunk, in order, until it returns false.
+  // Calls visit(bits, mask byte) for the candidates of a chunk, in order.
   template <class Visit>
-  void for_each_mask(int64_t task, const Visit& visit) const {
+  void for_each_mask(int64_t task, Visit visit) const {
     const ChunkResult& result = results_[task];
     const Chunk& chunk = chunks_[task];
     const Strided& mask = masks_[chunk.tensor];
@@ -248,9 +248,7 @@ class Selection {
       const T* bits = static_cast<const T*>(result.bits);
       for (int64_t i = 0; i < result.candidates; ++i) {
         const int64_t at = chunk.start + result.positions[i];
-        if (!visit(static_cast<int64_t>(bits[i]), data[flat ? at : mask.offset(at)])) {
-          return;
-        }
+        visit(static_cast<int64_t>(bits[i]), data[flat ? at : mask.offset(at)]);
       }
     });
   }
@@ -335,36 +333,27 @@ class Selection {
     const int64_t tasks = static_cast<int64_t>(chunks_.size());
     std::vector<int64_t> ties(chunks_.size());
     share_tasks(tasks, [&](int64_t task, int64_t) {
-      const int64_t tensor = chunks_[task].tensor;
-      // The middle was near: few masks are wrong, and their lines are no longer in cache.
-      for_each_mask(task, [low = under[tensor], middle = provisional[tensor]](int64_t bits, uint8_t& mask) {
-        const bool keep = bits > low;
-        if (keep != (bits > middle)) {
-          mask = keep;
-        }
-        return true;
-      });
+      const int64_t tensor = chunks_[task].tensor, low = under[tensor], high = equal[tensor];
       by_bits(weights_[tensor].dtype, [&]<class T>(T) {
         const T* bits = static_cast<const T*>(results_[task].bits);
-        ties[task] = std::count_if(bits, bits + results_[task].candidates, [&](T one) {
-          return under[tensor] < static_cast<int64_t>(one) && static_cast<int64_t>(one) <= equal[tensor];
+        ties[task] = std::count_if(bits, bits + results_[task].candidates, [=](T one) {
+          return low < static_cast<int64_t>(one) && static_cast<int64_t>(one) <= high;
         });
       });
     });
     std::vector<int64_t> before(chunks_.size());
     std::exclusive_scan(ties.begin(), ties.end(), before.begin(), int64_t{0});
-    const int64_t ties_going = going - below;
-    share_tasks(tasks, [&](int64_t task, int64_t) {
-      int64_t left = std::min(ties[task], ties_going - before[task]);
-      if (left <= 0) {
-        return;
-      }
+    // The middle was near: few masks are wrong, and their lines are no longer in cache.
+    share_tasks(tasks, [&, ties_going = going - below](int64_t task, int64_t) {
       const int64_t tensor = chunks_[task].tensor;
-      for_each_mask(task, [&](int64_t bits, uint8_t& mask) {
-        const bool tie = under[tensor] < bits && bits <= equal[tensor];
-        mask &= !tie;
+      for_each_mask(task, [low = under[tensor], high = equal[tensor], middle = provisional[tensor],
+                           left = ties_going - before[task]](int64_t bits, uint8_t& mask) mutable {
+        const bool tie = low < bits && bits <= high;
+        const bool keep = bits > high || (tie && left <= 0);
         left -= tie;
-        return left > 0;
+        if (keep != (bits > middle)) {
+          mask = keep;
+        }
       });
     });
   }
