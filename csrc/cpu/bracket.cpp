@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <stdexcept>
 #include <utility>
 
 #include "parallel.h"
@@ -90,6 +91,9 @@ int64_t BracketSearch::sampled(int64_t rank) {
 }
 
 Bracket BracketSearch::next() {
+  if (below_ >= last_) {
+    throw std::runtime_error("pyprune: the weights changed while they were read");
+  }
   const int64_t size = static_cast<int64_t>(sample_.size());
   if (size > 0 && proposals_++ < kPatience) {
     for (; spread_ < kWidestSpread; spread_ *= 4) {

@@ -15,39 +15,15 @@
 #include <memory>
 #include <numeric>
 
+#include "arena.h"
 #include "bracket.h"
+#include "candidates.h"
 #include "capability.h"
 #include "kernels/threshold.h"
 #include "parallel.h"
 
 namespace pyprune {
 namespace {
-
-constexpr int64_t kFewCandidates = 2048;
-constexpr int64_t kBins = 1024;
-
-// Grows in blocks, so that what is stored stays where it is.
-class Arena {
- public:
-  char* reserve(int64_t bytes) {
-    if (end_ - next_ < bytes) {
-      const int64_t size = std::max(bytes, int64_t{1} << 20);
-      blocks_.push_back(std::make_unique_for_overwrite<char[]>(size));
-      next_ = blocks_.back().get();
-      end_ = next_ + size;
-    }
-    return next_;
-  }
-  void keep(int64_t bytes) { next_ += (bytes + 7) / 8 * 8; }
-  void clear() {
-    blocks_.clear();
-    next_ = end_ = nullptr;
-  }
-
- private:
-  std::vector<std::unique_ptr<char[]>> blocks_;
-  char *next_ = nullptr, *end_ = nullptr;
-};
 
 // What a thread needs to itself.
 struct Worker {
@@ -56,6 +32,7 @@ struct Worker {
   std::unique_ptr<uint8_t[]> mask_run;
 };
 
+// What a sweep found in a chunk.
 struct ChunkResult {
   int64_t above = 0;
   int64_t candidates = 0;
@@ -221,21 +198,6 @@ class Selection {
 
   // ---- the candidates ----
 
-  // Calls visit(key) for the candidates of a chunk.
-  template <class Visit>
-  void for_each_key(int64_t task, Visit visit) const {
-    const ChunkResult& result = results_[task];
-    const Score& score = scores_[chunks_[task].tensor];
-    score.with_key([&](const auto& key_of) {
-      by_bits(score.dtype, [&]<class T>(T) {
-        const T* bits = static_cast<const T*>(result.bits);
-        for (int64_t i = 0; i < result.candidates; ++i) {
-          visit(key_of(bits[i]));
-        }
-      });
-    });
-  }
-
   // Calls visit(bits, mask byte) for the candidates of a chunk, in order.
   template <class Visit>
   void for_each_mask(int64_t task, Visit visit) const {
@@ -253,76 +215,12 @@ class Selection {
     });
   }
 
-  // The rank-th smallest key (from 1) of the candidates, and how many of them lie below it.
-  std::pair<int64_t, int64_t> select(Bracket bracket, int64_t rank, int64_t inside) {
-    int64_t below = 0;
-    if (inside > kFewCandidates) {
-      below = narrow(bracket, rank);
-    }
-    if (bracket.one_score()) {
-      return {bracket.last, below};
-    }
-    std::vector<std::vector<int64_t>> keys(workers_.size());
-    share_tasks(static_cast<int64_t>(chunks_.size()), [&](int64_t task, int64_t worker) {
-      for_each_key(task, [&mine = keys[worker], bracket](int64_t key) {
-        if (bracket.below < key && key <= bracket.last) {
-          mine.push_back(key);
-        }
-      });
-    });
-    std::vector<int64_t> all;
-    for (const auto& one : keys) {
-      all.insert(all.end(), one.begin(), one.end());
-    }
-    const auto nth = all.begin() + (rank - below - 1);
-    std::nth_element(all.begin(), nth, all.end());
-    below += std::count_if(all.begin(), nth, [&](int64_t key) { return key < *nth; });
-    return {*nth, below};
-  }
-
-  // Narrows the bracket to one of many equal intervals; returns how many candidates lie below that one.
-  int64_t narrow(Bracket& bracket, int64_t rank) {
-    int unused = Score::kKeyBits;  // low bits that are zero in every key
-    for (const Score& score : scores_) {
-      unused = std::min(unused, score.unused_key_bits());
-    }
-    int shift = unused;
-    while ((bracket.last - bracket.below - 1) >> shift >= kBins) {
-      ++shift;
-    }
-    // Two tables in turn: when many candidates share a bin, a counter would wait for its own last write.
-    std::vector<std::vector<int64_t>> counts(workers_.size(), std::vector<int64_t>(2 * kBins));
-    share_tasks(static_cast<int64_t>(chunks_.size()), [&](int64_t task, int64_t worker) {
-      int64_t* table = counts[worker].data();
-      int64_t* other = table + kBins;
-      for_each_key(task, [table, other, shift, first = bracket.below + 1](int64_t key) mutable {
-        ++table[(key - first) >> shift];
-        std::swap(table, other);
-      });
-    });
-    int64_t bin = 0, below = 0;
-    for (;; ++bin) {
-      int64_t here = 0;
-      for (const auto& one : counts) {
-        here += one[bin] + one[bin + kBins];
-      }
-      if (below + here >= rank) {
-        break;
-      }
-      below += here;
-    }
-    bracket.below += bin << shift;
-    bracket.last = bracket.below + (int64_t{1} << shift);
-    if (shift == unused) {
-      // The interval holds one key at the most.
-      bracket.last = bracket.last >> shift << shift;
-      bracket.below = bracket.last - 1;
-    }
-    return below;
-  }
-
   void patch_candidates(Bracket bracket, int64_t going, int64_t inside) {
-    const auto [kth, below] = select(bracket, going, inside);
+    std::vector<CandidateRun> runs;
+    for (size_t task = 0; task < chunks_.size(); ++task) {
+      runs.push_back({results_[task].bits, results_[task].candidates, &scores_[chunks_[task].tensor]});
+    }
+    const auto [kth, below] = select_key(runs, inside, bracket, going);
     // Per weight, the largest bits with a key below the k-th, not above it, and not above the middle.
     std::vector<int64_t> under, equal, provisional;
     for (const Score& score : scores_) {
@@ -376,7 +274,7 @@ class Selection {
         return;
       }
       with_runs(chunk, workers_[worker], [&]<class T>(const T* x, uint8_t* mask) {
-        for (int64_t i = 0; left > 0; ++i) {
+        for (int64_t i = 0; i < chunk.count && left > 0; ++i) {
           const int64_t magnitude = static_cast<int64_t>(x[i] & kMagnitude<T>);
           if (low < magnitude && magnitude <= high) {
             mask[i] = 0;
