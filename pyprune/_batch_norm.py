@@ -77,8 +77,9 @@ def batch_norm_adaptation(
     Args:
         model: the model, on the device of the data.
         calibration_dataset: a `Dataset`, or a plain iterable of inputs. A dict becomes keyword arguments, a
-            tuple positional ones. A list is refused: torch's default collate makes [input, label] of labelled
-            samples, and nothing tells what of it the model takes; ``Dataset(loader, lambda batch: batch[0])`` does.
+            tuple positional ones. A list of one, which torch's default collate makes of samples without labels, is
+            that one input. A longer list is refused: it makes [input, label] of labelled samples, and nothing tells
+            what of it the model takes; ``Dataset(loader, lambda batch: batch[0])`` does.
         num_iterations: how many batches to use; all if None or if there are fewer.
         reset: start from nothing and average over the batches, instead of moving the present statistics.
 
@@ -87,8 +88,8 @@ def batch_norm_adaptation(
 
     Raises:
         TypeError, ValueError: for arguments out of range, a model without BatchNorm that tracks statistics, no
-            batch, or a batch that is a list. After any error, also one of the loader or the model, the statistics
-            are as they were.
+            batch, or a batch that is a longer list. After any error, also one of the loader or the model, the
+            statistics are as they were.
 
     Example:
         >>> import torch
@@ -140,6 +141,8 @@ def _forward_all(model: nn.Module, dataset: Dataset, num_iterations: int | None)
     empty = True
     with Progress(console=console, disable=not console.is_terminal) as progress:
         for batch in progress.track(batches, min(known, default=None), description="BatchNorm adaptation"):
+            if isinstance(batch, list) and len(batch) == 1:
+                batch = batch[0]
             if isinstance(batch, list):
                 raise ValueError(
                     f"a calibration batch is a list of {len(batch)}, which does not say what the model takes. "

@@ -1,3 +1,4 @@
+import copy
 import io
 import sys
 
@@ -176,3 +177,10 @@ def test_dataset_refuses_what_it_cannot_use():
         Dataset(3)
     with pytest.raises(TypeError, match="function"):
         Dataset([], "drop labels")
+
+
+def test_batch_norm_adaptation_takes_a_plain_loader_without_labels(cnn):
+    loader = DataLoader(TensorDataset(cnn.inputs), batch_size=4)
+    expected = batch_norm_adaptation(copy.deepcopy(cnn.model), list(cnn.inputs.split(4)), reset=True)
+    batch_norm_adaptation(cnn.model, loader, reset=True)
+    assert torch.equal(cnn.model.bn1.running_mean, expected.bn1.running_mean)
