@@ -29,6 +29,11 @@ PYBIND11_MODULE(_C, m) {
 #else
     info["compiler"] = "g++ " __VERSION__;
 #endif
+#ifdef PYPRUNE_X86
+    info["cpu_capabilities"] = "default, avx2, avx512";
+#else
+    info["cpu_capabilities"] = "default";
+#endif
     info["cuda"] = PYPRUNE_CUDA_STATUS;
     return info;
   });

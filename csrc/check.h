@@ -21,9 +21,15 @@ inline Dtype dtype_of(const torch::stable::Tensor& tensor) {
   }
 }
 
-// Masks and weights are matched by position: same length, same shape.
-inline void check_same_shapes(const std::vector<torch::stable::Tensor>& weights,
-                              const std::vector<torch::stable::Tensor>& masks) {
+inline void check_weights(const std::vector<torch::stable::Tensor>& weights) {
+  for (const auto& weight : weights) {
+    STD_TORCH_CHECK(dtype_of(weight) != Dtype::kBool, "weights must be floating point");
+  }
+}
+
+// Masks and weights are matched by position.
+inline void check_masks(const std::vector<torch::stable::Tensor>& masks,
+                        const std::vector<torch::stable::Tensor>& weights) {
   STD_TORCH_CHECK(weights.size() == masks.size(), "expected one mask per weight");
   for (size_t i = 0; i < weights.size(); ++i) {
     STD_TORCH_CHECK(dtype_of(masks[i]) == Dtype::kBool, "masks must be bool");

@@ -26,4 +26,8 @@ constexpr uint64_t infinity_bits(Dtype dtype) {
   }
 }
 
+// Everything but the sign bit.
+template <class T>
+constexpr T kMagnitude = static_cast<T>(~T{0}) >> 1;
+
 }  // namespace pyprune

@@ -5,7 +5,7 @@ import platform
 import torch
 
 from pyprune import _C
-from pyprune.ops import CUDA_KERNELS_LOADED
+from pyprune.ops import CUDA_PROBLEM
 
 
 class BuildInfo(dict[str, str]):
@@ -30,7 +30,7 @@ def build_info() -> BuildInfo:
     if torch.version.cuda is None:
         cuda_runtime = "not used: this torch has no CUDA"
     else:
-        cuda_runtime = "kernels loaded" if CUDA_KERNELS_LOADED else "kernels not built"
+        cuda_runtime = CUDA_PROBLEM or "kernels loaded"
     return BuildInfo(
         pyprune=native["version"],
         python=platform.python_version(),
@@ -39,7 +39,8 @@ def build_info() -> BuildInfo:
         compiler=native["compiler"],
         machine=platform.machine(),
         cpu_capability=_C.cpu_capability(),
-        cpu_capabilities=", ".join(_C.available_cpu_capabilities()),
+        cpu_capabilities_built=native["cpu_capabilities"],
+        cpu_capabilities_here=", ".join(_C.available_cpu_capabilities()),
         threads=str(torch.get_num_threads()),
         cuda_build=native["cuda"],
         cuda_runtime=cuda_runtime,

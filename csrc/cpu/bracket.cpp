@@ -46,6 +46,13 @@ BracketSearch::BracketSearch(const std::vector<Strided>& weights, const std::vec
   sample_.resize(sample_size(total));
   const int64_t size = static_cast<int64_t>(sample_.size());
   rank_ = static_cast<double>(size) * (static_cast<double>(removed) / static_cast<double>(total));
+  draw_sample();
+}
+
+void BracketSearch::draw_sample() {
+  const int64_t size = static_cast<int64_t>(sample_.size());
+  sorted_rank_ = 0;
+  ++seed_;
   share_tasks((size + kSamplesPerTask - 1) / kSamplesPerTask, [&](int64_t task, int64_t) {
     size_t tensor = 0;
     const int64_t end = std::min(size, (task + 1) * kSamplesPerTask);
@@ -66,7 +73,8 @@ void BracketSearch::draw(int64_t start, int64_t count, size_t& tensor) {
   for (int64_t i = 0; i < count; ++i) {
     const int64_t end = begin_of(start + i + 1);
     const uint64_t width = static_cast<uint64_t>(end - begin);
-    const int64_t flat = begin + static_cast<int64_t>((scramble(start + i) >> 32) * width >> 32);
+    const int64_t flat =
+        begin + static_cast<int64_t>((scramble(seed_ << 40 | static_cast<uint64_t>(start + i)) >> 32) * width >> 32);
     begin = end;
     while (flat >= ends_[tensor]) {
       ++tensor;
@@ -96,7 +104,7 @@ Bracket BracketSearch::next() {
   }
   const int64_t size = static_cast<int64_t>(sample_.size());
   if (size > 0 && proposals_++ < kPatience) {
-    for (; spread_ < kWidestSpread; spread_ *= 4) {
+    while (spread_ < kWidestSpread) {
       const double sigma = std::sqrt(rank_ * (1 - rank_ / static_cast<double>(size)));
       const double half = spread_ * sigma + 1, center = rank_ + bracket_shift * sigma;
       const int64_t first = static_cast<int64_t>(center - half),
@@ -107,6 +115,8 @@ Bracket BracketSearch::next() {
       if (below < end) {
         return without_crowds({below, std::clamp(middle, below, end), end}, 2 * half);
       }
+      spread_ *= 4;
+      draw_sample();
     }
   }
   return {below_, below_, last_};

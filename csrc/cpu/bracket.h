@@ -29,6 +29,7 @@ class BracketSearch {
   void too_low(Bracket bracket) { below_ = bracket.last; }
 
  private:
+  void draw_sample();
   void draw(int64_t start, int64_t count, size_t& tensor);
   int64_t sampled(int64_t rank);
   Bracket without_crowds(Bracket bracket, double expected) const;
@@ -40,6 +41,7 @@ class BracketSearch {
   int64_t sorted_rank_ = 0;      // nothing before this rank is larger than what is behind it
   double rank_ = 0;              // of the score looked for, in the sample
   double spread_;                // half-width of the bracket, in standard deviations of that rank
+  uint64_t seed_ = 0;            // a sample that misled is drawn anew from other places
   int proposals_ = 0;
   int64_t below_ = -1;  // the score looked for is above this
   int64_t last_;        // and not above this

@@ -13,7 +13,8 @@ namespace {
 using torch::stable::Tensor;
 
 void fold(const std::vector<Tensor> weights, const std::vector<Tensor> masks) {
-  check_same_shapes(weights, masks);
+  check_weights(weights);
+  check_masks(masks, weights);
   std::vector<Strided> w = strided_of(weights), m = strided_of(masks);
   for (size_t i = 0; i < w.size(); ++i) {
     as_flat({&w[i], &m[i]});

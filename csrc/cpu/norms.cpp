@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "capability.h"
+#include "denormals.h"
 #include "parallel.h"
 #include "tensors.h"
 
@@ -62,17 +63,19 @@ std::vector<double> sums_of_squares(const std::vector<Strided>& views, double fa
 }
 
 Tensor norms(const std::vector<Tensor> tensors) {
+  const KeepDenormals exact;
+  check_weights(tensors);
   const std::vector<Strided> views = strided_of(tensors);
   Tensor result = torch::stable::empty({static_cast<int64_t>(views.size())}, torch::headeronly::ScalarType::Double);
   double* out = static_cast<double*>(result.mutable_data_ptr());
   const std::vector<double> sums = sums_of_squares(views, 1.0);
   for (size_t i = 0; i < views.size(); ++i) {
-    const bool in_range = sums[i] >= 0x1p-900 && sums[i] < INFINITY;
+    const bool in_range = sums[i] >= kSmallestSum && sums[i] < INFINITY;
     if (in_range || views[i].dtype != Dtype::kFloat64) {
       out[i] = std::sqrt(sums[i]);
     } else {
       // Squares of float64 left the range of float64: once more, scaled by a power of two.
-      const double factor = sums[i] < INFINITY ? 0x1p600 : 0x1p-600;
+      const double factor = sums[i] < INFINITY ? kScaleUp : kScaleDown;
       out[i] = std::sqrt(sums_of_squares({views[i]}, factor)[0]) / factor;
     }
   }

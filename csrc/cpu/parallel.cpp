@@ -2,8 +2,9 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
 #include <atomic>
+
+#include "denormals.h"
 
 namespace pyprune {
 
@@ -13,6 +14,7 @@ int64_t thread_count() {
 
 void run_workers(const std::function<void(int64_t worker)>& body) {
   torch::stable::parallel_for(0, thread_count(), 1, [&](int64_t begin, int64_t end) {
+    const KeepDenormals exact;
     for (int64_t worker = begin; worker < end; ++worker) {
       body(worker);
     }

@@ -19,10 +19,6 @@ void by_bits(Dtype dtype, const Visit& visit) {
   }
 }
 
-// Everything but the sign bit.
-template <class T>
-constexpr T kMagnitude = static_cast<T>(~T{0}) >> 1;
-
 // Scores of one weight. The key is the bit pattern of the score, float32(|w| * scale) or, if wide, float64(|w| *
 // scale); it never falls as the magnitude grows, so a bound on keys is a bound on the bits of |w|: the sweep needs no
 // arithmetic.

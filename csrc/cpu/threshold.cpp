@@ -7,6 +7,7 @@
 #include <functional>
 #include <numeric>
 
+#include "denormals.h"
 #include "parallel.h"
 #include "select.h"
 #include "tensors.h"
@@ -35,7 +36,9 @@ std::vector<double> scales_of(const std::optional<Tensor>& scales, size_t count)
 
 Tensor threshold(const std::vector<Tensor> weights, std::optional<Tensor> scales, const std::vector<int64_t> removed,
                  const std::vector<Tensor> masks) {
-  check_same_shapes(weights, masks);
+  const KeepDenormals exact;
+  check_weights(weights);
+  check_masks(masks, weights);
   const size_t n = weights.size();
   STD_TORCH_CHECK(removed.size() == 1 || removed.size() == n, "expected one count, or one per weight");
   const std::vector<double> factors = scales_of(scales, n);
@@ -45,6 +48,12 @@ Tensor threshold(const std::vector<Tensor> weights, std::optional<Tensor> scales
   Competition all{strided_of(weights), strided_of(masks), factors};
   all.wide = std::any_of(all.weights.begin(), all.weights.end(),
                          [](const Strided& w) { return w.dtype == Dtype::kFloat64; });
+  const int64_t total = std::transform_reduce(all.weights.begin(), all.weights.end(), int64_t{0}, std::plus<>(),
+                                              [](const Strided& weight) { return weight.numel; });
+  for (size_t i = 0; i < removed.size(); ++i) {
+    const int64_t limit = removed.size() == 1 ? total : all.weights[i].numel;
+    STD_TORCH_CHECK(0 <= removed[i] && removed[i] <= limit, "cannot remove ", removed[i], " of ", limit);
+  }
   if (removed.size() == 1) {
     all.removed = removed[0];
     std::ranges::copy(select_masks(all), nonfinite);
@@ -59,8 +68,6 @@ Tensor threshold(const std::vector<Tensor> weights, std::optional<Tensor> scales
   };
   // Most weights are worth one thread each, the largest first. Only one that would keep a thread busy while the
   // others have nothing left is shared by all of them.
-  const int64_t total = std::transform_reduce(all.weights.begin(), all.weights.end(), int64_t{0}, std::plus<>(),
-                                              [](const Strided& weight) { return weight.numel; });
   const int64_t one_thread = thread_count() == 1 ? total : std::max(2 * kChunk, total / (2 * thread_count()));
   std::vector<int64_t> order(n);
   std::iota(order.begin(), order.end(), int64_t{0});

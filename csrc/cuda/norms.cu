@@ -1,29 +1,29 @@
 // norms[i] = sqrt(sum of tensors[i]^2), in float64, with the additions in one fixed order.
 //
-// Blocks of 4096 elements (a tile); in a block, lane j of 16 adds elements j, j + 16, ... from zero; lanes are added
-// in halves (j + 8, 4, 2, 1). Block sums are a vector again, summed alike until one is left. So the bits depend on
-// the number of elements alone, and agree with the CPU. Elements missing from the last block count as zeros: adding
-// +0 changes no sum. Sixteen threads are the sixteen lanes: their loads of consecutive elements join into whole
-// sectors, and each has sixteen in flight, so the order asks for no detour through shared memory.
+// The order is that of norm_order.h, with a tile as the block; block sums are a vector again, summed alike until one
+// is left. So the bits depend on the number of elements alone, and agree with the CPU. Elements missing from the last
+// block count as zeros: adding +0 changes no sum. Sixteen threads are the sixteen lanes: their loads of consecutive
+// elements join into whole sectors, and each has sixteen in flight, so the order asks for no detour through shared
+// memory.
 //
 // Squares of float32, float16 and bfloat16 are exact in float64. Squares of float64 can leave its range: those are
 // summed as they are, scaled by 2^-600 and by 2^600, and the sum that stayed in range is taken.
 // Layout: any strides, elements in logical order. Moves per element: its own size, read once (and 8 bytes per tile).
 #include <cmath>
 
+#include "../norm_order.h"
 #include "block_loop.cuh"
 #include "upload.cuh"
 
 namespace pyprune {
 namespace {
 
-constexpr int kLanes = 16;
+constexpr int kLanes = static_cast<int>(kNormLanes);
+static_assert(kTile == kNormBlock, "a tile is a block of the order");
 constexpr int kStepsInFlight = 16;
 constexpr int kStridedStepsInFlight = 4;  // each holds a division's registers
 constexpr int kFinishThreads = 512;
 constexpr int kScalings = 3;
-constexpr double kDown = 0x1p-600;
-constexpr double kUp = 0x1p+600;
 
 __device__ inline int lane_in_team() {
   return threadIdx.x % kLanes;
@@ -73,9 +73,9 @@ __device__ inline void sum_tile(int count, const At& at, int64_t tiles, double* 
     visit_lane<typename T::Bits, kSteps>(count, at, [&](uint64_t bits) {
       const double value = T::value(bits);
       plain = __dadd_rn(plain, __dmul_rn(value, value));
-      const double small = __dmul_rn(value, kDown);
+      const double small = __dmul_rn(value, kScaleDown);
       down = __dadd_rn(down, __dmul_rn(small, small));
-      const double large = __dmul_rn(value, kUp);
+      const double large = __dmul_rn(value, kScaleUp);
       up = __dadd_rn(up, __dmul_rn(large, large));
     });
     down = add_lanes(down);
@@ -162,12 +162,12 @@ __global__ void __launch_bounds__(kFinishThreads)
       if (left == 1) totals[scaling] = level[0];
     }
     if (lane_in_team() != 0) continue;
-    if (scalings == 1 || (0x1p-900 <= totals[0] && totals[0] < HUGE_VAL)) {
+    if (scalings == 1 || (kSmallestSum <= totals[0] && totals[0] < HUGE_VAL)) {
       norms[tensor] = __dsqrt_rn(totals[0]);
     } else if (totals[0] < HUGE_VAL) {
-      norms[tensor] = __dmul_rn(__dsqrt_rn(totals[2]), kDown);
+      norms[tensor] = __dmul_rn(__dsqrt_rn(totals[2]), kScaleDown);
     } else {
-      norms[tensor] = __dmul_rn(__dsqrt_rn(totals[1]), kUp);
+      norms[tensor] = __dmul_rn(__dsqrt_rn(totals[1]), kScaleUp);
     }
   }
 }

@@ -19,21 +19,28 @@ except ImportError as error:
 WEIGHT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def _load_cuda_kernels() -> bool:
-    """Load the CUDA kernels if they were built and this torch can run them."""
+def _load_cuda_kernels() -> str:
+    """Load the CUDA kernels; return why they are not there, or nothing if they are."""
     library = Path(_C.__file__).with_name("_cuda.so")
-    if torch.version.cuda is None or not library.exists():
-        return False
+    if torch.version.cuda is None:
+        return "this torch has no CUDA"
+    if not library.exists():
+        return "pyprune was built without its CUDA kernels; rebuild with nvcc on the PATH and PYPRUNE_CUDA=ON"
     # The stream and device functions live in torch's CUDA library, which a build against a CPU-only torch could
     # not name: make its symbols visible first.
     torch_cuda = Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"
-    if torch_cuda.exists():
-        ctypes.CDLL(str(torch_cuda), mode=ctypes.RTLD_GLOBAL)
-    torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
-    return True
+    try:
+        if torch_cuda.exists():
+            ctypes.CDLL(str(torch_cuda), mode=ctypes.RTLD_GLOBAL)
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+    except OSError as error:
+        # The CPU kernels work all the same; who brings a CUDA tensor is told.
+        return f"the CUDA kernels could not be loaded: {error}"
+    return ""
 
 
-CUDA_KERNELS_LOADED = _load_cuda_kernels()
+CUDA_PROBLEM = _load_cuda_kernels()
+CUDA_KERNELS_LOADED = not CUDA_PROBLEM
 
 
 def check_tensors(tensors: Sequence[Tensor], name: str, dtypes: Sequence[torch.dtype]) -> None:
@@ -53,8 +60,7 @@ def check_tensors(tensors: Sequence[Tensor], name: str, dtypes: Sequence[torch.d
             raise ValueError(f"{name}[{index}] is on {tensor.device}; kernels exist for cpu and cuda")
         if tensor.is_cuda and not CUDA_KERNELS_LOADED:
             raise RuntimeError(
-                f"{name}[{index}] is on {tensor.device}, but pyprune was built without its CUDA kernels; "
-                "rebuild with nvcc on the PATH and PYPRUNE_CUDA=ON (see pyprune.build_info())"
+                f"{name}[{index}] is on {tensor.device}, but {CUDA_PROBLEM} (see pyprune.build_info())"
             )
 
 
@@ -68,4 +74,10 @@ def check_masks(masks: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
             raise ValueError(
                 f"masks[{index}] is {tuple(mask.shape)} on {mask.device}, its weight {tuple(weight.shape)} "
                 f"on {weight.device}; they must agree"
+            )
+        if mask.numel() and any(
+            size > 1 and stride == 0 for size, stride in zip(mask.shape, mask.stride(), strict=True)
+        ):
+            raise ValueError(
+                f"masks[{index}] is expanded: elements share memory. Give a mask of its own, as clone() does"
             )

@@ -1,5 +1,6 @@
 """Exact k-smallest masks over a list of weights, without concatenating or sorting them."""
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -44,10 +45,9 @@ def threshold(
     """
     check_tensors(weights, "weights", WEIGHT_DTYPES)
     sizes = [weight.numel() for weight in weights]
-    if isinstance(removed, int):
-        counts, limits = [removed], [sum(sizes)]
-    else:
-        counts, limits = list(removed), sizes
+    together = not isinstance(removed, Sequence)
+    counts = [operator.index(count) for count in ([removed] if together else removed)]
+    limits = [sum(sizes)] if together else sizes
     if len(counts) != len(limits):
         raise ValueError(
             f"removed has {len(counts)} counts for {len(limits)} weights; give one per weight, or one int"
@@ -65,6 +65,8 @@ def threshold(
     if not weights:
         return [], torch.empty(0, dtype=torch.int64)
     nonfinite = torch.ops.pyprune.threshold(list(weights), scales, counts, list(masks))
+    # Let autograd notice masks that a graph still needs.
+    torch.autograd.graph.increment_version(list(masks))
     return list(masks), nonfinite
 
 

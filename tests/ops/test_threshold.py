@@ -1,9 +1,9 @@
 import functools
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import hypothesis
 import numpy as np
@@ -117,7 +117,8 @@ def test_threshold_of_mixed_dtypes_compares_in_the_widest(device):
     assert_matches_reference(weights, 11_000, scales, device=device)
     assert_matches_reference([weights[0], weights[2], weights[3]], 9_000, device=device)
     # Next to a float64 weight, float32 scores are not rounded: 1 + 2**-40 is above 1.
-    masks, _ = ops.threshold([torch.tensor([1 + 2.0**-40], dtype=torch.float64), torch.ones(1)], 1)
+    weights = [torch.tensor([1 + 2.0**-40], dtype=torch.float64, device=device), torch.ones(1, device=device)]
+    masks, _ = ops.threshold(weights, 1)
     assert [mask.item() for mask in masks] == [True, False]
 
 
@@ -164,26 +165,80 @@ def test_threshold_counts_what_is_not_finite(device, dtype, value):
     assert ops.threshold(on_device, 100, scales=scales)[1].tolist() == [2, 1]
 
 
+def arrays(dtype: type) -> st.SearchStrategy[np.ndarray]:
+    limits = np.finfo(dtype)
+    special = [0.0, -0.0, 1.0, -1.0, float(limits.smallest_subnormal), float(limits.max)]
+    width = limits.bits
+    elements = st.floats(width=width, allow_nan=False, allow_infinity=False) | st.sampled_from(special)
+    return hnp.arrays(dtype, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=40), elements=elements)
+
+
 @hypothesis.settings(max_examples=150, deadline=None)
-@hypothesis.given(
-    weights=st.lists(
-        hnp.arrays(
-            np.float32,
-            hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=40),
-            elements=st.floats(width=32, allow_nan=False, allow_infinity=False)
-            | st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, 3e38]),
-        ),
-        min_size=1,
-        max_size=4,
-    ),
-    fraction=st.floats(0, 1),
-)
+@hypothesis.given(weights=st.lists(arrays(np.float32), min_size=1, max_size=4), fraction=st.floats(0, 1))
 def test_threshold_matches_numpy_partition(weights, fraction):
     removed = int(fraction * sum(weight.size for weight in weights))
     masks, nonfinite = ops.threshold([torch.from_numpy(weight) for weight in weights], removed)
-    expected = numpy_oracle(weights, removed)
-    assert all(np.array_equal(mask, want) for mask, want in zip(masks, expected, strict=True))
+    assert_matches(masks, [torch.from_numpy(np.asarray(mask)) for mask in numpy_oracle(weights, removed)])
     assert nonfinite.sum() == 0
+
+
+@hypothesis.settings(max_examples=150, deadline=None)
+@hypothesis.given(
+    weights=st.lists(arrays(np.float16) | arrays(np.float32) | arrays(np.float64), min_size=1, max_size=4),
+    fraction=st.floats(0, 1),
+    exponents=st.lists(st.integers(-40, 40), min_size=4, max_size=4),
+)
+def test_threshold_matches_numpy_partition_with_scales_and_mixed_dtypes(weights, fraction, exponents):
+    removed = int(fraction * sum(weight.size for weight in weights))
+    scales = [1.1 * 2.0**exponent for exponent in exponents[: len(weights)]]
+    wide = np.float64 if any(weight.dtype == np.float64 for weight in weights) else np.float32
+    with np.errstate(over="ignore"):
+        scores = [
+            (np.abs(weight.astype(np.float64)) * scale).astype(wide)
+            for weight, scale in zip(weights, scales, strict=True)
+        ]
+    masks, _ = ops.threshold(
+        [torch.from_numpy(weight) for weight in weights], removed, scales=torch.tensor(scales, dtype=torch.float64)
+    )
+    assert_matches(masks, [torch.from_numpy(np.asarray(mask)) for mask in numpy_oracle(scores, removed)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_threshold_keeps_denormals_whatever_torch_is_told(device, dtype):
+    # The flag is one of each thread: without care, threads that were started before would round differently.
+    weights = [adversarial((300_000,), "denormal", dtype), adversarial((300,), "normal", dtype)]
+    scales = torch.tensor([0.7, 1e-3], dtype=torch.float64)
+    expected = [reference.threshold(weights, 100_000, scales=s)[0] for s in (None, scales)]
+    norms = reference.norms(weights)
+    weights = [weight.to(device) for weight in weights]
+    ops.threshold(weights, 5)
+    torch.set_flush_denormal(True)
+    try:
+        masks = [ops.threshold(weights, 100_000, scales=s)[0] for s in (None, scales.to(device))]
+        result = ops.norms(weights)
+    finally:
+        torch.set_flush_denormal(False)
+    assert_matches(masks[0], expected[0])
+    assert_matches(masks[1], expected[1])
+    assert torch.equal(result.cpu(), norms)
+
+
+def test_operators_guard_what_the_python_layer_promises(device):
+    weight, mask = torch.randn(4, device=device), torch.ones(4, dtype=torch.bool, device=device)
+    for removed in ([5], [-1], [1, 1]):
+        with pytest.raises(RuntimeError):
+            torch.ops.pyprune.threshold([weight], None, removed, [mask])
+    for operator, arguments in (
+        (torch.ops.pyprune.threshold, ([mask], None, [1], [mask])),
+        (torch.ops.pyprune.threshold, ([weight], None, [1], [mask[:3]])),
+        (torch.ops.pyprune.norms, ([mask],)),
+        (torch.ops.pyprune.fold, ([mask], [mask])),
+        (torch.ops.pyprune.fold, ([weight], [mask, mask])),
+        (torch.ops.pyprune.count_zeros, ([weight.int()],)),
+    ):
+        with pytest.raises(RuntimeError):
+            operator(*arguments)
+    assert mask.all()
 
 
 # Peak memory is of a whole process, so each measurement has one to itself.
@@ -213,9 +268,12 @@ def test_threshold_keeps_extra_memory_under_16_mib(dtype):
     assert int(run.stdout) < 16 * 2**20
 
 
-@pytest.mark.skipif(
-    os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 10 * 2**30, reason="needs 10 GiB of free memory"
-)
+def available_memory() -> int:
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+@pytest.mark.skipif(available_memory() < 10 * 2**30, reason="needs 10 GiB of memory")
 def test_threshold_of_more_than_2_to_the_31_elements():
     size = 2**31 + 1000
     weight = torch.ones(size, dtype=torch.bfloat16)
@@ -255,6 +313,10 @@ def test_threshold_refuses_bad_input():
         ops.threshold([weight], 1, scales=torch.ones(2))
     with pytest.raises(ValueError, match="must agree"):
         ops.threshold([weight], 1, masks=[torch.ones(3, dtype=torch.bool)])
+    with pytest.raises(ValueError, match="expanded"):
+        ops.threshold([weight], 1, masks=[torch.ones(1, dtype=torch.bool).expand(4)])
+    with pytest.raises(TypeError):
+        ops.threshold([weight], 1.5)
     with pytest.raises(ValueError, match="one device"):
         ops.threshold([weight, torch.empty(4, device="meta")], 1)
 

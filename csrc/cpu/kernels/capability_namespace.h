@@ -1,4 +1,5 @@
-// Declares kernels once per capability, in the namespaces portable, avx2 and avx512.
+// Declares kernels once per capability, in the namespaces portable, avx2 and avx512. Users know `portable` as
+// default, which C++ keeps for itself.
 #pragma once
 
 #ifdef PYPRUNE_X86

@@ -1,12 +1,10 @@
 #include "threshold.h"
 
+#include "../../dtype.h"
 #include "sweep_block.h"
 
 namespace pyprune::PYPRUNE_CAPABILITY {
 namespace {
-
-template <class T>
-constexpr T kMagnitude = static_cast<T>(~T{0}) >> 1;  // everything but the sign bit
 
 // What is left when whole blocks are done, and everything where there are no blocks. Sums in the elements' own width,
 // so that the compiler can vectorise the loop over 64 of them.
