@@ -30,7 +30,7 @@ lint: $(VENV)/built  ## Format check, lint and types, over all files
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pre-commit run --all-files --show-diff-on-failure
 
 bench: $(VENV)/built  ## Measure the kernels beside the other ways, as ratios
-	$(BIN)/python benchmarks/bench_threshold.py
+	$(BIN)/python benchmarks/bench_threshold.py $(ARGS)
 
 clean:  ## Remove the environment and the build
 	rm -rf $(VENV) build
@@ -39,8 +39,9 @@ $(BIN)/python:
 	@echo "==> Creating the virtual environment $(VENV)"
 	$(PYTHON) -m venv $(VENV)
 
-# The name of the torch is part of the stamp: another TORCH= installs and builds anew.
+# The stamps carry the settings: another TORCH= installs and builds anew, another PYPRUNE_CUDA= builds anew.
 TORCH_STAMP := $(VENV)/torch-$(shell echo '$(TORCH)' | tr -c 'a-zA-Z0-9.\n' '_')
+CUDA_STAMP := $(VENV)/cuda-$(shell echo '$(PYPRUNE_CUDA) $(PYPRUNE_CUDA_ARCHITECTURES)' | tr -c 'a-zA-Z0-9.\n' '_')
 
 $(TORCH_STAMP): | $(BIN)/python
 	@echo "==> Installing $(TORCH)"
@@ -48,7 +49,11 @@ $(TORCH_STAMP): | $(BIN)/python
 	$(PIP) install --quiet "$(TORCH)" numpy setuptools
 	@touch $@
 
-$(VENV)/built: $(TORCH_STAMP) $(SOURCES)
+$(CUDA_STAMP): | $(BIN)/python
+	@rm -f $(VENV)/cuda-*
+	@touch $@
+
+$(VENV)/built: $(TORCH_STAMP) $(CUDA_STAMP) $(SOURCES)
 	@echo "==> Installing the tools and building pyprune (CUDA: $(PYPRUNE_CUDA))"
 	$(PIP) install --quiet "scikit-build-core>=0.11" "pybind11>=2.13" "cmake>=3.24" "ninja>=1.11"
 	$(PIP) install --quiet --no-build-isolation --editable ".[dev]"
