@@ -1,7 +1,7 @@
 #include "strided.h"
 
 #include <algorithm>
-#include <cstring>
+#include <cstdlib>
 #include <numeric>
 
 namespace pyprune {
@@ -53,57 +53,83 @@ int64_t Strided::offset(int64_t flat) const {
   return result;
 }
 
-// Calls visit(offset of the first element, stride, elements) for the runs along the innermost dimension.
+// A piece of the tensor whose elements, row by row, follow each other in the flat index.
+struct Strided::Block {
+  int64_t offset;  // of its first element
+  int64_t rows, row_stride;
+  int64_t columns, column_stride;
+};
+
+// Calls visit(block) for blocks of whole innermost rows, and for parts of a row where the range begins or ends in
+// one.
 template <class Visit>
-void Strided::for_each_run(int64_t start, int64_t count, const Visit& visit) const {
+void Strided::for_each_block(int64_t start, int64_t count, const Visit& visit) const {
   if (contiguous()) {
-    return visit(start, 1, count);
+    return visit(Block{start, 1, 0, count, 1});
   }
   const size_t inner = sizes.size() - 1;
   std::vector<int64_t> index(sizes.size());
   for (size_t d = sizes.size(); d-- > 0; start /= sizes[d]) {
     index[d] = start % sizes[d];
   }
-  int64_t base = 0;
-  for (size_t d = 0; d < inner; ++d) {
-    base += index[d] * strides[d];
-  }
   while (count > 0) {
-    const int64_t run = std::min(count, sizes[inner] - index[inner]);
-    visit(base + index[inner] * strides[inner], strides[inner], run);
-    count -= run;
-    index[inner] = 0;
-    for (size_t d = inner; d-- > 0;) {
-      base += strides[d];
-      if (++index[d] < sizes[d]) {
-        break;
+    int64_t offset = 0;
+    for (size_t d = 0; d <= inner; ++d) {
+      offset += index[d] * strides[d];
+    }
+    const bool whole = inner > 0 && index[inner] == 0 && count >= sizes[inner];
+    const int64_t rows = whole ? std::min(count / sizes[inner], sizes[inner - 1] - index[inner - 1]) : 1;
+    const int64_t columns = std::min(count, sizes[inner] - index[inner]);
+    visit(Block{offset, rows, inner > 0 ? strides[inner - 1] : 0, columns, strides[inner]});
+    count -= rows * columns;
+    index[inner] += columns;
+    if (index[inner] == sizes[inner] && inner > 0) {
+      index[inner] = 0;
+      index[inner - 1] += rows;
+      for (size_t d = inner - 1; d > 0 && index[d] == sizes[d]; --d) {
+        index[d] = 0;
+        ++index[d - 1];
       }
-      base -= strides[d] * sizes[d];
-      index[d] = 0;
+    }
+  }
+}
+
+// Calls move(element of the tensor, element of the contiguous run) for a block: along its smaller stride first, so
+// that each cache line of the tensor is done with at once.
+template <class T, class Move>
+void Strided::walk(const Block& block, T* run, const Move& move) const {
+  T* base = reinterpret_cast<T*>(data) + block.offset;
+  if (block.rows > 1 && std::abs(block.row_stride) < std::abs(block.column_stride)) {
+    for (int64_t column = 0; column < block.columns; ++column) {
+      for (int64_t row = 0; row < block.rows; ++row) {
+        move(base[column * block.column_stride + row * block.row_stride], run[row * block.columns + column]);
+      }
+    }
+  } else {
+    for (int64_t row = 0; row < block.rows; ++row) {
+      for (int64_t column = 0; column < block.columns; ++column) {
+        move(base[row * block.row_stride + column * block.column_stride], run[row * block.columns + column]);
+      }
     }
   }
 }
 
 void Strided::gather(int64_t start, int64_t count, void* out) const {
   by_size(dtype, [&]<class T>(T) {
-    T* to = static_cast<T*>(out);
-    for_each_run(start, count, [&](int64_t offset, int64_t stride, int64_t run) {
-      const T* from = reinterpret_cast<const T*>(data) + offset;
-      for (int64_t i = 0; i < run; ++i) {
-        *to++ = from[i * stride];
-      }
+    T* run = static_cast<T*>(out);
+    for_each_block(start, count, [&](const Block& block) {
+      walk(block, run, [](T& element, T& copy) { copy = element; });
+      run += block.rows * block.columns;
     });
   });
 }
 
-void Strided::scatter(int64_t start, int64_t count, const void* in) const {
+void Strided::scatter(int64_t start, int64_t count, void* in) const {
   by_size(dtype, [&]<class T>(T) {
-    const T* from = static_cast<const T*>(in);
-    for_each_run(start, count, [&](int64_t offset, int64_t stride, int64_t run) {
-      T* to = reinterpret_cast<T*>(data) + offset;
-      for (int64_t i = 0; i < run; ++i) {
-        to[i * stride] = *from++;
-      }
+    T* run = static_cast<T*>(in);
+    for_each_block(start, count, [&](const Block& block) {
+      walk(block, run, [](T& element, T& copy) { element = copy; });
+      run += block.rows * block.columns;
     });
   });
 }

@@ -16,7 +16,7 @@ struct Strided {
   int64_t offset(int64_t flat) const;  // where the element with this flat index lies, in elements
   char* at(int64_t flat) const { return data + offset(flat) * item_size(dtype); }
   void gather(int64_t start, int64_t count, void* out) const;
-  void scatter(int64_t start, int64_t count, const void* in) const;
+  void scatter(int64_t start, int64_t count, void* in) const;
 
   char* data;
   Dtype dtype;
@@ -25,8 +25,11 @@ struct Strided {
   std::vector<int64_t> strides;
 
  private:
+  struct Block;
   template <class Visit>
-  void for_each_run(int64_t start, int64_t count, const Visit& visit) const;
+  void for_each_block(int64_t start, int64_t count, const Visit& visit) const;
+  template <class T, class Move>
+  void walk(const Block& block, T* run, const Move& move) const;
 };
 
 // If all tensors (same shape) are dense and share one order of dimensions, views them as contiguous in that order.
