@@ -7,14 +7,15 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pyprune.calibration import evaluating, forward
+from pyprune.calibration import check_initialized, evaluating, forward
 
 
 class Dataset:
     """Batches for calibration: any iterable, and a function that turns an item into the input of the model.
 
     Args:
-        data_source: a DataLoader or another iterable of batches.
+        data_source: a DataLoader, another iterable of batches, or a map-style dataset of them (``__getitem__`` and
+            ``__len__``).
         transform_func: takes an item and returns the model's input (drops the labels, moves it to the device):
             a dict becomes keyword arguments, a tuple positional ones, anything else the one argument.
 
@@ -25,8 +26,13 @@ class Dataset:
     """
 
     def __init__(self, data_source: Iterable[Any], transform_func: Callable[[Any], Any] | None = None) -> None:
-        if not isinstance(data_source, Iterable) and not hasattr(data_source, "__getitem__"):
-            raise TypeError(f"data_source is a {type(data_source).__name__}; give a DataLoader or another iterable")
+        if not isinstance(data_source, Iterable) and not (
+            hasattr(data_source, "__getitem__") and hasattr(data_source, "__len__")
+        ):
+            raise TypeError(
+                f"data_source is a {type(data_source).__name__}; give a DataLoader or another iterable, or a "
+                "dataset with __getitem__ and __len__"
+            )
         if transform_func is not None and not callable(transform_func):
             raise TypeError(f"transform_func is a {type(transform_func).__name__}; give a function or None")
         self._data_source = data_source
@@ -34,11 +40,14 @@ class Dataset:
 
     def get_data(self, indices: Iterable[int] | None = None) -> Iterator[Any]:
         """Yield the items as the source gives them, all or those at ``indices``, in the source's order."""
+        source = self._data_source
+        # Python would ask a map-style dataset for one item after the other until it raises IndexError.
+        items = source if isinstance(source, Iterable) else (source[index] for index in range(len(source)))
         if indices is None:
-            yield from self._data_source
+            yield from items
             return
         chosen = set(indices)
-        for index, item in enumerate(islice(self._data_source, max(chosen, default=-1) + 1)):
+        for index, item in enumerate(islice(items, max(chosen, default=-1) + 1)):
             if index in chosen:
                 yield item
 
@@ -79,7 +88,8 @@ def batch_norm_adaptation(
         calibration_dataset: a `Dataset`, or a plain iterable of inputs. A dict becomes keyword arguments, a
             tuple positional ones. A list of one, which torch's default collate makes of samples without labels, is
             that one input. A longer list is refused: it makes [input, label] of labelled samples, and nothing tells
-            what of it the model takes; ``Dataset(loader, lambda batch: batch[0])`` does.
+            what of it the model takes; ``Dataset(loader, lambda batch: batch[0])`` does. What a ``transform_func``
+            returns is taken as it is.
         num_iterations: how many batches to use; all if None or if there are fewer.
         reset: start from nothing and average over the batches, instead of moving the present statistics.
 
@@ -87,9 +97,9 @@ def batch_norm_adaptation(
         ``model``.
 
     Raises:
-        TypeError, ValueError: for arguments out of range, a model without BatchNorm that tracks statistics, no
-            batch, or a batch that is a longer list. After any error, also one of the loader or the model, the
-            statistics are as they were.
+        TypeError, ValueError: for arguments out of range, a lazy model or one without BatchNorm that tracks
+            statistics, no batch, or a batch that is a longer list. After any error, also one of the loader or the
+            model, the statistics are as they were.
 
     Example:
         >>> import torch
@@ -100,6 +110,7 @@ def batch_norm_adaptation(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module")
+    check_initialized(model)
     if num_iterations is not None and (isinstance(num_iterations, bool) or not isinstance(num_iterations, int)):
         raise TypeError(f"num_iterations is {num_iterations!r}; give a number of batches, or None for all")
     if num_iterations is not None and num_iterations < 1:
@@ -110,6 +121,8 @@ def batch_norm_adaptation(
             f"{type(model).__name__} has no BatchNorm with running statistics, so there is nothing to adapt; "
             "leave batch_norm_adaptation out"
         )
+    if any(buffer.is_inference() for norm in norms for buffer in norm.buffers()):
+        raise ValueError("the statistics were made under torch.inference_mode; build or load the model outside it")
     dataset = calibration_dataset if isinstance(calibration_dataset, Dataset) else Dataset(calibration_dataset)
     saved = [(norm, norm.momentum, [(buffer, buffer.clone()) for buffer in norm.buffers()]) for norm in norms]
     try:
@@ -141,9 +154,10 @@ def _forward_all(model: nn.Module, dataset: Dataset, num_iterations: int | None)
     empty = True
     with Progress(console=console, disable=not console.is_terminal) as progress:
         for batch in progress.track(batches, min(known, default=None), description="BatchNorm adaptation"):
-            if isinstance(batch, list) and len(batch) == 1:
+            plain_list = isinstance(batch, list) and dataset._transform_func is None
+            if plain_list and len(batch) == 1:
                 batch = batch[0]
-            if isinstance(batch, list):
+            elif plain_list:
                 raise ValueError(
                     f"a calibration batch is a list of {len(batch)}, which does not say what the model takes. "
                     "Wrap the loader: pyprune.Dataset(loader, transform_func=lambda batch: batch[0]) drops the "

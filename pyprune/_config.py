@@ -34,13 +34,16 @@ def get_config(model: nn.Module) -> dict[str, Any]:
     }
 
 
+@torch.inference_mode(False)  # masks made under inference_mode could not be trained with
 def load_from_config(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
     """Put masks on a fresh dense model where ``config`` says, in place; return the model.
 
     The masks keep everything until ``model.load_state_dict`` brings the saved ones.
 
     Args:
-        model: a dense model of the class and the sizes that were saved, with the same weights tied.
+        model: a dense model of the class and the sizes that were saved, with the same weights tied. It may be on
+            the meta device; ``load_state_dict(..., assign=True)`` then brings the weights and the masks (and unties
+            tied weights, as in a dense model).
         config: what `get_config` returned.
 
     Raises:
@@ -75,9 +78,13 @@ def _entries(config: Mapping[str, Any]) -> list[tuple[list[str], list[int]]]:
             "that get_config returned, or use the pyprune that wrote it"
         )
     try:
-        return [(list(entry["names"]), list(entry["shape"])) for entry in config["masks"]]
+        entries = [(list(entry["names"]), list(entry["shape"])) for entry in config["masks"]]
+        for names, _ in entries:
+            if not all(isinstance(name, str) for name in names):
+                raise TypeError(f"{names} are no names")
     except (KeyError, TypeError) as error:
         raise ValueError(f"config is damaged ({error!r}); give the dict that get_config returned") from error
+    return entries
 
 
 def _fitting(names: list[str], shape: list[int], by_name: Mapping[str, Target]) -> Target:
@@ -91,7 +98,7 @@ def _fitting(names: list[str], shape: list[int], by_name: Mapping[str, Target]) 
         raise ValueError(
             f"config has one mask for {names}, the model one weight for {owned}; tie the weights as they were"
         )
-    check_prunable(target)
+    check_prunable(target, needs_values=False)
     if list(target.parameter.shape) != shape:
         raise ValueError(
             f"config has shape {shape} for {names[0]}, the model {list(target.parameter.shape)}; build the model "

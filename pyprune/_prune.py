@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pyprune.ignored_scope import IgnoredScope
@@ -10,6 +11,7 @@ from pyprune.methods import PruneMode, check_mode, check_ratio, global_magnitude
 from pyprune.targets import Target, find_targets
 
 
+@torch.inference_mode(False)  # masks made under inference_mode could not be trained with
 def prune(
     model: nn.Module,
     mode: PruneMode | str,
@@ -27,6 +29,10 @@ def prune(
     The masks are computed from the raw weights at every call, and a weight under a mask keeps its value (momentum
     and weight decay still move it): what was dropped can come back. A tensor that a later call ignores keeps
     the mask it has.
+
+    While a mask is on, assigning to the attribute (``layer.weight = ...``, as code that ties weights does)
+    raises; write to ``layer.parametrizations.weight.original``. Prune before the forward pass or after the
+    backward pass: between them, backward fails, because autograd sees that masks were updated in place.
 
     Args:
         model: the model. Its weights stay the same `Parameter` objects, now under ``parametrizations``.

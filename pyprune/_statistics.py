@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyprune import ops
-from pyprune.targets import Target, all_parameters, check_prunable, layer_weights, masks_of
+from pyprune.ignored_scope import IgnoredScope
+from pyprune.targets import Target, all_parameters, check_readable, choose_targets, masks_of
 
 
 @dataclass(frozen=True)
@@ -53,19 +54,27 @@ class ModelPruningStatistic:
         return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
-def pruning_statistic(model: nn.Module) -> ModelPruningStatistic:
+def pruning_statistic(
+    model: nn.Module, *, ignored_scope: IgnoredScope | None = None, examples_inputs: Any = None
+) -> ModelPruningStatistic:
     """Count what is pruned, exactly; a tied weight counts once.
 
     With masks on, the masked weights are listed and the zeros of their masks count. Without (a dense or a
-    stripped model), it is the weights of the layers that `prune` would choose, and the zeros in them.
+    stripped model), it is the weights that `prune` would choose, and the zeros in them: give the ``ignored_scope``
+    and ``examples_inputs`` that `prune` got to see the same weights as before `strip`.
+
+    Args:
+        model: the model, masked or not.
+        ignored_scope: weights not to list.
+        examples_inputs: as in `prune`; finds bare parameters in a model without masks.
 
     Returns:
         ``pruning_ratio``: zeros / elements of the listed weights; ``global_pruning_ratio``: the same zeros /
         elements of all parameters of the model; ``pruned_tensors``: name, shape and ratio of each. 0.0 of nothing.
 
     Raises:
-        TypeError, ValueError: if ``model`` is not a module, or, without masks, if the zeros of a weight cannot be
-            counted (lazy, meta, sharded, quantised).
+        TypeError, ValueError: for wrong arguments, or, without masks, if the zeros of a weight cannot be counted
+            (lazy, meta, sharded, quantised).
 
     Example:
         >>> import torch
@@ -74,15 +83,16 @@ def pruning_statistic(model: nn.Module) -> ModelPruningStatistic:
         >>> pruning_statistic(linear).pruning_ratio
         0.75
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module")
-    parameters = all_parameters(model)
-    counted = masks_of(model)
-    if not counted:
-        layers = {owner.name for owner in layer_weights(model)}
-        counted = {target: target.parameter for target in parameters if target.is_among(layers)}
-        for target in counted:
-            check_prunable(target)
+    # Masked weights are known without a trace.
+    is_masked = isinstance(model, nn.Module) and bool(masks_of(model))
+    chosen = choose_targets(model, ignored_scope, None if is_masked else examples_inputs)
+    counted: dict[Target, Tensor] = {}
+    for target in chosen:
+        if not is_masked:
+            check_readable(target)
+            counted[target] = target.parameter
+        elif target.mask is not None:
+            counted[target] = target.mask
     zeros = _count(counted)
     tensors = tuple(
         TensorPruningStatistic(target.name, tuple(tensor.shape), _ratio(zeros[target], tensor.numel()))
@@ -91,7 +101,7 @@ def pruning_statistic(model: nn.Module) -> ModelPruningStatistic:
     total = sum(zeros.values())
     return ModelPruningStatistic(
         _ratio(total, sum(tensor.numel() for tensor in counted.values())),
-        _ratio(total, sum(target.parameter.numel() for target in parameters)),
+        _ratio(total, sum(target.parameter.numel() for target in all_parameters(model))),
         tensors,
     )
 

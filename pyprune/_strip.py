@@ -3,10 +3,11 @@
 import copy
 from enum import Enum
 
+import torch
 from torch import nn
 
 from pyprune import ops
-from pyprune.masks import detach
+from pyprune.masks import attach, detach
 from pyprune.targets import check_prunable, masks_of
 
 
@@ -21,6 +22,7 @@ class StripFormat(str, Enum):
     NATIVE = "native"
 
 
+@torch.inference_mode(False)  # a copy made under inference_mode could not be trained
 def strip(
     model: nn.Module, *, do_copy: bool = False, strip_format: StripFormat | str = StripFormat.IN_PLACE
 ) -> nn.Module:
@@ -69,9 +71,14 @@ def strip(
     if do_copy:
         model = copy.deepcopy(model)
     masks = masks_of(model)
-    for device in {mask.device for mask in masks.values()}:
-        group = {target.parameter: mask for target, mask in masks.items() if mask.device == device}
-        ops.fold(list(group), list(group.values()))
-    for target in masks:
-        detach(target.owners)
+    try:
+        # The last comes off first, so that attaching again keeps the order. Weights change when all else is done.
+        for target in reversed(masks):
+            detach(target.owners[::-1])
+        for device in {mask.device for mask in masks.values()}:
+            group = {target.parameter: mask for target, mask in masks.items() if mask.device == device}
+            ops.fold(list(group), list(group.values()))
+    except BaseException:
+        attach((target.owners, mask) for target, mask in masks.items())
+        raise
     return model

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 
 def forward(model: nn.Module, inputs: Any) -> Any:
@@ -20,6 +21,13 @@ def forward(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, tuple):
         return model(*inputs)
     return model(inputs)
+
+
+def check_initialized(model: nn.Module) -> None:
+    """Raise if a parameter or buffer is lazy: a forward pass would give it values, and that changes the model."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(f"{name} is lazy and has no values yet; run one forward pass first")
 
 
 @contextmanager
@@ -43,20 +51,21 @@ def evaluating(model: nn.Module, *, training: Iterable[nn.Module] = ()) -> Itera
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Give buffers and torch's random numbers back as they were, whatever happens."""
-    buffers = [
-        (module._buffers, name, buffer, buffer._version, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+    """Give buffers and torch's random numbers back as they were, whatever happens; new buffers go."""
+    homes = [(module, dict(module._buffers), set(module._non_persistent_buffers_set)) for module in model.modules()]
+    # Only under inference_mode could an inference tensor be written to, and it counts no versions.
+    values = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_inference()]
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     try:
         with torch.random.fork_rng(devices=list(devices)):
             yield
     finally:
-        for home, name, buffer, version, value in buffers:
+        for buffer, version, value in values:
             if buffer._version != version:
                 with torch.no_grad():
                     buffer.copy_(value)
-            home[name] = buffer
+        for module, buffers, not_saved in homes:
+            module._buffers.clear()
+            module._buffers.update(buffers)
+            module._non_persistent_buffers_set.clear()
+            module._non_persistent_buffers_set.update(not_saved)

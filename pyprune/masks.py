@@ -5,9 +5,9 @@ A mask sits between a parameter and whoever reads it, through ``torch.nn.utils.p
 to ``module.parametrizations.weight.original``. Write to that one: what is written into ``module.weight`` is lost.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,12 @@ class Mask(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight with zeros where the mask is False."""
         return torch.where(self.mask, weight, 0)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Mask":
+        # model.type(dtype), unlike model.to(dtype), converts bool buffers too.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.mask = self.mask.bool()
+        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +100,7 @@ def attach(masks: Iterable[tuple[Sequence[Owner], Tensor]]) -> None:
     """
     new: list[Owner] = []
     updates: list[tuple[Mask, Tensor]] = []
+    old: list[tuple[Mask, Tensor]] = []
     try:
         for owners, mask in masks:
             shared = shared_mask(owners)
@@ -106,12 +113,15 @@ def attach(masks: Iterable[tuple[Sequence[Owner], Tensor]]) -> None:
                 if owner.mask is None:
                     new.append(owner)
                     _register(owner.module, owner.attribute, shared)
+        for shared, mask in updates:
+            before = shared.mask.clone()
+            shared.mask.copy_(mask)
+            old.append((shared, before))
     except BaseException:
+        for shared, before in old:
+            shared.mask.copy_(before)
         detach(new)
         raise
-    with torch.no_grad():
-        for shared, mask in updates:
-            shared.mask.copy_(mask)
 
 
 def detach(owners: Sequence[Owner]) -> None:
@@ -177,6 +187,9 @@ def _unregister(module: nn.Module, attribute: str) -> None:
     lists = _lists(module)
     if not any(_mask_of(steps) for steps in lists.values()):
         delattr(module, _ORDER)
+        if isinstance(module, nn.RNNBase):
+            for name in _RNN_OVERRIDES:
+                delattr(type(module), name)
     if not lists:
         del module.parametrizations
         module.__class__ = type(module).__bases__[0]

@@ -1,6 +1,6 @@
 """Which parameters of a model are pruned, and who owns them."""
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,10 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pyprune import ops
+from pyprune.calibration import check_initialized
 from pyprune.ignored_scope import IgnoredScope, ignored_by
 from pyprune.masks import Owner, dense_modules, dense_parameters, shared_mask
+from pyprune.memory import overlapping, overlaps_itself
 from pyprune.tracing import used_as_weights
 
 _LAYERS = (
@@ -64,8 +66,8 @@ def find_targets(
 
     Raises:
         TypeError, ValueError: if a weight cannot be pruned (lazy, meta, quantised, sharded, of another dtype
-            or device, or computed by something else than a mask), if a rule of ``ignored_scope`` matches nothing,
-            or if there is no weight to prune.
+            or device, with sparse gradients, in memory that another parameter uses too, or computed by something
+            else than a mask), if a rule of ``ignored_scope`` matches nothing, or if there is no weight to prune.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
@@ -73,24 +75,14 @@ def find_targets(
         ['0.weight']
     """
     _check_arguments(model, ignored_scope, examples_inputs)
-    parameters = all_parameters(model)
-    layers = layer_weights(model)
-    layer_names = {owner.name for owner in layers}
-    names = layer_names.union(owner.name for target in parameters for owner in target.owners)
-    classes = {name: _class_names(module) for name, module in dense_modules(model)}
-    ignored = ignored_by(ignored_scope or IgnoredScope(), names, classes)
-    for owner in layers:
+    ignored = _ignored(model, ignored_scope)
+    for owner in layer_weights(model):
         if not ignored(owner.name):
             _check_is_parameter(owner)
-    used = set() if examples_inputs is None else _trace(model, parameters, examples_inputs)
-    targets = [
-        target
-        for target in parameters
-        if not any(ignored(owner.name) for owner in target.owners)
-        and (target.parameter in used or target.mask is not None or target.is_among(layer_names))
-    ]
+    targets = choose_targets(model, ignored_scope, examples_inputs)
     for target in targets:
         check_prunable(target, advice=_ADVICE)
+    _check_apart(model, targets)
     if not targets:
         raise ValueError(
             f"{type(model).__name__} has no weight to prune: no linear, convolution, embedding, attention or "
@@ -98,6 +90,25 @@ def find_targets(
             "examples_inputs"
         )
     return targets
+
+
+def choose_targets(
+    model: nn.Module, ignored_scope: IgnoredScope | None = None, examples_inputs: Any = None
+) -> list[Target]:
+    """List what `find_targets` finds, but do not ask whether it can be pruned, and find nothing without an error."""
+    _check_arguments(model, ignored_scope, examples_inputs)
+    ignored = _ignored(model, ignored_scope)
+    layer_names = {owner.name for owner in layer_weights(model)}
+    used: set[Tensor] = set()
+    if examples_inputs is not None:
+        check_initialized(model)
+        used = used_as_weights(model, examples_inputs)
+    return [
+        target
+        for target in all_parameters(model)
+        if not any(ignored(owner.name) for owner in target.owners)
+        and (target.parameter in used or target.mask is not None or target.is_among(layer_names))
+    ]
 
 
 def all_parameters(model: nn.Module) -> list[Target]:
@@ -122,17 +133,43 @@ def layer_weights(model: nn.Module) -> list[Owner]:
     ]
 
 
-def check_prunable(target: Target, *, advice: str = "") -> None:
-    """Raise unless the kernels can read and write the parameter.
+def check_prunable(target: Target, *, advice: str = "", needs_values: bool = True) -> None:
+    """Raise unless the kernels can read and write the parameter, and its owners can train with one mask.
 
     Raises:
         TypeError, ValueError: with the name of the parameter and what to do.
     """
-    parameter = target.parameter
+    check_readable(target, advice=advice, needs_values=needs_values)
+    problem = ""
+    if target.parameter.is_inference():
+        problem = "was made under torch.inference_mode; build or load the model outside it"
+    elif overlaps_itself(target.parameter):
+        problem = "has elements that share memory (an expanded tensor); give it .contiguous() memory"
+    elif any(isinstance(o.module, (nn.Embedding, nn.EmbeddingBag)) and o.module.sparse for o in target.owners):
+        problem = "has sparse gradients, which a mask cannot pass on; set sparse=False on its layer"
+    elif len({owner.mask for owner in target.owners} - {None}) > 1:
+        names = ", ".join(owner.name for owner in target.owners)
+        problem = f"was tied while masks were on: {names} are one weight with several masks. Untie, strip, then tie"
+    if problem:
+        raise ValueError(f"{target.name} {problem}{advice}")
+
+
+def check_readable(target: Target, *, advice: str = "", needs_values: bool = True) -> None:
+    """Raise unless the kernels can read the parameter (its values may be missing if nobody needs them).
+
+    Raises:
+        TypeError, ValueError: with the name of the parameter and what to do.
+    """
+    problem = _problem(target.parameter, needs_values)
+    if problem is not None:
+        raise type(problem)(f"{target.name} {problem}{advice}")
+
+
+def _problem(parameter: nn.Parameter, needs_values: bool = True) -> Exception | None:
     problem: Exception | None = None
     if is_lazy(parameter):
         problem = ValueError("is lazy and has no values yet; run one forward pass first")
-    elif parameter.is_meta:
+    elif parameter.is_meta and needs_values:
         problem = ValueError("is on the meta device and has no values; load the weights first")
     elif type(parameter).__name__ == "DTensor":
         problem = ValueError("is sharded; prune before, and strip on, an unsharded model")
@@ -146,15 +183,28 @@ def check_prunable(target: Target, *, advice: str = "") -> None:
         problem = TypeError(f"has dtype {parameter.dtype}; allowed are {', '.join(map(str, ops.WEIGHT_DTYPES))}")
     elif parameter.layout is not torch.strided:
         problem = TypeError(f"has layout {parameter.layout}; only dense (strided) weights can be pruned")
-    elif parameter.device.type not in ("cpu", "cuda"):
+    elif parameter.device.type not in ("cpu", "cuda", "meta"):
         problem = ValueError(f"is on {parameter.device}; kernels exist for cpu and cuda: move the model")
     elif parameter.is_cuda and not ops.CUDA_KERNELS_LOADED:
         problem = ValueError(
             f"is on {parameter.device}, but pyprune was built without CUDA kernels (see "
             "pyprune.build_info()); move the model to the CPU, or rebuild with PYPRUNE_CUDA=ON"
         )
-    if problem is not None:
-        raise type(problem)(f"{target.name} {problem}{advice}")
+    return problem
+
+
+def _check_apart(model: nn.Module, targets: Sequence[Target]) -> None:
+    """Raise if a target shares memory with another parameter: zeros folded into one would appear in both."""
+    chosen = {target.parameter for target in targets}
+    names: dict[Tensor, str] = {
+        target.parameter: target.name for target in all_parameters(model) if _problem(target.parameter) is None
+    }
+    for one, other in overlapping(list(names)):
+        if one in chosen or other in chosen:
+            raise ValueError(
+                f"{names[one]} and {names[other]} are different parameters that share memory; give one of them a "
+                "copy, or make both the same Parameter object. To prune the other weights, name both in ignored_scope"
+            )
 
 
 def _check_arguments(model: object, ignored_scope: object, examples_inputs: object) -> None:
@@ -167,6 +217,13 @@ def _check_arguments(model: object, ignored_scope: object, examples_inputs: obje
             f"examples_inputs is a {type(examples_inputs).__name__}; give a tensor, a tuple of positional "
             "arguments or a dict of keyword arguments"
         )
+
+
+def _ignored(model: nn.Module, scope: IgnoredScope | None) -> Callable[[str], bool]:
+    names = {owner.name for owner in layer_weights(model)}
+    names.update(owner.name for target in all_parameters(model) for owner in target.owners)
+    classes = {name: _class_names(module) for name, module in dense_modules(model)}
+    return ignored_by(scope or IgnoredScope(), names, classes)
 
 
 def _class_names(module: nn.Module) -> list[str]:
@@ -209,11 +266,3 @@ def _check_is_parameter(owner: Owner) -> None:
             f"{owner.name} is not a parameter: something computes it (torch.nn.utils.prune, an old-style "
             f"weight_norm or spectral_norm, FSDP). Prune before that, or remove it first{_ADVICE}"
         )
-
-
-def _trace(model: nn.Module, parameters: Sequence[Target], inputs: Any) -> set[Tensor]:
-    for target in parameters:
-        # A forward pass would give them values, and that changes the model.
-        if is_lazy(target.parameter):
-            raise ValueError(f"{target.name} is lazy and has no values yet; run one forward pass first")
-    return used_as_weights(model, inputs)

@@ -7,6 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pyprune import ops
+from tests.devices import DEVICES
+
 
 class ConvNet(nn.Module):
     def __init__(self) -> None:
@@ -66,34 +69,49 @@ _CASES: dict[str, tuple[type[nn.Module], Callable[[], Tensor]]] = {
 }
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # True of masked RNNs on a GPU: masked weights are new tensors at every call.
+    config.addinivalue_line("filterwarnings", "ignore:RNN module weights are not part of single contiguous chunk")
+
+
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _reproducible(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
+    # On a GPU, one model run twice must give one result.
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-def build(kind: str) -> Case:
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    if request.param == "cuda":
+        assert ops.CUDA_KERNELS_LOADED, "there is a GPU, or REQUIRE_CUDA=1, but the CUDA kernels are not loaded"
+    return torch.device(request.param)
+
+
+def build(kind: str, device: torch.device) -> Case:
     model, inputs = _CASES[kind]
-    return Case(model(), inputs())
+    return Case(model().to(device), inputs().to(device))
 
 
 @pytest.fixture(params=list(_CASES))
-def case(request: pytest.FixtureRequest) -> Case:
-    return build(request.param)
+def case(request: pytest.FixtureRequest, device: torch.device) -> Case:
+    return build(request.param, device)
 
 
 @pytest.fixture
-def cnn() -> Case:
-    return build("cnn")
+def cnn(device: torch.device) -> Case:
+    return build("cnn", device)
 
 
 @pytest.fixture
-def transformer() -> Case:
-    return build("transformer")
+def transformer(device: torch.device) -> Case:
+    return build("transformer", device)
 
 
 @pytest.fixture
-def recurrent() -> Case:
-    return build("recurrent")
+def recurrent(device: torch.device) -> Case:
+    return build("recurrent", device)
 
 
 class Unchanged:

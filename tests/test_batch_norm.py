@@ -11,8 +11,9 @@ import pyprune
 from pyprune import Dataset, batch_norm_adaptation
 
 
-def batches(count=3):
-    return [torch.randn(8, 1, 8, 8) + 1 for _ in range(count)]
+def batches(model, count=3):
+    device = next(model.parameters()).device
+    return [torch.randn(8, 1, 8, 8, device=device) + 1 for _ in range(count)]
 
 
 def test_batch_norm_adaptation_moves_the_statistics_by_the_momentum():
@@ -44,7 +45,7 @@ def test_batch_norm_adaptation_changes_running_statistics_only(cnn, reset):
     pyprune.prune(cnn.model, "UNSTRUCTURED_MAGNITUDE_GLOBAL", ratio=0.5)
     before = {name: tensor.clone() for name, tensor in cnn.model.state_dict().items()}
     flags = [module.training for module in cnn.model.modules()]
-    batch_norm_adaptation(cnn.model, batches(), reset=reset)
+    batch_norm_adaptation(cnn.model, batches(cnn.model), reset=reset)
     changed = {name for name, tensor in cnn.model.state_dict().items() if not torch.equal(tensor, before[name])}
     statistics = ("running_mean", "running_var", "num_batches_tracked")
     assert changed == {f"{norm}.{name}" for norm in ("bn1", "bn2") for name in statistics}
@@ -68,14 +69,15 @@ def test_batch_norm_adaptation_handles_layers_without_momentum_or_statistics():
 def test_batch_norm_adaptation_reads_no_more_than_num_iterations(cnn, num_iterations, expected):
     read = []
     batch_norm_adaptation(
-        cnn.model, (read.append(batch) or batch for batch in batches(4)), num_iterations=num_iterations
+        cnn.model, (read.append(batch) or batch for batch in batches(cnn.model, 4)), num_iterations=num_iterations
     )
     assert len(read) == expected
     assert cnn.model.bn1.num_batches_tracked == expected
 
 
 def test_batch_norm_adaptation_takes_loaders_with_a_transform(cnn):
-    loader = DataLoader(TensorDataset(torch.randn(20, 1, 8, 8), torch.zeros(20)), batch_size=8)
+    images = torch.randn(20, 1, 8, 8, device=cnn.inputs.device)
+    loader = DataLoader(TensorDataset(images, torch.zeros(20)), batch_size=8)
     batch_norm_adaptation(cnn.model, Dataset(loader, lambda batch: batch[0]))
     assert cnn.model.bn1.num_batches_tracked == 3
     batch_norm_adaptation(cnn.model, Dataset(loader, lambda batch: {"images": batch[0]}))
@@ -113,12 +115,13 @@ class Broken:
     ],
 )
 @pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
 def test_batch_norm_adaptation_leaves_the_model_alone_on_an_error(cnn, arguments, error, text, reset):
     cnn.model.bn1.eval()
     cnn.model.bn2.momentum = 0.25
     before = {name: tensor.clone() for name, tensor in cnn.model.state_dict().items()}
     flags = [module.training for module in cnn.model.modules()]
-    arguments = {"model": cnn.model, "calibration_dataset": batches(), "reset": reset} | arguments
+    arguments = {"model": cnn.model, "calibration_dataset": batches(cnn.model), "reset": reset} | arguments
     with pytest.raises(error, match=text):
         batch_norm_adaptation(arguments.pop("model"), arguments.pop("calibration_dataset"), **arguments)
     for name, tensor in cnn.model.state_dict().items():
@@ -136,10 +139,11 @@ def test_batch_norm_adaptation_shows_progress_on_a_terminal_only(cnn, monkeypatc
     monkeypatch.setenv("TERM", "xterm")
     for stream, shows in ((io.StringIO(), False), (Terminal(), True)):
         monkeypatch.setattr(sys, "stderr", stream)
-        batch_norm_adaptation(cnn.model, batches())
+        batch_norm_adaptation(cnn.model, batches(cnn.model))
         assert ("BatchNorm adaptation" in stream.getvalue()) is shows
 
 
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
 def test_batch_norm_adaptation_gives_the_cursor_back_after_an_error(cnn, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stderr", stream := Terminal())
@@ -184,3 +188,48 @@ def test_batch_norm_adaptation_takes_a_plain_loader_without_labels(cnn):
     expected = batch_norm_adaptation(copy.deepcopy(cnn.model), list(cnn.inputs.split(4)), reset=True)
     batch_norm_adaptation(cnn.model, loader, reset=True)
     assert torch.equal(cnn.model.bn1.running_mean, expected.bn1.running_mean)
+
+
+class MapStyle(torch.utils.data.Dataset):
+    """Gives an item for any index, so that Python's own iteration would never end."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return torch.full((4, 2), float(index))
+
+
+def test_dataset_reads_a_map_style_dataset_by_its_length():
+    assert [int(item[0, 0]) for item in Dataset(MapStyle()).get_data()] == [0, 1, 2]
+    assert [int(item[0, 0]) for item in Dataset(MapStyle()).get_data([2, 0])] == [0, 2]
+    norm = batch_norm_adaptation(nn.BatchNorm1d(2), MapStyle(), reset=True)
+    assert norm.running_mean.tolist() == [1, 1]
+    endless = type("Endless", (), {"__getitem__": MapStyle.__getitem__})()
+    with pytest.raises(TypeError, match="__getitem__ and __len__"):
+        Dataset(endless)
+
+
+def test_batch_norm_adaptation_gives_the_model_what_the_transform_returns():
+    class Stacking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(2)
+
+        def forward(self, rows):
+            assert isinstance(rows, list)
+            return self.norm(torch.stack([*rows, *rows]))
+
+    model = Stacking()
+    batch_norm_adaptation(model, Dataset([[torch.ones(2)], [torch.ones(2)] * 2], lambda rows: rows))
+    assert model.norm.num_batches_tracked == 2
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_batch_norm_adaptation_refuses_statistics_that_it_cannot_write():
+    with pytest.raises(ValueError, match="running_mean is lazy"):
+        batch_norm_adaptation(nn.LazyBatchNorm1d(affine=False), [torch.ones(2, 2)])
+    with torch.inference_mode():
+        norm = nn.BatchNorm1d(2)
+    with pytest.raises(ValueError, match=r"under torch\.inference_mode"):
+        batch_norm_adaptation(norm, [torch.ones(2, 2)])

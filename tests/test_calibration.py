@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyprune.calibration import evaluating, forward
+from pyprune.calibration import check_initialized, evaluating, forward
 
 
 def test_forward_spreads_mappings_and_tuples():
@@ -39,3 +39,11 @@ def test_evaluating_does_not_call_train_of_the_model():
 
     with evaluating(Merging(1, 1)):
         pass
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_check_initialized_sees_lazy_parameters_and_buffers():
+    check_initialized(nn.BatchNorm1d(3))
+    for layer, name in ((nn.LazyLinear(3), "0.weight"), (nn.LazyBatchNorm1d(affine=False), "0.running_mean")):
+        with pytest.raises(ValueError, match=f"{name} is lazy"):
+            check_initialized(nn.Sequential(layer))

@@ -66,6 +66,8 @@ def entry(names, shape):
         ({"version": 2, "masks": []}, ValueError, "version 2; this pyprune reads version 1"),
         ({"version": 1}, ValueError, "damaged"),
         ({"version": 1, "masks": [3]}, ValueError, "damaged"),
+        (entry([["weight"]], [4, 1, 3, 3]), ValueError, "damaged"),
+        (entry([3], [4, 1, 3, 3]), ValueError, "damaged"),
         ({"version": 1, "masks": [{"names": ["fc.weight"]}]}, ValueError, "damaged"),
         (entry([], []), ValueError, "does not have"),
         (entry(["conv.weight"], [4, 1, 3, 3]), ValueError, "nearest parameters: conv2.weight|conv1.weight"),
@@ -101,3 +103,22 @@ def test_config_functions_want_a_module():
         get_config({})
     with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
         load_from_config({}, {"version": 1, "masks": []})
+
+
+def test_load_from_config_takes_a_model_on_the_meta_device(case):
+    prune(case.model).eval()
+    with torch.device("meta"):
+        fresh = type(case.model)()
+    load_from_config(fresh, get_config(case.model))
+    fresh.load_state_dict(case.model.state_dict(), assign=True)
+    assert torch.equal(fresh.eval()(case.inputs), case.model(case.inputs))
+    pyprune.strip(fresh)
+    assert torch.equal(fresh(case.inputs), case.model(case.inputs))
+
+
+def test_load_from_config_under_inference_mode_leaves_masks_to_train_with(cnn):
+    config = get_config(prune(copy.deepcopy(cnn.model)))
+    with torch.inference_mode():
+        load_from_config(cnn.model, config)
+    cnn.model(cnn.inputs).sum().backward()
+    prune(cnn.model, 0.3)

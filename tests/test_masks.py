@@ -9,6 +9,7 @@ from torch.nn.utils import parametrize
 import pyprune
 from pyprune.masks import Mask, Owner, attach, dense_modules, dense_parameters, detach, shared_mask
 from pyprune.targets import find_targets, masks_of
+from tests.conftest import Case
 
 LOCAL, GLOBAL = pyprune.PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL, pyprune.PruneMode.UNSTRUCTURED_MAGNITUDE_GLOBAL
 
@@ -62,15 +63,37 @@ def test_masks_zero_the_same_outputs_and_gradients_as_zeros_in_the_weights(case)
         torch.testing.assert_close(target.parameter.grad, gradients[target.name] * mask)
 
 
-def test_masks_act_in_the_fast_path_of_attention(transformer):
-    twin = dense_twin(transformer)
-    transformer.model.eval()
+def test_masks_act_in_the_fast_path_of_attention(device, monkeypatch):
+    """In evaluation without gradients torch hands weights to fused kernels, by other ways than forward()."""
+    taken = {}
+
+    def spy(name):
+        original = getattr(torch, name)
+
+        def call(*args):
+            taken[name] = args
+            return original(*args)
+
+        monkeypatch.setattr(torch, name, call)
+
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).to(device)
+    attention = nn.MultiheadAttention(8, 2, batch_first=True).to(device)
+    x = torch.randn(3, 7, 8, device=device)
+    expected = []
+    for model, inputs in ((layer, (x,)), (attention, (x, x, x))):
+        twin = dense_twin(Case(model, inputs)).eval()
+        with torch.no_grad():
+            expected.append(twin(*inputs))
+        model.eval()
+    spy("_transformer_encoder_layer_fwd")
+    spy("_native_multi_head_attention")
     with torch.no_grad():
-        torch.testing.assert_close(transformer.model(transformer.inputs), twin.eval()(transformer.inputs))
-        dense = copy.deepcopy(twin)
-        for target in find_targets(dense):
-            target.parameter.data += 1
-        assert not torch.allclose(dense(transformer.inputs), twin(transformer.inputs))
+        torch.testing.assert_close(layer(x), expected[0])
+        torch.testing.assert_close(attention(x, x, x), expected[1])
+    for model, name in ((layer, "_transformer_encoder_layer_fwd"), (attention, "_native_multi_head_attention")):
+        for target, mask in masks_of(model).items():
+            masked = target.parameter * mask
+            assert any(isinstance(arg, torch.Tensor) and torch.equal(arg, masked) for arg in taken[name]), target.name
 
 
 def test_masks_let_a_training_step_through(case):
@@ -129,12 +152,19 @@ def test_masks_survive_conversion(case):
     inputs = case.inputs.double() if case.inputs.is_floating_point() else case.inputs
     torch.testing.assert_close(model(inputs), twin(inputs))
     model.float().to("cpu")
-    torch.testing.assert_close(model(case.inputs), twin.float()(case.inputs))
+    torch.testing.assert_close(model(case.inputs.cpu()), twin.float().cpu()(case.inputs.cpu()))
+
+
+def test_masks_stay_bool_when_everything_is_converted(cnn):
+    twin = dense_twin(cnn).eval().double()
+    cnn.model.eval().type(torch.float64)
+    assert all(mask.dtype == torch.bool for mask in masks_of(cnn.model).values())
+    torch.testing.assert_close(cnn.model(cnn.inputs.double()), twin(cnn.inputs.double()))
 
 
 def test_masks_work_under_autocast(case):
     twin = dense_twin(case).eval()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(case.inputs.device.type, dtype=torch.bfloat16):
         torch.testing.assert_close(case.model.eval()(case.inputs), twin(case.inputs))
 
 
@@ -149,9 +179,8 @@ def test_masks_travel_in_a_pickled_state_dict(case):
     torch.testing.assert_close(fresh(case.inputs), case.model.eval()(case.inputs))
 
 
-@pytest.mark.parametrize("kind", ["cnn", "transformer"])
-def test_masks_compile_without_breaks_or_recompilation(kind, request):
-    case = request.getfixturevalue(kind)
+@pytest.mark.parametrize("case", ["cnn", "transformer"], indirect=True)
+def test_masks_compile_without_breaks_or_recompilation(case):
     pyprune.prune(case.model, GLOBAL, ratio=0.6)
     case.model.apply(lambda module: setattr(module, "p", 0.0) if isinstance(module, nn.Dropout) else None)
     torch._dynamo.reset()
@@ -163,6 +192,33 @@ def test_masks_compile_without_breaks_or_recompilation(kind, request):
             for ratio in (0.9, 0.2):
                 pyprune.prune(case.model, GLOBAL, ratio=ratio)
                 torch.testing.assert_close(compiled(case.inputs), case.model(case.inputs))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns of itself while it loads its compiler
+def test_masks_compile_with_the_default_backend(device, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)).to(device).eval()
+    x = torch.randn(2, 1, 6, 6, device=device)
+    pyprune.prune(model, GLOBAL, ratio=0.6)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for ratio in (0.9, 0.2):
+                pyprune.prune(model, GLOBAL, ratio=ratio)
+                torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_masks_compile_on_a_recurrent_cell(device):
+    cell, x = nn.LSTMCell(4, 3).to(device), torch.randn(2, 4, device=device)
+    pyprune.prune(cell, GLOBAL, ratio=0.6)
+    torch._dynamo.reset()
+    compiled = torch.compile(cell, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), cell(x))
+    compiled(x)[0].sum().backward()
+    for target, mask in masks_of(cell).items():
+        assert not target.parameter.grad[~mask].any()
 
 
 def test_masks_work_under_distributed_data_parallel(cnn, tmp_path):
@@ -250,6 +306,28 @@ def test_detach_of_one_mask_leaves_the_others(recurrent):
     assert shared_mask(owners) is owners[1].mask
     assert next(name for name, _ in lstm.named_parameters()) == "weight_ih_l0"
     assert not lstm.weight_hh_l1.any()
-    before = lstm(torch.ones(1, 1, 5))[0]
+    x = torch.ones_like(recurrent.inputs)
+    before = lstm(x)[0]
     lstm.parametrizations.weight_hh_l1.original.data += 1
-    assert torch.equal(lstm(torch.ones(1, 1, 5))[0], before)
+    assert torch.equal(lstm(x)[0], before)
+
+
+def test_detach_leaves_an_rnn_with_another_parametrization_its_own_methods():
+    lstm = nn.LSTM(3, 4)
+    parametrize.register_parametrization(lstm, "bias_ih_l0", nn.Identity())
+    names = set(vars(type(lstm)))
+    pyprune.prune(lstm, LOCAL, ratio=0.5)
+    pyprune.strip(lstm)
+    assert set(vars(type(lstm))) == names
+    assert lstm._flat_weights[0] is lstm.weight_ih_l0
+
+
+def test_attach_gives_old_masks_back_when_an_update_fails():
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    owners = [[Owner("weight", linear, "weight")] for linear in (first, second)]
+    eye = torch.eye(2, dtype=torch.bool)
+    attach((places, eye.clone()) for places in owners)
+    with pytest.raises(RuntimeError, match="size"):
+        attach([(owners[0], ~eye), (owners[1], torch.ones(3, dtype=torch.bool))])
+    assert torch.equal(owners[0][0].mask.mask, eye)
+    assert torch.equal(owners[1][0].mask.mask, eye)

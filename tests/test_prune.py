@@ -37,9 +37,9 @@ def expected_masks(weights, mode, ratio):
 @pytest.mark.parametrize("ratio", [0, 0.3, 0.9])
 @pytest.mark.parametrize("mode", [LOCAL, GLOBAL])
 def test_prune_masks_what_numpy_masks(case, mode, ratio):
-    weights = [target.parameter.detach().numpy().copy() for target in find_targets(case.model)]
+    weights = [target.parameter.detach().cpu().numpy().copy() for target in find_targets(case.model)]
     assert pyprune.prune(case.model, mode, ratio=ratio) is case.model
-    masks = [mask.numpy() for mask in masks_of(case.model).values()]
+    masks = [mask.cpu().numpy() for mask in masks_of(case.model).values()]
     for mask, expected in zip(masks, expected_masks(weights, mode, ratio), strict=True):
         np.testing.assert_array_equal(mask, expected)
 
@@ -270,6 +270,30 @@ def test_prune_in_global_mode_wants_one_device(cnn, monkeypatch, unchanged):
     monkeypatch.setattr("pyprune.ops.CUDA_KERNELS_LOADED", True)
     cnn.model.fc.weight = Elsewhere(cnn.model.fc.weight.data)
     before = unchanged(cnn.model)
-    with pytest.raises(ValueError, match="the weights are on cpu, cuda:1"):
+    with pytest.raises(ValueError, match=r"the weights are on (cpu|cuda:0), cuda:1"):
         pyprune.prune(cnn.model, GLOBAL, ratio=0.5)
+    before.check()
+
+
+def test_prune_under_inference_mode_leaves_masks_to_train_with(case):
+    with torch.inference_mode():
+        pyprune.prune(case.model, LOCAL, ratio=0.5)
+    assert not any(mask.is_inference() for mask in masks_of(case.model).values())
+    case.model(case.inputs).sum().backward()
+    pyprune.prune(case.model, LOCAL, ratio=0.7)
+    with torch.inference_mode():
+        pyprune.prune(case.model, LOCAL, ratio=0.2)
+        stripped = pyprune.strip(case.model, do_copy=True)
+    assert not any(parameter.is_inference() for parameter in stripped.parameters())
+
+
+def test_prune_after_a_late_tie_changes_nothing(unchanged):
+    model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    pyprune.prune(model, LOCAL, ratio=0.5)
+    model[1].parametrizations.weight.original = model[0].parametrizations.weight.original
+    before = unchanged(model)
+    with pytest.raises(ValueError, match=r"0\.weight, 1\.weight are one weight with several masks"):
+        pyprune.prune(model, LOCAL, ratio=0.75)
+    with pytest.raises(ValueError, match="several masks"):
+        pyprune.strip(model)
     before.check()

@@ -34,6 +34,28 @@ def test_pruning_statistic_is_the_same_after_strip(case):
     assert pruning_statistic(pyprune.strip(case.model)) == masked
 
 
+def test_pruning_statistic_is_the_same_after_strip_with_the_same_selection():
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kernel = nn.Parameter(torch.randn(4, 4))
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.second(self.first(x @ self.kernel))
+
+    selection = {"ignored_scope": pyprune.IgnoredScope(names=["first"]), "examples_inputs": torch.randn(2, 4)}
+    model = pyprune.prune(Bare(), "UNSTRUCTURED_MAGNITUDE_GLOBAL", ratio=0.6, **selection)
+    masked = pruning_statistic(model)
+    assert [tensor.tensor_name for tensor in masked.pruned_tensors] == ["kernel", "second.weight"]
+    assert pruning_statistic(model, **selection) == masked
+    some = pruning_statistic(model, ignored_scope=pyprune.IgnoredScope(names=["kernel"]))
+    assert [tensor.tensor_name for tensor in some.pruned_tensors] == ["second.weight"]
+    pyprune.strip(model)
+    assert pruning_statistic(model, **selection) == masked
+    assert pruning_statistic(model) != masked
+
+
 def test_pruning_statistic_of_a_dense_model_counts_its_zeros(transformer):
     assert pruning_statistic(transformer.model).pruning_ratio == 0
     transformer.model.embed.weight.data.zero_()
@@ -64,6 +86,8 @@ def test_pruning_statistic_of_nothing_is_zero():
 def test_pruning_statistic_says_what_it_cannot_count():
     with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
         pruning_statistic(torch.ones(1))
+    with pytest.raises(TypeError, match=r"pyprune\.IgnoredScope"):
+        pruning_statistic(nn.Linear(2, 2), ignored_scope=["weight"])
     with pytest.raises(ValueError, match="meta device"):
         pruning_statistic(nn.Linear(2, 2, device="meta"))
 
@@ -92,3 +116,9 @@ def test_model_pruning_statistic_prints_a_table():
     assert any("50.00%" in line for line in lines)
     assert any("25.00%" in line for line in lines)
     assert "\x1b" not in str(statistic)
+
+
+def test_pruning_statistic_counts_what_cannot_be_pruned_but_read():
+    model = nn.ModuleList([nn.Embedding(3, 2, sparse=True), nn.Linear(2, 2)])
+    model[1].weight = nn.Parameter(torch.zeros(2, 1).expand(2, 2))
+    assert [tensor.pruned_ratio for tensor in pruning_statistic(model).pruned_tensors] == [0.0, 1.0]

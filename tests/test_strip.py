@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import pyprune
-from pyprune import StripFormat, strip
+from pyprune import StripFormat, masks, strip
 from pyprune.targets import masks_of
 
 
@@ -61,9 +61,8 @@ def test_strip_leaves_the_optimizer_its_parameters(case):
     assert len(moved) > len(before) / 2
 
 
-@pytest.mark.parametrize("kind", ["cnn", "transformer"])
-def test_strip_leaves_a_model_that_exports(kind, request):
-    case = request.getfixturevalue(kind)
+@pytest.mark.parametrize("case", ["cnn", "transformer"], indirect=True)
+def test_strip_leaves_a_model_that_exports(case):
     strip(prune(case.model)).eval()
     program = torch.export.export(case.model, (case.inputs,))
     torch.testing.assert_close(program.module()(case.inputs), case.model(case.inputs))
@@ -143,3 +142,28 @@ def test_strip_refuses_a_parametrization_over_a_mask(cnn, unchanged):
     with pytest.raises(ValueError, match=r"fc.weight got another parametrization \(Identity\)"):
         strip(cnn.model)
     before.check()
+
+
+@pytest.mark.parametrize("failing_call", [0, 1, 2, "fold"])
+def test_strip_puts_masks_on_again_after_an_error(case, failing_call, monkeypatch):
+    prune(case.model).eval()
+    before = {name: tensor.clone() for name, tensor in case.model.state_dict().items()}
+    expected = case.model(case.inputs)
+    unregister, calls = masks._unregister, []
+
+    def fail(*args):
+        calls.append(args)
+        if len(calls) - 1 == failing_call or failing_call == "fold":
+            raise RuntimeError("no room")
+        unregister(*args)
+
+    monkeypatch.setattr(*((pyprune.ops, "fold") if failing_call == "fold" else (masks, "_unregister")), fail)
+    with pytest.raises(RuntimeError, match="no room"):
+        strip(case.model)
+    assert list(case.model.state_dict()) == list(before)
+    for name, tensor in case.model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert torch.equal(case.model(case.inputs), expected)
+    monkeypatch.undo()
+    strip(case.model)
+    assert torch.equal(case.model(case.inputs), expected)

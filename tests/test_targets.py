@@ -185,6 +185,12 @@ def with_weight(weight):
     return model
 
 
+def made_under_inference_mode():
+    with torch.inference_mode():
+        linear = nn.Linear(3, 3)
+    return nn.Sequential(nn.Linear(3, 3), linear)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "text"),
     [
@@ -196,6 +202,10 @@ def with_weight(weight):
         (lambda: with_weight(torch.ones(3, 3, dtype=torch.int8)), TypeError, "1.weight has dtype torch.int8"),
         (lambda: with_weight(torch.ones(3, 3, dtype=torch.complex64)), TypeError, "torch.complex64"),
         (lambda: with_weight(torch.ones(3, 3).to_sparse()), TypeError, "layout torch.sparse_coo"),
+        (lambda: nn.Sequential(nn.Linear(3, 3), nn.Embedding(3, 3, sparse=True)), ValueError, "1.weight has sparse"),
+        (lambda: nn.Sequential(nn.Linear(3, 3), nn.EmbeddingBag(3, 3, sparse=True)), ValueError, "sparse=False"),
+        (lambda: with_weight(torch.ones(3, 1).expand(3, 3)), ValueError, "1.weight has elements that share memory"),
+        (made_under_inference_mode, ValueError, "1.weight was made under torch.inference_mode"),
         (lambda: nn.BatchNorm1d(3), ValueError, "BatchNorm1d has no weight to prune"),
         (lambda: nn.Sequential(), ValueError, "no weight to prune"),
         (lambda: "model", TypeError, "give a torch.nn.Module"),
@@ -226,6 +236,28 @@ def test_find_targets_refuses_sharded_weights(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+def test_find_targets_refuses_two_parameters_in_one_memory():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = nn.Parameter(model[0].weight.data[2:6])
+    text = r"0\.weight and 1\.weight are different parameters that share memory"
+    for ignored in ([], ["0"], ["1"]):
+        with pytest.raises(ValueError, match=text):
+            find_targets(model, IgnoredScope(names=ignored))
+    assert names(model, IgnoredScope(names=["0", "1"])) == ["2.weight"]
+
+
+def test_find_targets_takes_neighbours_in_one_memory():
+    # So do the weights of an RNN lie on a GPU, and the parts of a projection that was split.
+    flat = torch.randn(4, 8)
+    model = nn.ModuleList([nn.Linear(2, 4, bias=False) for _ in range(4)])
+    for layer, part in zip(model, flat.split(2, dim=1), strict=True):
+        layer.weight = nn.Parameter(part)
+    assert len(find_targets(model)) == 4
+    for layer, part in zip(model, flat.view(4, 4, 2), strict=True):
+        layer.weight = nn.Parameter(part)
+    assert len(find_targets(model)) == 4
+
+
 @pytest.mark.filterwarnings("ignore:Lazy modules")
 def test_find_targets_does_not_trace_a_lazy_model():
     model = nn.Sequential(nn.Linear(3, 3), nn.LazyBatchNorm1d())
@@ -233,6 +265,9 @@ def test_find_targets_does_not_trace_a_lazy_model():
         find_targets(model, None, torch.randn(2, 3))
     assert isinstance(model[1], nn.LazyBatchNorm1d)
     assert names(model) == ["0.weight"]
+    model[1] = nn.LazyBatchNorm1d(affine=False)
+    with pytest.raises(ValueError, match=r"1\.running_mean is lazy"):
+        find_targets(model, None, torch.randn(2, 3))
 
 
 def test_find_targets_refuses_a_parametrization_over_a_mask():

@@ -45,9 +45,10 @@ def threshold(
     """
     check_tensors(weights, "weights", WEIGHT_DTYPES)
     sizes = [weight.numel() for weight in weights]
-    together = not isinstance(removed, Sequence)
-    counts = [operator.index(count) for count in ([removed] if together else removed)]
-    limits = [sum(sizes)] if together else sizes
+    if isinstance(removed, Sequence):
+        counts, limits = [operator.index(count) for count in removed], sizes
+    else:
+        counts, limits = [operator.index(removed)], [sum(sizes)]
     if len(counts) != len(limits):
         raise ValueError(
             f"removed has {len(counts)} counts for {len(limits)} weights; give one per weight, or one int"

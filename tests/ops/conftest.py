@@ -1,19 +1,17 @@
 """Where the operators are tested: every CPU capability, and the GPU where there is one."""
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from pyprune import _C, ops
+from tests.devices import DEVICES
 
-DEVICES = [f"cpu-{name}" for name in _C.available_cpu_capabilities()]
-if torch.cuda.is_available() or os.environ.get("REQUIRE_CUDA") == "1":
-    DEVICES.append("cuda")
+PLACES = [f"cpu-{name}" for name in _C.available_cpu_capabilities()] + [name for name in DEVICES if name != "cpu"]
 
 
-@pytest.fixture(params=DEVICES)
+@pytest.fixture(params=PLACES)
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """Yield the device to test on, with the kernels of one capability chosen."""
     kind, _, capability = request.param.partition("-")

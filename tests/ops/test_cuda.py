@@ -1,16 +1,13 @@
 """What only a GPU can show."""
 
-import os
-
 import pytest
 import torch
 
 from pyprune import ops
+from tests.devices import DEVICES
 from tests.ops.cases import adversarial
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() and os.environ.get("REQUIRE_CUDA") != "1", reason="needs a GPU"
-)
+pytestmark = pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU")
 
 
 def make_weights(seed: int) -> list[torch.Tensor]:
