@@ -100,7 +100,6 @@ def attach(masks: Iterable[tuple[Sequence[Owner], Tensor]]) -> None:
     """
     new: list[Owner] = []
     updates: list[tuple[Mask, Tensor]] = []
-    old: list[tuple[Mask, Tensor]] = []
     try:
         for owners, mask in masks:
             shared = shared_mask(owners)
@@ -114,14 +113,18 @@ def attach(masks: Iterable[tuple[Sequence[Owner], Tensor]]) -> None:
                     new.append(owner)
                     _register(owner.module, owner.attribute, shared)
         for shared, mask in updates:
-            before = shared.mask.clone()
-            shared.mask.copy_(mask)
-            old.append((shared, before))
+            # Checked before the first is written, so that no copy of the old masks is needed.
+            if mask.shape != shared.mask.shape or shared.mask.is_inference():
+                raise ValueError(
+                    f"a mask of shape {tuple(shared.mask.shape)} cannot take one of {tuple(mask.shape)}, or was loaded "
+                    "under torch.inference_mode; load the state_dict outside it"
+                )
     except BaseException:
-        for shared, before in old:
-            shared.mask.copy_(before)
         detach(new)
         raise
+    with torch.no_grad():
+        for shared, mask in updates:
+            shared.mask.copy_(mask)
 
 
 def detach(owners: Sequence[Owner]) -> None:

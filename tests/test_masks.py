@@ -322,12 +322,16 @@ def test_detach_leaves_an_rnn_with_another_parametrization_its_own_methods():
     assert lstm._flat_weights[0] is lstm.weight_ih_l0
 
 
-def test_attach_gives_old_masks_back_when_an_update_fails():
+def test_attach_updates_no_mask_when_one_cannot_be():
     first, second = nn.Linear(2, 2), nn.Linear(2, 2)
     owners = [[Owner("weight", linear, "weight")] for linear in (first, second)]
     eye = torch.eye(2, dtype=torch.bool)
     attach((places, eye.clone()) for places in owners)
-    with pytest.raises(RuntimeError, match="size"):
+    with pytest.raises(ValueError, match=r"shape \(2, 2\) cannot take one of \(3,\)"):
         attach([(owners[0], ~eye), (owners[1], torch.ones(3, dtype=torch.bool))])
+    with torch.inference_mode():
+        second.parametrizations.weight[0].mask = eye.clone()
+    with pytest.raises(ValueError, match="inference_mode"):
+        attach([(owners[0], ~eye), (owners[1], ~eye)])
     assert torch.equal(owners[0][0].mask.mask, eye)
     assert torch.equal(owners[1][0].mask.mask, eye)
