@@ -116,8 +116,8 @@ def attach(masks: Iterable[tuple[Sequence[Owner], Tensor]]) -> None:
             # Checked before the first is written, so that no copy of the old masks is needed.
             if mask.shape != shared.mask.shape or shared.mask.is_inference():
                 raise ValueError(
-                    f"a mask of shape {tuple(shared.mask.shape)} cannot take one of {tuple(mask.shape)}, or was loaded "
-                    "under torch.inference_mode; load the state_dict outside it"
+                    f"a mask of shape {tuple(shared.mask.shape)} cannot take one of {tuple(mask.shape)}, or it was "
+                    "loaded under torch.inference_mode; load the state_dict outside it"
                 )
     except BaseException:
         detach(new)
