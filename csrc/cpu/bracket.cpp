@@ -16,7 +16,7 @@ std::atomic<double> bracket_shift{0.0};
 constexpr int64_t kNoSample = 2048;  // so few weights are all candidates
 constexpr int64_t kSamplesPerTask = 4096;
 constexpr int64_t kInFlight = 64;
-constexpr double kSpread = 3.0;  // misses one time in 400
+constexpr double kSpread = 2.5;  // misses one time in 80, and a miss costs one more sweep
 constexpr double kWidestSpread = 1000;
 constexpr int kPatience = 8;  // proposals before everything that is still possible becomes a candidate
 

@@ -22,8 +22,13 @@ void for_each_key(const CandidateRun& run, Visit visit) {
   });
 }
 
-// Narrows the bracket to one of many equal intervals; returns how many candidates lie below that one.
-int64_t narrow(const std::vector<CandidateRun>& runs, Bracket& bracket, int64_t rank) {
+struct Interval {
+  int64_t below;   // candidates below it
+  int64_t inside;  // candidates in it
+};
+
+// Narrows the bracket to the one of many equal intervals that holds the rank-th candidate.
+Interval narrow(const std::vector<CandidateRun>& runs, Bracket& bracket, int64_t rank) {
   int unused = Score::kKeyBits;  // low bits that are zero in every key
   for (const CandidateRun& run : runs) {
     unused = std::min(unused, run.score->unused_key_bits());
@@ -42,16 +47,17 @@ int64_t narrow(const std::vector<CandidateRun>& runs, Bracket& bracket, int64_t 
       std::swap(table, other);
     });
   });
-  int64_t bin = 0, below = 0;
+  Interval interval{0, 0};
+  int64_t bin = 0;
   for (;; ++bin) {
-    int64_t here = 0;
+    interval.inside = 0;
     for (const auto& one : counts) {
-      here += one[bin] + one[bin + kBins];
+      interval.inside += one[bin] + one[bin + kBins];
     }
-    if (below + here >= rank) {
+    if (interval.below + interval.inside >= rank) {
       break;
     }
-    below += here;
+    interval.below += interval.inside;
   }
   bracket.below += bin << shift;
   bracket.last = bracket.below + (int64_t{1} << shift);
@@ -60,24 +66,24 @@ int64_t narrow(const std::vector<CandidateRun>& runs, Bracket& bracket, int64_t 
     bracket.last = bracket.last >> shift << shift;
     bracket.below = bracket.last - 1;
   }
-  return below;
+  return interval;
 }
 
 }  // namespace
 
-std::pair<int64_t, int64_t> select_key(const std::vector<CandidateRun>& runs, int64_t total, Bracket bracket,
-                                       int64_t rank) {
-  int64_t below = 0;
+Selected select_key(const std::vector<CandidateRun>& runs, int64_t total, Bracket bracket, int64_t rank) {
+  Interval interval{0, total};
   if (total > kFew) {
-    below = narrow(runs, bracket, rank);
+    interval = narrow(runs, bracket, rank);
   }
   if (bracket.one_score()) {
-    return {bracket.last, below};
+    return {bracket.last, interval.below, interval.inside};
   }
   std::vector<std::vector<int64_t>> keys(thread_count());
   share_tasks(static_cast<int64_t>(runs.size()), [&](int64_t task, int64_t worker) {
-    for_each_key(runs[task], [&mine = keys[worker], bracket](int64_t key) {
-      if (bracket.below < key && key <= bracket.last) {
+    const uint64_t first = static_cast<uint64_t>(bracket.below) + 1, size = bracket.last - bracket.below;
+    for_each_key(runs[task], [&mine = keys[worker], first, size](int64_t key) {
+      if (static_cast<uint64_t>(key) - first < size) {  // below the interval it wraps around
         mine.push_back(key);
       }
     });
@@ -86,10 +92,11 @@ std::pair<int64_t, int64_t> select_key(const std::vector<CandidateRun>& runs, in
   for (const auto& one : keys) {
     all.insert(all.end(), one.begin(), one.end());
   }
-  const auto nth = all.begin() + (rank - below - 1);
+  const auto nth = all.begin() + (rank - interval.below - 1);
   std::nth_element(all.begin(), nth, all.end());
-  below += std::count_if(all.begin(), nth, [&](int64_t key) { return key < *nth; });
-  return {*nth, below};
+  const int64_t key = *nth;
+  return {key, interval.below + std::count_if(all.begin(), nth, [key](int64_t one) { return one < key; }),
+          std::count(all.begin(), all.end(), key)};
 }
 
 }  // namespace pyprune

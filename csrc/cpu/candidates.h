@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <utility>
 #include <vector>
 
 #include "bracket.h"
@@ -17,9 +16,14 @@ struct CandidateRun {
   const Score* score;
 };
 
-// The rank-th smallest key (from 1) of the candidates, all of them in the bracket, and how many lie below it.
-// `total` is the number of candidates of all runs.
-std::pair<int64_t, int64_t> select_key(const std::vector<CandidateRun>& runs, int64_t total, Bracket bracket,
-                                       int64_t rank);
+struct Selected {
+  int64_t key;
+  int64_t below;  // candidates with a smaller key
+  int64_t same;   // candidates with this key
+};
+
+// The rank-th smallest key (from 1) of the candidates, all of them in the bracket. `total` is the number of
+// candidates of all runs.
+Selected select_key(const std::vector<CandidateRun>& runs, int64_t total, Bracket bracket, int64_t rank);
 
 }  // namespace pyprune

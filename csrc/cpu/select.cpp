@@ -143,8 +143,8 @@ class Selection {
       T* bits = nullptr;
       uint16_t* positions = nullptr;
       if (store) {
-        bits = reinterpret_cast<T*>(worker.bits.reserve(chunk.count * sizeof(T)));
-        positions = reinterpret_cast<uint16_t*>(worker.positions.reserve(chunk.count * sizeof(uint16_t)));
+        bits = reinterpret_cast<T*>(worker.bits.reserve((chunk.count + 1) * sizeof(T)));
+        positions = reinterpret_cast<uint16_t*>(worker.positions.reserve((chunk.count + 1) * sizeof(uint16_t)));
       }
       const Sweep swept = sweep(x, mask, chunk.count, bracket.below, bracket.middle, bracket.last, bits, positions);
       if (store) {
@@ -220,17 +220,18 @@ class Selection {
     for (size_t task = 0; task < chunks_.size(); ++task) {
       runs.push_back({results_[task].bits, results_[task].candidates, &scores_[chunks_[task].tensor]});
     }
-    const auto [kth, below] = select_key(runs, inside, bracket, going);
-    // Per weight, the largest bits with a key below the k-th, not above it, and not above the middle.
+    const auto [kth, below, same] = select_key(runs, inside, bracket, going);
+    const bool all_ties_go = going == below + same;
+    // Per weight, the largest bits of what goes for sure, of what does not stay for sure, and of the middle.
     std::vector<int64_t> under, equal, provisional;
     for (const Score& score : scores_) {
       provisional.push_back(score.bits_up_to(bracket.middle));
-      under.push_back(score.bits_up_to(kth - 1));
+      under.push_back(score.bits_up_to(all_ties_go ? kth : kth - 1));
       equal.push_back(score.bits_up_to(kth));
     }
     const int64_t tasks = static_cast<int64_t>(chunks_.size());
     std::vector<int64_t> ties(chunks_.size());
-    share_tasks(tasks, [&](int64_t task, int64_t) {
+    share_tasks(all_ties_go ? 0 : tasks, [&](int64_t task, int64_t) {
       const int64_t tensor = chunks_[task].tensor, low = under[tensor], high = equal[tensor];
       by_bits(weights_[tensor].dtype, [&]<class T>(T) {
         const T* bits = static_cast<const T*>(results_[task].bits);

@@ -56,10 +56,18 @@ Sweep sweep_as(const T* x, uint8_t* mask, int64_t count, int64_t low, int64_t mi
       result.above += __builtin_popcountll(above.low);
       uint64_t inside = above.low & ~above.high;
       if constexpr (kStore) {
-        for (; inside != 0; inside &= inside - 1) {
-          const int64_t i = done + __builtin_ctzll(inside);
+        const auto store_one = [&] {
+          const int64_t i = done + __builtin_ctzll(inside | uint64_t{1} << 63);
           bits[result.candidates] = x[i] & kMagnitude<T>;
-          positions[result.candidates++] = static_cast<uint16_t>(i);
+          positions[result.candidates] = static_cast<uint16_t>(i);
+          result.candidates += inside != 0;
+          inside &= inside - 1;
+        };
+        // A block holds none, one or two at random: two are always written, kept or not, to have no branch to guess.
+        store_one();
+        store_one();
+        while (inside != 0) {
+          store_one();
         }
       } else {
         result.candidates += __builtin_popcountll(inside);

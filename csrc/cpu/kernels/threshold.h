@@ -20,7 +20,7 @@ struct Sweep {
 
 }  // namespace pyprune
 
-// With `bits` and `positions` (room for `count` each) candidates are also stored, in order; with null they are
+// With `bits` and `positions` (room for `count` + 1 each) candidates are also stored, in order; with null they are
 // counted.
 #define PYPRUNE_DECLARE_SWEEP                                                                               \
   Sweep sweep16(const uint16_t* x, uint8_t* mask, int64_t count, int64_t low, int64_t middle, int64_t high, \
