@@ -75,14 +75,14 @@ def find_targets(
         ['0.weight']
     """
     _check_arguments(model, ignored_scope, examples_inputs)
-    ignored = _ignored(model, ignored_scope)
-    for owner in layer_weights(model):
-        if not ignored(owner.name):
+    survey = _survey(model, ignored_scope)
+    for owner in survey.layers:
+        if not survey.ignored(owner.name):
             _check_is_parameter(owner)
-    targets = choose_targets(model, ignored_scope, examples_inputs)
+    targets = _choose(model, survey, examples_inputs)
     for target in targets:
         check_prunable(target, advice=_ADVICE)
-    _check_apart(model, targets)
+    _check_apart(survey.parameters, targets)
     if not targets:
         raise ValueError(
             f"{type(model).__name__} has no weight to prune: no linear, convolution, embedding, attention or "
@@ -97,16 +97,36 @@ def choose_targets(
 ) -> list[Target]:
     """List what `find_targets` finds, but do not ask whether it can be pruned, and find nothing without an error."""
     _check_arguments(model, ignored_scope, examples_inputs)
-    ignored = _ignored(model, ignored_scope)
-    layer_names = {owner.name for owner in layer_weights(model)}
+    return _choose(model, _survey(model, ignored_scope), examples_inputs)
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """What there is to choose from, and what not to choose."""
+
+    parameters: list[Target]
+    layers: list[Owner]
+    ignored: Callable[[str], bool]
+
+
+def _survey(model: nn.Module, scope: IgnoredScope | None) -> _Survey:
+    parameters = all_parameters(model)
+    layers = layer_weights(model)
+    names = {owner.name for owner in layers}.union(owner.name for target in parameters for owner in target.owners)
+    classes = {name: _class_names(module) for name, module in dense_modules(model)}
+    return _Survey(parameters, layers, ignored_by(scope or IgnoredScope(), names, classes))
+
+
+def _choose(model: nn.Module, survey: _Survey, examples_inputs: Any) -> list[Target]:
+    layer_names = {owner.name for owner in survey.layers}
     used: set[Tensor] = set()
     if examples_inputs is not None:
         check_initialized(model)
         used = used_as_weights(model, examples_inputs)
     return [
         target
-        for target in all_parameters(model)
-        if not any(ignored(owner.name) for owner in target.owners)
+        for target in survey.parameters
+        if not any(survey.ignored(owner.name) for owner in target.owners)
         and (target.parameter in used or target.mask is not None or target.is_among(layer_names))
     ]
 
@@ -193,11 +213,11 @@ def _problem(parameter: nn.Parameter, needs_values: bool = True) -> Exception | 
     return problem
 
 
-def _check_apart(model: nn.Module, targets: Sequence[Target]) -> None:
+def _check_apart(parameters: Sequence[Target], targets: Sequence[Target]) -> None:
     """Raise if a target shares memory with another parameter: zeros folded into one would appear in both."""
     chosen = {target.parameter for target in targets}
     names: dict[Tensor, str] = {
-        target.parameter: target.name for target in all_parameters(model) if _problem(target.parameter) is None
+        target.parameter: target.name for target in parameters if _problem(target.parameter) is None
     }
     for one, other in overlapping(list(names)):
         if one in chosen or other in chosen:
@@ -217,13 +237,6 @@ def _check_arguments(model: object, ignored_scope: object, examples_inputs: obje
             f"examples_inputs is a {type(examples_inputs).__name__}; give a tensor, a tuple of positional "
             "arguments or a dict of keyword arguments"
         )
-
-
-def _ignored(model: nn.Module, scope: IgnoredScope | None) -> Callable[[str], bool]:
-    names = {owner.name for owner in layer_weights(model)}
-    names.update(owner.name for target in all_parameters(model) for owner in target.owners)
-    classes = {name: _class_names(module) for name, module in dense_modules(model)}
-    return ignored_by(scope or IgnoredScope(), names, classes)
 
 
 def _class_names(module: nn.Module) -> list[str]:
