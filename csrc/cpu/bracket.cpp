@@ -110,7 +110,7 @@ Bracket BracketSearch::next() {
       const int64_t first = static_cast<int64_t>(center - half),
                     last = static_cast<int64_t>(std::ceil(center + half));
       const int64_t below = first < 0 ? below_ : std::max(below_, sampled(std::min(first, size - 1)) - 1);
-      const int64_t middle = sampled(static_cast<int64_t>(rank_));
+      const int64_t middle = sampled(std::min(static_cast<int64_t>(rank_), size - 1));
       const int64_t end = last >= size ? last_ : std::min(last_, sampled(std::max<int64_t>(last, 0)));
       if (below < end) {
         return without_crowds({below, std::clamp(middle, below, end), end}, 2 * half);
