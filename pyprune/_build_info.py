@@ -27,10 +27,6 @@ def build_info() -> BuildInfo:
         True
     """
     native = _C.build_info()
-    if torch.version.cuda is None:
-        cuda_runtime = "not used: this torch has no CUDA"
-    else:
-        cuda_runtime = CUDA_PROBLEM or "kernels loaded"
     return BuildInfo(
         pyprune=native["version"],
         python=platform.python_version(),
@@ -43,5 +39,5 @@ def build_info() -> BuildInfo:
         cpu_capabilities_here=", ".join(_C.available_cpu_capabilities()),
         threads=str(torch.get_num_threads()),
         cuda_build=native["cuda"],
-        cuda_runtime=cuda_runtime,
+        cuda_runtime=CUDA_PROBLEM or "kernels loaded",
     )

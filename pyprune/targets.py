@@ -207,8 +207,8 @@ def _problem(parameter: nn.Parameter, needs_values: bool = True) -> Exception | 
         problem = ValueError(f"is on {parameter.device}; kernels exist for cpu and cuda: move the model")
     elif parameter.is_cuda and not ops.CUDA_KERNELS_LOADED:
         problem = ValueError(
-            f"is on {parameter.device}, but pyprune was built without CUDA kernels (see "
-            "pyprune.build_info()); move the model to the CPU, or rebuild with PYPRUNE_CUDA=ON"
+            f"is on {parameter.device}, but {ops.CUDA_PROBLEM} (see pyprune.build_info()). Or move the model to "
+            "the CPU"
         )
     return problem
 

@@ -24,13 +24,8 @@ Tensor count_zeros(const std::vector<Tensor> tensors) {
   share_tasks(static_cast<int64_t>(chunks.size()), [&](int64_t task, int64_t) {
     const auto [tensor, start, count] = chunks[task];
     const Strided& view = views[tensor];
-    if (view.contiguous()) {
-      counts[task] = run(view.at(start), view.dtype, count);
-      return;
-    }
-    std::vector<uint64_t> buffer(count);  // room for the widest dtype
-    view.gather(start, count, buffer.data());
-    counts[task] = run(buffer.data(), view.dtype, count);
+    std::vector<uint64_t> room;
+    counts[task] = run(view.in_a_row(start, count, room), view.dtype, count);
   });
   Tensor result = torch::stable::empty({static_cast<int64_t>(tensors.size())}, torch::headeronly::ScalarType::Long);
   int64_t* out = static_cast<int64_t*>(result.mutable_data_ptr());

@@ -24,16 +24,12 @@ void fold(const std::vector<Tensor> weights, const std::vector<Tensor> masks) {
   share_tasks(static_cast<int64_t>(chunks.size()), [&](int64_t task, int64_t) {
     const auto [tensor, start, count] = chunks[task];
     const Strided &weight = w[tensor], &mask = m[tensor];
-    if (weight.contiguous() && mask.contiguous()) {
-      run(weight.at(start), reinterpret_cast<const uint8_t*>(mask.at(start)), weight.dtype, count);
-      return;
+    std::vector<uint64_t> weight_room, mask_room;
+    char* row = weight.in_a_row(start, count, weight_room);
+    run(row, reinterpret_cast<const uint8_t*>(mask.in_a_row(start, count, mask_room)), weight.dtype, count);
+    if (!weight.contiguous()) {
+      weight.scatter(start, count, row);
     }
-    std::vector<uint8_t> mask_run(count);
-    std::vector<uint64_t> weight_run(count);  // room for the widest dtype
-    mask.gather(start, count, mask_run.data());
-    weight.gather(start, count, weight_run.data());
-    run(weight_run.data(), mask_run.data(), weight.dtype, count);
-    weight.scatter(start, count, weight_run.data());
   });
 }
 

@@ -1,4 +1,4 @@
-// norms: root of the sum of squares per tensor, in the fixed order that kernels/norms.h describes.
+// norms: root of the sum of squares per tensor, in the fixed order of norm_order.h.
 #include "kernels/norms.h"
 
 #include <torch/csrc/stable/library.h>
@@ -43,13 +43,8 @@ std::vector<double> sums_of_squares(const std::vector<Strided>& views, double fa
   share_tasks(static_cast<int64_t>(chunks.size()), [&](int64_t task, int64_t) {
     const auto [tensor, start, count] = chunks[task];
     const Strided& view = views[tensor];
-    std::vector<uint64_t> buffer;  // room for the widest dtype
-    const char* data = view.data + start * item_size(view.dtype);
-    if (!view.contiguous()) {
-      buffer.resize(count);
-      view.gather(start, count, buffer.data());
-      data = reinterpret_cast<const char*>(buffer.data());
-    }
+    std::vector<uint64_t> room;
+    const char* data = view.in_a_row(start, count, room);
     for (int64_t i = 0; i < count; i += kNormBlock) {
       blocks[tensor][(start + i) / kNormBlock] =
           run(data + i * item_size(view.dtype), view.dtype, std::min(kNormBlock, count - i), factor);

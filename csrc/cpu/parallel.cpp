@@ -12,15 +12,6 @@ int64_t thread_count() {
   return torch::stable::get_num_threads();
 }
 
-void run_workers(const std::function<void(int64_t worker)>& body) {
-  torch::stable::parallel_for(0, thread_count(), 1, [&](int64_t begin, int64_t end) {
-    const KeepDenormals exact;
-    for (int64_t worker = begin; worker < end; ++worker) {
-      body(worker);
-    }
-  });
-}
-
 void share_tasks(int64_t count, const std::function<void(int64_t task, int64_t worker)>& body) {
   if (count <= 1 || thread_count() == 1) {
     for (int64_t task = 0; task < count; ++task) {
@@ -29,9 +20,10 @@ void share_tasks(int64_t count, const std::function<void(int64_t task, int64_t w
     return;
   }
   std::atomic<int64_t> next{0};
-  run_workers([&](int64_t worker) {
+  torch::stable::parallel_for(0, thread_count(), 1, [&](int64_t first_worker, int64_t) {
+    const KeepDenormals exact;
     for (int64_t task = next.fetch_add(1); task < count; task = next.fetch_add(1)) {
-      body(task, worker);
+      body(task, first_worker);
     }
   });
 }

@@ -12,7 +12,6 @@
 #include "select.h"
 
 #include <algorithm>
-#include <memory>
 #include <numeric>
 
 #include "arena.h"
@@ -28,8 +27,7 @@ namespace {
 // What a thread needs to itself.
 struct Worker {
   Arena bits, positions;
-  std::unique_ptr<uint64_t[]> weight_run;  // for weights and masks that are not contiguous
-  std::unique_ptr<uint8_t[]> mask_run;
+  std::vector<uint64_t> weight_room, mask_room;  // for weights and masks that are not contiguous
 };
 
 // What a sweep found in a chunk.
@@ -165,26 +163,12 @@ class Selection {
   template <class Visit>
   void with_runs(const Chunk& chunk, Worker& worker, const Visit& visit) {
     const Strided &weight = weights_[chunk.tensor], &mask = masks_[chunk.tensor];
-    const bool strided_mask = !mask.contiguous();
-    void* run = weight.data + chunk.start * item_size(weight.dtype);
-    if (!weight.contiguous()) {
-      if (!worker.weight_run) {
-        worker.weight_run = std::make_unique_for_overwrite<uint64_t[]>(kChunk);
-      }
-      run = worker.weight_run.get();
-      weight.gather(chunk.start, chunk.count, run);
-    }
-    uint8_t* mask_run = reinterpret_cast<uint8_t*>(mask.data) + chunk.start;
-    if (strided_mask) {
-      if (!worker.mask_run) {
-        worker.mask_run = std::make_unique_for_overwrite<uint8_t[]>(kChunk);
-      }
-      mask_run = worker.mask_run.get();
-      mask.gather(chunk.start, chunk.count, mask_run);
-    }
-    by_bits(weight.dtype, [&]<class T>(T) { visit(static_cast<const T*>(run), mask_run); });
-    if (strided_mask) {
-      mask.scatter(chunk.start, chunk.count, mask_run);
+    const char* row = weight.in_a_row(chunk.start, chunk.count, worker.weight_room);
+    char* mask_row = mask.in_a_row(chunk.start, chunk.count, worker.mask_room);
+    by_bits(weight.dtype,
+            [&]<class T>(T) { visit(reinterpret_cast<const T*>(row), reinterpret_cast<uint8_t*>(mask_row)); });
+    if (!mask.contiguous()) {
+      mask.scatter(chunk.start, chunk.count, mask_row);
     }
   }
 

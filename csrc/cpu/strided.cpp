@@ -114,6 +114,15 @@ void Strided::walk(const Block& block, T* run, const Move& move) const {
   }
 }
 
+char* Strided::in_a_row(int64_t start, int64_t count, std::vector<uint64_t>& room) const {
+  if (contiguous()) {
+    return data + start * item_size(dtype);
+  }
+  room.resize(std::max(room.size(), static_cast<size_t>(count)));  // 8 bytes each: enough for the widest dtype
+  gather(start, count, room.data());
+  return reinterpret_cast<char*>(room.data());
+}
+
 void Strided::gather(int64_t start, int64_t count, void* out) const {
   by_size(dtype, [&]<class T>(T) {
     T* run = static_cast<T*>(out);

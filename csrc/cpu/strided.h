@@ -15,6 +15,8 @@ struct Strided {
   bool contiguous() const { return sizes.empty() || (sizes.size() == 1 && strides[0] == 1); }
   int64_t offset(int64_t flat) const;  // where the element with this flat index lies, in elements
   char* at(int64_t flat) const { return data + offset(flat) * item_size(dtype); }
+  // Elements [start, start + count) one after the other: where they lie, or copied into `room`.
+  char* in_a_row(int64_t start, int64_t count, std::vector<uint64_t>& room) const;
   void gather(int64_t start, int64_t count, void* out) const;
   void scatter(int64_t start, int64_t count, void* in) const;
 
