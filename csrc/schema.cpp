@@ -14,4 +14,29 @@ STABLE_TORCH_LIBRARY(pyprune, m) {
 
   // Number of elements equal to zero (False for bool) in each tensor: int64 [n].
   m.def("count_zeros(Tensor[] tensors) -> Tensor");
+
+  // weight times gates, one per logit, each shared by a block of neighbours. Sampled with noise from (seed, stream,
+  // index of the logit), or deterministic without a seed. rule: GateRule in gate_math.h.
+  m.def(
+      "gate(Tensor weight, Tensor logits, Tensor? seed, int stream, int rule, float beta, float gamma, float zeta) "
+      "-> Tensor");
+  m.def(
+      "gate_out(Tensor weight, Tensor logits, Tensor? seed, int stream, int rule, float beta, float gamma, float zeta, "
+      "Tensor(a!) out) -> ()");
+
+  // Gradients of gate with respect to weight and logits, with the noise drawn again; one that is not wanted is empty.
+  m.def(
+      "gate_backward(Tensor grad, Tensor weight, Tensor logits, Tensor? seed, int stream, int rule, float beta, "
+      "float gamma, float zeta, bool for_weight, bool for_logits) -> (Tensor, Tensor)");
+  m.def(
+      "gate_backward_out(Tensor grad, Tensor weight, Tensor logits, Tensor? seed, int stream, int rule, float beta, "
+      "float gamma, float zeta, Tensor(a!) grad_weight, Tensor(b!) grad_logits) -> ()");
+
+  // The uniform numbers that gates of this size draw: float32.
+  m.def("gate_noise(Tensor seed, int[] size, int stream) -> Tensor");
+
+  // Per tensor, the number of logits above 0 or the sum of sigma(logit + shift): float64 [n].
+  m.def("gate_penalty(Tensor[] logits, bool hard, float shift) -> Tensor");
+  // grad[i] * sigma'(logits[i] + shift) for each tensor.
+  m.def("gate_penalty_backward(Tensor grad, Tensor[] logits, float shift) -> Tensor[]");
 }

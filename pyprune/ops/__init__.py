@@ -3,7 +3,24 @@
 from pyprune.ops._library import CUDA_KERNELS_LOADED, CUDA_PROBLEM, WEIGHT_DTYPES
 from pyprune.ops.count_zeros import count_zeros
 from pyprune.ops.fold import fold
+from pyprune.ops.gate import bernoulli_gate, check_gate_shape, check_hard_concrete, hard_concrete_gate
+from pyprune.ops.gate_noise import gate_noise
+from pyprune.ops.gate_penalty import gate_penalty
 from pyprune.ops.norms import norms
 from pyprune.ops.threshold import threshold
 
-__all__ = ["CUDA_KERNELS_LOADED", "CUDA_PROBLEM", "WEIGHT_DTYPES", "count_zeros", "fold", "norms", "threshold"]
+__all__ = [
+    "CUDA_KERNELS_LOADED",
+    "CUDA_PROBLEM",
+    "WEIGHT_DTYPES",
+    "bernoulli_gate",
+    "check_gate_shape",
+    "check_hard_concrete",
+    "count_zeros",
+    "fold",
+    "gate_noise",
+    "gate_penalty",
+    "hard_concrete_gate",
+    "norms",
+    "threshold",
+]

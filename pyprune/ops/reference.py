@@ -85,3 +85,75 @@ def fold(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
 def count_zeros(tensors: Sequence[Tensor]) -> Tensor:
     """Count the elements equal to zero."""
     return torch.stack([(tensor == 0).sum() for tensor in tensors])
+
+
+def philox(seed: int, stream: int, blocks: Tensor) -> Tensor:
+    """Return the four 32-bit words of each block of Philox4x32-10, int64 of shape [len(blocks), 4].
+
+    Paper: Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3".
+    """
+    low = 0xFFFFFFFF
+    a, b = blocks & low, blocks >> 32 & low
+    c, d = torch.full_like(blocks, stream & low), torch.full_like(blocks, stream >> 32 & low)
+    key0, key1 = seed & low, seed >> 32 & low
+    for _ in range(10):
+        high0, low0 = _multiply(0xD2511F53, a)
+        high1, low1 = _multiply(0xCD9E8D57, c)
+        a, b, c, d = high1 ^ b ^ key0, low1, high0 ^ d ^ key1, low0
+        key0, key1 = (key0 + 0x9E3779B9) & low, (key1 + 0xBB67AE85) & low
+    return torch.stack([a, b, c, d], dim=1)
+
+
+def _multiply(factor: int, words: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the upper and the lower half of the 64-bit product of 32-bit words."""
+    lower, upper = (factor & 0xFFFF) * words, (factor >> 16) * words
+    upper = upper + (lower >> 16)
+    return upper >> 16, (upper & 0xFFFF) << 16 | lower & 0xFFFF
+
+
+def gate_noise(shape: Sequence[int], seed: Tensor, stream: int = 0) -> Tensor:
+    """Take the upper 23 bits of each word, in the middle of their interval."""
+    numel = math.prod(shape)
+    words = philox(int(seed), stream, torch.arange(-(-numel // 4))).flatten()[:numel]
+    return (((words >> 9) + 0.5) * 2.0**-23).to(torch.float32).reshape(tuple(shape)).to(seed.device)
+
+
+def spread(values: Tensor, shape: Sequence[int]) -> Tensor:
+    """Repeat each value over the block of neighbours that share a gate."""
+    for dim, (gates, size) in enumerate(zip(values.shape, shape, strict=True)):
+        values = values.repeat_interleave(size // gates if gates else 1, dim)
+    return values
+
+
+def bernoulli_gate(weight: Tensor, logits: Tensor, noise: Tensor | None) -> Tensor:
+    """Compare, and let autograd go straight through the comparison; in float64."""
+    x = logits.double() if noise is None else logits.double() + torch.logit(noise.double())
+    p = torch.sigmoid(x)
+    gate = p + ((x > 0).double() - p).detach()
+    return weight.double() * spread(gate, weight.shape)
+
+
+def hard_concrete_gate(
+    weight: Tensor,
+    logits: Tensor,
+    noise: Tensor | None,
+    *,
+    beta: float = 2 / 3,
+    gamma: float = -0.1,
+    zeta: float = 1.1,
+    straight_through: bool = False,
+) -> Tensor:
+    """Stretch and clamp; in float64."""
+    x = logits.double() if noise is None else (logits.double() + torch.logit(noise.double())) / beta
+    soft = (torch.sigmoid(x) * (zeta - gamma) + gamma).clamp(0, 1)
+    gate = soft + ((soft > 0).double() - soft).detach() if straight_through else soft
+    return weight.double() * spread(gate, weight.shape)
+
+
+def gate_penalty(logits: Sequence[Tensor], *, hard: bool = False, shift: float = 0.0) -> Tensor:
+    """Sum the probabilities, or the decisions with the gradient of the probabilities; in float64."""
+    sums = []
+    for one in logits:
+        p = torch.sigmoid(one.double() + shift)
+        sums.append((p + ((one > 0).double() - p).detach() if hard else p).sum())
+    return torch.stack(sums)

@@ -1,0 +1,337 @@
+// gate: weight times gates, and its gradients. With one gate per weight everything happens in one sweep over blocks;
+// with shared gates z is computed once per gate first, and the gradient of the logits is summed over segments.
+#include "kernels/gate.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <memory>
+
+#include "../gate_blocks.h"
+#include "capability.h"
+#include "denormals.h"
+#include "kernels/stream.h"
+#include "parallel.h"
+#include "tensors.h"
+
+namespace pyprune {
+namespace {
+
+using torch::stable::Tensor;
+
+// Segments of one piece are summed one after the other; the sums of pieces are added in order. So the order depends
+// on the shapes alone, and a gate with many weights still keeps all threads busy.
+constexpr int64_t kSegmentsPerPiece = 64;
+constexpr int64_t kElementsPerTask = kChunk;
+constexpr int64_t kStreamedBytes = int64_t{1} << 21;
+static_assert(kChunk % kGateBlock == 0);
+
+struct GateCall {
+  Gate gate;
+  Noise noise;
+  Strided logits;
+  GateBlocks blocks;
+  bool wide;  // float64 logits
+
+  GateCall(const Tensor& weight, const Tensor& logits_, const std::optional<Tensor>& seed, int64_t stream,
+           int64_t rule, double beta, double gamma, double zeta)
+      : gate{static_cast<GateRule>(rule), seed.has_value(), beta, gamma, zeta},
+        noise{0, static_cast<uint64_t>(stream)},
+        logits(strided_of(logits_)),
+        blocks(weight.sizes().data(), logits_.sizes().data(), weight.dim()),
+        wide(logits.dtype == Dtype::kFloat64) {
+    check_weights({weight, logits_});
+    STD_TORCH_CHECK(weight.dim() == logits_.dim(), "weight and logits differ in dimensions");
+    STD_TORCH_CHECK(logits.dtype == Dtype::kFloat32 || logits.dtype == dtype_of(weight), "logits have another dtype");
+    if (seed.has_value()) {
+      STD_TORCH_CHECK(seed->numel() == 1 && seed->scalar_type() == torch::headeronly::ScalarType::Long,
+                      "seed must be one int64");
+      noise.seed = *static_cast<const uint64_t*>(seed->const_data_ptr());
+    }
+  }
+
+  int64_t real_size() const { return wide ? 8 : 4; }
+};
+
+// Calls block(start, count) for runs of kGateBlock elements of [0, numel), shared among the threads.
+template <class Block>
+void for_each_block(int64_t numel, const Block& block) {
+  share_tasks((numel + kChunk - 1) / kChunk, [&](int64_t task, int64_t) {
+    const KeepDenormals exact;
+    const int64_t end = std::min(numel, (task + 1) * kChunk);
+    for (int64_t start = task * kChunk; start < end; start += kGateBlock) {
+      block(start, std::min(kGateBlock, end - start));
+    }
+  });
+}
+
+// The block after the one that starts here, of the tensors that are read where they lie.
+Ahead ahead_of(const std::initializer_list<const Strided*>& tensors, int64_t start) {
+  Ahead ahead = {};
+  int i = 0;
+  for (const Strided* tensor : tensors) {
+    if (tensor->contiguous() && start + 2 * kGateBlock <= tensor->numel) {
+      ahead.row[i] = tensor->at(start + kGateBlock);
+      ahead.item_size[i++] = item_size(tensor->dtype);
+    }
+  }
+  return ahead;
+}
+
+// Elements [start, start + count) of a tensor as a row to read.
+class Input {
+ public:
+  const char* row(const Strided& tensor, int64_t start, int64_t count) {
+    return tensor.in_a_row(start, count, room_);
+  }
+
+ private:
+  std::vector<uint64_t> room_;
+};
+
+// Elements [start, start + count) of a tensor as a row to write, at most kGateBlock of them; put() brings them there.
+class Output {
+ public:
+  Output(const Strided& tensor, int64_t start, int64_t count)
+      : tensor_(tensor),
+        start_(start),
+        count_(count),
+        row_(tensor.contiguous() && !streams() ? tensor.at(start) : reinterpret_cast<char*>(room_)) {}
+  Output(const Output&) = delete;
+  Output& operator=(const Output&) = delete;
+
+  char* row() { return row_; }
+  void put() {
+    if (!tensor_.contiguous()) {
+      tensor_.scatter(start_, count_, row_);
+    } else if (streams()) {
+      PYPRUNE_KERNEL(stream_row)(tensor_.at(start_), row_, count_ * item_size(tensor_.dtype));
+    }
+  }
+
+ private:
+  // What does not fit the caches is written past them, which saves reading its lines first.
+  bool streams() const { return tensor_.numel * item_size(tensor_.dtype) >= kStreamedBytes; }
+
+  alignas(64) double room_[kGateBlock];
+  const Strided& tensor_;
+  int64_t start_;
+  int64_t count_;
+  char* row_;
+};
+
+// z and slope of all logits, for gates that are shared.
+struct SharedValues {
+  std::unique_ptr<char[]> z, slope;
+
+  SharedValues(const GateCall& call, bool with_slope)
+      : z(new char[call.logits.numel * call.real_size()]),
+        slope(with_slope ? new char[call.logits.numel * call.real_size()] : nullptr) {
+    const auto values = PYPRUNE_KERNEL(gate_values);
+    for_each_block(call.logits.numel, [&](int64_t start, int64_t count) {
+      Input input;
+      const int64_t at = start * call.real_size();
+      values(call.gate, call.noise, call.logits.dtype, input.row(call.logits, start, count), start, count,
+             z.get() + at, slope ? slope.get() + at : nullptr, ahead_of({&call.logits}, start));
+    });
+  }
+};
+
+// A contiguous run of weights, at most kGateBlock of them, with whole gates or a part of one.
+struct Segment {
+  int64_t start;  // in the weight
+  int64_t gate;   // the first one
+  int64_t gates;
+  int64_t run;  // weights of each in this segment
+  int64_t sum;  // where the sum of the first gate belongs; the next gate's is `pieces` further
+};
+
+// Cuts a weight with shared gates into segments, in an order that the shapes alone decide.
+struct Segments {
+  const GateBlocks& blocks;
+  int64_t gates_per_range, ranges, parts, steps, pieces;
+
+  explicit Segments(const GateBlocks& blocks_) : blocks(blocks_) {
+    gates_per_range = std::clamp<int64_t>(kGateBlock / blocks.run, 1, blocks.gates_in_row);
+    ranges = (blocks.gates_in_row + gates_per_range - 1) / gates_per_range;
+    parts = (blocks.run + kGateBlock - 1) / kGateBlock;
+    steps = blocks.repeats() * parts;
+    pieces = (steps + kSegmentsPerPiece - 1) / kSegmentsPerPiece;
+  }
+
+  // Calls visit(segment) for all, those of one piece in order and by one thread.
+  template <class Visit>
+  void for_each(const Visit& visit) const {
+    const int64_t count = blocks.rows() * ranges * pieces;
+    const int64_t elements = std::max<int64_t>(1, gates_per_range * blocks.run * blocks.repeats() / pieces);
+    const int64_t per_task = std::max<int64_t>(1, kElementsPerTask / elements);
+    share_tasks((count + per_task - 1) / per_task, [&](int64_t task, int64_t) {
+      const KeepDenormals exact;
+      for (int64_t i = task * per_task; i < std::min(count, (task + 1) * per_task); ++i) {
+        const int64_t piece = i % pieces, range = i / pieces % ranges, row = i / pieces / ranges;
+        for (int64_t step = piece * kSegmentsPerPiece; step < std::min(steps, (piece + 1) * kSegmentsPerPiece);
+             ++step) {
+          visit(segment(row, range, piece, step / parts, step % parts));
+        }
+      }
+    });
+  }
+
+ private:
+  Segment segment(int64_t row, int64_t range, int64_t piece, int64_t repeat, int64_t part) const {
+    const int64_t first = range * gates_per_range;
+    const int64_t gates = std::min(gates_per_range, blocks.gates_in_row - first);
+    const int64_t skipped = part * kGateBlock;
+    const int64_t gate = row * blocks.gates_in_row + first;
+    return {blocks.row_start(row, repeat) + first * blocks.run + skipped, gate, gates,
+            parts == 1 ? blocks.run : std::min(kGateBlock, blocks.run - skipped), gate * pieces + piece};
+  }
+};
+
+// z of each weight of a segment.
+const void* spread(const Segment& segment, bool wide, const char* z, double* room) {
+  const auto fill = [&](const auto* from, auto* to) {
+    for (int64_t g = 0; g < segment.gates; ++g) {
+      std::fill_n(to + g * segment.run, segment.run, from[segment.gate + g]);
+    }
+    return static_cast<const void*>(to);
+  };
+  if (segment.run == 1) {
+    return z + segment.gate * (wide ? 8 : 4);
+  }
+  return wide ? fill(reinterpret_cast<const double*>(z), room)
+              : fill(reinterpret_cast<const float*>(z), reinterpret_cast<float*>(room));
+}
+
+void gate_out(const Tensor weight, const Tensor logits, const std::optional<Tensor> seed, int64_t stream,
+              int64_t rule, double beta, double gamma, double zeta, Tensor out) {
+  const GateCall call(weight, logits, seed, stream, rule, beta, gamma, zeta);
+  const Strided w = strided_of(weight), o = strided_of(out);
+  const auto values = PYPRUNE_KERNEL(gate_values);
+  const auto multiply = PYPRUNE_KERNEL(gate_multiply);
+  if (w.numel == 0) {
+    return;
+  }
+  if (call.blocks.one_per_weight()) {
+    for_each_block(w.numel, [&](int64_t start, int64_t count) {
+      alignas(64) double z[kGateBlock];
+      Input logit_row, weight_row;
+      Output output(o, start, count);
+      values(call.gate, call.noise, call.logits.dtype, logit_row.row(call.logits, start, count), start, count, z,
+             nullptr, ahead_of({&call.logits, &w}, start));
+      multiply(w.dtype, weight_row.row(w, start, count), call.wide, z, count, output.row());
+      output.put();
+    });
+  } else {
+    const SharedValues shared(call, false);
+    Segments(call.blocks).for_each([&](const Segment& segment) {
+      alignas(64) double room[kGateBlock];
+      Input weight_row;
+      const int64_t count = segment.gates * segment.run;
+      Output output(o, segment.start, count);
+      const void* const z = spread(segment, call.wide, shared.z.get(), room);
+      multiply(w.dtype, weight_row.row(w, segment.start, count), call.wide, z, count, output.row());
+      output.put();
+    });
+  }
+}
+
+// An output that is not wanted has no elements.
+void gate_backward_out(const Tensor grad, const Tensor weight, const Tensor logits, const std::optional<Tensor> seed,
+                       int64_t stream, int64_t rule, double beta, double gamma, double zeta, Tensor grad_weight,
+                       Tensor grad_logits) {
+  const GateCall call(weight, logits, seed, stream, rule, beta, gamma, zeta);
+  const Strided g = strided_of(grad), w = strided_of(weight), gw = strided_of(grad_weight),
+                gl = strided_of(grad_logits);
+  const auto values = PYPRUNE_KERNEL(gate_values);
+  const auto multiply = PYPRUNE_KERNEL(gate_multiply);
+  const auto slopes = PYPRUNE_KERNEL(gate_slopes);
+  const auto sums_of = PYPRUNE_KERNEL(gate_sums);
+  const auto round = PYPRUNE_KERNEL(gate_round);
+  const bool for_weight = gw.numel > 0, for_logits = gl.numel > 0;
+  if (w.numel == 0) {
+    torch::stable::zero_(grad_logits);
+    return;
+  }
+  if (call.blocks.one_per_weight()) {
+    for_each_block(w.numel, [&](int64_t start, int64_t count) {
+      alignas(64) double z[kGateBlock], slope[kGateBlock];
+      Input logit_row, grad_row, weight_row;
+      values(call.gate, call.noise, call.logits.dtype, logit_row.row(call.logits, start, count), start, count, z,
+             slope, ahead_of({&call.logits, &w, &g}, start));
+      const char* const grads = grad_row.row(g, start, count);
+      if (for_weight) {
+        Output output(gw, start, count);
+        multiply(w.dtype, grads, call.wide, z, count, output.row());
+        output.put();
+      }
+      if (for_logits) {
+        Output output(gl, start, count);
+        slopes(w.dtype, grads, weight_row.row(w, start, count), call.wide, slope, count, gl.dtype, output.row());
+        output.put();
+      }
+    });
+    return;
+  }
+  const SharedValues shared(call, for_logits);
+  const Segments segments(call.blocks);
+  std::vector<double> sums(for_logits ? gl.numel * segments.pieces : 0);
+  segments.for_each([&](const Segment& segment) {
+    alignas(64) double room[kGateBlock], segment_sums[kGateBlock] = {};
+    Input grad_row, weight_row;
+    const int64_t count = segment.gates * segment.run;
+    const char* const grads = grad_row.row(g, segment.start, count);
+    if (for_weight) {
+      Output output(gw, segment.start, count);
+      const void* const z = spread(segment, call.wide, shared.z.get(), room);
+      multiply(w.dtype, grads, call.wide, z, count, output.row());
+      output.put();
+    }
+    if (for_logits) {
+      sums_of(w.dtype, grads, weight_row.row(w, segment.start, count), segment.run, segment.gates, segment_sums);
+      for (int64_t i = 0; i < segment.gates; ++i) {
+        sums[segment.sum + i * segments.pieces] += segment_sums[i];
+      }
+    }
+  });
+  for_each_block(gl.numel, [&](int64_t start, int64_t count) {
+    double totals[kGateBlock] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t piece = 0; piece < segments.pieces; ++piece) {
+        totals[i] += sums[(start + i) * segments.pieces + piece];
+      }
+    }
+    Output output(gl, start, count);
+    round(totals, call.wide, shared.slope.get() + start * call.real_size(), count, gl.dtype, output.row());
+    output.put();
+  });
+}
+
+Tensor gate(const Tensor weight, const Tensor logits, const std::optional<Tensor> seed, int64_t stream, int64_t rule,
+            double beta, double gamma, double zeta) {
+  Tensor out = torch::stable::empty_like(weight);
+  gate_out(weight, logits, seed, stream, rule, beta, gamma, zeta, out);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> gate_backward(const Tensor grad, const Tensor weight, const Tensor logits,
+                                         const std::optional<Tensor> seed, int64_t stream, int64_t rule, double beta,
+                                         double gamma, double zeta, bool for_weight, bool for_logits) {
+  const auto like = [](const Tensor& tensor, bool wanted) {
+    return wanted ? torch::stable::empty_like(tensor) : torch::stable::new_empty(tensor, {0});
+  };
+  Tensor grad_weight = like(weight, for_weight), grad_logits = like(logits, for_logits);
+  gate_backward_out(grad, weight, logits, seed, stream, rule, beta, gamma, zeta, grad_weight, grad_logits);
+  return {grad_weight, grad_logits};
+}
+
+}  // namespace
+}  // namespace pyprune
+
+STABLE_TORCH_LIBRARY_IMPL(pyprune, CPU, m) {
+  m.impl("gate", TORCH_BOX(&pyprune::gate));
+  m.impl("gate_out", TORCH_BOX(&pyprune::gate_out));
+  m.impl("gate_backward", TORCH_BOX(&pyprune::gate_backward));
+  m.impl("gate_backward_out", TORCH_BOX(&pyprune::gate_backward_out));
+}

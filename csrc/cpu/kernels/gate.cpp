@@ -1,0 +1,183 @@
+#include "gate.h"
+
+#include <algorithm>
+
+#include "philox_block.h"
+#include "rows.h"
+
+namespace pyprune::PYPRUNE_CAPABILITY {
+namespace {
+
+constexpr int kWordsPerCall = 4 * kCounters;
+// Sums run in this many lanes, whatever the instruction set.
+constexpr int64_t kSumLanes = 8;
+
+template <class Real, class Kind>
+void values(Kind kind, const Gate& gate, const Real* __restrict logits, const uint32_t* __restrict words,
+            int64_t count, Real* __restrict z, Real* __restrict slope) {
+  if (slope == nullptr) {
+    for (int64_t i = 0; i < count; ++i) {
+      z[i] = gate_value(kind, gate, logits[i], words[i]).z;
+    }
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      const GateValue<Real> value = gate_value(kind, gate, logits[i], words[i]);
+      z[i] = value.z;
+      slope[i] = value.slope;
+    }
+  }
+}
+
+template <class A, class Real>
+void multiply(const A* __restrict x, const Real* __restrict z, int64_t count, A* __restrict out) {
+  for (int64_t i = 0; i < count; ++i) {
+    const A product = x[i] * static_cast<A>(z[i]);
+    out[i] = z[i] == 0 ? A(0) : product;
+  }
+}
+
+template <class A, class Real>
+void slopes(const A* __restrict grad, const A* __restrict weight, const Real* __restrict slope, int64_t count,
+            Real* __restrict out) {
+  for (int64_t i = 0; i < count; ++i) {
+    const Real product = static_cast<Real>(grad[i] * weight[i] * static_cast<A>(slope[i]));
+    out[i] = slope[i] == 0 ? Real(0) : product;
+  }
+}
+
+template <class A>
+double sum_products(const A* x, const A* y, int64_t count) {
+  double lanes[kSumLanes] = {};
+  int64_t i = 0;
+  for (; i + kSumLanes <= count; i += kSumLanes) {
+    for (int64_t j = 0; j < kSumLanes; ++j) {
+      lanes[j] += static_cast<double>(x[i + j]) * static_cast<double>(y[i + j]);
+    }
+  }
+  for (int64_t j = 0; i + j < count; ++j) {
+    lanes[j] += static_cast<double>(x[i + j]) * static_cast<double>(y[i + j]);
+  }
+  return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+}
+
+template <class A>
+void sums_of_runs(const A* __restrict grad, const A* __restrict weight, int64_t run, int64_t gates,
+                  double* __restrict sums) {
+  if (run == 1) {
+    for (int64_t g = 0; g < gates; ++g) {
+      sums[g] += static_cast<double>(grad[g]) * static_cast<double>(weight[g]);
+    }
+  } else {
+    for (int64_t g = 0; g < gates; ++g) {
+      sums[g] += sum_products(grad + g * run, weight + g * run, run);
+    }
+  }
+}
+
+template <class Real>
+void rounded(const double* __restrict sums, const Real* __restrict slope, int64_t count, Real* __restrict out) {
+  for (int64_t i = 0; i < count; ++i) {
+    out[i] = slope[i] == 0 ? Real(0) : static_cast<Real>(sums[i] * static_cast<double>(slope[i]));
+  }
+}
+
+}  // namespace
+
+void draw_words(const Noise& noise, int64_t first, int64_t count, uint32_t* words, const Ahead& ahead) {
+  const auto [seed, stream] = noise;  // copies, that writing words cannot change
+  uint64_t block = static_cast<uint64_t>(first) / 4;
+  Ahead next = ahead;
+  for (; count >= kWordsPerCall; count -= kWordsPerCall, words += kWordsPerCall, block += kCounters) {
+    for (int i = 0; i < 3; ++i) {
+      const int64_t bytes = next.item_size[i] * kWordsPerCall;
+      for (int64_t at = 0; at < bytes; at += 64) {
+        __builtin_prefetch(next.row[i] + at);
+      }
+      next.row[i] += bytes;
+    }
+    philox_lanes(seed, stream, block, words);
+  }
+  if (count > 0) {
+    uint32_t rest[kWordsPerCall];
+    philox_lanes(seed, stream, block, rest);
+    std::memcpy(words, rest, count * sizeof(uint32_t));
+  }
+}
+
+void gate_values(const Gate& gate, const Noise& noise, Dtype dtype, const void* logits, int64_t first, int64_t count,
+                 void* z, void* slope, const Ahead& ahead) {
+  alignas(64) uint32_t words[kGateBlock];
+  if (gate.sampled) {
+    draw_words(noise, first, count, words, ahead);
+  }
+  with_gate_kind(gate, [&](auto kind) {
+    if (dtype == Dtype::kFloat64) {
+      values(kind, gate, static_cast<const double*>(logits), words, count, static_cast<double*>(z),
+             static_cast<double*>(slope));
+    } else {
+      alignas(64) float room[kGateBlock];
+      values(kind, gate, widened(dtype, logits, count, room), words, count, static_cast<float*>(z),
+             static_cast<float*>(slope));
+    }
+  });
+}
+
+void gate_multiply(Dtype dtype, const void* x, bool wide, const void* z, int64_t count, void* out) {
+  if (dtype == Dtype::kFloat64) {
+    with_real(wide, [&](auto real) {
+      multiply(static_cast<const double*>(x), static_cast<const decltype(real)*>(z), count,
+               static_cast<double*>(out));
+    });
+  } else {
+    alignas(64) float room[kGateBlock], products[kGateBlock];
+    float* const target = dtype == Dtype::kFloat32 ? static_cast<float*>(out) : products;
+    multiply(widened(dtype, x, count, room), static_cast<const float*>(z), count, target);
+    narrow(dtype, products, count, out);
+  }
+}
+
+void gate_slopes(Dtype dtype, const void* grad, const void* weight, bool wide, const void* slope, int64_t count,
+                 Dtype logits_dtype, void* out) {
+  with_real(wide, [&](auto real) {
+    using Real = decltype(real);
+    alignas(64) Real products[kGateBlock];
+    const bool direct = wide || logits_dtype == Dtype::kFloat32;
+    Real* const target = direct ? static_cast<Real*>(out) : products;
+    if (dtype == Dtype::kFloat64) {
+      slopes(static_cast<const double*>(grad), static_cast<const double*>(weight), static_cast<const Real*>(slope),
+             count, target);
+    } else {
+      alignas(64) float grad_room[kGateBlock], weight_room[kGateBlock];
+      slopes(widened(dtype, grad, count, grad_room), widened(dtype, weight, count, weight_room),
+             static_cast<const Real*>(slope), count, target);
+    }
+    if constexpr (sizeof(Real) == 4) {
+      narrow(logits_dtype, products, count, out);
+    }
+  });
+}
+
+void gate_sums(Dtype dtype, const void* grad, const void* weight, int64_t run, int64_t gates, double* sums) {
+  if (dtype == Dtype::kFloat64) {
+    sums_of_runs(static_cast<const double*>(grad), static_cast<const double*>(weight), run, gates, sums);
+  } else {
+    alignas(64) float grad_room[kGateBlock], weight_room[kGateBlock];
+    const int64_t count = run * gates;
+    sums_of_runs(widened(dtype, grad, count, grad_room), widened(dtype, weight, count, weight_room), run, gates,
+                 sums);
+  }
+}
+
+void gate_round(const double* sums, bool wide, const void* slope, int64_t count, Dtype logits_dtype, void* out) {
+  with_real(wide, [&](auto real) {
+    using Real = decltype(real);
+    alignas(64) Real values[kGateBlock];
+    const bool direct = wide || logits_dtype == Dtype::kFloat32;
+    rounded(sums, static_cast<const Real*>(slope), count, direct ? static_cast<Real*>(out) : values);
+    if constexpr (sizeof(Real) == 4) {
+      narrow(logits_dtype, values, count, out);
+    }
+  });
+}
+
+}  // namespace pyprune::PYPRUNE_CAPABILITY

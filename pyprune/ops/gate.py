@@ -1,0 +1,198 @@
+"""Learned gates on a weight: sampled in training with noise that is never stored, deterministic without a seed."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pyprune.ops._library import WEIGHT_DTYPES, check_tensors
+
+# The values of GateRule in csrc/gate_math.h.
+BERNOULLI, HARD_CONCRETE, STRAIGHT_THROUGH = range(3)
+
+
+def bernoulli_gate(
+    weight: Tensor, logits: Tensor, seed: Tensor | None, *, stream: int = 0, out: Tensor | None = None
+) -> Tensor:
+    """Keep each weight with probability sigma(logit), and train the logits straight through the comparison.
+
+    With x = logit + log(u / (1 - u)), where u is `gate_noise` (x = logit without a seed)::
+
+        out          = weight where x > 0, else 0
+        d out/weight = 1      where x > 0, else 0
+        d out/logit  = weight * sigma(x) * (1 - sigma(x)), summed over the weights that share the logit
+
+    As in NNCF, sigma' is taken at the noisy x. The noise is drawn again in the backward pass, never stored.
+
+    Args:
+        weight: float32, float64, float16 or bfloat16, any strides.
+        logits: float32 or the weight's dtype, on its device, with as many dimensions; each size divides the
+            weight's, and w / l neighbours share a logit: (out, 1, 1, 1) gates output channels, (heads, 1) the
+            heads of a (heads * size, in) projection, (out / 4, in / 4) blocks of 4 x 4.
+        seed: int64 tensor of one element on the weight's device; None for the deterministic form at test time.
+        stream: separates the noise of gates that share a seed.
+        out: where to write instead of a new tensor; like ``weight``. Not for use with autograd.
+
+    Returns:
+        The gated weight, of the weight's shape, dtype and layout.
+
+    Raises:
+        TypeError, ValueError: for other dtypes, devices or shapes.
+
+    Papers: Bengio et al. 2013, "Estimating or Propagating Gradients Through Stochastic Neurons"; Kozlov et al.
+    2020, "Neural Network Compression Framework for fast model inference".
+
+    Example:
+        >>> bernoulli_gate(torch.tensor([1.0, 2.0]), torch.tensor([3.0, -3.0]), None).tolist()
+        [1.0, 0.0]
+    """
+    return _gate(weight, logits, seed, stream, (BERNOULLI, 1.0, 0.0, 1.0), out)
+
+
+def hard_concrete_gate(
+    weight: Tensor,
+    logits: Tensor,
+    seed: Tensor | None,
+    *,
+    beta: float = 2 / 3,
+    gamma: float = -0.1,
+    zeta: float = 1.1,
+    straight_through: bool = False,
+    stream: int = 0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Multiply each weight by a hard-concrete gate z in [0, 1]; the gradient flows through the clamp.
+
+    With u from `gate_noise`::
+
+        s = sigma((logit + log(u / (1 - u))) / beta), or sigma(logit) without a seed
+        z = min(1, max(0, s * (zeta - gamma) + gamma)), and out = weight * z
+        d z/logit = (zeta - gamma) * s * (1 - s) / beta where 0 < z < 1, else 0 (no beta without a seed)
+
+    Args:
+        weight, logits, seed, stream, out: as in `bernoulli_gate`.
+        beta: temperature, above 0.
+        gamma, zeta: the ends of the stretched interval, gamma < 0 and zeta > 1.
+        straight_through: forward the hard decision, 1 where z > 0 (so that the expected L0 is the expected count),
+            and take the gradient of the logits from the soft z.
+
+    Raises:
+        TypeError, ValueError: for other dtypes, devices, shapes or parameters.
+
+    Paper: Louizos, Welling, Kingma 2018, "Learning Sparse Neural Networks through L0 Regularization".
+
+    Example:
+        >>> hard_concrete_gate(torch.ones(3), torch.tensor([-4.0, 0.0, 4.0]), None).tolist()
+        [0.0, 0.5, 1.0]
+    """
+    check_hard_concrete(beta, gamma, zeta)
+    rule = STRAIGHT_THROUGH if straight_through else HARD_CONCRETE
+    return _gate(weight, logits, seed, stream, (rule, float(beta), float(gamma), float(zeta)), out)
+
+
+def check_hard_concrete(beta: float, gamma: float, zeta: float) -> None:
+    """Raise unless these are parameters of a hard-concrete distribution."""
+    if not 0 < beta < math.inf:
+        raise ValueError(f"beta is {beta}; the temperature must be a number above 0")
+    if not (-math.inf < gamma < 0 and 1 < zeta < math.inf):
+        raise ValueError(f"gamma is {gamma} and zeta is {zeta}; gamma must be below 0 and zeta above 1")
+
+
+def check_gate_shape(shape: torch.Size | tuple[int, ...], gate_shape: torch.Size | tuple[int, ...]) -> None:
+    """Raise unless logits of ``gate_shape`` can gate a weight of ``shape``."""
+    fits = len(shape) == len(gate_shape) and all(
+        gates == size or (gates > 0 and size % gates == 0) for size, gates in zip(shape, gate_shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"logits of shape {tuple(gate_shape)} do not fit a weight of shape {tuple(shape)}: they need as many "
+            "dimensions, and each of their sizes must divide the weight's"
+        )
+
+
+def _gate(
+    weight: Tensor,
+    logits: Tensor,
+    seed: Tensor | None,
+    stream: int,
+    rule: tuple[int, float, float, float],
+    out: Tensor | None,
+) -> Tensor:
+    check_tensors([weight], "weight", WEIGHT_DTYPES)
+    if logits.dtype not in (torch.float32, weight.dtype) or logits.layout is not torch.strided:
+        raise TypeError(
+            f"logits are {logits.dtype} ({logits.layout}) for a weight of {weight.dtype}; give dense logits of "
+            "float32 or of the weight's dtype"
+        )
+    if logits.device != weight.device:
+        raise ValueError(f"logits are on {logits.device}, the weight on {weight.device}; both must be on one device")
+    check_gate_shape(weight.shape, logits.shape)
+    if seed is not None:
+        check_seed(seed, weight.device)
+    if out is None:
+        result: Tensor = torch.ops.pyprune.gate(weight, logits, seed, stream, *rule)
+        return result
+    check_tensors([out], "out", (weight.dtype,))
+    if out.shape != weight.shape or out.device != weight.device:
+        raise ValueError(
+            f"out is {tuple(out.shape)} on {out.device}, the weight {tuple(weight.shape)} on {weight.device}; "
+            "they must agree"
+        )
+    with torch.no_grad():
+        torch.ops.pyprune.gate_out(weight, logits, seed, stream, *rule, out)
+    torch.autograd.graph.increment_version(out)
+    return out
+
+
+def check_seed(seed: Tensor, device: torch.device) -> None:
+    """Raise unless this is one int64 on the device."""
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1:
+        raise TypeError(f"seed is {seed!r}; give an int64 tensor of one element, as torch.randint draws it")
+    if seed.device != device:
+        raise ValueError(f"seed is on {seed.device}, what it is for on {device}; draw it there")
+
+
+def _fake(weight: Tensor, logits: Tensor, seed: Tensor | None, *rule: Any) -> Tensor:
+    return torch.empty_like(weight)
+
+
+def _fake_out(weight: Tensor, logits: Tensor, seed: Tensor | None, *rule_and_out: Any) -> None:
+    return None
+
+
+def _fake_backward(
+    grad: Tensor, weight: Tensor, logits: Tensor, seed: Tensor | None, *rule_and_needs: Any
+) -> tuple[Tensor, Tensor]:
+    for_weight, for_logits = rule_and_needs[-2:]
+    return (
+        torch.empty_like(weight) if for_weight else weight.new_empty(0),
+        torch.empty_like(logits) if for_logits else logits.new_empty(0),
+    )
+
+
+def _fake_backward_out(grad: Tensor, weight: Tensor, logits: Tensor, seed: Tensor | None, *rest: Any) -> None:
+    return None
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    weight, logits, seed, *ctx.rule = inputs
+    ctx.save_for_backward(weight, logits, seed)
+
+
+@once_differentiable  # type: ignore[untyped-decorator]
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    for_weight, for_logits = ctx.needs_input_grad[:2]
+    grad_weight, grad_logits = torch.ops.pyprune.gate_backward(
+        grad, *ctx.saved_tensors, *ctx.rule, for_weight, for_logits
+    )
+    rest = (None,) * (1 + len(ctx.rule))
+    return (grad_weight if for_weight else None, grad_logits if for_logits else None, *rest)
+
+
+torch.library.register_fake("pyprune::gate", _fake)
+torch.library.register_fake("pyprune::gate_out", _fake_out)
+torch.library.register_fake("pyprune::gate_backward", _fake_backward)
+torch.library.register_fake("pyprune::gate_backward_out", _fake_backward_out)
+torch.library.register_autograd("pyprune::gate", _backward, setup_context=_setup_context)
