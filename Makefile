@@ -31,6 +31,8 @@ lint: $(VENV)/built  ## Format check, lint and types, over all files
 
 bench: $(VENV)/built  ## Measure the kernels beside the other ways, as ratios
 	$(BIN)/python benchmarks/bench_threshold.py $(ARGS)
+	$(BIN)/python benchmarks/bench_gate.py $(ARGS)
+	$(BIN)/python benchmarks/bench_rb_loss.py $(ARGS)
 
 clean:  ## Remove the environment and the build
 	rm -rf $(VENV) build

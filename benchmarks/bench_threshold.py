@@ -5,18 +5,11 @@ takes about two minutes and 7 GB of memory.
 """
 
 import argparse
-import json
-import time
-from itertools import groupby
-from pathlib import Path
-from typing import Any
 
 import torch
-from measure import Way, environment, interleave
-from rich import box
+from measure import Way, interleave, measured, parse, parser_of, table_of, with_floor
 from rich.console import Console
-from rich.table import Table
-from shapes import MODELS, as_modules, random_weights
+from shapes import DTYPES, MODELS, as_modules, random_weights, title_of
 from torch import Tensor
 from torch.nn.utils import prune as torch_prune
 
@@ -24,7 +17,6 @@ import pyprune
 from pyprune import ops
 from pyprune.methods import removed_count
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NOTES = """\
 x floor         medians, beside the floor of the job: nothing can be faster than moving the bytes
 floor of masks  ops.threshold with nothing to remove, into existing masks: it reads each
@@ -108,12 +100,6 @@ def count_ways(masks: list[Tensor]) -> list[Way]:
     ]
 
 
-def with_floor(floor: Way, ways: list[Way]) -> list[Way]:
-    for way in (floor, *ways):
-        way.floor = floor
-    return [floor, *ways]
-
-
 def compare_masks(weights: list[Tensor], ratio: float) -> str:
     """Say how our masks differ from those of torch.cat + kthvalue; raise if they do elsewhere than at ties."""
     removed = removed_count(sum(weight.numel() for weight in weights), ratio)
@@ -131,84 +117,33 @@ def compare_masks(weights: list[Tensor], ratio: float) -> str:
     return f"pyprune removes exactly {removed:,}; torch.cat + kthvalue these and {more:,} more (ties)"
 
 
-def table_of(title: str, ways: list[Way]) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    table.add_column("")
-    for column in ("median ms", "x floor", "x pyprune", "runs"):
-        table.add_column(column, justify="right")
-    for group, members in groupby(ways, key=lambda way: way.group):
-        part = list(members)
-        ours = next((way for way in part if way.name.startswith("pyprune")), None)
-        table.add_row(f"[bold]{group}")
-        for way in part:
-            table.add_row(
-                f"  {way.name}",
-                f"{way.median_ms:,.2f}",
-                f"{way.median_ms / way.floor.median_ms:,.2f}" if way.floor else "",
-                f"{way.median_ms / ours.median_ms:,.2f}" if ours and way is not way.floor else "",
-                str(len(way.samples_ms)),
-                end_section=way is part[-1],
-            )
-    return table
-
-
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=MODELS, nargs="+", default=list(MODELS), help="shapes (default: all)")
-    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES), help="(default: all)")
+    parser = parser_of(__doc__)
     parser.add_argument("--ratio", type=float, default=0.7, help="fraction to remove (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="of torch and of pyprune (default: torch's own)")
-    parser.add_argument("--repeats", type=int, default=15, help="of each way (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=3.0, help="a way gets at most (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the samples and the environment here")
-    parser.add_argument("--quick", action="store_true", help="ResNet-50 in float32, 3 repeats, half a second per way")
-    arguments = parser.parse_args()
-    if arguments.quick:
-        arguments.model, arguments.dtype, arguments.repeats, arguments.seconds = ["resnet50"], ["float32"], 3, 0.5
+    arguments = parse(parser)
     if not 0 < arguments.ratio < 1:
         parser.error(f"--ratio is {arguments.ratio}; it must be above 0 and below 1")
-    if arguments.repeats < 1:
-        parser.error(f"--repeats is {arguments.repeats}; it must be at least 1")
     return arguments
 
 
 def main() -> None:
     arguments = parse_arguments()
-    start = time.perf_counter()
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
-    console = Console()
-    facts = environment()
-    kernels = f"pyprune {facts['pyprune']['pyprune']} ({facts['pyprune']['cpu_capability']})"
-    console.print(
-        f"{facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}, {kernels}\n"
-        f"ratio {arguments.ratio}; load average at the start {facts['load_average']:.1f} (neighbours spoil figures)",
-        highlight=False,
-    )
-    results: list[dict[str, Any]] = []
-    for model in arguments.model:
-        for dtype in arguments.dtype:
-            weights = random_weights(MODELS[model](), DTYPES[dtype])
-            title = f"{model}, {dtype}: {len(weights)} tensors, {sum(map(Tensor.numel, weights)) / 1e6:.1f}M weights"
-            agreement = compare_masks(weights, arguments.ratio)
-            masks = [torch.ones_like(weight, dtype=torch.bool) for weight in weights]
-            console.print(f"\nMeasuring {title}", highlight=False)
-            ways = threshold_ways(weights, arguments.ratio, masks)
-            interleave(ways, arguments.repeats, arguments.seconds, console, title)
-            # Folding changes the weights, so it comes last.
-            last = fold_ways(weights, masks) + count_ways(masks)
-            interleave(last, arguments.repeats, arguments.seconds, console, title)
-            console.print(table_of(title, ways + last))
-            console.print(f"{agreement}\n", highlight=False)
-            results += [
-                {"model": model, "dtype": dtype, "group": way.group, "way": way.name, "samples_ms": way.samples_ms}
-                for way in ways + last
-            ]
-    console.print(NOTES, highlight=False)
-    console.print(f"Took {time.perf_counter() - start:.0f} s.")
-    if arguments.json is not None:
-        report = {"environment": facts, "ratio": arguments.ratio, "results": results}
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    console, results = Console(), []
+    with measured(arguments, console, results, NOTES, {"ratio": arguments.ratio}):
+        for model in arguments.model:
+            for dtype in arguments.dtype:
+                weights = random_weights(MODELS[model](), DTYPES[dtype])
+                title = title_of(model, dtype, weights)
+                agreement = compare_masks(weights, arguments.ratio)
+                masks = [torch.ones_like(weight, dtype=torch.bool) for weight in weights]
+                ways = threshold_ways(weights, arguments.ratio, masks)
+                interleave(ways, arguments.repeats, arguments.seconds, console, title)
+                # Folding changes the weights, so it comes last.
+                last = fold_ways(weights, masks) + count_ways(masks)
+                interleave(last, arguments.repeats, arguments.seconds, console, title)
+                console.print(table_of(title, ways + last))
+                console.print(f"{agreement}\n", highlight=False)
+                results += [way.as_dict() | {"model": model, "dtype": dtype} for way in ways + last]
 
 
 if __name__ == "__main__":

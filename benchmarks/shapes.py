@@ -26,12 +26,18 @@ def bert_base() -> list[tuple[int, ...]]:
 
 
 MODELS = {"resnet50": resnet50, "bert": bert_base}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def random_weights(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
     """Draw normal weights with the spread that layers of these sizes have after initialisation."""
     torch.manual_seed(0)
     return [(torch.randn(shape) / math.sqrt(math.prod(shape[1:]))).to(dtype) for shape in shapes]
+
+
+def title_of(model: str, dtype: str, weights: list[Tensor]) -> str:
+    """Say what is measured."""
+    return f"{model}, {dtype}: {len(weights)} tensors, {sum(map(Tensor.numel, weights)) / 1e6:.1f}M weights"
 
 
 def as_modules(weights: list[Tensor]) -> nn.ModuleList:

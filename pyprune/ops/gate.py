@@ -181,7 +181,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(weight, logits, seed)
 
 
-@once_differentiable  # type: ignore[untyped-decorator]
+@once_differentiable
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     for_weight, for_logits = ctx.needs_input_grad[:2]
     grad_weight, grad_logits = torch.ops.pyprune.gate_backward(

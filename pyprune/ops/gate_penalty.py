@@ -57,7 +57,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*logits)
 
 
-@once_differentiable  # type: ignore[untyped-decorator]
+@once_differentiable
 def _backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor], None, None]:
     return torch.ops.pyprune.gate_penalty_backward(grad, list(ctx.saved_tensors), ctx.shift), None, None
 

@@ -121,7 +121,9 @@ def gate_noise(shape: Sequence[int], seed: Tensor, stream: int = 0) -> Tensor:
 def spread(values: Tensor, shape: Sequence[int]) -> Tensor:
     """Repeat each value over the block of neighbours that share a gate."""
     for dim, (gates, size) in enumerate(zip(values.shape, shape, strict=True)):
-        values = values.repeat_interleave(size // gates if gates else 1, dim)
+        sizes = list(values.shape)
+        sizes.insert(dim + 1, size // gates if gates else 1)
+        values = values.unsqueeze(dim + 1).expand(sizes).flatten(dim, dim + 1)
     return values
 
 

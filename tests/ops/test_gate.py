@@ -170,7 +170,10 @@ def test_bernoulli_gate_keeps_with_probability_sigma(device, logit):
 def test_hard_concrete_gate_has_the_atoms_and_moments_of_the_distribution(device, logit, beta):
     n, gamma, zeta = 1_000_000, -0.1, 1.1
     z = ops.hard_concrete_gate(
-        torch.ones(n, device=device), torch.full((n,), logit, device=device), torch.tensor(12, device=device), beta=beta
+        torch.ones(n, device=device),
+        torch.full((n,), logit, device=device),
+        torch.tensor(12, device=device),
+        beta=beta,
     ).double()
 
     def cdf(x):  # of the stretched variable
@@ -305,7 +308,7 @@ def test_gate_refuses_bad_input():
     weight, logits, seed = torch.ones(4, 6), torch.ones(4, 6), torch.tensor(1)
     with pytest.raises(TypeError, match="int64"):
         ops.bernoulli_gate(weight.long(), logits, seed)
-    with pytest.raises(TypeError, match="float64 .* float32"):
+    with pytest.raises(TypeError, match=r"float64 .* float32"):
         ops.bernoulli_gate(weight, logits.double(), seed)
     for shape in [(4,), (3, 6), (8, 6), (4, 6, 1), (0, 6)]:
         with pytest.raises(ValueError, match="must divide"):

@@ -23,7 +23,9 @@ def test_reference_philox_gives_the_published_words(counter, key, words):
     assert [f"{word:08x}" for word in result[0].tolist()] == words
 
 
-@pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 5), (31,), (1023,), (1025,), (70_001,), (2, 3, 65_537)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(), (0,), (1,), (3, 5), (31,), (1023,), (1025,), (70_001,), (2, 3, 65_537)], ids=str
+)
 @pytest.mark.parametrize(("seed", "stream"), [(0, 0), (123, 7), (-1, 3 << 32 | 5), (2**62 + 1, -1)])
 def test_gate_noise_matches_reference(device, shape, seed, stream):
     tensor = torch.tensor(seed)

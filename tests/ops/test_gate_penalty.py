@@ -39,7 +39,7 @@ def test_gate_penalty_matches_reference(device, dtype, hard, shift):
 def test_gate_penalty_golden_values(device):
     logits = torch.tensor([-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0], device=device)
     expected = [0.08307, 0.40098, 0.64534, 0.83182, 0.93077, 0.97337, 0.99631]
-    found = ops.gate_penalty([one for one in logits], shift=L0_SHIFT).tolist()
+    found = ops.gate_penalty(list(logits), shift=L0_SHIFT).tolist()
     assert found == pytest.approx(expected, abs=5e-6)
     assert ops.gate_penalty([logits], hard=True).tolist() == [3.0]
 
