@@ -3,27 +3,50 @@
 from pyprune._batch_norm import Dataset, batch_norm_adaptation
 from pyprune._build_info import build_info
 from pyprune._config import get_config, load_from_config
+from pyprune._losses import L0Loss, LagrangianLoss, RBLoss
+from pyprune._optimizer import check_optimizer, gate_parameters, weight_parameters
 from pyprune._prune import prune
+from pyprune._schedulers import (
+    ExponentialMagnitudePruningScheduler,
+    ExponentialRBPruningScheduler,
+    MultiStepMagnitudePruningScheduler,
+    MultiStepRBPruningScheduler,
+)
 from pyprune._statistics import ModelPruningStatistic, TensorPruningStatistic, pruning_statistic
 from pyprune._strip import StripFormat, strip
+from pyprune.gates import HardConcreteGate, StochasticGate
 from pyprune.ignored_scope import IgnoredScope
 from pyprune.methods import PruneMode
+from pyprune.passes import one_gate_sample
 
 __version__ = build_info()["pyprune"]
 
 __all__ = [
     "Dataset",
+    "ExponentialMagnitudePruningScheduler",
+    "ExponentialRBPruningScheduler",
+    "HardConcreteGate",
     "IgnoredScope",
+    "L0Loss",
+    "LagrangianLoss",
     "ModelPruningStatistic",
+    "MultiStepMagnitudePruningScheduler",
+    "MultiStepRBPruningScheduler",
     "PruneMode",
+    "RBLoss",
+    "StochasticGate",
     "StripFormat",
     "TensorPruningStatistic",
     "__version__",
     "batch_norm_adaptation",
     "build_info",
+    "check_optimizer",
+    "gate_parameters",
     "get_config",
     "load_from_config",
+    "one_gate_sample",
     "prune",
     "pruning_statistic",
     "strip",
+    "weight_parameters",
 ]

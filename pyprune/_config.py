@@ -1,49 +1,60 @@
-"""Save which weights carry masks, and put masks on a fresh model so that a checkpoint fits."""
+"""Save which weights carry masks and gates, and put them on a fresh model so that a checkpoint fits."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from pyprune.masks import attach
-from pyprune.targets import Target, all_parameters, check_prunable, masks_of
+from pyprune import ops
+from pyprune.attachments import Attachment, attach
+from pyprune.gates import HardConcreteGate, StochasticGate
+from pyprune.masks import Mask
+from pyprune.passes import share_samples
+from pyprune.targets import Target, all_parameters, attachments_of, check_prunable
 
 _VERSION = 1
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in ops.WEIGHT_DTYPES}
+_KINDS = {kind.__name__: kind for kind in (StochasticGate, HardConcreteGate)}
 
 
 def get_config(model: nn.Module) -> dict[str, Any]:
-    """Describe where the masks of a model are, in plain dicts and lists that torch.save and JSON take.
+    """Describe where the masks and gates of a model are, in plain dicts and lists that torch.save and JSON take.
 
-    The masks themselves are buffers, in ``model.state_dict()``.
+    The masks themselves are buffers, and the logits of gates parameters, in ``model.state_dict()``.
+
+    Raises:
+        TypeError: if ``model`` is no module, or has gates of a class that is not pyprune's.
 
     Example:
         >>> from pyprune import prune
         >>> get_config(prune(nn.Linear(4, 2), "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.5))
-        {'version': 1, 'masks': [{'names': ['weight'], 'shape': [2, 4]}]}
+        {'version': 1, 'masks': [{'names': ['weight'], 'shape': [2, 4]}], 'gates': []}
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module")
-    return {
-        "version": _VERSION,
-        "masks": [
-            {"names": [owner.name for owner in target.owners], "shape": list(target.parameter.shape)}
-            for target in masks_of(model)
-        ],
-    }
+    masks: list[dict[str, Any]] = []
+    gates: list[dict[str, Any]] = []
+    for target, attachment in attachments_of(model).items():
+        entry = {"names": [owner.name for owner in target.owners], "shape": list(target.parameter.shape)}
+        if isinstance(attachment, Mask):
+            masks.append(entry)
+        elif isinstance(attachment, StochasticGate):
+            gates.append(entry | _describe(target, attachment))
+    return {"version": _VERSION, "masks": masks, "gates": gates}
 
 
 @torch.inference_mode(False)  # masks made under inference_mode could not be trained with
 def load_from_config(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
-    """Put masks on a fresh dense model where ``config`` says, in place; return the model.
+    """Put masks and gates on a fresh dense model where ``config`` says, in place; return the model.
 
-    The masks keep everything until ``model.load_state_dict`` brings the saved ones.
+    They keep everything until ``model.load_state_dict`` brings the saved ones.
 
     Args:
         model: a dense model of the class and the sizes that were saved, with the same weights tied. It may be on
-            the meta device; ``load_state_dict(..., assign=True)`` then brings the weights and the masks (and unties
-            tied weights, as in a dense model).
+            the meta device; ``load_state_dict(..., assign=True)`` then brings the weights, masks and logits (and
+            unties tied weights, as in a dense model).
         config: what `get_config` returned.
 
     Raises:
@@ -61,15 +72,43 @@ def load_from_config(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module")
     entries = _entries(config)
-    for target in masks_of(model):
-        raise ValueError(f"{target.name} carries a mask already; give a fresh dense model, or strip it first")
+    for target in attachments_of(model):
+        raise ValueError(f"{target.name} carries a mask or gate already; give a fresh dense model, or strip it first")
     by_name = {owner.name: target for target in all_parameters(model) for owner in target.owners}
-    chosen = [_fitting(names, shape, by_name) for names, shape in entries]
-    attach((target.owners, torch.ones_like(target.parameter, dtype=torch.bool)) for target in chosen)
+    attachments = []
+    for entry in entries:
+        target = _fitting(entry["names"], entry["shape"], by_name)
+        attachments.append((target.owners, _attachment(entry, target.parameter)))
+    attach(attachments)
+    if any(isinstance(attachment, StochasticGate) for _, attachment in attachments):
+        share_samples(model)
     return model
 
 
-def _entries(config: Mapping[str, Any]) -> list[tuple[list[str], list[int]]]:
+def _describe(target: Target, gate: StochasticGate) -> dict[str, Any]:
+    kind = type(gate).__name__
+    if _KINDS.get(kind) is not type(gate):
+        raise TypeError(f"{target.name} carries a {kind}; a config can describe {', '.join(_KINDS)}")
+    options = gate.options()
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    return {
+        "kind": kind,
+        "options": options | {"gate_shape": list(gate.gate_shape), "dtype": names[gate.logits.dtype]},
+    }
+
+
+def _attachment(entry: Mapping[str, Any], weight: nn.Parameter) -> Attachment:
+    if "kind" not in entry:
+        return Mask(torch.ones_like(weight, dtype=torch.bool))
+    try:
+        options = dict(entry["options"])
+        options["dtype"] = _DTYPES[options["dtype"]]
+        return _KINDS[entry["kind"]](weight.shape, device=weight.device, **options)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"config has a damaged gate ({error!r}); give the dict that get_config returned") from error
+
+
+def _entries(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     if not isinstance(config, Mapping):
         raise TypeError(f"config is a {type(config).__name__}; give the dict that get_config returned")
     if config.get("version") != _VERSION:
@@ -78,28 +117,27 @@ def _entries(config: Mapping[str, Any]) -> list[tuple[list[str], list[int]]]:
             "that get_config returned, or use the pyprune that wrote it"
         )
     try:
-        entries = [(list(entry["names"]), list(entry["shape"])) for entry in config["masks"]]
-        for names, _ in entries:
-            if not all(isinstance(name, str) for name in names):
-                raise TypeError(f"{names} are no names")
+        entries: list[Mapping[str, Any]] = [*config["masks"], *config.get("gates", ())]
+        for entry in entries:
+            list(entry["shape"])
+            if not all(isinstance(name, str) for name in entry["names"]):
+                raise TypeError(f"{entry['names']} are no names")
     except (KeyError, TypeError) as error:
         raise ValueError(f"config is damaged ({error!r}); give the dict that get_config returned") from error
     return entries
 
 
-def _fitting(names: list[str], shape: list[int], by_name: Mapping[str, Target]) -> Target:
+def _fitting(names: Sequence[str], shape: Sequence[int], by_name: Mapping[str, Target]) -> Target:
     """Return the parameter that one entry of a config means, if it fits."""
     target = by_name.get(names[0]) if names else None
     if target is None:
         nearest = ", ".join(difflib.get_close_matches(names[0] if names else "", by_name, n=3, cutoff=0.0))
-        raise ValueError(f"config masks {names}, which the model does not have; its nearest parameters: {nearest}")
+        raise ValueError(f"config names {names}, which the model does not have; its nearest parameters: {nearest}")
     owned = [owner.name for owner in target.owners]
     if set(owned) != set(names):
-        raise ValueError(
-            f"config has one mask for {names}, the model one weight for {owned}; tie the weights as they were"
-        )
+        raise ValueError(f"config has {names} as one weight, the model {owned}; tie the weights as they were")
     check_prunable(target, needs_values=False)
-    if list(target.parameter.shape) != shape:
+    if list(target.parameter.shape) != list(shape):
         raise ValueError(
             f"config has shape {shape} for {names[0]}, the model {list(target.parameter.shape)}; build the model "
             "with the sizes that were saved"

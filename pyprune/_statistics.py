@@ -7,8 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyprune import ops
+from pyprune.gates import StochasticGate
 from pyprune.ignored_scope import IgnoredScope
-from pyprune.targets import Target, all_parameters, check_readable, choose_targets, masks_of
+from pyprune.masks import Mask
+from pyprune.targets import Target, all_parameters, attachments_of, check_readable, choose_targets
 
 
 @dataclass(frozen=True)
@@ -59,22 +61,23 @@ def pruning_statistic(
 ) -> ModelPruningStatistic:
     """Count what is pruned, exactly; a tied weight counts once.
 
-    With masks on, the masked weights are listed and the zeros of their masks count. Without (a dense or a
-    stripped model), it is the weights that `prune` would choose, and the zeros in them: give the ``ignored_scope``
-    and ``examples_inputs`` that `prune` got to see the same weights as before `strip`.
+    With masks or gates on, the weights that carry them are listed, and the zeros of the masks, and of the gates as
+    they are in evaluation, count. Without (a dense or a stripped model), it is the weights that `prune` would
+    choose, and the zeros in them: give the ``ignored_scope`` and ``examples_inputs`` that `prune` got to see the
+    same weights as before `strip`.
 
     Args:
-        model: the model, masked or not.
+        model: the model, pruned or not.
         ignored_scope: weights not to list.
-        examples_inputs: as in `prune`; finds bare parameters in a model without masks.
+        examples_inputs: as in `prune`; finds bare parameters in a model without masks and gates.
 
     Returns:
         ``pruning_ratio``: zeros / elements of the listed weights; ``global_pruning_ratio``: the same zeros /
         elements of all parameters of the model; ``pruned_tensors``: name, shape and ratio of each. 0.0 of nothing.
 
     Raises:
-        TypeError, ValueError: for wrong arguments, or, without masks, if the zeros of a weight cannot be counted
-            (lazy, meta, sharded, quantised).
+        TypeError, ValueError: for wrong arguments, or, without masks and gates, if the zeros of a weight cannot be
+            counted (lazy, meta, sharded, quantised).
 
     Example:
         >>> import torch
@@ -83,35 +86,41 @@ def pruning_statistic(
         >>> pruning_statistic(linear).pruning_ratio
         0.75
     """
-    # Masked weights are known without a trace.
-    is_masked = isinstance(model, nn.Module) and bool(masks_of(model))
-    chosen = choose_targets(model, ignored_scope, None if is_masked else examples_inputs)
+    # What carries something is known without a trace.
+    is_pruned = isinstance(model, nn.Module) and bool(attachments_of(model))
+    chosen = choose_targets(model, ignored_scope, None if is_pruned else examples_inputs)
     counted: dict[Target, Tensor] = {}
     for target in chosen:
-        if not is_masked:
+        if not is_pruned:
             check_readable(target)
             counted[target] = target.parameter
-        elif target.mask is not None:
-            counted[target] = target.mask
+        elif isinstance(target.attachment, Mask):
+            counted[target] = target.attachment.mask
+        elif isinstance(target.attachment, StochasticGate):
+            counted[target] = target.attachment.values()
     zeros = _count(counted)
     tensors = tuple(
-        TensorPruningStatistic(target.name, tuple(tensor.shape), _ratio(zeros[target], tensor.numel()))
-        for target, tensor in counted.items()
+        TensorPruningStatistic(
+            target.name, tuple(target.parameter.shape), _ratio(zeros[target], target.parameter.numel())
+        )
+        for target in counted
     )
     total = sum(zeros.values())
     return ModelPruningStatistic(
-        _ratio(total, sum(tensor.numel() for tensor in counted.values())),
+        _ratio(total, sum(target.parameter.numel() for target in counted)),
         _ratio(total, sum(target.parameter.numel() for target in all_parameters(model))),
         tensors,
     )
 
 
 def _count(tensors: dict[Target, Tensor]) -> dict[Target, int]:
-    """Count the zeros of each tensor, with one call and one synchronisation per device."""
+    """Count the elements of each target whose entry in a tensor is zero; one synchronisation per device."""
     zeros = dict.fromkeys(tensors, 0)
     for device in {tensor.device for tensor in tensors.values()}:
         group = {target: tensor for target, tensor in tensors.items() if tensor.device == device}
-        zeros.update(zip(group, ops.count_zeros(list(group.values())).tolist(), strict=True))
+        for target, count in zip(group, ops.count_zeros(list(group.values())).tolist(), strict=True):
+            # A gate may stand for several elements.
+            zeros[target] = count * (target.parameter.numel() // max(1, tensors[target].numel()))
     return zeros
 
 

@@ -1,14 +1,18 @@
-"""Fold masks into the weights and leave a plain model."""
+"""Fold masks and gates into the weights and leave a plain model."""
 
 import copy
+import math
 from enum import Enum
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pyprune import ops
-from pyprune.masks import attach, detach
-from pyprune.targets import check_prunable, masks_of
+from pyprune.attachments import attach, detach
+from pyprune.gates import HardConcreteGate, StochasticGate
+from pyprune.masks import Mask
+from pyprune.passes import share_samples, unshare_samples
+from pyprune.targets import attachments_of, check_prunable
 
 
 class StripFormat(str, Enum):
@@ -24,26 +28,37 @@ class StripFormat(str, Enum):
 
 @torch.inference_mode(False)  # a copy made under inference_mode could not be trained
 def strip(
-    model: nn.Module, *, do_copy: bool = False, strip_format: StripFormat | str = StripFormat.IN_PLACE
+    model: nn.Module,
+    *,
+    do_copy: bool = False,
+    strip_format: StripFormat | str = StripFormat.IN_PLACE,
+    expected_count: bool = False,
 ) -> nn.Module:
-    """Write zeros where the masks drop weights, and remove every trace of pruning.
+    """Write into the weights what masks and gates make of them in evaluation, and remove every trace of pruning.
 
     Classes of modules, names and order of parameters, the `Parameter` objects and their ``requires_grad`` are
     those of the dense model again: an optimizer goes on holding them, and a plain model loads the state_dict. The
-    outputs do not change. A model without masks is returned as it is. After this, nothing keeps the zeros at
-    zero in further training.
+    outputs in evaluation do not change. A model without masks and gates is returned as it is. After this, nothing
+    keeps the zeros at zero in further training.
 
     Args:
-        model: a model with masks.
+        model: a model with masks or gates.
         do_copy: work on a deep copy, and leave ``model`` as it is.
         strip_format: `StripFormat.IN_PLACE` or its value.
+        expected_count: of the n values of each hard-concrete gate, zero exactly ``round(n - E)``, where E is how many
+            training expects not to be zero: those with the smallest ``soft = sigma(0.8 * logits / beta)``, and of
+            equals the first. The others become their soft value (1 if the gate is straight-through), which changes
+            the outputs. Without this, fewer gates are zero in evaluation than in training.
 
     Returns:
         ``model``, or its copy.
 
     Raises:
-        TypeError, ValueError: for another format, or a masked weight that cannot be written to (one that was
-            sharded, or got a second parametrization). The model is then as it was.
+        TypeError, ValueError: for another format, ``expected_count`` without a hard-concrete gate, or a weight that
+            cannot be written to (one that was sharded, or got a second parametrization). The model is then as it
+            was.
+
+    Paper: Wang, Wohlwend, Lei 2020, "Structured Pruning of Large Language Models" (for ``expected_count``).
 
     Example:
         >>> from pyprune import prune
@@ -60,25 +75,55 @@ def strip(
         )
     if strip_format != StripFormat.IN_PLACE:
         raise ValueError(f"strip_format is {strip_format!r}; allowed is StripFormat.IN_PLACE")
-    for target in masks_of(model):
+    attachments = attachments_of(model)
+    if expected_count and not any(isinstance(found, HardConcreteGate) for found in attachments.values()):
+        raise ValueError(
+            "expected_count is for hard-concrete gates, and this model has none; masks and Bernoulli gates say "
+            "themselves what is zero"
+        )
+    for target in attachments:
         check_prunable(target)
         for owner in target.owners:
             if owner.foreign_steps:
                 raise ValueError(
                     f"{owner.name} got another parametrization ({', '.join(owner.foreign_steps)}) over its "
-                    "mask; remove that one first"
+                    "mask or gate; remove that one first"
                 )
     if do_copy:
         model = copy.deepcopy(model)
-    masks = masks_of(model)
+    attachments = attachments_of(model)
+    masks = {target.parameter: found.mask for target, found in attachments.items() if isinstance(found, Mask)}
+    gates = {target.parameter: found for target, found in attachments.items() if isinstance(found, StochasticGate)}
     try:
         # The last comes off first, so that attaching again keeps the order. Weights change when all else is done.
-        for target in reversed(masks):
+        for target in reversed(attachments):
             detach(target.owners[::-1])
+        unshare_samples(model)
+        gated = {weight: _gated(weight, gate, expected_count) for weight, gate in gates.items()}
         for device in {mask.device for mask in masks.values()}:
-            group = {target.parameter: mask for target, mask in masks.items() if mask.device == device}
+            group = {weight: mask for weight, mask in masks.items() if mask.device == device}
             ops.fold(list(group), list(group.values()))
+        with torch.no_grad():
+            for weight, value in gated.items():
+                weight.copy_(value)
     except BaseException:
-        attach((target.owners, mask) for target, mask in masks.items())
+        attach((target.owners, found) for target, found in attachments.items())
+        if gates:
+            share_samples(model)
         raise
     return model
+
+
+@torch.no_grad()
+def _gated(weight: Tensor, gate: StochasticGate, expected_count: bool) -> Tensor:
+    """Return what a gate makes of its weight in evaluation."""
+    if not (expected_count and isinstance(gate, HardConcreteGate)):
+        return gate.deterministic(weight)
+    kept = ops.gate_penalty([gate.logits], shift=gate.shift).item()
+    soft = torch.sigmoid(0.8 * gate.logits.float() / gate.beta)
+    (mask,), _ = ops.threshold([soft], math.floor(soft.numel() - kept + 0.5))
+    values = torch.where(mask, 1.0 if gate.straight_through else soft, 0.0)
+    for dim, size in enumerate(weight.shape):
+        values = values.repeat_interleave(size // max(1, values.shape[dim]), dim)
+    # A product would make NaN of infinity.
+    return torch.where(values != 0, weight * values.to(weight.dtype), 0)

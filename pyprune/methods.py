@@ -12,12 +12,13 @@ from pyprune import ops
 
 
 class PruneMode(str, Enum):
-    """The pruning methods, under the names NNCF gives them; `prune` takes a member or its string.
+    """The pruning methods, under the names NNCF gives them where it has them; `prune` takes a member or its string.
 
     * ``UNSTRUCTURED_MAGNITUDE_LOCAL``: the elements with the smallest |w| of each weight tensor go.
     * ``UNSTRUCTURED_MAGNITUDE_GLOBAL``: the elements with the smallest |w| / ||W||_2 of the whole model go,
       where ||W||_2 is the norm of the tensor that holds w.
-    * ``UNSTRUCTURED_REGULARIZATION_BASED``: learned gates; not built yet.
+    * ``UNSTRUCTURED_REGULARIZATION_BASED``: a learned Bernoulli gate on every element; a loss sets the ratio.
+    * ``UNSTRUCTURED_HARD_CONCRETE``: a learned hard-concrete gate on every element (not in NNCF).
 
     Example:
         >>> PruneMode("UNSTRUCTURED_MAGNITUDE_LOCAL")
@@ -27,6 +28,7 @@ class PruneMode(str, Enum):
     UNSTRUCTURED_MAGNITUDE_LOCAL = "UNSTRUCTURED_MAGNITUDE_LOCAL"
     UNSTRUCTURED_MAGNITUDE_GLOBAL = "UNSTRUCTURED_MAGNITUDE_GLOBAL"
     UNSTRUCTURED_REGULARIZATION_BASED = "UNSTRUCTURED_REGULARIZATION_BASED"
+    UNSTRUCTURED_HARD_CONCRETE = "UNSTRUCTURED_HARD_CONCRETE"
 
 
 def check_mode(mode: PruneMode | str) -> PruneMode:
@@ -34,7 +36,6 @@ def check_mode(mode: PruneMode | str) -> PruneMode:
 
     Raises:
         TypeError, ValueError: if it names none.
-        NotImplementedError: for the mode that is not built yet.
 
     Example:
         >>> check_mode("UNSTRUCTURED_MAGNITUDE_GLOBAL") is PruneMode.UNSTRUCTURED_MAGNITUDE_GLOBAL
@@ -45,13 +46,7 @@ def check_mode(mode: PruneMode | str) -> PruneMode:
     names = [member.value for member in PruneMode]
     if mode.upper() not in names:
         raise ValueError(f"mode is {mode!r}; allowed are {', '.join(names)}")
-    member = PruneMode(mode.upper())
-    if member is PruneMode.UNSTRUCTURED_REGULARIZATION_BASED:
-        raise NotImplementedError(
-            "UNSTRUCTURED_REGULARIZATION_BASED pruning (learned gates) is not built yet; "
-            "use UNSTRUCTURED_MAGNITUDE_LOCAL or UNSTRUCTURED_MAGNITUDE_GLOBAL"
-        )
-    return member
+    return PruneMode(mode.upper())
 
 
 def check_ratio(ratio: object) -> float:

@@ -11,9 +11,10 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pyprune import ops
+from pyprune.attachments import Attachment, Owner, dense_modules, dense_parameters, shared_attachment
 from pyprune.calibration import check_initialized
 from pyprune.ignored_scope import IgnoredScope, ignored_by
-from pyprune.masks import Owner, dense_modules, dense_parameters, shared_mask
+from pyprune.masks import Mask
 from pyprune.memory import overlapping, overlaps_itself
 from pyprune.tracing import used_as_weights
 
@@ -40,10 +41,9 @@ class Target:
     owners: tuple[Owner, ...]
 
     @property
-    def mask(self) -> Tensor | None:
-        """The mask that the owners share, if they carry one."""
-        mask = shared_mask(self.owners)
-        return None if mask is None else mask.mask
+    def attachment(self) -> Attachment | None:
+        """The mask or gate that the owners share, if they carry one."""
+        return shared_attachment(self.owners)
 
     def is_among(self, names: Set[str]) -> bool:
         """Whether one of its names is among ``names``."""
@@ -56,18 +56,19 @@ def find_targets(
     """Find the weights to prune, by identity: a tied weight is one target with several owners.
 
     They are the weights of Linear, Conv and ConvTranspose layers, Embedding, EmbeddingBag, MultiheadAttention
-    (all projections), RNN, LSTM, GRU and their cells, subclasses included; what carries a mask already; and, with
-    ``examples_inputs``, what one forward pass takes as a weight (`used_as_weights`). Never biases or norms.
+    (all projections), RNN, LSTM, GRU and their cells, subclasses included; what carries a mask or gate already; and,
+    with ``examples_inputs``, what one forward pass takes as a weight (`used_as_weights`). Never biases or norms.
 
     Args:
-        model: the model; masks on it do not change names or order of what is found.
+        model: the model; what is attached to it does not change names or order of what is found.
         ignored_scope: weights to leave out.
         examples_inputs: a tensor, a tuple of positional or a mapping of keyword arguments for the model.
 
     Raises:
         TypeError, ValueError: if a weight cannot be pruned (lazy, meta, quantised, sharded, of another dtype
             or device, with sparse gradients, in memory that another parameter uses too, or computed by something
-            else than a mask), if a rule of ``ignored_scope`` matches nothing, or if there is no weight to prune.
+            else than a mask or gate), if a rule of ``ignored_scope`` matches nothing, or if there is no weight to
+            prune.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
@@ -127,7 +128,7 @@ def _choose(model: nn.Module, survey: _Survey, examples_inputs: Any) -> list[Tar
         target
         for target in survey.parameters
         if not any(survey.ignored(owner.name) for owner in target.owners)
-        and (target.parameter in used or target.mask is not None or target.is_among(layer_names))
+        and (target.parameter in used or target.attachment is not None or target.is_among(layer_names))
     ]
 
 
@@ -139,9 +140,14 @@ def all_parameters(model: nn.Module) -> list[Target]:
     return [Target(places[0].name, parameter, places) for parameter, places in owners.items()]
 
 
+def attachments_of(model: nn.Module) -> dict[Target, Attachment]:
+    """Return the masks and gates that the weights of a model carry."""
+    return {target: found for target in all_parameters(model) if (found := target.attachment) is not None}
+
+
 def masks_of(model: nn.Module) -> dict[Target, Tensor]:
-    """Return the masks that a model carries."""
-    return {target: mask for target in all_parameters(model) if (mask := target.mask) is not None}
+    """Return the masks that the weights of a model carry."""
+    return {target: found.mask for target, found in attachments_of(model).items() if isinstance(found, Mask)}
 
 
 def layer_weights(model: nn.Module) -> list[Owner]:
@@ -154,7 +160,7 @@ def layer_weights(model: nn.Module) -> list[Owner]:
 
 
 def check_prunable(target: Target, *, advice: str = "", needs_values: bool = True) -> None:
-    """Raise unless the kernels can read and write the parameter, and its owners can train with one mask.
+    """Raise unless the kernels can read and write the parameter, and its owners can train with one mask or gate.
 
     Raises:
         TypeError, ValueError: with the name of the parameter and what to do.
@@ -166,10 +172,12 @@ def check_prunable(target: Target, *, advice: str = "", needs_values: bool = Tru
     elif overlaps_itself(target.parameter):
         problem = "has elements that share memory (an expanded tensor); give it .contiguous() memory"
     elif any(isinstance(o.module, (nn.Embedding, nn.EmbeddingBag)) and o.module.sparse for o in target.owners):
-        problem = "has sparse gradients, which a mask cannot pass on; set sparse=False on its layer"
-    elif len({owner.mask for owner in target.owners} - {None}) > 1:
+        problem = "has sparse gradients, which masks and gates cannot pass on; set sparse=False on its layer"
+    elif len({owner.attachment for owner in target.owners} - {None}) > 1:
         names = ", ".join(owner.name for owner in target.owners)
-        problem = f"was tied while masks were on: {names} are one weight with several masks. Untie, strip, then tie"
+        problem = (
+            f"was tied after pruning: {names} are one weight with several masks or gates. Untie, strip, then tie"
+        )
     if problem:
         raise ValueError(f"{target.name} {problem}{advice}")
 
@@ -274,7 +282,7 @@ def _check_is_parameter(owner: Owner) -> None:
             f"{owner.name} has another parametrization ({steps}); fold it in with "
             f"torch.nn.utils.parametrize.remove_parametrizations first{_ADVICE}"
         )
-    if owner.mask is None and owner.attribute not in owner.module._parameters:
+    if owner.attachment is None and owner.attribute not in owner.module._parameters:
         raise ValueError(
             f"{owner.name} is not a parameter: something computes it (torch.nn.utils.prune, an old-style "
             f"weight_norm or spectral_norm, FSDP). Prune before that, or remove it first{_ADVICE}"

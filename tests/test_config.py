@@ -8,6 +8,7 @@ from torch import nn
 
 import pyprune
 from pyprune import get_config, load_from_config
+from pyprune.gates import gates_of
 from pyprune.targets import masks_of
 
 
@@ -33,11 +34,12 @@ def test_load_from_config_rebuilds_a_saved_model(case):
 
 
 def test_get_config_names_masked_weights_only(transformer):
-    assert get_config(transformer.model) == {"version": 1, "masks": []}
+    assert get_config(transformer.model) == {"version": 1, "masks": [], "gates": []}
     prune(transformer.model, ignored_scope=pyprune.IgnoredScope(names=["layer", "cross"]))
     assert get_config(transformer.model) == {
         "version": 1,
         "masks": [{"names": ["embed.weight", "decoder.weight"], "shape": [11, 8]}],
+        "gates": [],
     }
 
 
@@ -58,6 +60,11 @@ def entry(names, shape):
     return {"version": 1, "masks": [{"names": ["fc.weight"], "shape": [3, 6]}, {"names": names, "shape": shape}]}
 
 
+def gate_entry(**values):
+    gate = {"names": ["fc.weight"], "shape": [3, 6], "kind": "StochasticGate", "options": {"dtype": "float32"}}
+    return {"version": 1, "masks": [], "gates": [gate | values]}
+
+
 @pytest.mark.parametrize(
     ("config", "error", "text"),
     [
@@ -72,6 +79,10 @@ def entry(names, shape):
         (entry([], []), ValueError, "does not have"),
         (entry(["conv.weight"], [4, 1, 3, 3]), ValueError, "nearest parameters: conv2.weight|conv1.weight"),
         (entry(["conv1.weight"], [4, 1, 5, 5]), ValueError, r"shape \[4, 1, 5, 5\] for conv1.weight"),
+        (gate_entry(kind="Gate"), ValueError, "damaged gate"),
+        (gate_entry(options={"dtype": "int7"}), ValueError, "damaged gate"),
+        (gate_entry(options={"dtype": "float32", "gate_shape": [5, 5]}), ValueError, "damaged gate"),
+        (gate_entry(options={"dtype": "float32", "droprate": 3}), ValueError, "damaged gate"),
         (entry(["conv1.weight", "conv2.weight"], [4, 1, 3, 3]), ValueError, "tie the weights"),
     ],
 )
@@ -85,7 +96,7 @@ def test_load_from_config_says_what_does_not_fit_and_changes_nothing(cnn, config
 def test_load_from_config_wants_a_dense_model(cnn, unchanged):
     config = get_config(prune(cnn.model))
     before = unchanged(cnn.model)
-    with pytest.raises(ValueError, match=r"conv1\.weight carries a mask already"):
+    with pytest.raises(ValueError, match=r"conv1\.weight carries a mask or gate already"):
         load_from_config(cnn.model, config)
     before.check()
 
@@ -122,3 +133,56 @@ def test_load_from_config_under_inference_mode_leaves_masks_to_train_with(cnn):
         load_from_config(cnn.model, config)
     cnn.model(cnn.inputs).sum().backward()
     prune(cnn.model, 0.3)
+
+
+@pytest.mark.parametrize("mode", ["UNSTRUCTURED_REGULARIZATION_BASED", "UNSTRUCTURED_HARD_CONCRETE"])
+@pytest.mark.parametrize("device_of_fresh", [None, "meta"])
+def test_load_from_config_rebuilds_a_saved_model_with_gates(case, mode, device_of_fresh):
+    with torch.device(device_of_fresh or case.inputs.device):
+        fresh = type(case.model)()
+    pyprune.prune(case.model, mode, same_on_all_ranks=True)
+    for gate in gates_of(case.model):
+        torch.nn.init.normal_(gate.logits)
+    file = io.BytesIO()
+    torch.save({"state_dict": case.model.state_dict(), "config": get_config(case.model)}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    assert json.loads(json.dumps(saved["config"])) == saved["config"]
+    load_from_config(fresh, saved["config"])
+    fresh.load_state_dict(saved["state_dict"], assign=device_of_fresh is not None)
+    assert torch.equal(fresh.eval()(case.inputs), case.model.eval()(case.inputs))
+    if device_of_fresh is None:  # assign=True unties tied weights
+        assert get_config(fresh) == get_config(case.model)
+    fresh.train()
+    case.model.train()
+    torch.manual_seed(1)
+    expected = case.model(case.inputs)
+    torch.manual_seed(1)
+    assert torch.equal(fresh(case.inputs), expected)
+
+
+def test_load_from_config_rebuilds_gates_put_on_by_hand():
+    def build():
+        return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+
+    model = prune(build(), ratio=0.5, ignored_scope=pyprune.IgnoredScope(names=["0"]))
+    gate = pyprune.HardConcreteGate(
+        (4, 4), gate_shape=(2, 1), beta=0.5, gamma=-0.2, zeta=1.2, straight_through=True, dtype=torch.float64
+    )
+    torch.nn.utils.parametrize.register_parametrization(model[0].double(), "weight", gate)
+    config = get_config(model)
+    (rebuilt,) = gates_of(load_from_config(build(), config))
+    assert type(rebuilt) is pyprune.HardConcreteGate
+    assert rebuilt.options() == gate.options()
+    del config["gates"]
+    assert not gates_of(load_from_config(build(), config))
+
+
+def test_get_config_describes_no_gate_of_another_class():
+    class Own(pyprune.StochasticGate):
+        pass
+
+    linear = torch.nn.Linear(2, 2)
+    torch.nn.utils.parametrize.register_parametrization(linear, "weight", Own((2, 2)))
+    with pytest.raises(TypeError, match="weight carries a Own"):
+        get_config(linear)

@@ -4,10 +4,10 @@ import io
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 import pyprune
-from pyprune.masks import Mask, Owner, attach, dense_modules, dense_parameters, detach, shared_mask
+from pyprune.attachments import Owner, dense_parameters
+from pyprune.masks import Mask, attach_masks
 from pyprune.targets import find_targets, masks_of
 from tests.conftest import Case
 
@@ -256,82 +256,16 @@ def test_masks_work_on_parameter_lists():
     assert [name for name, _ in model.named_parameters()] == ["row.0", "row.1", "named.last"]
 
 
-def test_masks_leave_a_parametrization_of_another_attribute_alone():
-    class Double(nn.Module):
-        def forward(self, x):
-            return 2 * x
-
-    linear = nn.Linear(4, 4)
-    parametrize.register_parametrization(linear, "bias", Double())
-    twin = copy.deepcopy(linear)
-    pyprune.prune(linear, LOCAL, ratio=0.5)
-    assert int(linear.weight.count_nonzero()) == 8
-    pyprune.strip(linear)
-    assert parametrize.is_parametrized(linear, "bias")
-    assert not parametrize.is_parametrized(linear, "weight")
-    assert torch.equal(linear.bias, twin.bias)
-    assert twin(torch.ones(1, 4)).shape == (1, 4)
-
-
-def test_dense_parameters_are_those_of_the_dense_model(case):
-    names = [name for name, _ in case.model.named_parameters(remove_duplicate=False)]
-    modules = [(name, module) for name, module in case.model.named_modules()]
-    parameters = dict(case.model.named_parameters(remove_duplicate=False))
-    pyprune.prune(case.model, GLOBAL, ratio=0.5)
-    assert [owner.name for owner, _ in dense_parameters(case.model)] == names
-    for owner, parameter in dense_parameters(case.model):
-        assert parameter is parameters[owner.name]
-    assert list(dense_modules(case.model)) == modules
-
-
-def test_attach_and_detach_reach_a_module_with_two_names():
-    shared = nn.Linear(3, 3)
-    model = nn.ModuleDict({"one": shared, "two": shared})
-    owners = [owner for owner, _ in dense_parameters(model) if owner.attribute == "weight"]
-    assert [owner.name for owner in owners] == ["one.weight", "two.weight"]
-    attach([(owners, torch.eye(3, dtype=torch.bool))])
-    assert len(shared.parametrizations.weight) == 1
-    assert int(shared.weight.count_nonzero()) == 3
-    detach(owners)
-    assert type(shared) is nn.Linear
-    assert list(shared._parameters) == ["weight", "bias"]
-
-
-def test_detach_of_one_mask_leaves_the_others(recurrent):
-    lstm = recurrent.model.lstm
-    owners = [Owner(name, lstm, name) for name in ("weight_ih_l0", "weight_hh_l1")]
-    attach(([owner], torch.zeros_like(getattr(lstm, owner.attribute), dtype=torch.bool)) for owner in owners)
-    detach(owners[:1])
-    assert shared_mask(owners[:1]) is None
-    assert shared_mask(owners) is owners[1].mask
-    assert next(name for name, _ in lstm.named_parameters()) == "weight_ih_l0"
-    assert not lstm.weight_hh_l1.any()
-    x = torch.ones_like(recurrent.inputs)
-    before = lstm(x)[0]
-    lstm.parametrizations.weight_hh_l1.original.data += 1
-    assert torch.equal(lstm(x)[0], before)
-
-
-def test_detach_leaves_an_rnn_with_another_parametrization_its_own_methods():
-    lstm = nn.LSTM(3, 4)
-    parametrize.register_parametrization(lstm, "bias_ih_l0", nn.Identity())
-    names = set(vars(type(lstm)))
-    pyprune.prune(lstm, LOCAL, ratio=0.5)
-    pyprune.strip(lstm)
-    assert set(vars(type(lstm))) == names
-    assert lstm._flat_weights[0] is lstm.weight_ih_l0
-
-
 def test_attach_updates_no_mask_when_one_cannot_be():
     first, second = nn.Linear(2, 2), nn.Linear(2, 2)
     owners = [[Owner("weight", linear, "weight")] for linear in (first, second)]
     eye = torch.eye(2, dtype=torch.bool)
-    attach((places, eye.clone()) for places in owners)
+    attach_masks((places, eye.clone()) for places in owners)
     with pytest.raises(ValueError, match=r"shape \(2, 2\) cannot take one of \(3,\)"):
-        attach([(owners[0], ~eye), (owners[1], torch.ones(3, dtype=torch.bool))])
+        attach_masks([(owners[0], ~eye), (owners[1], torch.ones(3, dtype=torch.bool))])
     with torch.inference_mode():
         second.parametrizations.weight[0].mask = eye.clone()
     with pytest.raises(ValueError, match="inference_mode"):
-        attach([(owners[0], ~eye), (owners[1], ~eye)])
-    assert torch.equal(owners[0][0].mask.mask, eye)
-    assert torch.equal(owners[1][0].mask.mask, eye)
+        attach_masks([(owners[0], ~eye), (owners[1], ~eye)])
+    assert torch.equal(owners[0][0].attachment.mask, eye)
+    assert torch.equal(owners[1][0].attachment.mask, eye)

@@ -66,8 +66,6 @@ def test_check_mode_says_what_is_allowed():
         check_mode("MAGNITUDE")
     with pytest.raises(TypeError, match="PruneMode or its name"):
         check_mode(3)
-    with pytest.raises(NotImplementedError, match="not built yet"):
-        check_mode(PruneMode.UNSTRUCTURED_REGULARIZATION_BASED)
 
 
 def numpy_keep(scores, count):

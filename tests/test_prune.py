@@ -9,11 +9,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 import pyprune
-from pyprune import IgnoredScope, PruneMode
+from pyprune import HardConcreteGate, IgnoredScope, PruneMode, StochasticGate
+from pyprune._prune import update_masks
+from pyprune.gates import gates_of
 from pyprune.masks import Mask
-from pyprune.targets import find_targets, masks_of
+from pyprune.targets import attachments_of, find_targets, masks_of
 
 LOCAL, GLOBAL = PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL, PruneMode.UNSTRUCTURED_MAGNITUDE_GLOBAL
+BERNOULLI, HARD_CONCRETE = PruneMode.UNSTRUCTURED_REGULARIZATION_BASED, PruneMode.UNSTRUCTURED_HARD_CONCRETE
+GATES = {BERNOULLI: StochasticGate, HARD_CONCRETE: HardConcreteGate}
 
 
 def expected_masks(weights, mode, ratio):
@@ -200,7 +204,6 @@ def test_prune_leaves_old_masks_when_a_weight_is_not_finite(case, unchanged):
     [
         ({"mode": "nothing"}, ValueError),
         ({"mode": None}, TypeError),
-        ({"mode": PruneMode.UNSTRUCTURED_REGULARIZATION_BASED}, NotImplementedError),
         ({"ratio": 1.0}, ValueError),
         ({"ratio": -0.1}, ValueError),
         ({"ratio": math.nan}, ValueError),
@@ -296,4 +299,130 @@ def test_prune_after_a_late_tie_changes_nothing(unchanged):
         pyprune.prune(model, LOCAL, ratio=0.75)
     with pytest.raises(ValueError, match="several masks"):
         pyprune.strip(model)
+    before.check()
+
+
+@pytest.mark.parametrize("mode", GATES)
+def test_prune_puts_open_gates_on_all_weights(case, mode):
+    targets = find_targets(case.model)
+    assert pyprune.prune(case.model, mode.value) is case.model
+    assert [target.name for target in attachments_of(case.model)] == [target.name for target in targets]
+    for target, gate in attachments_of(case.model).items():
+        assert type(gate) is GATES[mode]
+        assert gate.shape == gate.gate_shape == tuple(target.parameter.shape)
+        assert gate.logits.dtype == torch.float32
+        assert gate.logits.device == target.parameter.device
+        torch.testing.assert_close(torch.sigmoid(gate.logits + gate.shift), torch.full_like(gate.logits, 0.99))
+        assert not gate.same_on_all_ranks
+    assert len(gates_of(case.model)) == len(targets)
+
+
+@pytest.mark.parametrize("mode", GATES)
+def test_prune_in_evaluation_leaves_the_outputs_where_gates_are_open(case, mode):
+    dense = copy.deepcopy(case.model).eval()
+    pyprune.prune(case.model, mode).eval()
+    torch.testing.assert_close(case.model(case.inputs), dense(case.inputs))
+
+
+@pytest.mark.parametrize("mode", GATES)
+def test_prune_again_keeps_what_gates_learned(cnn, mode):
+    pyprune.prune(cnn.model, mode, ignored_scope=IgnoredScope(names=["fc"]))
+    gate = cnn.model.conv1.parametrizations.weight[0]
+    gate.logits.data.normal_()
+    learned = gate.logits.detach().clone()
+    pyprune.prune(cnn.model, mode, same_on_all_ranks=True)
+    assert cnn.model.conv1.parametrizations.weight[0] is gate
+    assert torch.equal(gate.logits, learned)
+    assert cnn.model.fc.parametrizations.weight[0].same_on_all_ranks
+
+
+@pytest.mark.parametrize("mode", GATES)
+def test_prune_gates_float64_and_half_weights(cnn, mode):
+    for dtype in (torch.float64, torch.float16):
+        model = copy.deepcopy(cnn.model).to(dtype)
+        pyprune.prune(model, mode)
+        model(cnn.inputs.to(dtype)).sum().backward()
+        assert all(gate.logits.grad.dtype == torch.float32 for gate in gates_of(model))
+
+
+@pytest.mark.parametrize("mode", GATES)
+def test_prune_warns_of_a_ratio_for_gates_and_says_where_it_belongs(cnn, mode, unchanged):
+    before = unchanged(cnn.model)
+    with pytest.raises(UserWarning, match="the target belongs to RBLoss or LagrangianLoss"):
+        pyprune.prune(cnn.model, mode, ratio=0.5)
+    with pytest.raises(ValueError, match="ratio is 2"):
+        pyprune.prune(cnn.model, mode, ratio=2)
+    before.check()
+    with pytest.warns(UserWarning, match="ratio does nothing") as warned:
+        pyprune.prune(cnn.model, mode, ratio=0.5)
+    assert warned[0].filename == __file__
+    assert gates_of(cnn.model)
+
+
+@pytest.mark.parametrize("old", [LOCAL, *GATES])
+@pytest.mark.parametrize("new", [LOCAL, *GATES])
+def test_prune_refuses_another_kind_on_the_same_weight(cnn, old, new, unchanged):
+    ratios = {LOCAL: {"ratio": 0.5}}
+    pyprune.prune(cnn.model, old, **ratios.get(old, {}), ignored_scope=IgnoredScope(names=["fc"]))
+    before = unchanged(cnn.model)
+    if old is not new:
+        with pytest.raises(ValueError, match=r"conv1\.weight carries a \w+, this mode would put a \w+"):
+            pyprune.prune(cnn.model, new, **ratios.get(new, {}))
+        before.check()
+    pyprune.prune(cnn.model, new, **ratios.get(new, {}), ignored_scope=IgnoredScope(patterns=["conv.*"]))
+    assert len(attachments_of(cnn.model)) == 3
+    cnn.model(cnn.inputs).sum().backward()
+
+
+@pytest.mark.parametrize("mode", GATES)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_prune_puts_no_gate_on_nonfinite_weights(case, mode, value, unchanged):
+    targets = find_targets(case.model)
+    targets[-1].parameter.data.view(-1)[:2] = value
+    dense = unchanged(case.model)
+    with pytest.raises(ValueError, match=rf"2 in {targets[-1].name}"):
+        pyprune.prune(case.model, mode)
+    dense.check()
+
+
+@pytest.mark.parametrize("failing_call", [0, 2])
+def test_prune_takes_gates_off_again_when_attaching_fails(case, failing_call, unchanged, monkeypatch):
+    register = nn.utils.parametrize.register_parametrization
+    calls = []
+
+    def fail(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == failing_call + 1:
+            raise RuntimeError("no room")
+        return register(*args, **kwargs)
+
+    before = unchanged(case.model)
+    monkeypatch.setattr(nn.utils.parametrize, "register_parametrization", fail)
+    with pytest.raises(RuntimeError, match="no room"):
+        pyprune.prune(case.model, BERNOULLI)
+    before.check()
+
+
+@pytest.mark.parametrize("mode", [LOCAL, GLOBAL])
+def test_update_masks_does_what_prune_does_to_masks_and_leaves_the_rest(cnn, mode):
+    scope = IgnoredScope(names=["fc"])
+    pyprune.prune(cnn.model, LOCAL, ratio=0.9, ignored_scope=scope)
+    pyprune.prune(cnn.model, BERNOULLI, ignored_scope=IgnoredScope(patterns=["conv.*"]))
+    twin = pyprune.prune(copy.deepcopy(cnn.model), mode, ratio=0.3, ignored_scope=scope)
+    update_masks(cnn.model, mode.value, 0.3)
+    assert len(masks_of(cnn.model)) == 2
+    for one, other in zip(masks_of(cnn.model).values(), masks_of(twin).values(), strict=True):
+        assert torch.equal(one, other)
+    assert len(gates_of(cnn.model)) == 1
+
+
+def test_update_masks_says_what_is_wrong_and_changes_nothing(cnn, unchanged):
+    with pytest.raises(ValueError, match="carries no masks"):
+        update_masks(pyprune.prune(copy.deepcopy(cnn.model), BERNOULLI), LOCAL, 0.5)
+    pyprune.prune(cnn.model, LOCAL, ratio=0.9)
+    cnn.model.conv2.parametrizations.weight.original.data[0, 0] = math.nan
+    before = unchanged(cnn.model)
+    for mode, ratio, text in ((BERNOULLI, 0.5, "masks are computed by"), (LOCAL, 1.0, "ratio"), (LOCAL, 0.5, "NaN")):
+        with pytest.raises(ValueError, match=text):
+            update_masks(cnn.model, mode, ratio)
     before.check()

@@ -6,7 +6,8 @@ from torch import nn
 
 import pyprune
 from pyprune import ModelPruningStatistic, TensorPruningStatistic, pruning_statistic
-from pyprune.targets import find_targets, masks_of
+from pyprune.gates import gates_of
+from pyprune.targets import attachments_of, find_targets, masks_of
 
 
 def test_pruning_statistic_counts_mask_zeros_exactly(case):
@@ -122,3 +123,30 @@ def test_pruning_statistic_counts_what_cannot_be_pruned_but_read():
     model = nn.ModuleList([nn.Embedding(3, 2, sparse=True), nn.Linear(2, 2)])
     model[1].weight = nn.Parameter(torch.zeros(2, 1).expand(2, 2))
     assert [tensor.pruned_ratio for tensor in pruning_statistic(model).pruned_tensors] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("mode", ["UNSTRUCTURED_REGULARIZATION_BASED", "UNSTRUCTURED_HARD_CONCRETE"])
+def test_pruning_statistic_counts_gates_that_are_zero_in_evaluation(case, mode):
+    targets = find_targets(case.model)
+    pyprune.prune(case.model, mode)
+    assert pruning_statistic(case.model).pruning_ratio == 0
+    for gate in gates_of(case.model):
+        torch.nn.init.normal_(gate.logits, std=3)
+    zeros = {target.name: int((gate.values() == 0).sum()) for target, gate in attachments_of(case.model).items()}
+    statistic = pruning_statistic(case.model)
+    assert [tensor.tensor_name for tensor in statistic.pruned_tensors] == [target.name for target in targets]
+    for tensor, target in zip(statistic.pruned_tensors, targets, strict=True):
+        assert tensor.shape == tuple(target.parameter.shape)
+        assert tensor.pruned_ratio == zeros[target.name] / target.parameter.numel() > 0
+    stripped = pruning_statistic(pyprune.strip(case.model, do_copy=True))
+    assert stripped.pruned_tensors == statistic.pruned_tensors
+    assert stripped.pruning_ratio == statistic.pruning_ratio
+
+
+def test_pruning_statistic_counts_all_weights_of_a_gate():
+    model = nn.Linear(6, 4)
+    gate = pyprune.StochasticGate((4, 6), gate_shape=(2, 6))
+    torch.nn.utils.parametrize.register_parametrization(model, "weight", gate)
+    gate.logits.data[0, :3] = -1
+    (tensor,) = pruning_statistic(model).pruned_tensors
+    assert tensor == TensorPruningStatistic("weight", (4, 6), 0.25)

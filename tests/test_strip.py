@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -6,12 +7,23 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import pyprune
-from pyprune import StripFormat, masks, strip
-from pyprune.targets import masks_of
+from pyprune import StripFormat, attachments, strip
+from pyprune.gates import HardConcreteGate, gates_of
+from pyprune.targets import attachments_of, masks_of
 
 
 def prune(model, ratio=0.6):
     return pyprune.prune(model, "UNSTRUCTURED_MAGNITUDE_GLOBAL", ratio=ratio)
+
+
+def gate(model, mode="UNSTRUCTURED_HARD_CONCRETE"):
+    """Put gates on a model, closed, half open and open."""
+    for found in gates_of(pyprune.prune(model, mode)):
+        nn.init.normal_(found.logits, std=3)
+    return model
+
+
+MODES = ["UNSTRUCTURED_REGULARIZATION_BASED", "UNSTRUCTURED_HARD_CONCRETE"]
 
 
 def look(model):
@@ -120,6 +132,7 @@ def test_strip_then_prune_again(case):
         ({"strip_format": "dequantize"}, ValueError, "allowed is StripFormat.IN_PLACE"),
         ({"strip_format": None}, ValueError, "allowed is StripFormat.IN_PLACE"),
         ({"model": 3}, TypeError, r"torch\.nn\.Module"),
+        ({"expected_count": True}, ValueError, "for hard-concrete gates"),
     ],
 )
 def test_strip_refuses_wrong_arguments(cnn, arguments, error, text, unchanged):
@@ -149,7 +162,7 @@ def test_strip_puts_masks_on_again_after_an_error(case, failing_call, monkeypatc
     prune(case.model).eval()
     before = {name: tensor.clone() for name, tensor in case.model.state_dict().items()}
     expected = case.model(case.inputs)
-    unregister, calls = masks._unregister, []
+    unregister, calls = attachments._unregister, []
 
     def fail(*args):
         calls.append(args)
@@ -157,7 +170,7 @@ def test_strip_puts_masks_on_again_after_an_error(case, failing_call, monkeypatc
             raise RuntimeError("no room")
         unregister(*args)
 
-    monkeypatch.setattr(*((pyprune.ops, "fold") if failing_call == "fold" else (masks, "_unregister")), fail)
+    monkeypatch.setattr(*((pyprune.ops, "fold") if failing_call == "fold" else (attachments, "_unregister")), fail)
     with pytest.raises(RuntimeError, match="no room"):
         strip(case.model)
     assert list(case.model.state_dict()) == list(before)
@@ -165,5 +178,82 @@ def test_strip_puts_masks_on_again_after_an_error(case, failing_call, monkeypatc
         assert torch.equal(tensor, before[name]), name
     assert torch.equal(case.model(case.inputs), expected)
     monkeypatch.undo()
+    strip(case.model)
+    assert torch.equal(case.model(case.inputs), expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_strip_of_gates_leaves_a_dense_model_with_the_same_outputs(case, mode):
+    next(iter(case.model.parameters())).requires_grad_(False)
+    dense = look(case.model)
+    gate(case.model, mode)
+    case.model.eval()
+    with torch.no_grad():  # attention computes in other ways then, and not the same with a parameter and a tensor
+        torch.testing.assert_close(strip(case.model, do_copy=True)(case.inputs), case.model(case.inputs))
+    expected = case.model(case.inputs)
+    values = {target.parameter: found.values() for target, found in attachments_of(case.model).items()}
+    assert strip(case.model.train()) is case.model
+    assert look(case.model) == dense
+    assert torch.equal(case.model.eval()(case.inputs), expected)
+    for weight, value in values.items():
+        assert not weight[value == 0].any()
+        assert weight[value > 0].all()
+
+
+def test_strip_multiplies_hard_concrete_values_in():
+    linear = gate(nn.Linear(4, 1, bias=False))
+    weight = linear.parametrizations.weight.original
+    weight.data = torch.tensor([[torch.inf, 2.0, 2.0, 2.0]])
+    linear.parametrizations.weight[0].logits.data = torch.tensor([[-4.0, 0.0, 1.0, 4.0]])
+    expected = [[0.0, 1.0, 2 * 0.77727, 2.0]]
+    torch.testing.assert_close(strip(linear).weight.detach(), torch.tensor(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("straight_through", [False, True])
+def test_strip_with_the_expected_count_zeroes_as_many_gates_as_training(straight_through, device):
+    linear = nn.Linear(30, 40).to(device)
+    options = {"gate_shape": (20, 30), "straight_through": straight_through, "device": device}
+    found = HardConcreteGate((40, 30), **options)
+    nn.init.normal_(found.logits, mean=-1)
+    found.logits.data[:5] = -1.5  # ties
+    parametrize.register_parametrization(linear, "weight", found)
+    weight = linear.parametrizations.weight.original.detach().clone()
+    logits = found.logits.detach().double().cpu()
+    zeros = round(600 - torch.sigmoid(logits - 2 / 3 * math.log(0.1 / 1.1)).sum().item())
+    soft = torch.sigmoid(0.8 * found.logits.detach() / (2 / 3)).cpu()
+    order = torch.sort(soft.flatten(), stable=True).indices[:zeros]
+    values = (torch.ones_like(soft) if straight_through else soft).flatten().index_fill(0, order, 0).view(20, 30)
+    assert zeros > (found.values() == 0).sum()
+    strip(linear, expected_count=True)
+    torch.testing.assert_close(linear.weight.detach(), weight * values.repeat_interleave(2, 0).to(device))
+    assert int((linear.weight == 0).sum()) == 2 * zeros
+
+
+def test_strip_with_the_expected_count_leaves_masks_and_other_gates_their_meaning(cnn):
+    for name, mode in zip(("conv1", "conv2"), MODES, strict=True):
+        gate(cnn.model.get_submodule(name), mode)
+    pyprune.prune(cnn.model.fc, "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.5)
+    expected = strip(cnn.model, do_copy=True)
+    strip(cnn.model, expected_count=True)
+    assert torch.equal(cnn.model.conv1.weight, expected.conv1.weight)
+    assert torch.equal(cnn.model.fc.weight, expected.fc.weight)
+    assert not torch.equal(cnn.model.conv2.weight, expected.conv2.weight)
+
+
+@pytest.mark.parametrize("failing", ["_unregister", "unshare_samples", "_gated"])
+def test_strip_puts_gates_on_again_after_an_error(case, failing, monkeypatch):
+    gate(case.model).eval()
+    expected = case.model(case.inputs)
+    before = {name: tensor.clone() for name, tensor in case.model.state_dict().items()}
+
+    def fail(*args):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(attachments if failing == "_unregister" else pyprune._strip, failing, fail)
+    with pytest.raises(RuntimeError, match="no room"):
+        strip(case.model)
+    monkeypatch.undo()
+    assert list(case.model.state_dict()) == list(before)
+    assert torch.equal(case.model(case.inputs), expected)
     strip(case.model)
     assert torch.equal(case.model(case.inputs), expected)

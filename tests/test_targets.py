@@ -83,7 +83,7 @@ def test_find_targets_are_the_same_with_masks_on(case):
     for before, after in zip(dense, masked, strict=True):
         assert after.parameter is before.parameter
         assert [owner.name for owner in after.owners] == [owner.name for owner in before.owners]
-        assert before.mask is after.mask is not None
+        assert before.attachment is after.attachment is not None
 
 
 def test_find_targets_names_a_tied_weight_by_the_dense_order_also_with_masks_on():

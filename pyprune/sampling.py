@@ -1,0 +1,136 @@
+"""Which seed a gate samples with: one per forward pass of a model, also when activations are computed again."""
+
+import functools
+import math
+import threading
+from collections import deque
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+# So many forward passes may wait for their backward pass, if activations are checkpointed.
+_REMEMBERED = 1024
+
+
+@dataclass(eq=False)
+class _Pass:
+    """The seeds of one pass, by device, and the numbers of the autograd nodes that were made in it."""
+
+    opener: int
+    seeds: dict[torch.device, Tensor]
+    start: int = 0
+    end: float = math.inf
+    run: int = -1  # of the autograd engine, if the pass is a recomputation
+
+
+class _PerThread(threading.local):
+    # The backward pass, and with it recomputation, runs in one thread per GPU.
+    def __init__(self) -> None:
+        self.open: _Pass | None = None
+
+
+class Sampler:
+    """Hands out the seeds of gates that belong to one model: one seed per device and pass.
+
+    The seeds come from torch's generator of the device, so that ``torch.manual_seed`` reproduces a run.
+
+    Example:
+        >>> sampler, cpu = Sampler(), torch.device("cpu")
+        >>> sampler.begin({cpu})
+        >>> bool(sampler.seed(cpu) == sampler.seed(cpu))
+        True
+        >>> sampler.end()
+        >>> bool(sampler.seed(cpu) == sampler.seed(cpu))
+        False
+    """
+
+    def __init__(self) -> None:
+        self._thread = _PerThread()
+        self._passes: deque[_Pass] = deque(maxlen=_REMEMBERED)
+        self._recomputations: list[_Pass] = []
+
+    def __reduce__(self) -> tuple[type["Sampler"], tuple[()]]:
+        # A copy of a model has passes of its own.
+        return Sampler, ()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether this thread is in a pass."""
+        return self._thread.open is not None
+
+    def begin(self, devices: set[torch.device], opener: object = None) -> None:
+        """Open a pass, and draw its seeds.
+
+        Args:
+            devices: where gates will ask for seeds.
+            opener: the module whose call is the pass.
+        """
+        if torch.compiler.is_compiling():
+            # What is checkpointed in here is compiled too: modules are not called again in the backward pass.
+            self._thread.open = _Pass(0, _draw(devices))
+            return
+        original = self._recomputed_pass()
+        # Checkpointing restores the generator to its state where the checkpointed part began. If the pass began
+        # in that part, it drew there, and draws again, so that what is random after it is the same too.
+        seeds = _draw(devices) if original is None or original.opener == id(opener) else {}
+        started = _Pass(id(opener), seeds if original is None else original.seeds, _next_node())
+        self._thread.open = started
+        if torch._C._current_autograd_node() is None:
+            self._passes.append(started)
+            self._recomputations.clear()  # left by a backward pass that raised
+        else:
+            # Its nodes are numbered by this thread, not that of the forward pass, and used before this run ends.
+            started.run = torch._C._current_graph_task_id()
+            self._recomputations.append(started)
+            torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._forget, started))
+
+    def end(self) -> None:
+        """Close the pass."""
+        if not torch.compiler.is_compiling():
+            cast(_Pass, self._thread.open).end = _next_node()
+        self._thread.open = None
+
+    def seed(self, device: torch.device) -> Tensor:
+        """Return the seed of the pass; outside of passes, a new one."""
+        current = self._thread.open
+        if current is None and not torch.compiler.is_compiling():
+            current = self._recomputed_pass()
+        if current is None:
+            return _draw({device})[device]
+        if device not in current.seeds:
+            current.seeds.update(_draw({device}))
+        return current.seeds[device]
+
+    def _recomputed_pass(self) -> _Pass | None:
+        """Return the pass whose activations the backward pass is about to compute again."""
+        node = torch._C._current_autograd_node()
+        if node is None:
+            return None
+        number, run = node._sequence_nr(), torch._C._current_graph_task_id()
+        passes = tuple(self._passes)
+        for one in (*reversed(self._recomputations), *reversed(passes)):
+            # A recomputation in this same run made no node that this run visits.
+            if one.start <= number < one.end and one.run != run:
+                return one
+        if len(passes) == self._passes.maxlen and number < passes[0].start:
+            raise RuntimeError(
+                "checkpointed activations are to be computed again with the gates of a forward pass that was "
+                f"followed by {len(passes)} others, and is forgotten; call backward() sooner"
+            )
+        return None
+
+    def _forget(self, recomputation: _Pass) -> None:
+        self._recomputations = [one for one in self._recomputations if one is not recomputation]
+
+
+def _draw(devices: set[torch.device]) -> dict[torch.device, Tensor]:
+    return {
+        device: torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
+        for device in sorted(devices, key=str)
+    }
+
+
+def _next_node() -> int:
+    return torch._C._autograd._get_sequence_nr()
