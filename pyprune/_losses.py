@@ -84,7 +84,8 @@ class RBLoss(_GateLoss):
         model: the pruned model. A gate counts once, however many places its weight is tied to. Prune again to add
             gates, and make a new loss.
         target_ratio: the fraction of the weights to remove, in [0, 1); may be set later, as the schedulers do.
-        p: tolerance: an error of p costs 1, and half the p pulls four times as hard.
+        p: tolerance: an error of p costs 1, and half the p pulls four times as hard. Where all gates close at
+            once, or the ratio swings, the pull outweighs the task: give a larger p or the gates a smaller rate.
 
     Returns:
         A scalar on the device of the first gate: float32, or float64 if all logits are.
@@ -251,6 +252,11 @@ class LagrangianLoss(_GateLoss):
         multipliers = self.multipliers.to(gap.device, non_blocking=True)
         return self._rounded((multipliers * torch.stack([gap, gap.square()])).sum())
 
+    @property
+    def current_target(self) -> float:
+        """The target at this point of the warm-up; reading it waits for the device."""
+        return self._target().item()
+
     @torch.no_grad()
     def step(self) -> None:
         """Move the multipliers, and the target of a warm-up; call it after the model's ``optimizer.step()``."""
@@ -276,12 +282,12 @@ class LagrangianLoss(_GateLoss):
     def _gap(self) -> Tensor:
         """Return s - t."""
         kept = self._kept()
-        target: Tensor | float = self._target_ratio
-        if self._warmup_steps:
-            # A tensor, like the number of steps: no synchronisation, and compiled code stays valid.
-            progress = (self._steps.to(kept.device, non_blocking=True) / self._warmup_steps).clamp(max=1)
-            target = self._start_ratio + (self._target_ratio - self._start_ratio) * progress
-        return 1 - kept - target
+        return 1 - kept - self._target().to(kept.device, non_blocking=True)
+
+    def _target(self) -> Tensor:
+        # A tensor, like the number of steps: no synchronisation, and compiled code stays valid.
+        progress = self._steps.double() / self._warmup_steps if self._warmup_steps else torch.ones_like(self._mean[0])
+        return self._start_ratio + (self._target_ratio - self._start_ratio) * progress.clamp(max=1)
 
 
 def _find_gates(model: nn.Module) -> dict[StochasticGate, float]:

@@ -9,7 +9,8 @@ from pyprune.gates import gates_of
 def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the logits of all learned gates of a model, each once; none without gates.
 
-    Gates want a learning rate of their own, higher than that of the weights, and no weight decay.
+    Gates want no weight decay, and a learning rate of their own: a logit starts at 4.6 (Bernoulli) or 3.0 (hard
+    concrete) and closes its gate at 0 or -2.4, so rate times steps must be above 5 with an optimizer like Adam.
 
     Example:
         >>> import torch

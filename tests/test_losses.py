@@ -434,7 +434,9 @@ def test_lagrangian_loss_finds_the_target_where_a_fixed_price_does_not():
 def test_lagrangian_target_warms_up_in_a_straight_line():
     model = gates((10,))
     loss = LagrangianLoss(model, 0.8, warmup_steps=4, start_ratio=0.2)
+    assert LagrangianLoss(model, 0.8).current_target == 0.8
     for target in (0.2, 0.35, 0.5, 0.65, 0.8, 0.8, 0.8):
+        assert loss.current_target == pytest.approx(target)
         loss.multipliers.copy_(torch.tensor([1.0, 0.0]))  # then the loss is s - t
         assert loss().item() == pytest.approx(loss.current_ratio - target, abs=1e-6)
         loss.step()
