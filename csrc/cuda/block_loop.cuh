@@ -1,6 +1,7 @@
 // How a block of threads walks elements of one tensor: 16-byte packs, several loads in flight per thread.
 #pragma once
 
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cstdint>
@@ -14,22 +15,34 @@ constexpr int kLoadsInFlight = 4;
 constexpr int kSinglesInFlight = 2;  // each may hold the registers of a division
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
-// What a weight's bits mean.
+// What a weight's bits mean, and the bits of a number rounded to the nearest weight.
 struct Float32 {
+  static constexpr Dtype kDtype = Dtype::kFloat32;
   using Bits = uint32_t;
+  using Value = float;
   __device__ static float value(Bits bits) { return __uint_as_float(bits); }
+  __device__ static Bits bits(float value) { return __float_as_uint(value); }
 };
 struct Float64 {
+  static constexpr Dtype kDtype = Dtype::kFloat64;
   using Bits = uint64_t;
+  using Value = double;
   __device__ static double value(Bits bits) { return __longlong_as_double(static_cast<long long>(bits)); }
+  __device__ static Bits bits(double value) { return static_cast<Bits>(__double_as_longlong(value)); }
 };
 struct Float16 {
+  static constexpr Dtype kDtype = Dtype::kFloat16;
   using Bits = uint16_t;
+  using Value = float;
   __device__ static float value(Bits bits) { return __half2float(__ushort_as_half(bits)); }
+  __device__ static Bits bits(float value) { return __half_as_ushort(__float2half_rn(value)); }
 };
 struct BFloat16 {
+  static constexpr Dtype kDtype = Dtype::kBFloat16;
   using Bits = uint16_t;
+  using Value = float;
   __device__ static float value(Bits bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
+  __device__ static Bits bits(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
 };
 
 // N unsigned integers that move with one load or store. They are kept as words and taken apart on use: an array of
@@ -50,8 +63,12 @@ struct alignas(sizeof(T) * N) Pack {
     }
   }
   __device__ void set_in_zeros(int i, T value) {
-    static_assert(kPerWord > 0);
-    words[i / kPerWord] |= static_cast<Word>(Word{value} << i % kPerWord * kBits);
+    if constexpr (kPerWord == 0) {
+      words[2 * i] = static_cast<Word>(value);
+      words[2 * i + 1] = static_cast<Word>(value >> 32);
+    } else {
+      words[i / kPerWord] |= static_cast<Word>(Word{value} << i % kPerWord * kBits);
+    }
   }
   __device__ void clear(int i) {
     if constexpr (kPerWord == 0) {
@@ -99,29 +116,29 @@ __device__ inline Span make_span(const T* data, bool linear, int64_t begin, int6
   return {begin, packs_begin, packs_begin + (end - packs_begin) / kPackWidth<T> * kPackWidth<T>, end};
 }
 
-// The same for weights and a mask that packs of both must suit: no packs where the two are aligned differently.
-template <typename T>
-__device__ inline Span make_span(const T* data, const uint8_t* mask, bool linear, int64_t begin, int64_t end) {
+// The same for a tensor and its partner that packs of both must suit: no packs where the two are aligned differently.
+template <typename T, typename U>
+__device__ inline Span make_span(const T* data, const U* partner, bool linear, int64_t begin, int64_t end) {
   const Span span = make_span(data, linear, begin, end);
-  const bool mask_aligned = reinterpret_cast<uintptr_t>(mask + span.packs_begin) % kPackWidth<T> == 0;
-  return mask_aligned ? span : Span{begin, begin, begin, end};
+  const bool alike = reinterpret_cast<uintptr_t>(partner + span.packs_begin) % (sizeof(U) * kPackWidth<T>) == 0;
+  return alike ? span : Span{begin, begin, begin, end};
 }
 
 // Calls use(width, position, load(width, position)) for every pack, then for every single element, of the span.
-template <typename T, typename Load, typename Use>
+template <typename T, int kLoads = kLoadsInFlight, typename Load, typename Use>
 __device__ inline void visit(const Span& span, const Load& load, const Use& use) {
   const Width<kPackWidth<T>> pack{};
   const int64_t stride = static_cast<int64_t>(blockDim.x) * kPackWidth<T>;
 #pragma unroll 1
   for (int64_t at = span.packs_begin + static_cast<int64_t>(threadIdx.x) * kPackWidth<T>; at < span.packs_end;
-       at += kLoadsInFlight * stride) {
-    decltype(load(pack, at)) items[kLoadsInFlight];
+       at += kLoads * stride) {
+    decltype(load(pack, at)) items[kLoads];
 #pragma unroll
-    for (int i = 0; i < kLoadsInFlight; ++i) {
+    for (int i = 0; i < kLoads; ++i) {
       if (at + i * stride < span.packs_end) items[i] = load(pack, at + i * stride);
     }
 #pragma unroll
-    for (int i = 0; i < kLoadsInFlight; ++i) {
+    for (int i = 0; i < kLoads; ++i) {
       if (at + i * stride < span.packs_end) use(pack, at + i * stride, items[i]);
     }
   }

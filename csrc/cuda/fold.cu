@@ -21,7 +21,7 @@ __device__ __noinline__ void fold_run(T* data, const uint8_t* mask, const Layout
   const auto load = [&](auto width, int64_t at) {
     constexpr int kWidth = decltype(width)::value;
     const Offsets offsets = kWidth == 1 ? offsets_of(layout, at) : Offsets{at, at};
-    return Masked<T, kWidth>{load_pack<kWidth>(data + offsets.data), load_pack<kWidth>(mask + offsets.mask)};
+    return Masked<T, kWidth>{load_pack<kWidth>(data + offsets.data), load_pack<kWidth>(mask + offsets.partner)};
   };
   const auto use = [&](auto width, int64_t at, const auto& item) {
     constexpr int kWidth = decltype(width)::value;
@@ -45,14 +45,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) fold_kerne
     const Run run = run_at(table, tile, tiles.end);
     const TableRow& row = table.rows[run.tensor];
     with_bits(row.dtype, [&](auto bits) {
-      fold_run(static_cast<decltype(bits)*>(row.data), row.mask, layout_of(table, row), run);
+      fold_run(static_cast<decltype(bits)*>(row.data), static_cast<const uint8_t*>(row.partner),
+               layout_of(table, row), run);
     });
     tile = run.next_tile;
   }
 }
 
 void fold(const std::vector<Tensor>& weights, const std::vector<Tensor>& masks) {
-  STD_TORCH_CHECK(weights.size() == masks.size(), "fold needs one mask per weight");
+  check_masks(masks, weights);
   if (weights.empty()) return;
   const torch::stable::accelerator::DeviceGuard guard(weights[0].get_device_index());
   const cudaStream_t stream = current_stream(weights[0]);

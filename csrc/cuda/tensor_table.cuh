@@ -14,23 +14,24 @@ constexpr int kThreads = 256;
 constexpr int kBlocksPerMultiprocessor = 4;
 constexpr int kMaxDims = 8;
 
-// Sizes and strides (in elements, outermost first) of a tensor, and of its mask if it has one.
+// Sizes and strides (in elements, outermost first) of a tensor, and of its partner if it has one.
 struct Layout {
   int64_t sizes[kMaxDims];
   int64_t strides[kMaxDims];
-  int64_t mask_strides[kMaxDims];
+  int64_t partner_strides[kMaxDims];
   int32_t dims;
   int32_t narrow;  // fewer than 2^32 elements: 32-bit divisions do
 };
 
+// A tensor and its partner: another one of the same shape, its mask or its gradient.
 struct TableRow {
   void* data;
-  uint8_t* mask;
+  void* partner;
   int64_t numel;
   int64_t first_tile;
   int32_t layout;  // row of the layout table where `contiguous` is false, else -1
   Dtype dtype;
-  bool contiguous;  // element i lies at data[i], and its mask at mask[i]
+  bool contiguous;  // element i lies at data[i], and its partner at partner[i]
   bool dense;       // the elements fill data[0 .. numel), in some order
 };
 
@@ -91,7 +92,7 @@ __device__ inline Run run_at(const TensorTable& table, int64_t tile, int64_t end
 
 struct Offsets {
   int64_t data;
-  int64_t mask;
+  int64_t partner;
 };
 
 template <typename Index>
@@ -103,11 +104,11 @@ __device__ inline Offsets divide_out(const Layout& layout, Index index) {
     const Index quotient = index / size;
     const int64_t remainder = static_cast<int64_t>(index - quotient * size);
     offsets.data += remainder * layout.strides[dim];
-    offsets.mask += remainder * layout.mask_strides[dim];
+    offsets.partner += remainder * layout.partner_strides[dim];
     index = quotient;
   }
   offsets.data += static_cast<int64_t>(index) * layout.strides[0];
-  offsets.mask += static_cast<int64_t>(index) * layout.mask_strides[0];
+  offsets.partner += static_cast<int64_t>(index) * layout.partner_strides[0];
   return offsets;
 }
 

@@ -33,7 +33,7 @@ __device__ __noinline__ int write_masks(const TableRow& row, const Layout* layou
   using Key = typename Scores::KeyType;
   using Bits = typename T::Bits;
   const Bits* const data = static_cast<const Bits*>(row.data);
-  uint8_t* const mask = row.mask;
+  uint8_t* const mask = static_cast<uint8_t*>(row.partner);
   const Key key = static_cast<Key>(selected);
   int ties = 0;
   const auto load = [&](auto width, int64_t at) {
@@ -49,7 +49,7 @@ __device__ __noinline__ int write_masks(const TableRow& row, const Layout* layou
       keep.set_in_zeros(i, score >= key ? 1 : 0);
       ties += score == key ? 1 : 0;
     }
-    store_pack(mask + (kWidth == 1 ? offsets_of(layout, at).mask : at), keep);
+    store_pack(mask + (kWidth == 1 ? offsets_of(layout, at).partner : at), keep);
   };
   visit<Bits>(make_span(data, mask, layout == nullptr, run.begin, run.end), load, use);
   return ties;
@@ -120,6 +120,7 @@ __device__ __noinline__ void drop_ties(const TableRow& row, const Layout* layout
                                        uint64_t selected, uint32_t record) {
   using Key = typename Scores::KeyType;
   const auto* const data = static_cast<const typename T::Bits*>(row.data);
+  uint8_t* const mask = static_cast<uint8_t*>(row.partner);
   const Key key = static_cast<Key>(selected);
   int64_t left = record & ~kAllTies;
   for (int64_t first = run.begin; first < run.end && left > 0; first += kThreads) {
@@ -131,10 +132,10 @@ __device__ __noinline__ void drop_ties(const TableRow& row, const Layout* layout
       tie = Scores::template key<T>(data[offsets.data], scale) == key;
     }
     if ((record & kAllTies) != 0) {
-      if (tie) row.mask[offsets.mask] = 0;
+      if (tie) mask[offsets.partner] = 0;
     } else {
       const Scan scan = scan_block(tie ? 1 : 0);
-      if (tie && scan.before < left) row.mask[offsets.mask] = 0;
+      if (tie && scan.before < left) mask[offsets.partner] = 0;
       left -= scan.total;
     }
   }
@@ -198,7 +199,8 @@ Tensor threshold(const std::vector<Tensor>& weights, const std::optional<Tensor>
                  const std::vector<int64_t>& removed, const std::vector<Tensor>& masks) {
   const int64_t count = static_cast<int64_t>(weights.size());
   const int64_t groups = static_cast<int64_t>(removed.size());
-  STD_TORCH_CHECK(count > 0 && masks.size() == weights.size(), "threshold needs weights and one mask for each");
+  STD_TORCH_CHECK(count > 0, "threshold needs at least one weight");
+  check_masks(masks, weights);
   STD_TORCH_CHECK(groups == 1 || groups == count, "threshold needs one count, or one per weight");
   const int32_t device = weights[0].get_device_index();
   const bool per_tensor = groups == count;  // for a single tensor both mean the same
@@ -215,7 +217,7 @@ Tensor threshold(const std::vector<Tensor>& weights, const std::optional<Tensor>
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(weights[0]);
 
-  const UploadedTable uploaded(weights, &masks, Order::kLogical, Writes::kMasks, stream);
+  const UploadedTable uploaded(weights, &masks, Order::kLogical, Writes::kPartners, stream);
   const TensorTable& table = uploaded.table;
   int low_zeros = 16;  // of a float32 key: bfloat16 leaves 16 bits zero, float16 13
   bool wide = false;

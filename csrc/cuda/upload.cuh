@@ -100,20 +100,21 @@ void upload(const std::vector<Item>& items, Item* destination, cudaStream_t stre
 
 // Whether elements are met in logical (C) order, or in the order that lies best in memory.
 enum class Order { kLogical, kAny };
-enum class Writes { kNothing, kTensors, kMasks };
+enum class Writes { kNothing, kTensors, kPartners };
 
 struct Dim {
   int64_t size;
   int64_t stride;
-  int64_t mask_stride;
+  int64_t partner_stride;
 };
 
-// Drops dims of size one and joins dims that one stride can walk, for the tensor and its mask at once.
-inline std::vector<Dim> coalesce(const Tensor& tensor, const Tensor* mask, Order order) {
+// Drops dims of size one and joins dims that one stride can walk, for the tensor and its partner at once.
+inline std::vector<Dim> coalesce(const Tensor& tensor, const Tensor* partner, Order order) {
   std::vector<Dim> dims;
   for (int64_t d = 0; d < tensor.dim(); ++d) {
     const int64_t stride = tensor.stride(d);
-    if (tensor.size(d) != 1) dims.push_back({tensor.size(d), stride, mask == nullptr ? stride : mask->stride(d)});
+    if (tensor.size(d) != 1)
+      dims.push_back({tensor.size(d), stride, partner == nullptr ? stride : partner->stride(d)});
   }
   if (order == Order::kAny) {
     std::stable_sort(dims.begin(), dims.end(), [](const Dim& a, const Dim& b) { return a.stride > b.stride; });
@@ -121,8 +122,8 @@ inline std::vector<Dim> coalesce(const Tensor& tensor, const Tensor* mask, Order
   std::vector<Dim> joined;
   for (const Dim& dim : dims) {
     if (!joined.empty() && joined.back().stride == dim.stride * dim.size &&
-        joined.back().mask_stride == dim.mask_stride * dim.size) {
-      joined.back() = {joined.back().size * dim.size, dim.stride, dim.mask_stride};
+        joined.back().partner_stride == dim.partner_stride * dim.size) {
+      joined.back() = {joined.back().size * dim.size, dim.stride, dim.partner_stride};
     } else {
       joined.push_back(dim);
     }
@@ -131,20 +132,21 @@ inline std::vector<Dim> coalesce(const Tensor& tensor, const Tensor* mask, Order
 }
 
 inline bool is_contiguous(const std::vector<Dim>& dims) {
-  return dims.empty() || (dims.size() == 1 && dims[0].stride == 1 && dims[0].mask_stride == 1);
+  return dims.empty() || (dims.size() == 1 && dims[0].stride == 1 && dims[0].partner_stride == 1);
 }
 
-// Builds the table of a list of tensors (and masks, or null) and sends it to their device.
+// Builds the table of a list of tensors (and their partners, or null) and sends it to their device.
 class UploadedTable {
  public:
-  UploadedTable(const std::vector<Tensor>& tensors, const std::vector<Tensor>* masks, Order order, Writes writes,
+  UploadedTable(const std::vector<Tensor>& tensors, const std::vector<Tensor>* partners, Order order, Writes writes,
                 cudaStream_t stream) {
     std::vector<Layout> layouts;
     int64_t tiles = 0;
     const int32_t device = tensors[0].get_device_index();
     for (size_t i = 0; i < tensors.size(); ++i) {
-      check(tensors[i], masks == nullptr ? nullptr : &(*masks)[i], device);
-      host_rows.push_back(describe(tensors[i], masks == nullptr ? nullptr : &(*masks)[i], order, writes, layouts));
+      const Tensor* const partner = partners == nullptr ? nullptr : &(*partners)[i];
+      check(tensors[i], partner, device);
+      host_rows.push_back(describe(tensors[i], partner, order, writes, layouts));
       host_rows.back().first_tile = tiles;
       tiles += tiles_of(host_rows.back());
     }
@@ -160,28 +162,27 @@ class UploadedTable {
 
  private:
   // A pointer of another device would take the whole process's CUDA context down.
-  static void check(const Tensor& tensor, const Tensor* mask, int32_t device) {
-    STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == device,
-                    "all tensors must be on one CUDA device");
-    if (mask == nullptr) return;
-    STD_TORCH_CHECK(mask->is_cuda() && mask->get_device_index() == device, "a mask must be on its weight's device");
-    bool alike = mask->scalar_type() == ScalarType::Bool && mask->dim() == tensor.dim();
-    for (int64_t d = 0; alike && d < tensor.dim(); ++d) alike = mask->size(d) == tensor.size(d);
-    STD_TORCH_CHECK(alike, "a mask must be bool and of its weight's shape");
+  static void check(const Tensor& tensor, const Tensor* partner, int32_t device) {
+    for (const Tensor* one : {&tensor, partner}) {
+      STD_TORCH_CHECK(one == nullptr || (one->is_cuda() && one->get_device_index() == device),
+                      "all tensors must be on one CUDA device");
+    }
+    STD_TORCH_CHECK(partner == nullptr || partner->sizes().vec() == tensor.sizes().vec(),
+                    "tensor and partner differ in shape");
   }
 
-  static TableRow describe(const Tensor& tensor, const Tensor* mask, Order order, Writes writes,
+  static TableRow describe(const Tensor& tensor, const Tensor* partner, Order order, Writes writes,
                            std::vector<Layout>& layouts) {
     TableRow row{};
     row.data = writes == Writes::kTensors ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
-    if (mask != nullptr) {
-      row.mask = static_cast<uint8_t*>(writes == Writes::kMasks ? mask->mutable_data_ptr()
-                                                                : const_cast<void*>(mask->const_data_ptr()));
+    if (partner != nullptr) {
+      row.partner =
+          writes == Writes::kPartners ? partner->mutable_data_ptr() : const_cast<void*>(partner->const_data_ptr());
     }
     row.numel = tensor.numel();
     row.dtype = dtype_of(tensor);
     row.layout = -1;
-    const std::vector<Dim> dims = coalesce(tensor, mask, order);
+    const std::vector<Dim> dims = coalesce(tensor, partner, order);
     row.contiguous = row.numel == 0 || is_contiguous(dims);
     row.dense = row.contiguous || is_contiguous(coalesce(tensor, nullptr, Order::kAny));
     if (!row.contiguous) {
@@ -194,7 +195,7 @@ class UploadedTable {
       for (size_t d = 0; d < dims.size(); ++d) {
         layout.sizes[d] = dims[d].size;
         layout.strides[d] = dims[d].stride;
-        layout.mask_strides[d] = dims[d].mask_stride;
+        layout.partner_strides[d] = dims[d].partner_stride;
       }
       layouts.push_back(layout);
     }

@@ -1,5 +1,7 @@
 """What only a GPU can show."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -15,14 +17,45 @@ def make_weights(seed: int) -> list[torch.Tensor]:
     return [adversarial(shape, "normal", torch.float32, seed + i).cuda() for i, shape in enumerate(shapes)]
 
 
+# Gate, and the shapes of a weight and its logits: one per weight, channels, columns, blocks of 4 x 4, one for all.
+GATES = [ops.bernoulli_gate, ops.hard_concrete_gate, partial(ops.hard_concrete_gate, straight_through=True)]
+SHAPES = [
+    ((300, 400), (300, 400)),
+    ((64, 30, 3, 3), (64, 1, 1, 1)),
+    ((5000, 12), (1, 12)),
+    ((64, 96), (16, 24)),
+    ((200, 333), (1, 1)),
+]
+
+
+def make_gates(shapes, device: str = "cuda") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    weight, grad, logits = (torch.randn(shape, generator=generator) for shape in (shapes[0], *shapes))
+    return weight.to(device), grad.to(device), (2 * logits).to(device)
+
+
+def gate_and_gradients(gate, weight, grad, logits, seed) -> tuple[torch.Tensor, ...]:
+    weight, logits = weight.detach().requires_grad_(), logits.detach().requires_grad_()
+    out = gate(weight, logits, seed)
+    return out.detach(), *torch.autograd.grad(out, (weight, logits), grad)
+
+
 def test_operators_never_wait_for_the_device():
     weights = make_weights(0)
+    gates = [make_gates(shapes) for shapes in SHAPES]
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         masks, _ = ops.threshold(weights, 100_000, scales=ops.norms(weights).reciprocal())
         ops.count_zeros(masks)
         ops.fold(weights, masks)
+        seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cuda")
+        for gate in GATES:
+            for tensors in gates:
+                gate_and_gradients(gate, *tensors, seed)
+        ops.gate_noise((300, 400), seed)
+        leaves = [weight.requires_grad_() for weight in weights]
+        torch.autograd.grad(ops.gate_penalty(leaves, hard=True).sum() + ops.gate_penalty(leaves).sum(), leaves)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -47,3 +80,90 @@ def test_threshold_in_a_cuda_graph_follows_the_weights():
     on_cpu = [weight.cpu() for weight in weights]
     expected, _ = ops.threshold(on_cpu, 100_000, scales=ops.norms(on_cpu).reciprocal())
     assert all(torch.equal(mask.cpu(), want) for mask, want in zip(masks, expected, strict=True))
+
+
+@pytest.mark.parametrize("shapes", SHAPES, ids=str)
+@pytest.mark.parametrize("gate", GATES, ids=["bernoulli", "hard concrete", "straight through"])
+def test_gates_in_a_cuda_graph_follow_the_seed(gate, shapes):
+    weight, grad, logits = make_gates(shapes)
+    seed = torch.zeros((), dtype=torch.int64, device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        gate_and_gradients(gate, weight, grad, logits, seed)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gate_and_gradients(gate, weight, grad, logits, seed)
+    outs = []
+    for number in (1, -(2**40), 1):
+        seed.fill_(number)
+        graph.replay()
+        fresh = gate_and_gradients(gate, weight, grad, logits, torch.tensor(number, device="cuda"))
+        assert all(torch.equal(replayed, want) for replayed, want in zip(captured, fresh, strict=True))
+        outs.append(captured[0].clone())
+    assert torch.equal(outs[0], outs[2])
+    assert shapes[1] == (1, 1) or not torch.equal(outs[0], outs[1])
+
+
+def test_gate_penalty_in_a_cuda_graph_follows_the_logits():
+    logits = [weight.requires_grad_() for weight in make_weights(0)]
+
+    def work() -> list[torch.Tensor]:
+        penalty = ops.gate_penalty(logits, shift=0.5)
+        return [penalty.detach(), *torch.autograd.grad(penalty.sum(), logits)]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = work()
+    with torch.no_grad():
+        for one, new in zip(logits, make_weights(9), strict=True):
+            one.copy_(new)
+    graph.replay()
+    assert all(torch.equal(replayed, want) for replayed, want in zip(captured, work(), strict=True))
+
+
+@pytest.mark.parametrize("seed", [None, -(2**62) + 12345], ids=["deterministic", "sampled"])
+@pytest.mark.parametrize("options", [None, {}, {"straight_through": True}, {"beta": 0.5, "gamma": -0.3}], ids=str)
+def test_gates_are_the_same_bits_as_on_the_cpu(options, seed):
+    def gate(weight, logits, seed):
+        if options is None:
+            return ops.bernoulli_gate(weight, logits, seed, stream=7)
+        return ops.hard_concrete_gate(weight, logits, seed, stream=7, **options)
+
+    tensors = make_gates(((1000, 1000), (1000, 1000)), "cpu")
+    seed = None if seed is None else torch.tensor(seed)
+    on_cpu = gate_and_gradients(gate, *tensors, seed)
+    on_cuda = gate_and_gradients(gate, *(tensor.cuda() for tensor in tensors), None if seed is None else seed.cuda())
+    for got, want in zip(on_cuda, on_cpu, strict=True):
+        assert torch.equal(got.cpu().view(torch.int32), want.view(torch.int32))
+
+
+@pytest.mark.parametrize("shapes", SHAPES[1:], ids=str)
+def test_gradients_of_shared_gates_are_the_same_bits_in_every_run_and_layout(shapes):
+    weight, grad, logits = make_gates(shapes)
+    seed = torch.tensor(5, device="cuda")
+    first = gate_and_gradients(ops.hard_concrete_gate, weight, grad, logits, seed)
+    for _ in range(3):
+        again = gate_and_gradients(ops.hard_concrete_gate, weight, grad, logits, seed)
+        assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+    turned, turned_grad = (one.transpose(0, 1).contiguous().transpose(0, 1) for one in (weight, grad))
+    again = gate_and_gradients(ops.hard_concrete_gate, turned, turned_grad, logits, seed)
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+def test_gates_beyond_32_bit_indices():
+    count = 2**31 + 1003
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of free GPU memory")
+    seed = torch.tensor(6, device="cuda")
+    weight = torch.ones(count, dtype=torch.bfloat16, device="cuda")
+    logits = torch.zeros(count, dtype=torch.bfloat16, device="cuda")
+    out = ops.bernoulli_gate(weight, logits, seed)
+    noise = ops.gate_noise((count,), seed)
+    assert torch.equal(out[-5000:] != 0, noise[-5000:] > 0.5)
+    shared = ops.bernoulli_gate(weight, noise[: count // 3] - 0.5, None)
+    assert torch.equal(shared[-3000:] != 0, (noise[count // 3 - 1000 : count // 3] > 0.5).repeat_interleave(3))
