@@ -39,10 +39,10 @@ struct GateCall {
       : gate{static_cast<GateRule>(rule), seed.has_value(), beta, gamma, zeta},
         noise{0, static_cast<uint64_t>(stream)},
         logits(strided_of(logits_)),
-        blocks(weight.sizes().data(), logits_.sizes().data(), weight.dim()),
+        blocks(weight.sizes().data(), logits_.sizes().data(), fits(weight, logits_) ? weight.dim() : 0),
         wide(logits.dtype == Dtype::kFloat64) {
     check_weights({weight, logits_});
-    STD_TORCH_CHECK(weight.dim() == logits_.dim(), "weight and logits differ in dimensions");
+    STD_TORCH_CHECK(fits(weight, logits_), "each size of the logits must divide the weight's");
     STD_TORCH_CHECK(logits.dtype == Dtype::kFloat32 || logits.dtype == dtype_of(weight), "logits have another dtype");
     if (seed.has_value()) {
       STD_TORCH_CHECK(seed->numel() == 1 && seed->scalar_type() == torch::headeronly::ScalarType::Long,
@@ -52,6 +52,15 @@ struct GateCall {
   }
 
   int64_t real_size() const { return wide ? 8 : 4; }
+
+ private:
+  static bool fits(const Tensor& weight, const Tensor& logits) {
+    bool all = weight.dim() == logits.dim();
+    for (int64_t d = 0; all && d < weight.dim(); ++d) {
+      all = weight.size(d) == logits.size(d) || (logits.size(d) > 0 && weight.size(d) % logits.size(d) == 0);
+    }
+    return all;
+  }
 };
 
 // Calls block(start, count) for runs of kGateBlock elements of [0, numel), shared among the threads.

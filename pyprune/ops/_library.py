@@ -3,6 +3,7 @@
 import ctypes
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,9 +76,23 @@ def check_masks(masks: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
                 f"masks[{index}] is {tuple(mask.shape)} on {mask.device}, its weight {tuple(weight.shape)} "
                 f"on {weight.device}; they must agree"
             )
-        if mask.numel() and any(
-            size > 1 and stride == 0 for size, stride in zip(mask.shape, mask.stride(), strict=True)
-        ):
-            raise ValueError(
-                f"masks[{index}] is expanded: elements share memory. Give a mask of its own, as clone() does"
-            )
+        check_not_expanded(mask, f"masks[{index}]")
+
+
+def check_not_expanded(tensor: Tensor, name: str) -> None:
+    """Raise if elements of a tensor that is to be written share memory."""
+    strides = zip(tensor.shape, tensor.stride(), strict=True)
+    if tensor.numel() and any(size > 1 and stride == 0 for size, stride in strides):
+        raise ValueError(f"{name} is expanded: elements share memory. Give a tensor of its own, as clone() does")
+
+
+def refuse_second_derivative(name: str) -> None:
+    """Let differentiating through a backward operator be an error, not a silent zero."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    def backward(ctx: Any, *grads: Any) -> None:
+        raise NotImplementedError(f"{name} has no derivative: gates can be differentiated once, not twice")
+
+    torch.library.register_autograd(name, backward, setup_context=setup_context)

@@ -1,16 +1,18 @@
 """Learned gates on a weight: sampled in training with noise that is never stored, deterministic without a seed."""
 
 import math
+import numbers
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
-from pyprune.ops._library import WEIGHT_DTYPES, check_tensors
+from pyprune.ops._library import WEIGHT_DTYPES, check_not_expanded, check_tensors, refuse_second_derivative
 
 # The values of GateRule in csrc/gate_math.h.
 BERNOULLI, HARD_CONCRETE, STRAIGHT_THROUGH = range(3)
+_LARGEST = 1e6
 
 
 def bernoulli_gate(
@@ -94,10 +96,15 @@ def hard_concrete_gate(
 
 def check_hard_concrete(beta: float, gamma: float, zeta: float) -> None:
     """Raise unless these are parameters of a hard-concrete distribution."""
+    for name, value in (("beta", beta), ("gamma", gamma), ("zeta", zeta)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} is {value!r}; give a number")
     if not 0 < beta < math.inf:
-        raise ValueError(f"beta is {beta}; the temperature must be a number above 0")
-    if not (-math.inf < gamma < 0 and 1 < zeta < math.inf):
-        raise ValueError(f"gamma is {gamma} and zeta is {zeta}; gamma must be below 0 and zeta above 1")
+        raise ValueError(f"beta is {beta}; the temperature must be a finite number above 0")
+    if not (gamma < 0 and zeta > 1 and zeta - gamma < _LARGEST):
+        raise ValueError(
+            f"gamma is {gamma} and zeta is {zeta}; gamma must be below 0 and zeta above 1, and not {_LARGEST} apart"
+        )
 
 
 def check_gate_shape(shape: torch.Size | tuple[int, ...], gate_shape: torch.Size | tuple[int, ...]) -> None:
@@ -120,6 +127,9 @@ def _gate(
     rule: tuple[int, float, float, float],
     out: Tensor | None,
 ) -> Tensor:
+    for name, tensor in (("weight", weight), ("logits", logits)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; give a tensor")
     check_tensors([weight], "weight", WEIGHT_DTYPES)
     if logits.dtype not in (torch.float32, weight.dtype) or logits.layout is not torch.strided:
         raise TypeError(
@@ -131,6 +141,7 @@ def _gate(
     check_gate_shape(weight.shape, logits.shape)
     if seed is not None:
         check_seed(seed, weight.device)
+    _refuse_tangents(weight, logits)
     if out is None:
         result: Tensor = torch.ops.pyprune.gate(weight, logits, seed, stream, *rule)
         return result
@@ -140,17 +151,29 @@ def _gate(
             f"out is {tuple(out.shape)} on {out.device}, the weight {tuple(weight.shape)} on {weight.device}; "
             "they must agree"
         )
+    check_not_expanded(out, "out")
+    if torch.is_grad_enabled() and (weight.requires_grad or logits.requires_grad or out.requires_grad):
+        raise ValueError("out is not for use with autograd; leave it out, or call this under torch.no_grad()")
     with torch.no_grad():
         torch.ops.pyprune.gate_out(weight, logits, seed, stream, *rule, out)
     torch.autograd.graph.increment_version(out)
     return out
 
 
-def check_seed(seed: Tensor, device: torch.device) -> None:
-    """Raise unless this is one int64 on the device."""
+def _refuse_tangents(*tensors: Tensor) -> None:
+    # Operators with a backward formula drop the tangents of forward-mode differentiation without a word.
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    duals = [forward_ad.unpack_dual(tensor) for tensor in tensors]  # type: ignore[no-untyped-call]
+    if any(dual.tangent is not None for dual in duals):
+        raise NotImplementedError("gates have no forward-mode derivative; differentiate in reverse mode")
+
+
+def check_seed(seed: Tensor, device: torch.device | None = None) -> None:
+    """Raise unless this is one int64, on the device if one is given."""
     if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1:
         raise TypeError(f"seed is {seed!r}; give an int64 tensor of one element, as torch.randint draws it")
-    if seed.device != device:
+    if device is not None and seed.device != device:
         raise ValueError(f"seed is on {seed.device}, what it is for on {device}; draw it there")
 
 
@@ -181,7 +204,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(weight, logits, seed)
 
 
-@once_differentiable
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     for_weight, for_logits = ctx.needs_input_grad[:2]
     grad_weight, grad_logits = torch.ops.pyprune.gate_backward(
@@ -196,3 +218,4 @@ torch.library.register_fake("pyprune::gate_out", _fake_out)
 torch.library.register_fake("pyprune::gate_backward", _fake_backward)
 torch.library.register_fake("pyprune::gate_backward_out", _fake_backward_out)
 torch.library.register_autograd("pyprune::gate", _backward, setup_context=_setup_context)
+refuse_second_derivative("pyprune::gate_backward")

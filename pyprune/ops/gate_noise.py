@@ -20,12 +20,15 @@ def gate_noise(shape: Sequence[int], seed: Tensor, *, stream: int = 0) -> Tensor
 
     Raises:
         TypeError: if ``seed`` is not an int64 tensor of one element.
+        ValueError: for negative sizes.
 
     Example:
         >>> gate_noise((2, 3), torch.tensor(0)).shape
         torch.Size([2, 3])
     """
-    check_seed(seed, seed.device)
+    check_seed(seed)
+    if any(size < 0 for size in shape):
+        raise ValueError(f"shape is {tuple(shape)}; sizes cannot be negative")
     result: Tensor = torch.ops.pyprune.gate_noise(seed, list(shape), stream)
     return result
 

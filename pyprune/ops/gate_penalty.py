@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from pyprune.ops._library import WEIGHT_DTYPES, check_tensors
+from pyprune.ops._library import WEIGHT_DTYPES, check_tensors, refuse_second_derivative
 
 
 def gate_penalty(logits: Sequence[Tensor], *, hard: bool = False, shift: float = 0.0) -> Tensor:
@@ -37,6 +36,8 @@ def gate_penalty(logits: Sequence[Tensor], *, hard: bool = False, shift: float =
         >>> gate_penalty([torch.zeros(4)]).tolist()
         [2.0]
     """
+    if isinstance(logits, Tensor):
+        raise TypeError("logits is a tensor; give a list of tensors")
     check_tensors(logits, "logits", WEIGHT_DTYPES)
     if not logits:
         return torch.zeros(0, dtype=torch.float64)
@@ -57,7 +58,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*logits)
 
 
-@once_differentiable
 def _backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor], None, None]:
     return torch.ops.pyprune.gate_penalty_backward(grad, list(ctx.saved_tensors), ctx.shift), None, None
 
@@ -65,3 +65,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor], None, None]:
 torch.library.register_fake("pyprune::gate_penalty", _fake)
 torch.library.register_fake("pyprune::gate_penalty_backward", _fake_backward)
 torch.library.register_autograd("pyprune::gate_penalty", _backward, setup_context=_setup_context)
+refuse_second_derivative("pyprune::gate_penalty_backward")

@@ -316,10 +316,47 @@ def test_gate_refuses_bad_input():
     for bad in (3, torch.tensor(1.0), torch.tensor([1, 2])):
         with pytest.raises(TypeError, match="seed"):
             ops.bernoulli_gate(weight, logits, bad)
-    for options in ({"beta": 0.0}, {"beta": math.nan}, {"gamma": 0.1}, {"zeta": 1.0}, {"zeta": math.inf}):
+    for bad in (1.0, None):
+        with pytest.raises(TypeError, match="give a tensor"):
+            ops.bernoulli_gate(bad, logits, seed)
+        with pytest.raises(TypeError, match="give a tensor"):
+            ops.bernoulli_gate(weight, bad, seed)
+    for options in ({"beta": "1"}, {"gamma": True}, {"zeta": None}):
+        with pytest.raises(TypeError, match="give a number"):
+            ops.hard_concrete_gate(weight, logits, seed, **options)
+    for options in (
+        {"beta": 0.0},
+        {"beta": math.nan},
+        {"gamma": 0.1},
+        {"zeta": 1.0},
+        {"zeta": math.inf},
+        {"zeta": 1e300},
+    ):
         with pytest.raises(ValueError, match=r"beta|gamma"):
             ops.hard_concrete_gate(weight, logits, seed, **options)
     with pytest.raises(ValueError, match="must agree"):
         ops.bernoulli_gate(weight, logits, seed, out=torch.empty(4, 5))
     with pytest.raises(TypeError, match="out"):
         ops.bernoulli_gate(weight, logits, seed, out=torch.empty(4, 6, dtype=torch.float64))
+    with pytest.raises(ValueError, match="expanded"):
+        ops.bernoulli_gate(weight, logits, seed, out=torch.empty(4, 1).expand(4, 6))
+    with pytest.raises(ValueError, match="autograd"):
+        ops.bernoulli_gate(weight.requires_grad_(), logits, seed, out=torch.empty(4, 6))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, in forward mode
+def test_gate_refuses_derivatives_that_it_does_not_have():
+    weight, logits = random_pair(((3, 4), (3, 4)), torch.float32, torch.float32, "cpu")
+    logits = logits.requires_grad_()
+    for incoming in (torch.ones(3, 4), torch.ones(3, 4, requires_grad=True)):
+        out = ops.hard_concrete_gate(weight, logits, torch.tensor(1))
+        (grad,) = torch.autograd.grad(out, logits, incoming, create_graph=True)
+        with pytest.raises(NotImplementedError, match="not twice"):
+            grad.sum().backward()
+    with pytest.raises(NotImplementedError, match="reverse mode"):
+        torch.func.jvp(lambda w: ops.bernoulli_gate(w, logits, None), (weight,), (torch.ones_like(weight),))
+    # Tangents of something else do not matter.
+    _, tangent = torch.func.jvp(
+        lambda x: x * ops.bernoulli_gate(weight, torch.ones(3, 4), None), (torch.ones(3, 4),), (torch.ones(3, 4),)
+    )
+    assert torch.equal(tangent, weight)

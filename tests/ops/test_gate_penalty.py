@@ -102,3 +102,16 @@ def test_gate_penalty_soft_passes_gradcheck():
 def test_gate_penalty_refuses_other_dtypes():
     with pytest.raises(TypeError, match="int64"):
         ops.gate_penalty([torch.ones(3, dtype=torch.int64)])
+
+
+def test_gate_penalty_refuses_a_single_tensor():
+    with pytest.raises(TypeError, match="list of tensors"):
+        ops.gate_penalty(torch.ones(3, 4))
+
+
+def test_gate_penalty_refuses_a_second_derivative():
+    logits = torch.zeros(3, requires_grad=True)
+    (grad,) = torch.autograd.grad(ops.gate_penalty([logits]).sum(), logits, create_graph=True)
+    assert grad.tolist() == [0.25, 0.25, 0.25]
+    with pytest.raises(NotImplementedError, match="not twice"):
+        grad.sum().backward()

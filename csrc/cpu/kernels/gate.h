@@ -1,9 +1,12 @@
 // The loops of gates, on blocks of at most kGateBlock elements that stay in the first-level cache:
 //
-//   gate_values    z and dz/dlogit from logits and noise; see gate_math.h. Noise is drawn here, never stored longer.
-//   gate_multiply  out = z == 0 ? +0 : x * z: the gated weight, and the gradient of the weight from that of the
-//   output gate_slopes    gradient of logits with one weight each: grad * weight * slope, 0 where the slope is
-//   gate_sums      sums[g] += sum of grad * weight over the `run` weights of gate g, in float64 and in a fixed order
+// - draw_words: noise, as 32-bit words.
+// - gate_values: z and dz/dlogit from logits and noise (gate_math.h), which is drawn here and kept no longer.
+// - gate_multiply: out = z == 0 ? +0 : x * z, the gated weight, or the gradient of the weight from that of the
+// output.
+// - gate_slopes: gradient of logits with one weight each: grad * weight * slope, 0 where the slope is.
+// - gate_sums: sums[g] += sum of grad * weight over the `run` weights of gate g, in float64 and in a fixed order.
+// - gate_round: gradient of logits from such sums: sum * slope, 0 where the slope is.
 //
 // z and slope are double if the logits are (`wide`), else float.
 #pragma once
