@@ -11,7 +11,6 @@
 #include "../gate_blocks.h"
 #include "capability.h"
 #include "denormals.h"
-#include "kernels/stream.h"
 #include "parallel.h"
 #include "tensors.h"
 
@@ -24,7 +23,6 @@ using torch::stable::Tensor;
 // on the shapes alone, and a gate with many weights still keeps all threads busy.
 constexpr int64_t kSegmentsPerPiece = 64;
 constexpr int64_t kElementsPerTask = kChunk;
-constexpr int64_t kStreamedBytes = int64_t{1} << 21;
 static_assert(kChunk % kGateBlock == 0);
 
 struct GateCall {
@@ -78,11 +76,10 @@ void for_each_block(int64_t numel, const Block& block) {
 // The block after the one that starts here, of the tensors that are read where they lie.
 Ahead ahead_of(const std::initializer_list<const Strided*>& tensors, int64_t start) {
   Ahead ahead = {};
-  int i = 0;
   for (const Strided* tensor : tensors) {
     if (tensor->contiguous() && start + 2 * kGateBlock <= tensor->numel) {
-      ahead.row[i] = tensor->at(start + kGateBlock);
-      ahead.item_size[i++] = item_size(tensor->dtype);
+      ahead.row[ahead.rows] = tensor->at(start + kGateBlock);
+      ahead.item_size[ahead.rows++] = item_size(tensor->dtype);
     }
   }
   return ahead;
@@ -106,7 +103,7 @@ class Output {
       : tensor_(tensor),
         start_(start),
         count_(count),
-        row_(tensor.contiguous() && !streams() ? tensor.at(start) : reinterpret_cast<char*>(room_)) {}
+        row_(tensor.contiguous() ? tensor.at(start) : reinterpret_cast<char*>(room_)) {}
   Output(const Output&) = delete;
   Output& operator=(const Output&) = delete;
 
@@ -114,15 +111,10 @@ class Output {
   void put() {
     if (!tensor_.contiguous()) {
       tensor_.scatter(start_, count_, row_);
-    } else if (streams()) {
-      PYPRUNE_KERNEL(stream_row)(tensor_.at(start_), row_, count_ * item_size(tensor_.dtype));
     }
   }
 
  private:
-  // What does not fit the caches is written past them, which saves reading its lines first.
-  bool streams() const { return tensor_.numel * item_size(tensor_.dtype) >= kStreamedBytes; }
-
   alignas(64) double room_[kGateBlock];
   const Strided& tensor_;
   int64_t start_;

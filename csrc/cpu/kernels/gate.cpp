@@ -86,14 +86,16 @@ void rounded(const double* __restrict sums, const Real* __restrict slope, int64_
 void draw_words(const Noise& noise, int64_t first, int64_t count, uint32_t* words, const Ahead& ahead) {
   const auto [seed, stream] = noise;  // copies, that writing words cannot change
   uint64_t block = static_cast<uint64_t>(first) / 4;
-  Ahead next = ahead;
-  for (; count >= kWordsPerCall; count -= kWordsPerCall, words += kWordsPerCall, block += kCounters) {
-    for (int i = 0; i < 3; ++i) {
-      const int64_t bytes = next.item_size[i] * kWordsPerCall;
-      for (int64_t at = 0; at < bytes; at += 64) {
-        __builtin_prefetch(next.row[i] + at);
+  const Ahead next = ahead;
+  int64_t at = 0;  // in elements, of the rows ahead
+  for (; count >= kWordsPerCall;
+       count -= kWordsPerCall, words += kWordsPerCall, block += kCounters, at += kWordsPerCall) {
+    for (int i = 0; i < next.rows; ++i) {
+      const char* const line = next.row[i] + at * next.item_size[i];
+      __builtin_prefetch(line);
+      if constexpr (kWordsPerCall > 16) {
+        __builtin_prefetch(line + 64);
       }
-      next.row[i] += bytes;
     }
     philox_lanes(seed, stream, block, words);
   }

@@ -19,7 +19,7 @@
 
 namespace pyprune {
 
-constexpr int64_t kGateBlock = 512;  // a multiple of four, as Philox draws four numbers at a time
+constexpr int64_t kGateBlock = 256;  // a multiple of four, as Philox draws four numbers at a time
 
 struct Noise {
   uint64_t seed;
@@ -28,6 +28,7 @@ struct Noise {
 
 // Rows that the next block will read, fetched from memory while the noise of this one is drawn, which needs none.
 struct Ahead {
+  int rows;
   const char* row[3];
   int64_t item_size[3];
 };
