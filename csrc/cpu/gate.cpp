@@ -8,9 +8,9 @@
 #include <algorithm>
 #include <memory>
 
-#include "../gate_blocks.h"
 #include "capability.h"
 #include "denormals.h"
+#include "gate_segments.h"
 #include "parallel.h"
 #include "tensors.h"
 
@@ -19,10 +19,6 @@ namespace {
 
 using torch::stable::Tensor;
 
-// Segments of one piece are summed one after the other; the sums of pieces are added in order. So the order depends
-// on the shapes alone, and a gate with many weights still keeps all threads busy.
-constexpr int64_t kSegmentsPerPiece = 64;
-constexpr int64_t kElementsPerTask = kChunk;
 static_assert(kChunk % kGateBlock == 0);
 
 struct GateCall {
@@ -122,6 +118,11 @@ class Output {
   char* row_;
 };
 
+void check_like(const Tensor& tensor, const Tensor& model) {
+  STD_TORCH_CHECK(tensor.scalar_type() == model.scalar_type() && tensor.sizes().vec() == model.sizes().vec(),
+                  "gradients and outputs must be like what they belong to");
+}
+
 // z and slope of all logits, for gates that are shared.
 struct SharedValues {
   std::unique_ptr<char[]> z, slope;
@@ -136,57 +137,6 @@ struct SharedValues {
       values(call.gate, call.noise, call.logits.dtype, input.row(call.logits, start, count), start, count,
              z.get() + at, slope ? slope.get() + at : nullptr, ahead_of({&call.logits}, start));
     });
-  }
-};
-
-// A contiguous run of weights, at most kGateBlock of them, with whole gates or a part of one.
-struct Segment {
-  int64_t start;  // in the weight
-  int64_t gate;   // the first one
-  int64_t gates;
-  int64_t run;  // weights of each in this segment
-  int64_t sum;  // where the sum of the first gate belongs; the next gate's is `pieces` further
-};
-
-// Cuts a weight with shared gates into segments, in an order that the shapes alone decide.
-struct Segments {
-  const GateBlocks& blocks;
-  int64_t gates_per_range, ranges, parts, steps, pieces;
-
-  explicit Segments(const GateBlocks& blocks_) : blocks(blocks_) {
-    gates_per_range = std::clamp<int64_t>(kGateBlock / blocks.run, 1, blocks.gates_in_row);
-    ranges = (blocks.gates_in_row + gates_per_range - 1) / gates_per_range;
-    parts = (blocks.run + kGateBlock - 1) / kGateBlock;
-    steps = blocks.repeats() * parts;
-    pieces = (steps + kSegmentsPerPiece - 1) / kSegmentsPerPiece;
-  }
-
-  // Calls visit(segment) for all, those of one piece in order and by one thread.
-  template <class Visit>
-  void for_each(const Visit& visit) const {
-    const int64_t count = blocks.rows() * ranges * pieces;
-    const int64_t elements = std::max<int64_t>(1, gates_per_range * blocks.run * blocks.repeats() / pieces);
-    const int64_t per_task = std::max<int64_t>(1, kElementsPerTask / elements);
-    share_tasks((count + per_task - 1) / per_task, [&](int64_t task, int64_t) {
-      const KeepDenormals exact;
-      for (int64_t i = task * per_task; i < std::min(count, (task + 1) * per_task); ++i) {
-        const int64_t piece = i % pieces, range = i / pieces % ranges, row = i / pieces / ranges;
-        for (int64_t step = piece * kSegmentsPerPiece; step < std::min(steps, (piece + 1) * kSegmentsPerPiece);
-             ++step) {
-          visit(segment(row, range, piece, step / parts, step % parts));
-        }
-      }
-    });
-  }
-
- private:
-  Segment segment(int64_t row, int64_t range, int64_t piece, int64_t repeat, int64_t part) const {
-    const int64_t first = range * gates_per_range;
-    const int64_t gates = std::min(gates_per_range, blocks.gates_in_row - first);
-    const int64_t skipped = part * kGateBlock;
-    const int64_t gate = row * blocks.gates_in_row + first;
-    return {blocks.row_start(row, repeat) + first * blocks.run + skipped, gate, gates,
-            parts == 1 ? blocks.run : std::min(kGateBlock, blocks.run - skipped), gate * pieces + piece};
   }
 };
 
@@ -208,6 +158,7 @@ const void* spread(const Segment& segment, bool wide, const char* z, double* roo
 void gate_out(const Tensor weight, const Tensor logits, const std::optional<Tensor> seed, int64_t stream,
               int64_t rule, double beta, double gamma, double zeta, Tensor out) {
   const GateCall call(weight, logits, seed, stream, rule, beta, gamma, zeta);
+  check_like(out, weight);
   const Strided w = strided_of(weight), o = strided_of(out);
   const auto values = PYPRUNE_KERNEL(gate_values);
   const auto multiply = PYPRUNE_KERNEL(gate_multiply);
@@ -251,6 +202,9 @@ void gate_backward_out(const Tensor grad, const Tensor weight, const Tensor logi
   const auto sums_of = PYPRUNE_KERNEL(gate_sums);
   const auto round = PYPRUNE_KERNEL(gate_round);
   const bool for_weight = gw.numel > 0, for_logits = gl.numel > 0;
+  check_like(grad, weight);
+  check_like(for_weight ? grad_weight : weight, weight);
+  check_like(for_logits ? grad_logits : logits, logits);
   if (w.numel == 0) {
     torch::stable::zero_(grad_logits);
     return;
