@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: demo demo-rb minilm test lint bench clean help
+.PHONY: demo demo-rb minilm test test-cpp lint bench bench-cpp clean help
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,11 @@ minilm: $(VENV)/built  ## Prune a trained 22M-parameter sentence encoder
 test: $(VENV)/built  ## Run the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
 
+test-cpp: $(VENV)/built  ## Run the kernels without torch, under the address and undefined-behaviour sanitizers
+	$(BIN)/cmake -S csrc -B build/sanitized -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPYPRUNE_SANITIZE=address,undefined
+	$(BIN)/cmake --build build/sanitized
+	build/sanitized/kernels_test
+
 lint: $(VENV)/built  ## Format check, lint and types, over all files
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pre-commit run --all-files --show-diff-on-failure
 
@@ -36,6 +41,11 @@ bench: $(VENV)/built  ## Measure the kernels beside the other ways, as ratios
 	$(BIN)/python benchmarks/bench_threshold.py $(ARGS)
 	$(BIN)/python benchmarks/bench_gate.py $(ARGS)
 	$(BIN)/python benchmarks/bench_rb_loss.py $(ARGS)
+
+bench-cpp: $(VENV)/built  ## Measure the kernels without torch; needs Google Benchmark (libbenchmark-dev)
+	$(BIN)/cmake -S csrc -B build/bench -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPYPRUNE_BENCH=ON
+	$(BIN)/cmake --build build/bench
+	build/bench/kernels_bench --benchmark_counters_tabular=true $(ARGS)
 
 clean:  ## Remove the environment and the build
 	rm -rf $(VENV) build

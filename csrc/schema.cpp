@@ -21,7 +21,8 @@ STABLE_TORCH_LIBRARY(pyprune, m) {
       "gate(Tensor weight, Tensor logits, Tensor? seed, int stream, int rule, float beta, float gamma, float zeta) "
       "-> Tensor");
   m.def(
-      "gate_out(Tensor weight, Tensor logits, Tensor? seed, int stream, int rule, float beta, float gamma, float zeta, "
+      "gate_out(Tensor weight, Tensor logits, Tensor? seed, int stream, int rule, float beta, float gamma, float "
+      "zeta, "
       "Tensor(a!) out) -> ()");
 
   // Gradients of gate with respect to weight and logits, with the noise drawn again; one that is not wanted is empty.

@@ -1,0 +1,139 @@
+// Microbenchmarks of the CPU kernels, one thread, without torch: bytes per second beside a copy (make bench-cpp).
+#include <algorithm>
+#include <random>
+
+#include "../cpu/kernels/count_zeros.h"
+#include "../cpu/kernels/fold.h"
+#include "../cpu/kernels/gate.h"
+#include "../cpu/kernels/gate_penalty.h"
+#include "../cpu/kernels/norms.h"
+#include "../cpu/kernels/threshold.h"
+#include "../cpu/strided.h"
+#include "bench.h"
+
+namespace pyprune::bench {
+namespace {
+
+Array<float> normal(int64_t count) {
+  Array<float> values = array(count, 0.0f);
+  std::mt19937 random(1);
+  std::normal_distribution<float> distribution;
+  // A period of 64 Ki numbers is enough, and quickly made.
+  std::generate_n(values.get(), std::min(count, kChunk), [&] { return distribution(random); });
+  for (int64_t i = kChunk; i < count; ++i) {
+    values[i] = values[i - kChunk];
+  }
+  return values;
+}
+
+// Calls run(start, size) for the blocks of a large array, as the drivers do.
+template <class Run>
+void blocks(int64_t count, int64_t block, const Run& run) {
+  for (int64_t start = 0; start < count; start += block) {
+    run(start, std::min(block, count - start));
+  }
+}
+
+void add_copy() {
+  add("copy", 8, [](int64_t count) {
+    return [count, from = normal(count), to = array(count, 0.0f)] {
+      std::memcpy(to.get(), from.get(), count * sizeof(float));
+    };
+  });
+}
+
+void add_masks() {
+  add("threshold sweep float32", 5, [](int64_t count) {
+    return [count, x = normal(count), mask = array<uint8_t>(count, 1), bits = array<uint32_t>(kChunk + 1, 0),
+            positions = array<uint16_t>(kChunk + 1, 0)] {
+      const auto sweep = PYPRUNE_KERNEL(sweep32);
+      const uint32_t* const data = reinterpret_cast<const uint32_t*>(x.get());
+      blocks(count, kChunk, [&](int64_t start, int64_t size) {
+        // Magnitudes around 1, the bracket as wide as a sample leaves it: about one in 500.
+        sweep(data + start, mask.get() + start, size, 0x3f7fc000, 0x3f800000, 0x3f804000, bits.get(),
+              positions.get());
+      });
+    };
+  });
+  add("fold float32", 9, [](int64_t count) {
+    return [count, x = normal(count), mask = array<uint8_t>(count, 1)] {
+      PYPRUNE_KERNEL(fold_run)(x.get(), mask.get(), Dtype::kFloat32, count);
+    };
+  });
+  add("count_zeros bool", 1, [](int64_t count) {
+    return [count, mask = array<uint8_t>(count, 1)] {
+      benchmark::DoNotOptimize(PYPRUNE_KERNEL(count_zeros_run)(mask.get(), Dtype::kBool, count));
+    };
+  });
+  add("norms float32", 4, [](int64_t count) {
+    return [count, x = normal(count)] {
+      const auto sum = PYPRUNE_KERNEL(sum_squares);
+      blocks(count, kNormBlock, [&](int64_t start, int64_t size) {
+        benchmark::DoNotOptimize(sum(x.get() + start, Dtype::kFloat32, size, 1.0));
+      });
+    };
+  });
+}
+
+void add_gates() {
+  add("gate noise", 4, [](int64_t count) {
+    return [count, words = array<uint32_t>(kGateBlock, 0)] {
+      const auto draw = PYPRUNE_KERNEL(draw_words);
+      blocks(count, kGateBlock,
+             [&](int64_t start, int64_t size) { draw({1, 2}, start, size, words.get(), Ahead{}); });
+    };
+  });
+  for (const auto& [name, rule] :
+       {std::pair{"Bernoulli", GateRule::kBernoulli}, std::pair{"hard concrete", GateRule::kHardConcrete}}) {
+    const Gate gate{rule, true, kUsualBeta, -0.1, 1.1};
+    add(std::string("gate forward ") + name, 12, [gate](int64_t count) {
+      return
+          [gate, count, w = normal(count), m = normal(count), out = array(count, 0.0f), z = array(kGateBlock, 0.0f)] {
+            const auto values = PYPRUNE_KERNEL(gate_values);
+            const auto multiply = PYPRUNE_KERNEL(gate_multiply);
+            blocks(count, kGateBlock, [&](int64_t start, int64_t size) {
+              values(gate, {1, 2}, Dtype::kFloat32, m.get() + start, start, size, z.get(), nullptr, Ahead{});
+              multiply(Dtype::kFloat32, w.get() + start, false, z.get(), size, out.get() + start);
+            });
+          };
+    });
+    add(std::string("gate backward ") + name, 20, [gate](int64_t count) {
+      return [gate, count, w = normal(count), m = normal(count), g = normal(count), grad_w = array(count, 0.0f),
+              grad_m = array(count, 0.0f), z = array(kGateBlock, 0.0f), slope = array(kGateBlock, 0.0f)] {
+        const auto values = PYPRUNE_KERNEL(gate_values);
+        const auto multiply = PYPRUNE_KERNEL(gate_multiply);
+        const auto slopes = PYPRUNE_KERNEL(gate_slopes);
+        blocks(count, kGateBlock, [&](int64_t start, int64_t size) {
+          values(gate, {1, 2}, Dtype::kFloat32, m.get() + start, start, size, z.get(), slope.get(), Ahead{});
+          multiply(Dtype::kFloat32, g.get() + start, false, z.get(), size, grad_w.get() + start);
+          slopes(Dtype::kFloat32, g.get() + start, w.get() + start, false, slope.get(), size, Dtype::kFloat32,
+                 grad_m.get() + start);
+        });
+      };
+    });
+  }
+  add("gate_penalty forward", 4, [](int64_t count) {
+    return [count, m = normal(count)] {
+      benchmark::DoNotOptimize(PYPRUNE_KERNEL(penalty_sum)(Dtype::kFloat32, m.get(), true, 0.0, count));
+    };
+  });
+  add("gate_penalty backward", 8, [](int64_t count) {
+    return [count, m = normal(count), out = array(count, 0.0f)] {
+      PYPRUNE_KERNEL(penalty_slopes)(Dtype::kFloat32, m.get(), 0.0, 1.0, count, out.get());
+    };
+  });
+}
+
+}  // namespace
+}  // namespace pyprune::bench
+
+int main(int argc, char** argv) {
+  pyprune::bench::add_copy();
+  pyprune::bench::add_masks();
+  pyprune::bench::add_gates();
+  benchmark::Initialize(&argc, argv);
+  if (benchmark::ReportUnrecognizedArguments(argc, argv)) {
+    return 1;
+  }
+  benchmark::RunSpecifiedBenchmarks();
+}

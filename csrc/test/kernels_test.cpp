@@ -1,0 +1,215 @@
+// The CPU kernels without torch and Python, against the plainest loops: meant to run under sanitizers (make
+// test-cpp).
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <numeric>
+
+#include "../cpu/gate_segments.h"
+#include "../cpu/kernels/count_zeros.h"
+#include "../cpu/kernels/fold.h"
+#include "../cpu/kernels/gate.h"
+#include "../cpu/kernels/gate_penalty.h"
+#include "../cpu/kernels/norms.h"
+#include "../cpu/score.h"
+#include "../cpu/select.h"
+#include "check.h"
+
+namespace pyprune::test {
+namespace {
+
+const std::vector<Dtype> kFloats = {Dtype::kFloat32, Dtype::kFloat64, Dtype::kFloat16, Dtype::kBFloat16};
+const std::vector<int64_t> kLengths = {0, 1, 3, 15, 16, 17, 63, 64, 65, 255, 256, 257, 1000, 4095, 4097};
+
+double value_of(Dtype dtype, uint64_t bits) {
+  switch (dtype) {
+    case Dtype::kFloat64: return std::bit_cast<double>(bits);
+    case Dtype::kFloat32: return std::bit_cast<float>(static_cast<uint32_t>(bits));
+    case Dtype::kFloat16: return float16_to_float(static_cast<uint16_t>(bits));
+    default: return bfloat16_to_float(static_cast<uint16_t>(bits));
+  }
+}
+
+// Every weight of a list competes; the stable sort is the meaning of the threshold.
+template <class Bits>
+void test_select(Dtype dtype, int64_t tensors, int64_t longest, bool scaled) {
+  std::vector<std::vector<Bits>> weights;
+  std::vector<std::vector<uint8_t>> masks;
+  std::vector<double> scales;
+  for (int64_t i = 0; i < tensors; ++i) {
+    weights.push_back(random_weights<Bits>(dtype, random_between(0, longest)));
+    masks.emplace_back(weights.back().size(), 2);
+    scales.push_back(std::ldexp(1.0 + i, static_cast<int>(random_between(-3, 3))));
+  }
+  Competition competition;
+  competition.wide = dtype == Dtype::kFloat64;
+  std::vector<double> scores;
+  for (int64_t i = 0; i < tensors; ++i) {
+    competition.weights.push_back(row_of(weights[i].data(), dtype, weights[i].size()));
+    competition.masks.push_back(row_of(masks[i].data(), Dtype::kBool, masks[i].size()));
+    for (const Bits bits : weights[i]) {
+      const double score = std::fabs(value_of(dtype, bits)) * (scaled ? scales[i] : 1.0);
+      scores.push_back(competition.wide ? score : static_cast<float>(score));
+    }
+  }
+  if (scaled) {
+    competition.scales = scales;
+  }
+  competition.removed = random_between(0, scores.size());
+  std::vector<size_t> order(scores.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::ranges::stable_sort(order, {}, [&](size_t i) { return scores[i]; });
+  std::vector<uint8_t> expected(scores.size(), 1);
+  for (int64_t i = 0; i < competition.removed; ++i) {
+    expected[order[i]] = 0;
+  }
+  with_each_capability([&] {
+    const std::vector<int64_t> nonfinite = select_masks(competition);
+    EXPECT(std::ranges::all_of(nonfinite, [](int64_t count) { return count == 0; }));
+    auto next = expected.begin();
+    for (const auto& mask : masks) {
+      EXPECT(std::equal(mask.begin(), mask.end(), next));
+      next += mask.size();
+    }
+  });
+}
+
+template <class Bits>
+void test_elementwise(Dtype dtype, int64_t count) {
+  const std::vector<Bits> weights = random_weights<Bits>(dtype, count);
+  std::vector<uint8_t> mask(count);
+  std::ranges::generate(mask, [] { return static_cast<uint8_t>(random_between(0, 1)); });
+  with_each_capability([&] {
+    std::vector<Bits> folded = weights;
+    PYPRUNE_KERNEL(fold_run)(folded.data(), mask.data(), dtype, count);
+    int64_t zeros = 0;
+    double squares = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      EXPECT(folded[i] == (mask[i] != 0 ? weights[i] : Bits{0}));
+      zeros += value_of(dtype, weights[i]) == 0;
+      squares += value_of(dtype, weights[i]) * value_of(dtype, weights[i]);
+    }
+    EXPECT(PYPRUNE_KERNEL(count_zeros_run)(weights.data(), dtype, count) == zeros);
+    if (count <= kNormBlock && std::isfinite(squares)) {
+      const double sum = PYPRUNE_KERNEL(sum_squares)(weights.data(), dtype, count, 1.0);
+      EXPECT(std::fabs(sum - squares) <= 1e-12 * squares);
+    }
+  });
+}
+
+void test_noise(int64_t count) {
+  const Noise noise{random_bits(), random_bits()};
+  const int64_t first = 4 * random_between(0, int64_t{1} << 40);
+  with_each_capability([&] {
+    std::vector<uint32_t> words(count);
+    PYPRUNE_KERNEL(draw_words)(noise, first, count, words.data(), Ahead{});
+    for (int64_t i = 0; i < count; ++i) {
+      EXPECT(words[i] == philox(noise.seed, noise.stream, (first + i) / 4).words[i % 4]);
+    }
+  });
+}
+
+// One formula for all: the loops must give what gate_value gives one by one.
+template <class Real>
+void test_gate(const Gate& gate, int64_t count) {
+  const Noise noise{random_bits(), 3};
+  std::vector<Real> logits(count), weights(count), grads(count);
+  const auto draw = [](Real spread) { return std::normal_distribution<Real>(0, spread)(random_bits); };
+  for (int64_t i = 0; i < count; ++i) {
+    logits[i] = draw(5), weights[i] = draw(1), grads[i] = draw(1);
+  }
+  constexpr Dtype kDtype = sizeof(Real) == 4 ? Dtype::kFloat32 : Dtype::kFloat64;
+  constexpr bool kWide = sizeof(Real) == 8;
+  with_each_capability([&] {
+    std::vector<Real> z(count), slope(count), out(count), grad_logits(count);
+    PYPRUNE_KERNEL(gate_values)
+    (gate, noise, kDtype, logits.data(), 0, count, z.data(), slope.data(), Ahead{});
+    PYPRUNE_KERNEL(gate_multiply)(kDtype, weights.data(), kWide, z.data(), count, out.data());
+    PYPRUNE_KERNEL(gate_slopes)
+    (kDtype, grads.data(), weights.data(), kWide, slope.data(), count, kDtype, grad_logits.data());
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t word = philox(noise.seed, noise.stream, i / 4).words[i % 4];
+      with_gate_kind(gate, [&](auto kind) {
+        const GateValue<Real> value = gate_value(kind, gate, logits[i], word);
+        EXPECT(z[i] == value.z && slope[i] == value.slope);
+        EXPECT(out[i] == (value.z == 0 ? Real(0) : weights[i] * value.z));
+        EXPECT(grad_logits[i] == (value.slope == 0 ? Real(0) : grads[i] * weights[i] * value.slope));
+      });
+    }
+    double expected = 0;
+    for (const Real logit : logits) {
+      expected += 1 / (1 + std::exp(-static_cast<double>(logit)));
+    }
+    const double sum = PYPRUNE_KERNEL(penalty_sum)(kDtype, logits.data(), false, 0.0, count);
+    EXPECT(std::fabs(sum - expected) <= 1e-6 * count);
+  });
+}
+
+// Every weight is in one segment, with the gate that it shares.
+void test_segments(const std::vector<int64_t>& weight_sizes, const std::vector<int64_t>& gate_sizes) {
+  const int64_t dims = weight_sizes.size();
+  const int64_t numel = std::accumulate(weight_sizes.begin(), weight_sizes.end(), int64_t{1}, std::multiplies<>());
+  const GateBlocks blocks(weight_sizes.data(), gate_sizes.data(), dims);
+  std::vector<int64_t> gate_of(numel, -1);
+  Segments(blocks).for_each([&](const Segment& segment) {
+    EXPECT(segment.gates * segment.run <= kGateBlock);
+    for (int64_t i = 0; i < segment.gates * segment.run; ++i) {
+      EXPECT(gate_of[segment.start + i] == -1);
+      gate_of[segment.start + i] = segment.gate + i / segment.run;
+    }
+  });
+  for (int64_t flat = 0; flat < numel; ++flat) {
+    int64_t rest = flat, gate = 0, step = 1;
+    for (int64_t d = dims - 1; d >= 0; --d) {
+      gate += rest % weight_sizes[d] / (weight_sizes[d] / gate_sizes[d]) * step;
+      rest /= weight_sizes[d];
+      step *= gate_sizes[d];
+    }
+    EXPECT(gate_of[flat] == gate);
+  }
+}
+
+template <class Visit>
+void by_size(Dtype dtype, const Visit& visit) {
+  by_bits(dtype, [&](auto zero) { visit(zero); });
+}
+
+void run() {
+  for (const Dtype dtype : kFloats) {
+    by_size(dtype, [&]<class Bits>(Bits) {
+      for (const int64_t length : kLengths) {
+        test_elementwise<Bits>(dtype, length);
+      }
+      for (int round = 0; round < 20; ++round) {
+        test_select<Bits>(dtype, random_between(1, 5), round < 15 ? 3000 : 150'000, round % 2 == 1);
+      }
+    });
+  }
+  for (const int64_t length : kLengths) {
+    test_noise(std::min(length, kGateBlock));
+    for (const GateRule rule : {GateRule::kBernoulli, GateRule::kHardConcrete, GateRule::kStraightThrough}) {
+      for (const double beta : {kUsualBeta, 0.5}) {
+        for (const bool sampled : {false, true}) {
+          test_gate<float>({rule, sampled, beta, -0.1, 1.1}, std::min(length, kGateBlock));
+          test_gate<double>({rule, sampled, beta, -0.1, 1.1}, std::min(length, kGateBlock));
+        }
+      }
+    }
+  }
+  test_segments({64, 3, 7, 7}, {64, 1, 1, 1});
+  test_segments({64, 30, 3, 3}, {1, 30, 1, 1});
+  test_segments({768, 100}, {12, 1});
+  test_segments({64, 96}, {16, 24});
+  test_segments({300, 700}, {1, 1});
+  test_segments({50'000, 4}, {1, 4});
+  test_segments({4, 3000}, {4, 2});
+  test_segments({2, 8, 6, 10}, {1, 4, 2, 5});
+}
+
+}  // namespace
+}  // namespace pyprune::test
+
+int main() {
+  pyprune::test::run();
+  std::puts("kernels_test: passed");
+}

@@ -1,0 +1,44 @@
+// The tasks of the drivers on plain threads: what csrc/cpu/parallel.cpp does on torch's pool.
+#include <atomic>
+#include <thread>
+#include <vector>
+
+#include "../cpu/denormals.h"
+#include "../cpu/parallel.h"
+
+namespace pyprune {
+namespace {
+
+constexpr int64_t kThreads = 3;
+thread_local bool inside = false;
+
+}  // namespace
+
+int64_t thread_count() {
+  return kThreads;
+}
+
+void share_tasks(int64_t count, const std::function<void(int64_t task, int64_t worker)>& body) {
+  std::atomic<int64_t> next{0};
+  const auto work = [&](int64_t worker) {
+    const KeepDenormals exact;
+    for (int64_t task = next.fetch_add(1); task < count; task = next.fetch_add(1)) {
+      body(task, worker);
+    }
+  };
+  if (count <= 1 || inside) {
+    return work(0);
+  }
+  std::vector<std::thread> threads;
+  for (int64_t worker = 0; worker < kThreads; ++worker) {
+    threads.emplace_back([&work, worker] {
+      inside = true;
+      work(worker);
+    });
+  }
+  for (std::thread& thread : threads) {
+    thread.join();
+  }
+}
+
+}  // namespace pyprune
