@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pyprune.attachments import check_module
 from pyprune.calibration import check_initialized, evaluating, forward
 
 
@@ -108,8 +109,7 @@ def batch_norm_adaptation(
         >>> norm.running_mean.item()
         2.0
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module")
+    check_module(model)
     check_initialized(model)
     if num_iterations is not None and (isinstance(num_iterations, bool) or not isinstance(num_iterations, int)):
         raise TypeError(f"num_iterations is {num_iterations!r}; give a number of batches, or None for all")

@@ -7,15 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyprune import ops
-from pyprune.attachments import Attachment, attach
+from pyprune.attachments import Attachment, check_module
 from pyprune.gates import HardConcreteGate, StochasticGate
 from pyprune.masks import Mask
-from pyprune.passes import share_samples
+from pyprune.passes import attach_and_share
 from pyprune.targets import Target, all_parameters, attachments_of, check_prunable
 
 _VERSION = 1
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in ops.WEIGHT_DTYPES}
 _KINDS = {kind.__name__: kind for kind in (StochasticGate, HardConcreteGate)}
 
 
@@ -32,8 +30,7 @@ def get_config(model: nn.Module) -> dict[str, Any]:
         >>> get_config(prune(nn.Linear(4, 2), "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.5))
         {'version': 1, 'masks': [{'names': ['weight'], 'shape': [2, 4]}], 'gates': []}
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module")
+    check_module(model)
     masks: list[dict[str, Any]] = []
     gates: list[dict[str, Any]] = []
     for target, attachment in attachments_of(model).items():
@@ -58,8 +55,8 @@ def load_from_config(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
         config: what `get_config` returned.
 
     Raises:
-        TypeError, ValueError: if ``config`` is not such a dict or of another version, or does not fit the model.
-            The model is then as it was.
+        TypeError, ValueError: if ``config`` is not such a dict or of another version, or does not fit the model,
+            or if gates are to go into DistributedDataParallel. The model is then as it was.
 
     Example:
         >>> from pyprune import prune
@@ -69,19 +66,17 @@ def load_from_config(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
         >>> fresh.load_state_dict(saved["state_dict"])
         <All keys matched successfully>
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module")
-    entries = _entries(config)
+    check_module(model)
+    masks, gates = _entries(config)
     for target in attachments_of(model):
         raise ValueError(f"{target.name} carries a mask or gate already; give a fresh dense model, or strip it first")
     by_name = {owner.name: target for target in all_parameters(model) for owner in target.owners}
     attachments = []
-    for entry in entries:
-        target = _fitting(entry["names"], entry["shape"], by_name)
-        attachments.append((target.owners, _attachment(entry, target.parameter)))
-    attach(attachments)
-    if any(isinstance(attachment, StochasticGate) for _, attachment in attachments):
-        share_samples(model)
+    for make, entries in ((_mask, masks), (_gate, gates)):
+        for entry in entries:
+            target = _fitting(entry["names"], entry["shape"], by_name)
+            attachments.append((target.owners, make(entry, target.parameter)))
+    attach_and_share(model, attachments)
     return model
 
 
@@ -89,26 +84,37 @@ def _describe(target: Target, gate: StochasticGate) -> dict[str, Any]:
     kind = type(gate).__name__
     if _KINDS.get(kind) is not type(gate):
         raise TypeError(f"{target.name} carries a {kind}; a config can describe {', '.join(_KINDS)}")
-    options = gate.options()
-    names = {dtype: name for name, dtype in _DTYPES.items()}
-    return {
-        "kind": kind,
-        "options": options | {"gate_shape": list(gate.gate_shape), "dtype": names[gate.logits.dtype]},
-    }
+    # The weights of the fresh model may be of another dtype than those that were saved.
+    dtype = "float32" if gate.logits.dtype == torch.float32 else "weight"
+    return {"kind": kind, "options": gate.options() | {"gate_shape": list(gate.gate_shape), "dtype": dtype}}
 
 
-def _attachment(entry: Mapping[str, Any], weight: nn.Parameter) -> Attachment:
-    if "kind" not in entry:
-        return Mask(torch.ones_like(weight, dtype=torch.bool))
+def _mask(entry: Mapping[str, Any], weight: nn.Parameter) -> Attachment:
+    return Mask(torch.ones_like(weight, dtype=torch.bool))
+
+
+def _gate(entry: Mapping[str, Any], weight: nn.Parameter) -> Attachment:
+    kind, options, dtypes = (
+        entry.get("kind"),
+        entry.get("options"),
+        {"float32": torch.float32, "weight": weight.dtype},
+    )
     try:
-        options = dict(entry["options"])
-        options["dtype"] = _DTYPES[options["dtype"]]
-        return _KINDS[entry["kind"]](weight.shape, device=weight.device, **options)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"config has a damaged gate ({error!r}); give the dict that get_config returned") from error
+        if kind not in _KINDS:
+            raise ValueError(f"its kind is {kind!r}; this pyprune knows {', '.join(_KINDS)}")
+        if not isinstance(options, Mapping) or options.get("dtype") not in dtypes:
+            raise ValueError(f"its options are {options!r}; they must name a dtype, {' or '.join(dtypes)}")
+        values = {**options, "dtype": dtypes[options["dtype"]]}
+        return _KINDS[kind](weight.shape, device=weight.device, **values)
+    except (TypeError, ValueError) as error:
+        names = ", ".join(entry["names"])
+        raise ValueError(
+            f"config has a damaged gate for {names}: {error}; give the dict that get_config returned"
+        ) from error
 
 
-def _entries(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _entries(config: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """Return those of masks and those of gates."""
     if not isinstance(config, Mapping):
         raise TypeError(f"config is a {type(config).__name__}; give the dict that get_config returned")
     if config.get("version") != _VERSION:
@@ -117,14 +123,14 @@ def _entries(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
             "that get_config returned, or use the pyprune that wrote it"
         )
     try:
-        entries: list[Mapping[str, Any]] = [*config["masks"], *config.get("gates", ())]
-        for entry in entries:
+        masks, gates = list(config["masks"]), list(config.get("gates", ()))
+        for entry in (*masks, *gates):
             list(entry["shape"])
             if not all(isinstance(name, str) for name in entry["names"]):
                 raise TypeError(f"{entry['names']} are no names")
     except (KeyError, TypeError) as error:
         raise ValueError(f"config is damaged ({error!r}); give the dict that get_config returned") from error
-    return entries
+    return masks, gates
 
 
 def _fitting(names: Sequence[str], shape: Sequence[int], by_name: Mapping[str, Target]) -> Target:

@@ -1,7 +1,7 @@
 """Losses that draw learned gates to a target ratio, or put a price on every open gate.
 
 They hold the gates of a model without registering their logits as parameters of the loss: the logits belong to the
-model, and move, train and are saved with it.
+model, and move, train and are saved with it. After `strip` they raise RuntimeError.
 """
 
 import math
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pyprune import ops
+from pyprune.attachments import check_module
 from pyprune.flops import flop_costs
 from pyprune.gates import HardConcreteGate, StochasticGate, gates_of
 from pyprune.methods import check_ratio
@@ -40,7 +41,9 @@ class _GateLoss(nn.Module):
         self._whole = math.fsum(cost * gate.logits.numel() for gate, cost in gates.items())
         members: dict[tuple[torch.device, float], list[StochasticGate]] = {}
         for gate in gates:
-            members.setdefault((gate.logits.device, gate.shift), []).append(gate)
+            # load_state_dict(..., assign=True) brings what is on the meta device to another one.
+            device = torch.device("cpu") if gate.logits.is_meta else gate.logits.device
+            members.setdefault((device, gate.shift), []).append(gate)
         self._groups = [
             _Group(
                 tuple(group), shift, torch.tensor([gates[gate] for gate in group], dtype=torch.float64, device=device)
@@ -56,6 +59,8 @@ class _GateLoss(nn.Module):
 
     def _kept(self) -> Tensor:
         """Return the kept share of the whole: float64, on the device of the first gate."""
+        if any(gate.folded for group in self._groups for gate in group.gates):
+            raise RuntimeError("the gates of this loss were folded in by strip, and train nothing; drop the loss")
         parts = []
         for group in self._groups:
             sums = ops.gate_penalty([gate.logits for gate in group.gates], hard=self._hard, shift=group.shift)
@@ -292,8 +297,7 @@ class LagrangianLoss(_GateLoss):
 
 def _find_gates(model: nn.Module) -> dict[StochasticGate, float]:
     """Return the gates of a model, with the number of weights that each logit stands for."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module")
+    check_module(model)
     gates = gates_of(model)
     if not any(gate.logits.numel() for gate in gates):
         raise ValueError(

@@ -3,6 +3,7 @@
 from torch import nn
 from torch.optim import Optimizer
 
+from pyprune.attachments import check_module
 from pyprune.gates import gates_of
 
 
@@ -24,8 +25,7 @@ def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
         ... )
         >>> check_optimizer(model, optimizer)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module")
+    check_module(model)
     return list(dict.fromkeys(gate.logits for gate in gates_of(model)))
 
 

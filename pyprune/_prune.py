@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyprune.attachments import Attachment, attach
+from pyprune.attachments import Attachment
 from pyprune.gates import HardConcreteGate, StochasticGate
 from pyprune.ignored_scope import IgnoredScope
 from pyprune.masks import Mask, attach_masks
 from pyprune.methods import PruneMode, check_mode, check_ratio, global_magnitude, local_magnitude
-from pyprune.passes import share_samples
+from pyprune.passes import attach_and_share
 from pyprune.targets import Target, attachments_of, check_prunable, find_targets
 
 _MAGNITUDE = {
@@ -52,6 +52,8 @@ def prune(
     While a mask or gate is on, assigning to the attribute (``layer.weight = ...``, as code that ties weights does)
     raises; write to ``layer.parametrizations.weight.original``. Prune before the forward pass or after the
     backward pass: between them, backward fails, because autograd sees that masks were updated in place.
+    `torch.compile` may come before or after. Gates must be on before the model is wrapped in
+    DistributedDataParallel; it need not know of masks.
 
     Args:
         model: the model. Its weights stay the same `Parameter` objects, now under ``parametrizations``.
@@ -60,12 +62,12 @@ def prune(
         ignored_scope: weights to leave out.
         examples_inputs: a tensor, a tuple of positional or a dict of keyword arguments for the model. If given,
             one forward pass also finds weights that are bare parameters.
-        same_on_all_ranks: as in `StochasticGate`; for new gates.
+        same_on_all_ranks: as in `StochasticGate`; for new gates. Masks have no noise, and it only warns.
 
     Raises:
         TypeError, ValueError: for arguments out of range, weights that cannot be pruned, NaN or infinity in a
-            weight, weights that carry a mask or gate of another kind, and, in global mode, weights on several
-            devices. The model is then as it was.
+            weight, weights that carry a mask or gate of another kind, new gates in DistributedDataParallel, and, in
+            global mode, weights on several devices. The model is then as it was.
 
     Papers: Han et al. 2015, "Learning both Weights and Connections for Efficient Neural Networks"; Kozlov et
     al. 2020, "Neural Network Compression Framework for fast model inference".
@@ -82,20 +84,22 @@ def prune(
         fraction = check_ratio(ratio)
         targets = find_targets(model, ignored_scope, examples_inputs)
         _check_kind(targets, Mask)
+        if same_on_all_ranks:
+            warnings.warn(f"same_on_all_ranks does nothing in mode {mode.value}: masks have no noise", stacklevel=3)
         _mask(targets, mode, fraction)
         return model
     if ratio is not None:
         check_ratio(ratio)
     targets = find_targets(model, ignored_scope, examples_inputs)
     _check_kind(targets, _GATES[mode])
-    _finite_masks(targets, local_magnitude, 0.0)
+    _check_finite(targets)
     if ratio is not None:
         warnings.warn(
             f"ratio does nothing in mode {mode.value}: the target belongs to RBLoss or LagrangianLoss",
             stacklevel=3,  # past the decorator
         )
-    attach((target.owners, target.attachment or _new_gate(target, mode, same_on_all_ranks)) for target in targets)
-    share_samples(model)
+    gates = [(target.owners, target.attachment or _new_gate(target, mode, same_on_all_ranks)) for target in targets]
+    attach_and_share(model, gates)
     return model
 
 
@@ -123,12 +127,18 @@ def update_masks(model: nn.Module, mode: PruneMode | str, ratio: float) -> None:
             f"mode is {mode.value}; masks are computed by {', '.join(known.value for known in _MAGNITUDE)}"
         )
     fraction = check_ratio(ratio)
-    targets = [target for target, found in attachments_of(model).items() if isinstance(found, Mask)]
-    if not targets:
-        raise ValueError(f"{type(model).__name__} carries no masks; call pyprune.prune in a magnitude mode first")
+    targets = masked_targets(model)
     for target in targets:
         check_prunable(target)
     _mask(targets, mode, fraction)
+
+
+def masked_targets(model: nn.Module) -> list[Target]:
+    """Return the weights that carry masks; raise ValueError if there are none."""
+    targets = [target for target, found in attachments_of(model).items() if isinstance(found, Mask)]
+    if not targets:
+        raise ValueError(f"{type(model).__name__} carries no masks; call pyprune.prune in a magnitude mode first")
+    return targets
 
 
 def _mask(targets: Sequence[Target], mode: PruneMode, fraction: float) -> None:
@@ -159,6 +169,11 @@ def _finite_masks(
     if bad:
         raise ValueError(f"NaN or infinite weights: {', '.join(bad)}. Repair them, or name them in ignored_scope")
     return masks
+
+
+def _check_finite(targets: Sequence[Target]) -> None:
+    """Raise if a weight is not finite, which is found while masks that drop nothing are made."""
+    _finite_masks(targets, local_magnitude, 0.0)
 
 
 def _check_kind(targets: Sequence[Target], kind: type[Attachment]) -> None:

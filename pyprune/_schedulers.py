@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from pyprune._losses import RBLoss
-from pyprune._prune import update_masks
+from pyprune._prune import masked_targets, update_masks
+from pyprune.attachments import check_module
 from pyprune.methods import PruneMode, check_mode, check_ratio
 from pyprune.schedules import check_epoch, exponential, multi_step
 
@@ -67,14 +68,14 @@ class _Scheduler(ABC):
 
 class _MagnitudeScheduler(_Scheduler):
     def __init__(self, model: nn.Module, mode: PruneMode | str, schedule: Callable[[int], float]) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model is a {type(model).__name__}; give the model that prune() returned")
+        check_module(model)
         self._mode = check_mode(mode)
         if self._mode not in _MAGNITUDE_MODES:
             raise ValueError(
                 f"mode is {self._mode.value}, but only magnitude masks are set to a ratio; learned gates are drawn "
                 "to one by a loss: schedule an RBLoss, or give LagrangianLoss warmup_steps"
             )
+        masked_targets(model)
         super().__init__(schedule)
         self._model = weakref.ref(model)
 
@@ -105,7 +106,8 @@ class MultiStepMagnitudePruningScheduler(_MagnitudeScheduler):
         steps: ratio in [0, 1) from each of these epochs on; one of them is 0.
 
     Raises:
-        TypeError, ValueError: for wrong arguments. `step` also raises RuntimeError if the model is no more.
+        TypeError, ValueError: for wrong arguments, or a model without masks. `step` also raises RuntimeError if
+            the model is no more.
 
     Paper: Kozlov et al. 2020, "Neural Network Compression Framework for fast model inference".
 
@@ -138,7 +140,8 @@ class ExponentialMagnitudePruningScheduler(_MagnitudeScheduler):
         target_epoch: at least 1.
 
     Raises:
-        TypeError, ValueError: for wrong arguments. `step` also raises RuntimeError if the model is no more.
+        TypeError, ValueError: for wrong arguments, or a model without masks. `step` also raises RuntimeError if
+            the model is no more.
 
     Paper: Kozlov et al. 2020, "Neural Network Compression Framework for fast model inference".
 

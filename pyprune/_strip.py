@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyprune import ops
-from pyprune.attachments import attach, detach
+from pyprune.attachments import attach, check_module, detach
 from pyprune.gates import HardConcreteGate, StochasticGate
 from pyprune.masks import Mask
 from pyprune.passes import share_samples, unshare_samples
@@ -55,8 +55,8 @@ def strip(
 
     Raises:
         TypeError, ValueError: for another format, ``expected_count`` without a hard-concrete gate, or a weight that
-            cannot be written to (one that was sharded, or got a second parametrization). The model is then as it
-            was.
+            cannot be written to (one that was sharded, or got a second parametrization), or NaN in the logits of a
+            gate. The model is then as it was.
 
     Paper: Wang, Wohlwend, Lei 2020, "Structured Pruning of Large Language Models" (for ``expected_count``).
 
@@ -66,8 +66,7 @@ def strip(
         >>> int(strip(linear).weight.count_nonzero()), type(linear).__name__
         (4, 'Linear')
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module")
+    check_module(model)
     if strip_format == StripFormat.NATIVE:
         raise ValueError(
             "strip_format NATIVE converts NNCF's quantizers and would leave the masks on; pyprune has no "
@@ -89,6 +88,16 @@ def strip(
                     f"{owner.name} got another parametrization ({', '.join(owner.foreign_steps)}) over its "
                     "mask or gate; remove that one first"
                 )
+    undecided = [
+        target.name
+        for target, found in attachments.items()
+        if isinstance(found, StochasticGate) and found.logits.isnan().any()
+    ]
+    if undecided:
+        raise ValueError(
+            f"the gates of {', '.join(undecided)} have NaN logits, which are neither open nor closed: the training "
+            "diverged. Load an earlier checkpoint"
+        )
     if do_copy:
         model = copy.deepcopy(model)
     attachments = attachments_of(model)
@@ -111,6 +120,8 @@ def strip(
         if gates:
             share_samples(model)
         raise
+    for gate in gates.values():
+        gate.folded = True
     return model
 
 

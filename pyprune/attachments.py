@@ -40,10 +40,19 @@ class Owner:
         return [type(step).__name__ for step in steps if not isinstance(step, Attachment)]
 
 
+def check_module(model: object) -> None:
+    """Raise TypeError unless a model is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is of type {type(model).__name__}; give a torch.nn.Module")
+
+
 def dense_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield what ``model.named_modules(remove_duplicate=False)`` would yield without attachments."""
+    """Yield what ``model.named_modules(remove_duplicate=False)`` would yield without attachments.
+
+    But no wrappers of ``torch.compile``: they pass reading and writing of attributes on to the module inside.
+    """
     for name, module in model.named_modules(remove_duplicate=False):
-        if not _comes_with_attachments(module):
+        if not (_comes_with_attachments(module) or "_orig_mod" in module._modules):
             yield name, module
 
 
@@ -63,12 +72,15 @@ def shared_attachment(owners: Sequence[Owner]) -> Attachment | None:
     return next((owner.attachment for owner in owners if owner.attachment is not None), None)
 
 
-def attach(attachments: Iterable[tuple[Sequence[Owner], Attachment]]) -> None:
+def attach(attachments: Iterable[tuple[Sequence[Owner], Attachment]]) -> list[Owner]:
     """Put each attachment on those owners of one parameter that have none; change nothing if one refuses.
+
+    Returns:
+        The owners that had none.
 
     Example:
         >>> linear = nn.Linear(2, 2)
-        >>> attach([([Owner("weight", linear, "weight")], Attachment())])
+        >>> _ = attach([([Owner("weight", linear, "weight")], Attachment())])
         >>> [name for name, _ in linear.named_parameters()]
         ['bias', 'parametrizations.weight.original']
     """
@@ -83,6 +95,7 @@ def attach(attachments: Iterable[tuple[Sequence[Owner], Attachment]]) -> None:
     except BaseException:
         detach(new)
         raise
+    return new
 
 
 def detach(owners: Sequence[Owner]) -> None:
@@ -126,9 +139,17 @@ def _register(module: nn.Module, attribute: str, attachment: Attachment) -> None
     order = _dense_order(module)
     if parametrize.is_parametrized(module):
         _unshare_class(module)
-    # unsafe=True skips a trial run of the attachment, which keeps shape and dtype.
-    parametrize.register_parametrization(module, attribute, attachment, unsafe=True)
-    setattr(module, _ORDER, order)
+    cls, parameters = type(module), dict(module._parameters)
+    try:
+        # unsafe=True skips a trial run of the attachment, which keeps shape and dtype.
+        parametrize.register_parametrization(module, attribute, attachment, unsafe=True)
+    except BaseException:
+        # It takes the parameter off first, and may fail then, if the class of the user refuses to have subclasses.
+        module._parameters.clear()
+        module._parameters.update(parameters)
+        object.__setattr__(module, "__class__", cls)
+        raise
+    module.__dict__[_ORDER] = order
     if isinstance(module, nn.RNNBase):
         for name, value in _RNN_OVERRIDES.items():
             setattr(type(module), name, value)
@@ -161,10 +182,17 @@ def _unregister(module: nn.Module, attribute: str) -> None:
         module._init_flat_weights()
 
 
+class _Quiet:
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        pass
+
+
 def copied_class(cls: type, bases: tuple[type, ...]) -> type:
-    """Return a class like this one, with other bases."""
+    """Return a class like this one, with other bases, whose ``__init_subclass__`` does not hear of it."""
     namespace = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
-    return type(cls.__name__, bases, namespace)
+    copied = type(cls.__name__, (_Quiet, *bases), namespace)
+    copied.__bases__ = bases
+    return copied
 
 
 def _unshare_class(module: nn.Module) -> None:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 
@@ -21,6 +21,15 @@ def forward(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, tuple):
         return model(*inputs)
     return model(inputs)
+
+
+def check_inputs(examples_inputs: object) -> None:
+    """Raise TypeError unless inputs say how the model is to be called with them; None is no inputs."""
+    if examples_inputs is not None and not isinstance(examples_inputs, (Tensor, tuple, Mapping)):
+        raise TypeError(
+            f"examples_inputs is a {type(examples_inputs).__name__}; give a tensor, a tuple of positional "
+            "arguments or a dict of keyword arguments"
+        )
 
 
 def check_initialized(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pyprune.calibration import check_initialized, evaluating, forward, untouched
+from pyprune.calibration import check_initialized, check_inputs, evaluating, forward, untouched
 from pyprune.gates import StochasticGate
 
 
@@ -75,7 +75,7 @@ def flop_costs(
         examples_inputs: a tensor, a tuple of positional or a dict of keyword arguments for the model.
 
     Raises:
-        ValueError: if there are none at all, or if the model is not initialised.
+        TypeError, ValueError: for other inputs, if there are none at all, or if the model is not initialised.
 
     Example:
         >>> from pyprune.gates import gates_of
@@ -84,6 +84,7 @@ def flop_costs(
         >>> list(flop_costs(linear, gates_of(linear), torch.ones(3, 4)).values())
         [6.0]
     """
+    check_inputs(examples_inputs)
     check_initialized(model)
     counter = _FlopCounter(gates)
     hooks = [gate.register_forward_hook(counter.watch) for gate in gates]

@@ -1,6 +1,7 @@
 """Gates: learned stochastic masks on weights."""
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,7 +41,7 @@ class StochasticGate(Attachment):
         device: of the logits.
 
     Raises:
-        ValueError: for shapes that do not fit and probabilities out of range.
+        TypeError, ValueError: for shapes that do not fit, probabilities out of range, and other dtypes.
 
     Papers: Srinivas et al. 2017, "Training Sparse Neural Networks"; Kozlov et al. 2020, "Neural Network Compression
     Framework for fast model inference".
@@ -63,16 +64,18 @@ class StochasticGate(Attachment):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        start = _logit(keep_probability)
+        if dtype is not None and dtype not in ops.WEIGHT_DTYPES:
+            raise TypeError(f"dtype is {dtype}; allowed are {', '.join(map(str, ops.WEIGHT_DTYPES))}")
         self.shape = tuple(shape)
         self.gate_shape = self.shape if gate_shape is None else tuple(gate_shape)
         self.same_on_all_ranks = same_on_all_ranks
         self.sampler = Sampler()
+        # Whether `strip` made it part of the weights: it changes nothing any more.
+        self.folded = False
         # Tells gates apart that share a sampler, and so a seed.
         self.stream = 0
-        if not 0 < keep_probability < 1:
-            raise ValueError(f"keep_probability is {keep_probability}; it must be in (0, 1)")
         ops.check_gate_shape(self.shape, self.gate_shape)
-        start = math.log(keep_probability / (1 - keep_probability)) - self.shift
         self.logits = nn.Parameter(torch.full(self.gate_shape, start, dtype=dtype or torch.float32, device=device))
 
     @property
@@ -95,6 +98,8 @@ class StochasticGate(Attachment):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight times a sample of the gates, or, in evaluation, times their `values`."""
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weight is of type {type(weight).__name__}; give the tensor to gate")
         if tuple(weight.shape) != self.shape:
             raise ValueError(f"the gate is for a weight of shape {self.shape}, not {tuple(weight.shape)}")
         return self._gated(weight, self.sampler.seed(weight.device) if self.training else None)
@@ -136,7 +141,7 @@ class HardConcreteGate(StochasticGate):
         straight_through: multiply by 1 where z > 0, and take the gradient of the logits from the soft z.
 
     Raises:
-        ValueError: for shapes that do not fit and numbers out of range.
+        TypeError, ValueError: for shapes that do not fit, numbers out of range, and other dtypes.
 
     Paper: Louizos, Welling, Kingma 2018, "Learning Sparse Neural Networks through L0 Regularization".
 
@@ -162,8 +167,6 @@ class HardConcreteGate(StochasticGate):
         device: torch.device | str | None = None,
     ) -> None:
         ops.check_hard_concrete(beta, gamma, zeta)
-        self.beta, self.gamma, self.zeta = float(beta), float(gamma), float(zeta)
-        self.straight_through = straight_through
         super().__init__(
             shape,
             gate_shape=gate_shape,
@@ -172,6 +175,9 @@ class HardConcreteGate(StochasticGate):
             dtype=dtype,
             device=device,
         )
+        self.beta, self.gamma, self.zeta = float(beta), float(gamma), float(zeta)
+        self.straight_through = straight_through
+        nn.init.constant_(self.logits, _logit(keep_probability) - self.shift)
 
     @property
     def shift(self) -> float:
@@ -194,6 +200,14 @@ class HardConcreteGate(StochasticGate):
             straight_through=self.straight_through,
             stream=self._noise_stream(),
         )
+
+
+def _logit(probability: float) -> float:
+    if isinstance(probability, bool) or not isinstance(probability, numbers.Real):
+        raise TypeError(f"keep_probability is {probability!r}; give a number in (0, 1)")
+    if not 0 < probability < 1:
+        raise ValueError(f"keep_probability is {probability}; it must be in (0, 1)")
+    return math.log(probability / (1 - probability))
 
 
 def gates_of(model: nn.Module) -> list[StochasticGate]:

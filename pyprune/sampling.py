@@ -3,6 +3,7 @@
 import functools
 import math
 import threading
+import weakref
 from collections import deque
 from dataclasses import dataclass
 from typing import cast
@@ -20,6 +21,7 @@ class _Pass:
 
     opener: int
     seeds: dict[torch.device, Tensor]
+    thread: object = None
     start: int = 0
     end: float = math.inf
     run: int = -1  # of the autograd engine, if the pass is a recomputation
@@ -29,6 +31,10 @@ class _PerThread(threading.local):
     # The backward pass, and with it recomputation, runs in one thread per GPU.
     def __init__(self) -> None:
         self.open: _Pass | None = None
+        # Each lives as long as the run of the autograd engine that it is part of.
+        self.recomputations: weakref.WeakSet[_Pass] = weakref.WeakSet()
+        # Threads number their nodes by themselves. Not the number of the thread, which a later one may get.
+        self.itself = object()
 
 
 class Sampler:
@@ -49,7 +55,6 @@ class Sampler:
     def __init__(self) -> None:
         self._thread = _PerThread()
         self._passes: deque[_Pass] = deque(maxlen=_REMEMBERED)
-        self._recomputations: list[_Pass] = []
 
     def __reduce__(self) -> tuple[type["Sampler"], tuple[()]]:
         # A copy of a model has passes of its own.
@@ -64,27 +69,29 @@ class Sampler:
         """Open a pass, and draw its seeds.
 
         Args:
-            devices: where gates will ask for seeds.
+            devices: where gates will ask for seeds; nowhere if all are in evaluation.
             opener: the module whose call is the pass.
         """
         if torch.compiler.is_compiling():
             # What is checkpointed in here is compiled too: modules are not called again in the backward pass.
             self._thread.open = _Pass(0, _draw(devices))
             return
-        original = self._recomputed_pass()
+        original = self._recomputed_pass() if devices else None
         # Checkpointing restores the generator to its state where the checkpointed part began. If the pass began
         # in that part, it drew there, and draws again, so that what is random after it is the same too.
         seeds = _draw(devices) if original is None or original.opener == id(opener) else {}
-        started = _Pass(id(opener), seeds if original is None else original.seeds, _next_node())
+        started = _Pass(
+            id(opener), seeds if original is None else original.seeds, self._thread.itself, start=_next_node()
+        )
         self._thread.open = started
         if torch._C._current_autograd_node() is None:
             self._passes.append(started)
-            self._recomputations.clear()  # left by a backward pass that raised
         else:
             # Its nodes are numbered by this thread, not that of the forward pass, and used before this run ends.
             started.run = torch._C._current_graph_task_id()
-            self._recomputations.append(started)
-            torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._forget, started))
+            self._thread.recomputations.add(started)
+            # The engine drops its callbacks when the run ends or fails, and with them the pass.
+            torch.autograd.Variable._execution_engine.queue_callback(functools.partial(_keep, started))
 
     def end(self) -> None:
         """Close the pass."""
@@ -109,11 +116,23 @@ class Sampler:
         if node is None:
             return None
         number, run = node._sequence_nr(), torch._C._current_graph_task_id()
-        passes = tuple(self._passes)
-        for one in (*reversed(self._recomputations), *reversed(passes)):
+        for one in self._thread.recomputations:
             # A recomputation in this same run made no node that this run visits.
             if one.start <= number < one.end and one.run != run:
                 return one
+        passes = tuple(self._passes)
+        # Without seeds, nothing was drawn that must be the same again.
+        found = [one for one in passes if one.start <= number < one.end and one.seeds]
+        # The backward pass runs in the thread that asks for it, mostly that of the forward pass; on a GPU, in one
+        # without forward passes.
+        own = [one for one in found if one.thread is self._thread.itself]
+        if len(own or found) > 1:
+            raise RuntimeError(
+                "checkpointed activations are to be computed again, and forward passes of several threads may have "
+                "made them, with different samples of the gates; give each thread a copy of the model"
+            )
+        if found:
+            return (own or found)[0]
         if len(passes) == self._passes.maxlen and number < passes[0].start:
             raise RuntimeError(
                 "checkpointed activations are to be computed again with the gates of a forward pass that was "
@@ -121,8 +140,9 @@ class Sampler:
             )
         return None
 
-    def _forget(self, recomputation: _Pass) -> None:
-        self._recomputations = [one for one in self._recomputations if one is not recomputation]
+
+def _keep(recomputation: _Pass) -> None:
+    """Hold a pass that a sampler refers to weakly, as a callback."""
 
 
 def _draw(devices: set[torch.device]) -> dict[torch.device, Tensor]:

@@ -1,6 +1,6 @@
 """Which parameters of a model are pruned, and who owns them."""
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,16 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pyprune import ops
-from pyprune.attachments import Attachment, Owner, dense_modules, dense_parameters, shared_attachment
-from pyprune.calibration import check_initialized
+from pyprune.attachments import (
+    Attachment,
+    Owner,
+    check_module,
+    dense_modules,
+    dense_parameters,
+    shared_attachment,
+)
+from pyprune.calibration import check_initialized, check_inputs
 from pyprune.ignored_scope import IgnoredScope, ignored_by
-from pyprune.masks import Mask
 from pyprune.memory import overlapping, overlaps_itself
 from pyprune.tracing import used_as_weights
 
@@ -145,11 +151,6 @@ def attachments_of(model: nn.Module) -> dict[Target, Attachment]:
     return {target: found for target in all_parameters(model) if (found := target.attachment) is not None}
 
 
-def masks_of(model: nn.Module) -> dict[Target, Tensor]:
-    """Return the masks that the weights of a model carry."""
-    return {target: found.mask for target, found in attachments_of(model).items() if isinstance(found, Mask)}
-
-
 def layer_weights(model: nn.Module) -> list[Owner]:
     """List the places of weights that the types of the layers promise; they may hold no parameter."""
     return [
@@ -236,15 +237,10 @@ def _check_apart(parameters: Sequence[Target], targets: Sequence[Target]) -> Non
 
 
 def _check_arguments(model: object, ignored_scope: object, examples_inputs: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module")
+    check_module(model)
     if ignored_scope is not None and not isinstance(ignored_scope, IgnoredScope):
         raise TypeError(f"ignored_scope is a {type(ignored_scope).__name__}; give a pyprune.IgnoredScope")
-    if examples_inputs is not None and not isinstance(examples_inputs, (Tensor, tuple, Mapping)):
-        raise TypeError(
-            f"examples_inputs is a {type(examples_inputs).__name__}; give a tensor, a tuple of positional "
-            "arguments or a dict of keyword arguments"
-        )
+    check_inputs(examples_inputs)
 
 
 def _class_names(module: nn.Module) -> list[str]:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from pyprune import ops
+from pyprune.masks import Mask
+from pyprune.targets import Target, attachments_of
 from tests.devices import DEVICES
 
 
@@ -112,6 +114,10 @@ def transformer(device: torch.device) -> Case:
 @pytest.fixture
 def recurrent(device: torch.device) -> Case:
     return build("recurrent", device)
+
+
+def masks_of(model: nn.Module) -> dict[Target, Tensor]:
+    return {target: found.mask for target, found in attachments_of(model).items() if isinstance(found, Mask)}
 
 
 class Unchanged:

@@ -9,7 +9,7 @@ from torch import nn
 import pyprune
 from pyprune import get_config, load_from_config
 from pyprune.gates import gates_of
-from pyprune.targets import masks_of
+from tests.conftest import masks_of
 
 
 def prune(model, ratio=0.6, **options):
@@ -79,8 +79,12 @@ def gate_entry(**values):
         (entry([], []), ValueError, "does not have"),
         (entry(["conv.weight"], [4, 1, 3, 3]), ValueError, "nearest parameters: conv2.weight|conv1.weight"),
         (entry(["conv1.weight"], [4, 1, 5, 5]), ValueError, r"shape \[4, 1, 5, 5\] for conv1.weight"),
-        (gate_entry(kind="Gate"), ValueError, "damaged gate"),
-        (gate_entry(options={"dtype": "int7"}), ValueError, "damaged gate"),
+        (gate_entry(kind="Gate"), ValueError, "gate for fc.weight: its kind is 'Gate'; this pyprune knows Stoch"),
+        (gate_entry(kind=None), ValueError, "its kind is None; this pyprune knows StochasticGate, HardConcreteGate"),
+        (gate_entry(kind=[]), ValueError, "damaged gate for fc.weight"),
+        (gate_entry(options={}), ValueError, "must name a dtype, float32 or weight"),
+        (gate_entry(options=None), ValueError, "must name a dtype"),
+        (gate_entry(options={"dtype": "int7"}), ValueError, "must name a dtype"),
         (gate_entry(options={"dtype": "float32", "gate_shape": [5, 5]}), ValueError, "damaged gate"),
         (gate_entry(options={"dtype": "float32", "droprate": 3}), ValueError, "damaged gate"),
         (entry(["conv1.weight", "conv2.weight"], [4, 1, 3, 3]), ValueError, "tie the weights"),
@@ -171,11 +175,31 @@ def test_load_from_config_rebuilds_gates_put_on_by_hand():
     )
     torch.nn.utils.parametrize.register_parametrization(model[0].double(), "weight", gate)
     config = get_config(model)
-    (rebuilt,) = gates_of(load_from_config(build(), config))
+    (rebuilt,) = gates_of(load_from_config(build().double(), config))
     assert type(rebuilt) is pyprune.HardConcreteGate
     assert rebuilt.options() == gate.options()
     del config["gates"]
     assert not gates_of(load_from_config(build(), config))
+
+
+@pytest.mark.parametrize("saved", [torch.bfloat16, torch.float64, torch.float32])
+@pytest.mark.parametrize("fresh", [torch.bfloat16, torch.float64, torch.float32])
+def test_load_from_config_makes_logits_for_a_fresh_model_of_another_dtype(cnn, saved, fresh):
+    rebuilt = copy.deepcopy(cnn.model).to(fresh)
+    pyprune.prune(cnn.model, "UNSTRUCTURED_HARD_CONCRETE").to(saved)
+    load_from_config(rebuilt, json.loads(json.dumps(get_config(cnn.model))))
+    rebuilt.load_state_dict(cnn.model.state_dict())
+    assert rebuilt(cnn.inputs.to(fresh)).dtype == fresh
+    assert {gate.logits.dtype for gate in gates_of(rebuilt)} <= {torch.float32, fresh}
+
+
+def test_load_from_config_leaves_the_model_as_it_was_when_passes_fail(cnn, unchanged, monkeypatch):
+    config = get_config(pyprune.prune(copy.deepcopy(cnn.model), "UNSTRUCTURED_HARD_CONCRETE"))
+    before = unchanged(cnn.model)
+    monkeypatch.setattr("pyprune.passes._with_passes", lambda cls: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        load_from_config(cnn.model, config)
+    before.check()
 
 
 def test_get_config_describes_no_gate_of_another_class():

@@ -94,6 +94,26 @@ def test_gate_says_what_is_wrong(kind, arguments, text):
         kind((8, 6))(torch.ones(6, 8))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"keep_probability": "x"}, "keep_probability is 'x'; give a number"),
+        ({"keep_probability": True}, "keep_probability is True; give a number"),
+        ({"dtype": torch.complex64}, r"dtype is torch\.complex64; allowed are torch\.float32"),
+        ({"dtype": torch.float8_e4m3fn}, "allowed are"),
+        ({"dtype": torch.int64}, "allowed are"),
+    ],
+)
+def test_gate_wants_numbers_dtypes_and_tensors(kind, arguments, text):
+    with pytest.raises(TypeError, match=text):
+        kind((8, 6), **arguments)
+    with pytest.raises(TypeError, match="weight is of type NoneType"):
+        kind((8, 6))(None)
+    with pytest.raises(TypeError, match="beta is 'x'"):
+        HardConcreteGate((8, 6), beta="x")
+
+
 @pytest.mark.parametrize(
     "arguments", [{"beta": 0.0}, {"beta": -1.0}, {"gamma": 0.0}, {"zeta": 1.0}, {"zeta": math.inf}]
 )

@@ -715,3 +715,32 @@ def test_a_model_trains_to_the_target_and_keeps_the_weights_it_needs(kind):
             loss.step()
     assert loss.current_ratio == pytest.approx(0.8, abs=0.05)
     assert bool((gate.values()[0, :10] > 0).all())
+
+
+@pytest.mark.parametrize("inputs", [[torch.ones(1, 4)], 3])
+def test_l0_loss_per_flop_refuses_other_inputs(inputs):
+    model = pyprune.prune(nn.Linear(4, 4), "UNSTRUCTURED_REGULARIZATION_BASED")
+    with pytest.raises(TypeError, match=r"examples_inputs is a .*; give a tensor, a tuple"):
+        L0Loss(model, examples_inputs=inputs)
+
+
+def test_losses_made_on_the_meta_device_work_when_the_values_come(make, device):
+    saved = pyprune.prune(nn.Linear(4, 4), "UNSTRUCTURED_REGULARIZATION_BASED").to(device)
+    with torch.device("meta"):
+        model = nn.Linear(4, 4)
+    loss = make(pyprune.load_from_config(model, pyprune.get_config(saved)))
+    model.load_state_dict(saved.state_dict(), assign=True)
+    assert loss().item() == make(saved)().item()
+    assert loss.current_ratio == make(saved).current_ratio
+    if isinstance(loss, LagrangianLoss):
+        loss.step()
+
+
+def test_losses_say_that_their_gates_were_stripped(make):
+    model = pyprune.prune(nn.Linear(4, 4), "UNSTRUCTURED_REGULARIZATION_BASED")
+    loss = make(model)
+    pyprune.strip(model, do_copy=True)
+    loss()
+    pyprune.strip(model)
+    with pytest.raises(RuntimeError, match="folded in by strip"):
+        loss()

@@ -8,8 +8,8 @@ from torch import nn
 import pyprune
 from pyprune.attachments import Owner, dense_parameters
 from pyprune.masks import Mask, attach_masks
-from pyprune.targets import find_targets, masks_of
-from tests.conftest import Case
+from pyprune.targets import find_targets
+from tests.conftest import Case, masks_of
 
 LOCAL, GLOBAL = pyprune.PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL, pyprune.PruneMode.UNSTRUCTURED_MAGNITUDE_GLOBAL
 

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -234,6 +235,32 @@ def test_a_model_is_not_kept_alive():
     assert not alive
 
 
+def test_modules_whose_parts_were_stripped_are_plain_again(stack, inputs):
+    for part in (stack.first, *stack.blocks):
+        pyprune.strip(part)
+    twin, stack.call = copy.deepcopy(stack), None
+    assert type(twin) is Stack
+    twin.call = None
+    assert type(pickle.loads(pickle.dumps(twin))) is Stack
+
+    stack.call = lambda block, x: block(x)
+    assert torch.equal(twin.first(inputs[0]), stack.first(inputs[0]))
+    stack(inputs[0])
+    assert type(stack) is Stack
+    assert "_gate_sampler" not in vars(stack)
+
+
+def test_a_gated_model_says_that_it_cannot_be_pickled(stack):
+    stack.call = None
+    with pytest.raises(RuntimeError, match="only supported through state_dict"):
+        pickle.dumps(stack)
+
+
+def test_one_gate_sample_wants_a_module():
+    with pytest.raises(TypeError, match=r"model is of type int; give a torch\.nn\.Module"), one_gate_sample(3):
+        pass
+
+
 def test_functional_call_is_a_pass(stack, inputs):
     torch.manual_seed(1)
     expected = stack(inputs[0])
@@ -326,6 +353,49 @@ def test_compiled_models_sample_as_eager_ones_and_are_compiled_once(case, mode):
     assert not any(gate.sampler.is_open for gate in gates_of(case.model))
 
 
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(64, 64, bias=False))
+
+    def forward(self, x):
+        return self.inner(x), self.inner(x)
+
+
+@pytest.mark.parametrize("how", ["compiled", "in place", "a wrapper"])
+@pytest.mark.parametrize("by", ["prune", "load_from_config"])
+@pytest.mark.parametrize("used", [True, False])
+def test_what_was_compiled_before_it_was_pruned_samples_once(how, by, used):
+    torch._dynamo.reset()
+    model, x = Twice(), torch.eye(64)
+    config = pyprune.get_config(pyprune.prune(copy.deepcopy(model), BERNOULLI))
+    if how == "in place":
+        model.compile(fullgraph=True, backend="aot_eager")
+        compiled = model
+    else:
+        compiled = compile_(model)
+    if used:
+        compiled(x)
+    whole = compiled if how == "a wrapper" else model
+    if by == "load_from_config" and how == "a wrapper":
+        config["gates"][0]["names"] = ["_orig_mod." + config["gates"][0]["names"][0]]
+    whole = pyprune.prune(whole, BERNOULLI) if by == "prune" else pyprune.load_from_config(whole, config)
+    for gate in gates_of(whole):
+        gate.logits.data.zero_()
+    seen = set()
+    for _ in range(3):
+        one, other = compiled(x)
+        assert torch.equal(one, other)
+        seen.add(one.sum().item())
+    assert len(seen) == 3
+    one, other = checkpoint(compiled, x, use_reentrant=False)
+    assert torch.equal(one, other)
+    pyprune.strip(whole)
+    assert type(model) is Twice
+    assert type(model.inner) is nn.Sequential
+    assert torch.equal(compiled(x)[0], compiled(x)[0])
+
+
 def compiled_like(model, call):
     """Return what is called like ``call`` and has the parameters of the model."""
 
@@ -384,6 +454,8 @@ def test_traced_models_sample_once_and_can_be_copied(inputs):
     twin = copy.deepcopy(model)
     with one_gate_sample(twin):
         assert torch.equal(twin(inputs[0].cpu()), twin(inputs[0].cpu()))
+    run_of_copy, run_of_original = ((torch.manual_seed(1), traced(inputs[0].cpu()))[1] for traced in (twin, model))
+    assert torch.equal(run_of_copy, run_of_original)
     assert not torch.equal(model(inputs[0].cpu()), model(inputs[0].cpu()))
     pyprune.strip(twin)
     assert isinstance(pyprune.strip(model), torch.fx.GraphModule)

@@ -1,5 +1,7 @@
 import copy
+import gc
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -13,7 +15,8 @@ from pyprune import HardConcreteGate, IgnoredScope, PruneMode, StochasticGate
 from pyprune._prune import update_masks
 from pyprune.gates import gates_of
 from pyprune.masks import Mask
-from pyprune.targets import attachments_of, find_targets, masks_of
+from pyprune.targets import attachments_of, find_targets
+from tests.conftest import masks_of
 
 LOCAL, GLOBAL = PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL, PruneMode.UNSTRUCTURED_MAGNITUDE_GLOBAL
 BERNOULLI, HARD_CONCRETE = PruneMode.UNSTRUCTURED_REGULARIZATION_BASED, PruneMode.UNSTRUCTURED_HARD_CONCRETE
@@ -400,6 +403,101 @@ def test_prune_takes_gates_off_again_when_attaching_fails(case, failing_call, un
     monkeypatch.setattr(nn.utils.parametrize, "register_parametrization", fail)
     with pytest.raises(RuntimeError, match="no room"):
         pyprune.prune(case.model, BERNOULLI)
+    before.check()
+
+
+def test_prune_leaves_the_model_as_it_was_when_passes_fail(case, unchanged, monkeypatch):
+    before = unchanged(case.model)
+    with monkeypatch.context() as patch:
+        patch.setattr("pyprune.passes._with_passes", lambda cls: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            pyprune.prune(case.model, BERNOULLI)
+    before.check()
+    pyprune.prune(case.model, BERNOULLI)(case.inputs)
+
+
+def test_prune_does_not_show_its_classes_to_a_registry(unchanged):
+    registry = {}
+
+    class Base(nn.Module):
+        def __init_subclass__(cls, *, tag, **kwargs):
+            super().__init_subclass__(**kwargs)
+            assert tag not in registry
+            registry[tag] = cls
+
+    class Net(Base, tag="net"):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def __setattr__(self, name, value):
+            assert not name.startswith("_gate")
+            super().__setattr__(name, value)
+
+    model = pyprune.prune(Net(), BERNOULLI)
+    assert registry == {"net": Net}
+    pyprune.strip(copy.deepcopy(model))
+    pyprune.strip(model)
+    assert registry == {"net": Net}
+
+    class Layer(nn.Linear, Base, tag="layer"):
+        pass
+
+    model = nn.Sequential(nn.Linear(4, 4), Layer(4, 4))
+    before = unchanged(model)
+    with pytest.raises(TypeError, match="tag"):  # of parametrize, which derives from the class of a layer
+        pyprune.prune(model, BERNOULLI)
+    before.check()
+
+
+def test_prune_keeps_no_class_alive():
+    class Net(nn.Sequential):
+        pass
+
+    pyprune.prune(Net(nn.Linear(2, 2)), BERNOULLI)
+    seen = weakref.ref(Net)
+    del Net
+    gc.collect()  # the subclass, which refers to the class
+    gc.collect()
+    assert seen() is None
+
+
+def test_prune_puts_no_gates_into_distributed_data_parallel(tmp_path, unchanged):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrap = nn.parallel.DistributedDataParallel
+        model = wrap(nn.Sequential(nn.Linear(4, 4)))
+        before = unchanged(model)
+        config = pyprune.get_config(pyprune.prune(copy.deepcopy(model.module), BERNOULLI))
+        config["gates"][0]["names"] = ["module.0.weight"]
+        for put_on in (lambda: pyprune.prune(model, BERNOULLI), lambda: pyprune.load_from_config(model, config)):
+            with pytest.raises(ValueError, match="put gates on first, then wrap"):
+                put_on()
+            before.check()
+        pyprune.prune(model, LOCAL, ratio=0.5)
+        gated = wrap(pyprune.prune(nn.Sequential(nn.Linear(4, 4)), BERNOULLI))
+        pyprune.prune(gated, BERNOULLI)(torch.ones(1, 4)).sum().backward()
+        pyprune.strip(gated)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("mode", [LOCAL, *GATES])
+def test_prune_takes_a_compiled_layer(mode):
+    compiled = torch.compile(nn.Linear(4, 4), backend="eager")
+    options = {"ratio": 0.5} if mode is LOCAL else {}
+    (target,) = attachments_of(pyprune.prune(compiled, mode, **options))
+    assert [owner.name for owner in target.owners] == ["_orig_mod.weight"]
+    compiled(torch.ones(1, 4))
+    pyprune.strip(compiled)
+    assert type(compiled._orig_mod) is nn.Linear
+    compiled(torch.ones(1, 4))
+
+
+def test_prune_warns_that_masks_are_the_same_on_all_ranks_anyway(cnn, unchanged):
+    before = unchanged(cnn.model)
+    with pytest.raises(UserWarning, match="same_on_all_ranks does nothing in mode UNSTRUCTURED_MAGNITUDE_LOCAL"):
+        pyprune.prune(cnn.model, LOCAL, ratio=0.5, same_on_all_ranks=True)
     before.check()
 
 

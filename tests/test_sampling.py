@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pyprune.gates import gates_of
 from pyprune.sampling import Sampler
-from tests.test_passes import Stack, assert_equal, gated, in_thread, run
+from tests.test_passes import Stack, assert_equal, gated, gradients, in_thread, run
 
 
 @pytest.fixture
@@ -141,6 +141,35 @@ def test_recomputation_is_not_misled_where_threads_count_alike(stack, inputs, us
     assert_equal(run(stack, inputs, in_thread=in_thread_that_counts_on), expected)
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_recomputation_takes_the_sample_of_its_own_thread(stack, use_reentrant):
+    x = torch.randn(4, 16, requires_grad=True)
+    stack.cpu().call = lambda block, x: checkpoint(block, x, use_reentrant=use_reentrant)
+
+    def train(meanwhile):
+        torch.manual_seed(1)
+        out = stack(x).square().sum()
+        in_thread(meanwhile)
+        stack.zero_grad()
+        out.backward()
+        return gradients(stack)
+
+    # New threads, which number their nodes from 0.
+    expected = in_thread(lambda: train(lambda: None))
+    assert_equal(in_thread(lambda: train(lambda: stack(x))), expected)
+
+
+def test_recomputation_says_when_its_thread_is_not_known(stack, inputs):
+    """As on a GPU, where the thread of the backward pass is that of no forward pass."""
+    stack.call = lambda block, x: checkpoint(block, x, use_reentrant=False)
+    outs = [in_thread(lambda: stack(inputs[0])) for _ in range(2)]
+    with pytest.raises(RuntimeError, match="give each thread a copy of the model"):
+        in_thread(outs[0].sum().backward)
+    # What drew nothing is no matter.
+    stack.eval()
+    in_thread(in_thread(lambda: stack(inputs[0])).sum().backward)
+
+
 def test_recomputation_says_when_its_pass_is_forgotten(stack, inputs):
     for sampler in {gate.sampler for gate in gates_of(stack)}:
         sampler._passes = type(sampler._passes)(maxlen=2)
@@ -154,12 +183,11 @@ def test_recomputation_leaves_nothing_behind(stack, inputs):
     (sampler,) = {gate.sampler for gate in gates_of(stack)}
     stack.call = lambda block, x: checkpoint(block, x, use_reentrant=False)
     run(stack, inputs)
-    assert not sampler._recomputations
+    assert not sampler._thread.recomputations
     out = stack(inputs[0])
     handle = stack.first.parametrizations.weight.original.register_hook(lambda gradient: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         out.sum().backward()
     handle.remove()
-    stack(inputs[0])
-    assert not sampler._recomputations
+    assert not sampler._thread.recomputations
     assert not sampler.is_open

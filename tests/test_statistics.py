@@ -7,7 +7,8 @@ from torch import nn
 import pyprune
 from pyprune import ModelPruningStatistic, TensorPruningStatistic, pruning_statistic
 from pyprune.gates import gates_of
-from pyprune.targets import attachments_of, find_targets, masks_of
+from pyprune.targets import attachments_of, find_targets
+from tests.conftest import masks_of
 
 
 def test_pruning_statistic_counts_mask_zeros_exactly(case):

@@ -9,7 +9,8 @@ from torch.nn.utils import parametrize
 import pyprune
 from pyprune import StripFormat, attachments, strip
 from pyprune.gates import HardConcreteGate, gates_of
-from pyprune.targets import attachments_of, masks_of
+from pyprune.targets import attachments_of
+from tests.conftest import masks_of
 
 
 def prune(model, ratio=0.6):
@@ -238,6 +239,19 @@ def test_strip_with_the_expected_count_leaves_masks_and_other_gates_their_meanin
     assert torch.equal(cnn.model.conv1.weight, expected.conv1.weight)
     assert torch.equal(cnn.model.fc.weight, expected.fc.weight)
     assert not torch.equal(cnn.model.conv2.weight, expected.conv2.weight)
+
+
+@pytest.mark.parametrize("expected_count", [True, False])
+def test_strip_names_gates_with_nan_logits_and_changes_nothing(cnn, expected_count, unchanged):
+    gate(cnn.model)
+    cnn.model.conv2.parametrizations.weight[0].logits.data[0, 0] = math.nan
+    cnn.model.fc.parametrizations.weight[0].logits.data[0, 0] = math.inf
+    before = unchanged(cnn.model)
+    with pytest.raises(ValueError, match=r"gates of conv2\.weight have NaN logits"):
+        strip(cnn.model, expected_count=expected_count)
+    before.check()
+    cnn.model.conv2.parametrizations.weight[0].logits.data[0, 0] = -math.inf
+    assert strip(cnn.model, expected_count=expected_count) is cnn.model
 
 
 @pytest.mark.parametrize("failing", ["_unregister", "unshare_samples", "_gated"])
