@@ -79,36 +79,23 @@ void add_gates() {
   add("gate noise", 4, [](int64_t count) {
     return [count, words = array<uint32_t>(kGateBlock, 0)] {
       const auto draw = PYPRUNE_KERNEL(draw_words);
-      blocks(count, kGateBlock,
-             [&](int64_t start, int64_t size) { draw({1, 2}, start, size, words.get(), Ahead{}); });
+      blocks(count, kGateBlock, [&](int64_t start, int64_t size) { draw({1, 2}, start, size, words.get()); });
     };
   });
   for (const auto& [name, rule] :
        {std::pair{"Bernoulli", GateRule::kBernoulli}, std::pair{"hard concrete", GateRule::kHardConcrete}}) {
     const Gate gate{rule, true, kUsualBeta, -0.1, 1.1};
     add(std::string("gate forward ") + name, 12, [gate](int64_t count) {
-      return
-          [gate, count, w = normal(count), m = normal(count), out = array(count, 0.0f), z = array(kGateBlock, 0.0f)] {
-            const auto values = PYPRUNE_KERNEL(gate_values);
-            const auto multiply = PYPRUNE_KERNEL(gate_multiply);
-            blocks(count, kGateBlock, [&](int64_t start, int64_t size) {
-              values(gate, {1, 2}, Dtype::kFloat32, m.get() + start, start, size, z.get(), nullptr, Ahead{});
-              multiply(Dtype::kFloat32, w.get() + start, false, z.get(), size, out.get() + start);
-            });
-          };
+      return [gate, count, w = normal(count), m = normal(count), out = array(count, 0.0f)] {
+        const GateRow row{gate, {1, 2}, Dtype::kFloat32, Dtype::kFloat32, 0, count, w.get(), m.get()};
+        PYPRUNE_KERNEL(gate_forward)(row, out.get());
+      };
     });
     add(std::string("gate backward ") + name, 20, [gate](int64_t count) {
       return [gate, count, w = normal(count), m = normal(count), g = normal(count), grad_w = array(count, 0.0f),
-              grad_m = array(count, 0.0f), z = array(kGateBlock, 0.0f), slope = array(kGateBlock, 0.0f)] {
-        const auto values = PYPRUNE_KERNEL(gate_values);
-        const auto multiply = PYPRUNE_KERNEL(gate_multiply);
-        const auto slopes = PYPRUNE_KERNEL(gate_slopes);
-        blocks(count, kGateBlock, [&](int64_t start, int64_t size) {
-          values(gate, {1, 2}, Dtype::kFloat32, m.get() + start, start, size, z.get(), slope.get(), Ahead{});
-          multiply(Dtype::kFloat32, g.get() + start, false, z.get(), size, grad_w.get() + start);
-          slopes(Dtype::kFloat32, g.get() + start, w.get() + start, false, slope.get(), size, Dtype::kFloat32,
-                 grad_m.get() + start);
-        });
+              grad_m = array(count, 0.0f)] {
+        const GateRow row{gate, {1, 2}, Dtype::kFloat32, Dtype::kFloat32, 0, count, w.get(), m.get()};
+        PYPRUNE_KERNEL(gate_backward)(row, g.get(), grad_w.get(), grad_m.get());
       };
     });
   }

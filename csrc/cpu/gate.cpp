@@ -46,6 +46,9 @@ struct GateCall {
   }
 
   int64_t real_size() const { return wide ? 8 : 4; }
+  GateRow row(Dtype dtype, int64_t start, int64_t count, const void* weight_row, const void* logit_row) const {
+    return {gate, noise, dtype, logits.dtype, start, count, weight_row, logit_row};
+  }
 
  private:
   static bool fits(const Tensor& weight, const Tensor& logits) {
@@ -57,28 +60,23 @@ struct GateCall {
   }
 };
 
-// Calls block(start, count) for runs of kGateBlock elements of [0, numel), shared among the threads.
+// Calls block(start, count) for runs of `length` elements of [0, numel), shared among the threads.
 template <class Block>
-void for_each_block(int64_t numel, const Block& block) {
+void for_each_block(int64_t numel, int64_t length, const Block& block) {
   share_tasks((numel + kChunk - 1) / kChunk, [&](int64_t task, int64_t) {
     const KeepDenormals exact;
     const int64_t end = std::min(numel, (task + 1) * kChunk);
-    for (int64_t start = task * kChunk; start < end; start += kGateBlock) {
-      block(start, std::min(kGateBlock, end - start));
+    for (int64_t start = task * kChunk; start < end; start += length) {
+      block(start, std::min(length, end - start));
     }
   });
 }
 
-// The block after the one that starts here, of the tensors that are read where they lie.
-Ahead ahead_of(const std::initializer_list<const Strided*>& tensors, int64_t start) {
-  Ahead ahead = {};
-  for (const Strided* tensor : tensors) {
-    if (tensor->contiguous() && start + 2 * kGateBlock <= tensor->numel) {
-      ahead.row[ahead.rows] = tensor->at(start + kGateBlock);
-      ahead.item_size[ahead.rows++] = item_size(tensor->dtype);
-    }
-  }
-  return ahead;
+// The same over all of some tensors: long rows where they lie in order, short ones where they are copied.
+template <class Row>
+void for_each_row(const std::initializer_list<const Strided*>& tensors, const Row& row) {
+  const bool in_order = std::ranges::all_of(tensors, &Strided::contiguous);
+  for_each_block((*tensors.begin())->numel, in_order ? kChunk : kGateBlock, row);
 }
 
 // Elements [start, start + count) of a tensor as a row to read.
@@ -92,7 +90,8 @@ class Input {
   std::vector<uint64_t> room_;
 };
 
-// Elements [start, start + count) of a tensor as a row to write, at most kGateBlock of them; put() brings them there.
+// Elements [start, start + count) of a tensor as a row to write, at most kGateBlock of them if it must be copied;
+// put() brings them there. A tensor without elements, which is not wanted, has no row.
 class Output {
  public:
   Output(const Strided& tensor, int64_t start, int64_t count)
@@ -131,11 +130,11 @@ struct SharedValues {
       : z(new char[call.logits.numel * call.real_size()]),
         slope(with_slope ? new char[call.logits.numel * call.real_size()] : nullptr) {
     const auto values = PYPRUNE_KERNEL(gate_values);
-    for_each_block(call.logits.numel, [&](int64_t start, int64_t count) {
+    for_each_block(call.logits.numel, kGateBlock, [&](int64_t start, int64_t count) {
       Input input;
       const int64_t at = start * call.real_size();
       values(call.gate, call.noise, call.logits.dtype, input.row(call.logits, start, count), start, count,
-             z.get() + at, slope ? slope.get() + at : nullptr, ahead_of({&call.logits}, start));
+             z.get() + at, slope ? slope.get() + at : nullptr);
     });
   }
 };
@@ -160,19 +159,18 @@ void gate_out(const Tensor weight, const Tensor logits, const std::optional<Tens
   const GateCall call(weight, logits, seed, stream, rule, beta, gamma, zeta);
   check_like(out, weight);
   const Strided w = strided_of(weight), o = strided_of(out);
-  const auto values = PYPRUNE_KERNEL(gate_values);
   const auto multiply = PYPRUNE_KERNEL(gate_multiply);
   if (w.numel == 0) {
     return;
   }
   if (call.blocks.one_per_weight()) {
-    for_each_block(w.numel, [&](int64_t start, int64_t count) {
-      alignas(64) double z[kGateBlock];
-      Input logit_row, weight_row;
+    const auto forward = PYPRUNE_KERNEL(gate_forward);
+    for_each_row({&w, &call.logits, &o}, [&](int64_t start, int64_t count) {
+      Input weight_row, logit_row;
       Output output(o, start, count);
-      values(call.gate, call.noise, call.logits.dtype, logit_row.row(call.logits, start, count), start, count, z,
-             nullptr, ahead_of({&call.logits, &w}, start));
-      multiply(w.dtype, weight_row.row(w, start, count), call.wide, z, count, output.row());
+      forward(
+          call.row(w.dtype, start, count, weight_row.row(w, start, count), logit_row.row(call.logits, start, count)),
+          output.row());
       output.put();
     });
   } else {
@@ -196,9 +194,7 @@ void gate_backward_out(const Tensor grad, const Tensor weight, const Tensor logi
   const GateCall call(weight, logits, seed, stream, rule, beta, gamma, zeta);
   const Strided g = strided_of(grad), w = strided_of(weight), gw = strided_of(grad_weight),
                 gl = strided_of(grad_logits);
-  const auto values = PYPRUNE_KERNEL(gate_values);
   const auto multiply = PYPRUNE_KERNEL(gate_multiply);
-  const auto slopes = PYPRUNE_KERNEL(gate_slopes);
   const auto sums_of = PYPRUNE_KERNEL(gate_sums);
   const auto round = PYPRUNE_KERNEL(gate_round);
   const bool for_weight = gw.numel > 0, for_logits = gl.numel > 0;
@@ -210,21 +206,19 @@ void gate_backward_out(const Tensor grad, const Tensor weight, const Tensor logi
     return;
   }
   if (call.blocks.one_per_weight()) {
-    for_each_block(w.numel, [&](int64_t start, int64_t count) {
-      alignas(64) double z[kGateBlock], slope[kGateBlock];
-      Input logit_row, grad_row, weight_row;
-      values(call.gate, call.noise, call.logits.dtype, logit_row.row(call.logits, start, count), start, count, z,
-             slope, ahead_of({&call.logits, &w, &g}, start));
-      const char* const grads = grad_row.row(g, start, count);
+    const auto backward = PYPRUNE_KERNEL(gate_backward);
+    for_each_row({&w, &call.logits, &g, &gw, &gl}, [&](int64_t start, int64_t count) {
+      Input weight_row, logit_row, grad_row;
+      Output weight_output(gw, start, count), logit_output(gl, start, count);
+      backward(
+          call.row(w.dtype, start, count, weight_row.row(w, start, count), logit_row.row(call.logits, start, count)),
+          grad_row.row(g, start, count), for_weight ? weight_output.row() : nullptr,
+          for_logits ? logit_output.row() : nullptr);
       if (for_weight) {
-        Output output(gw, start, count);
-        multiply(w.dtype, grads, call.wide, z, count, output.row());
-        output.put();
+        weight_output.put();
       }
       if (for_logits) {
-        Output output(gl, start, count);
-        slopes(w.dtype, grads, weight_row.row(w, start, count), call.wide, slope, count, gl.dtype, output.row());
-        output.put();
+        logit_output.put();
       }
     });
     return;
@@ -250,7 +244,7 @@ void gate_backward_out(const Tensor grad, const Tensor weight, const Tensor logi
       }
     }
   });
-  for_each_block(gl.numel, [&](int64_t start, int64_t count) {
+  for_each_block(gl.numel, kGateBlock, [&](int64_t start, int64_t count) {
     double totals[kGateBlock] = {};
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t piece = 0; piece < segments.pieces; ++piece) {

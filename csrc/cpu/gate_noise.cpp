@@ -24,7 +24,7 @@ Tensor gate_noise(const Tensor seed, const std::vector<int64_t> size, int64_t st
     uint32_t words[kGateBlock];
     for (int64_t start = task * kChunk; start < std::min(numel, (task + 1) * kChunk); start += kGateBlock) {
       const int64_t count = std::min(kGateBlock, numel - start);
-      draw(noise, start, count, words, Ahead{});
+      draw(noise, start, count, words);
       std::transform(words, words + count, out + start, uniform<float>);
     }
   });

@@ -102,7 +102,7 @@ void test_noise(int64_t count) {
   const int64_t first = 4 * random_between(0, int64_t{1} << 40);
   with_each_capability([&] {
     std::vector<uint32_t> words(count);
-    PYPRUNE_KERNEL(draw_words)(noise, first, count, words.data(), Ahead{});
+    PYPRUNE_KERNEL(draw_words)(noise, first, count, words.data());
     for (int64_t i = 0; i < count; ++i) {
       EXPECT(words[i] == philox(noise.seed, noise.stream, (first + i) / 4).words[i % 4]);
     }
@@ -123,11 +123,17 @@ void test_gate(const Gate& gate, int64_t count) {
   with_each_capability([&] {
     std::vector<Real> z(count), slope(count), out(count), grad_logits(count);
     PYPRUNE_KERNEL(gate_values)
-    (gate, noise, kDtype, logits.data(), 0, count, z.data(), slope.data(), Ahead{});
+    (gate, noise, kDtype, logits.data(), 0, count, z.data(), slope.data());
     PYPRUNE_KERNEL(gate_multiply)(kDtype, weights.data(), kWide, z.data(), count, out.data());
     PYPRUNE_KERNEL(gate_slopes)
     (kDtype, grads.data(), weights.data(), kWide, slope.data(), count, kDtype, grad_logits.data());
+    const GateRow row{gate, noise, kDtype, kDtype, 0, count, weights.data(), logits.data()};
+    std::vector<Real> row_out(count), row_grad_weight(count), row_grad_logits(count);
+    PYPRUNE_KERNEL(gate_forward)(row, row_out.data());
+    PYPRUNE_KERNEL(gate_backward)(row, grads.data(), row_grad_weight.data(), row_grad_logits.data());
+    EXPECT(row_out == out && row_grad_logits == grad_logits);
     for (int64_t i = 0; i < count; ++i) {
+      EXPECT(row_grad_weight[i] == (z[i] == 0 ? Real(0) : grads[i] * z[i]));
       const uint32_t word = philox(noise.seed, noise.stream, i / 4).words[i % 4];
       with_gate_kind(gate, [&](auto kind) {
         const GateValue<Real> value = gate_value(kind, gate, logits[i], word);

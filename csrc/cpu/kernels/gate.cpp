@@ -81,12 +81,22 @@ void rounded(const double* __restrict sums, const Real* __restrict slope, int64_
   }
 }
 
-}  // namespace
+// Rows that the next block will read, fetched from memory while the noise of this one is drawn, which needs none.
+struct Ahead {
+  int rows = 0;
+  const char* row[3];
+  int64_t item_size[3];
 
-void draw_words(const Noise& noise, int64_t first, int64_t count, uint32_t* words, const Ahead& ahead) {
+  void add(const void* data, int64_t at, Dtype dtype) {
+    row[rows] = static_cast<const char*>(data) + at * pyprune::item_size(dtype);
+    item_size[rows++] = pyprune::item_size(dtype);
+  }
+};
+
+inline void draw(const Noise& noise, int64_t first, int64_t count, uint32_t* words, const Ahead& ahead) {
   const auto [seed, stream] = noise;  // copies, that writing words cannot change
-  uint64_t block = static_cast<uint64_t>(first) / 4;
   const Ahead next = ahead;
+  uint64_t block = static_cast<uint64_t>(first) / 4;
   int64_t at = 0;  // in elements, of the rows ahead
   for (; count >= kWordsPerCall;
        count -= kWordsPerCall, words += kWordsPerCall, block += kCounters, at += kWordsPerCall) {
@@ -106,11 +116,11 @@ void draw_words(const Noise& noise, int64_t first, int64_t count, uint32_t* word
   }
 }
 
-void gate_values(const Gate& gate, const Noise& noise, Dtype dtype, const void* logits, int64_t first, int64_t count,
-                 void* z, void* slope, const Ahead& ahead) {
+inline void values_ahead(const Gate& gate, const Noise& noise, Dtype dtype, const void* logits, int64_t first,
+                         int64_t count, void* z, void* slope, const Ahead& ahead) {
   alignas(64) uint32_t words[kGateBlock];
   if (gate.sampled) {
-    draw_words(noise, first, count, words, ahead);
+    draw(noise, first, count, words, ahead);
   }
   with_gate_kind(gate, [&](auto kind) {
     if (dtype == Dtype::kFloat64) {
@@ -122,6 +132,38 @@ void gate_values(const Gate& gate, const Noise& noise, Dtype dtype, const void* 
              static_cast<float*>(slope));
     }
   });
+}
+
+// Calls visit(start, count, ahead) for the blocks of a row; `rows` are what each block reads.
+template <class Visit>
+void for_each_block(int64_t count, const Ahead& rows, const Visit& visit) {
+  for (int64_t start = 0; start < count; start += kGateBlock) {
+    Ahead ahead = rows;
+    if (start + 2 * kGateBlock > count) {
+      ahead.rows = 0;
+    }
+    for (int i = 0; i < ahead.rows; ++i) {
+      ahead.row[i] += (start + kGateBlock) * ahead.item_size[i];
+    }
+    visit(start, std::min(kGateBlock, count - start), ahead);
+  }
+}
+
+template <class T>
+T* at(T* data, int64_t index, Dtype dtype) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return static_cast<Byte*>(data) + index * item_size(dtype);
+}
+
+}  // namespace
+
+void draw_words(const Noise& noise, int64_t first, int64_t count, uint32_t* words) {
+  draw(noise, first, count, words, Ahead{});
+}
+
+void gate_values(const Gate& gate, const Noise& noise, Dtype dtype, const void* logits, int64_t first, int64_t count,
+                 void* z, void* slope) {
+  values_ahead(gate, noise, dtype, logits, first, count, z, slope, Ahead{});
 }
 
 void gate_multiply(Dtype dtype, const void* x, bool wide, const void* z, int64_t count, void* out) {
@@ -178,6 +220,40 @@ void gate_round(const double* sums, bool wide, const void* slope, int64_t count,
     rounded(sums, static_cast<const Real*>(slope), count, direct ? static_cast<Real*>(out) : values);
     if constexpr (sizeof(Real) == 4) {
       narrow(logits_dtype, values, count, out);
+    }
+  });
+}
+
+void gate_forward(const GateRow& row, void* out) {
+  const bool wide = row.logits_dtype == Dtype::kFloat64;
+  Ahead rows;
+  rows.add(row.logits, 0, row.logits_dtype);
+  rows.add(row.weight, 0, row.dtype);
+  for_each_block(row.count, rows, [&](int64_t start, int64_t count, const Ahead& ahead) {
+    alignas(64) double z[kGateBlock];
+    values_ahead(row.gate, row.noise, row.logits_dtype, at(row.logits, start, row.logits_dtype), row.first + start,
+                 count, z, nullptr, ahead);
+    gate_multiply(row.dtype, at(row.weight, start, row.dtype), wide, z, count, at(out, start, row.dtype));
+  });
+}
+
+void gate_backward(const GateRow& row, const void* grad, void* grad_weight, void* grad_logits) {
+  const bool wide = row.logits_dtype == Dtype::kFloat64;
+  Ahead rows;
+  rows.add(row.logits, 0, row.logits_dtype);
+  rows.add(row.weight, 0, row.dtype);
+  rows.add(grad, 0, row.dtype);
+  for_each_block(row.count, rows, [&](int64_t start, int64_t count, const Ahead& ahead) {
+    alignas(64) double z[kGateBlock], slope[kGateBlock];
+    values_ahead(row.gate, row.noise, row.logits_dtype, at(row.logits, start, row.logits_dtype), row.first + start,
+                 count, z, slope, ahead);
+    const void* const grads = at(grad, start, row.dtype);
+    if (grad_weight != nullptr) {
+      gate_multiply(row.dtype, grads, wide, z, count, at(grad_weight, start, row.dtype));
+    }
+    if (grad_logits != nullptr) {
+      gate_slopes(row.dtype, grads, at(row.weight, start, row.dtype), wide, slope, count, row.logits_dtype,
+                  at(grad_logits, start, row.logits_dtype));
     }
   });
 }

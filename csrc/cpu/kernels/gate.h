@@ -1,4 +1,9 @@
-// The loops of gates, on blocks of at most kGateBlock elements that stay in the first-level cache:
+// The loops of gates. Rows of any length with one gate per weight:
+//
+// - gate_forward: weight times gates.
+// - gate_backward: the gradients of weight and logits; one that is null is not wanted.
+//
+// They go in blocks of at most kGateBlock elements, which stay in the first-level cache, through these:
 //
 // - draw_words: noise, as 32-bit words.
 // - gate_values: z and dz/dlogit from logits and noise (gate_math.h), which is drawn here and kept no longer.
@@ -26,19 +31,26 @@ struct Noise {
   uint64_t stream;
 };
 
-// Rows that the next block will read, fetched from memory while the noise of this one is drawn, which needs none.
-struct Ahead {
-  int rows;
-  const char* row[3];
-  int64_t item_size[3];
+// Gates with one weight each, one after the other.
+struct GateRow {
+  Gate gate;
+  Noise noise;
+  Dtype dtype;  // of the weight
+  Dtype logits_dtype;
+  int64_t first;  // index of the first gate
+  int64_t count;
+  const void* weight;
+  const void* logits;
 };
 
 }  // namespace pyprune
 
 #define PYPRUNE_DECLARE_GATE                                                                                       \
-  void draw_words(const Noise& noise, int64_t first, int64_t count, uint32_t* words, const Ahead& ahead);          \
+  void gate_forward(const GateRow& row, void* out);                                                                \
+  void gate_backward(const GateRow& row, const void* grad, void* grad_weight, void* grad_logits);                  \
+  void draw_words(const Noise& noise, int64_t first, int64_t count, uint32_t* words);                              \
   void gate_values(const Gate& gate, const Noise& noise, Dtype dtype, const void* logits, int64_t first,           \
-                   int64_t count, void* z, void* slope, const Ahead& ahead);                                       \
+                   int64_t count, void* z, void* slope);                                                           \
   void gate_multiply(Dtype dtype, const void* x, bool wide, const void* z, int64_t count, void* out);              \
   void gate_slopes(Dtype dtype, const void* grad, const void* weight, bool wide, const void* slope, int64_t count, \
                    Dtype logits_dtype, void* out);                                                                 \
