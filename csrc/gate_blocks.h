@@ -22,6 +22,15 @@ struct GateBlocks {
   std::vector<Loop> gate_loops;
   std::vector<Loop> repeat_loops;
 
+  // Whether logits of these sizes can gate such a weight.
+  static bool fit(const int64_t* weight_sizes, int64_t weight_dims, const int64_t* gate_sizes, int64_t gate_dims) {
+    bool all = weight_dims == gate_dims;
+    for (int64_t d = 0; all && d < weight_dims; ++d) {
+      all = weight_sizes[d] == gate_sizes[d] || (gate_sizes[d] > 0 && weight_sizes[d] % gate_sizes[d] == 0);
+    }
+    return all;
+  }
+
   GateBlocks(const int64_t* weight_sizes, const int64_t* gate_sizes, int64_t dims) {
     struct Nested {
       bool gates;

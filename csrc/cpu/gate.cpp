@@ -52,11 +52,7 @@ struct GateCall {
 
  private:
   static bool fits(const Tensor& weight, const Tensor& logits) {
-    bool all = weight.dim() == logits.dim();
-    for (int64_t d = 0; all && d < weight.dim(); ++d) {
-      all = weight.size(d) == logits.size(d) || (logits.size(d) > 0 && weight.size(d) % logits.size(d) == 0);
-    }
-    return all;
+    return GateBlocks::fit(weight.sizes().data(), weight.dim(), logits.sizes().data(), logits.dim());
   }
 };
 

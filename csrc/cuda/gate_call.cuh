@@ -184,11 +184,7 @@ class GateCall {
     const Dtype dtype = dtype_of(logits);
     STD_TORCH_CHECK(dtype == Dtype::kFloat32 || dtype == dtype_of(weight),
                     "logits must be float32 or like the weight");
-    bool fits = logits.dim() == weight.dim();
-    for (int64_t d = 0; fits && d < weight.dim(); ++d) {
-      const int64_t size = weight.size(d), gates = logits.size(d);
-      fits = gates == size || (gates > 0 && size % gates == 0);
-    }
+    const bool fits = GateBlocks::fit(weight.sizes().data(), weight.dim(), logits.sizes().data(), logits.dim());
     STD_TORCH_CHECK(fits, "each size of the logits must divide the weight's");
     if (seed.has_value()) {
       on_device(*seed);

@@ -87,8 +87,8 @@ struct Ahead {
   const char* row[3];
   int64_t item_size[3];
 
-  void add(const void* data, int64_t at, Dtype dtype) {
-    row[rows] = static_cast<const char*>(data) + at * pyprune::item_size(dtype);
+  void add(const void* data, Dtype dtype) {
+    row[rows] = static_cast<const char*>(data);
     item_size[rows++] = pyprune::item_size(dtype);
   }
 };
@@ -130,6 +130,28 @@ inline void values_ahead(const Gate& gate, const Noise& noise, Dtype dtype, cons
       alignas(64) float room[kGateBlock];
       values(kind, gate, widened(dtype, logits, count, room), words, count, static_cast<float*>(z),
              static_cast<float*>(slope));
+    }
+  });
+}
+
+// Gradient of logits with one weight each: grad * weight * slope, 0 where the slope is.
+void gate_slopes(Dtype dtype, const void* grad, const void* weight, bool wide, const void* slope, int64_t count,
+                 Dtype logits_dtype, void* out) {
+  with_real(wide, [&](auto real) {
+    using Real = decltype(real);
+    alignas(64) Real products[kGateBlock];
+    const bool direct = wide || logits_dtype == Dtype::kFloat32;
+    Real* const target = direct ? static_cast<Real*>(out) : products;
+    if (dtype == Dtype::kFloat64) {
+      slopes(static_cast<const double*>(grad), static_cast<const double*>(weight), static_cast<const Real*>(slope),
+             count, target);
+    } else {
+      alignas(64) float grad_room[kGateBlock], weight_room[kGateBlock];
+      slopes(widened(dtype, grad, count, grad_room), widened(dtype, weight, count, weight_room),
+             static_cast<const Real*>(slope), count, target);
+    }
+    if constexpr (sizeof(Real) == 4) {
+      narrow(logits_dtype, products, count, out);
     }
   });
 }
@@ -180,27 +202,6 @@ void gate_multiply(Dtype dtype, const void* x, bool wide, const void* z, int64_t
   }
 }
 
-void gate_slopes(Dtype dtype, const void* grad, const void* weight, bool wide, const void* slope, int64_t count,
-                 Dtype logits_dtype, void* out) {
-  with_real(wide, [&](auto real) {
-    using Real = decltype(real);
-    alignas(64) Real products[kGateBlock];
-    const bool direct = wide || logits_dtype == Dtype::kFloat32;
-    Real* const target = direct ? static_cast<Real*>(out) : products;
-    if (dtype == Dtype::kFloat64) {
-      slopes(static_cast<const double*>(grad), static_cast<const double*>(weight), static_cast<const Real*>(slope),
-             count, target);
-    } else {
-      alignas(64) float grad_room[kGateBlock], weight_room[kGateBlock];
-      slopes(widened(dtype, grad, count, grad_room), widened(dtype, weight, count, weight_room),
-             static_cast<const Real*>(slope), count, target);
-    }
-    if constexpr (sizeof(Real) == 4) {
-      narrow(logits_dtype, products, count, out);
-    }
-  });
-}
-
 void gate_sums(Dtype dtype, const void* grad, const void* weight, int64_t run, int64_t gates, double* sums) {
   if (dtype == Dtype::kFloat64) {
     sums_of_runs(static_cast<const double*>(grad), static_cast<const double*>(weight), run, gates, sums);
@@ -227,8 +228,8 @@ void gate_round(const double* sums, bool wide, const void* slope, int64_t count,
 void gate_forward(const GateRow& row, void* out) {
   const bool wide = row.logits_dtype == Dtype::kFloat64;
   Ahead rows;
-  rows.add(row.logits, 0, row.logits_dtype);
-  rows.add(row.weight, 0, row.dtype);
+  rows.add(row.logits, row.logits_dtype);
+  rows.add(row.weight, row.dtype);
   for_each_block(row.count, rows, [&](int64_t start, int64_t count, const Ahead& ahead) {
     alignas(64) double z[kGateBlock];
     values_ahead(row.gate, row.noise, row.logits_dtype, at(row.logits, start, row.logits_dtype), row.first + start,
@@ -240,9 +241,9 @@ void gate_forward(const GateRow& row, void* out) {
 void gate_backward(const GateRow& row, const void* grad, void* grad_weight, void* grad_logits) {
   const bool wide = row.logits_dtype == Dtype::kFloat64;
   Ahead rows;
-  rows.add(row.logits, 0, row.logits_dtype);
-  rows.add(row.weight, 0, row.dtype);
-  rows.add(grad, 0, row.dtype);
+  rows.add(row.logits, row.logits_dtype);
+  rows.add(row.weight, row.dtype);
+  rows.add(grad, row.dtype);
   for_each_block(row.count, rows, [&](int64_t start, int64_t count, const Ahead& ahead) {
     alignas(64) double z[kGateBlock], slope[kGateBlock];
     values_ahead(row.gate, row.noise, row.logits_dtype, at(row.logits, start, row.logits_dtype), row.first + start,

@@ -3,12 +3,12 @@
 #include <algorithm>
 
 #include "rows.h"
+#include "sum_lanes.h"
 
 namespace pyprune::PYPRUNE_CAPABILITY {
 namespace {
 
 constexpr int64_t kBlock = 1024;
-constexpr int64_t kLanes = 16;
 
 template <class Real>
 double sum_block(const Real* __restrict logits, bool hard, Real shift, int64_t count) {
@@ -23,22 +23,8 @@ double sum_block(const Real* __restrict logits, bool hard, Real shift, int64_t c
   for (int64_t i = 0; i < count; ++i) {
     p[i] = Odds<Real>(exponential(within_range(logits[i] + shift)), Real(1)).one;
   }
-  double lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    for (int64_t j = 0; j < kLanes; ++j) {
-      lanes[j] += p[i + j];
-    }
-  }
-  for (int64_t j = 0; i + j < count; ++j) {
-    lanes[j] += p[i + j];
-  }
-  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-    for (int64_t j = 0; j < half; ++j) {
-      lanes[j] += lanes[j + half];
-    }
-  }
-  return lanes[0];
+  using Type = std::conditional_t<std::is_same_v<Real, float>, Float32, Float64>;
+  return sum_lanes<Type>(p, count, [](auto v) { return v; });
 }
 
 template <class Real>

@@ -1,88 +1,9 @@
 #include "norms.h"
 
-#include <cstring>
-
-#include "../half.h"
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
+#include "sum_lanes.h"
 
 namespace pyprune::PYPRUNE_CAPABILITY {
 namespace {
-
-// Four at a time in the compiler's vector types: one source for every instruction set. Wider ones are no faster where
-// memory is the limit, and g++ 12 lowers the conversion of eight floats badly for AVX2.
-typedef double Double4 __attribute__((vector_size(32)));
-typedef float Float4 __attribute__((vector_size(16)));
-typedef uint32_t Uint4x32 __attribute__((vector_size(16)));
-typedef uint16_t Uint4x16 __attribute__((vector_size(8)));
-
-template <class Vector>
-inline Vector load(const void* from) {
-  Vector v;
-  std::memcpy(&v, from, sizeof(v));
-  return v;
-}
-
-struct Float64 {
-  using Item = double;
-  static Double4 load4(const Item* x) { return load<Double4>(x); }
-  static double load1(const Item* x) { return *x; }
-};
-
-struct Float32 {
-  using Item = float;
-  static Double4 load4(const Item* x) { return __builtin_convertvector(load<Float4>(x), Double4); }
-  static double load1(const Item* x) { return *x; }
-};
-
-struct BFloat16 {
-  using Item = uint16_t;
-  static Double4 load4(const Item* x) {
-    const Uint4x32 wide = __builtin_convertvector(load<Uint4x16>(x), Uint4x32) << 16;
-    return __builtin_convertvector(std::bit_cast<Float4>(wide), Double4);
-  }
-  static double load1(const Item* x) { return bfloat16_to_float(*x); }
-};
-
-struct Float16 {
-  using Item = uint16_t;
-  static Double4 load4(const Item* x) {
-#if defined(__F16C__)
-    const __m128 wide = _mm_cvtph_ps(_mm_loadu_si64(x));
-    return __builtin_convertvector(std::bit_cast<Float4>(wide), Double4);
-#else
-    Double4 wide;
-    for (int i = 0; i < 4; ++i) {
-      wide[i] = float16_to_float(x[i]);
-    }
-    return wide;
-#endif
-  }
-  static double load1(const Item* x) { return float16_to_float(*x); }
-};
-
-template <class Type, class Term>
-double sum_lanes(const typename Type::Item* x, int64_t count, const Term& term) {
-  Double4 sums[kNormLanes / 4] = {};
-  int64_t i = 0;
-  for (; i + kNormLanes <= count; i += kNormLanes) {
-    for (int64_t j = 0; j < kNormLanes / 4; ++j) {
-      sums[j] += term(Type::load4(x + i + 4 * j));
-    }
-  }
-  double lanes[kNormLanes];
-  std::memcpy(lanes, sums, sizeof(sums));
-  for (int64_t j = 0; i + j < count; ++j) {
-    lanes[j] += term(Type::load1(x + i + j));
-  }
-  for (int64_t half = kNormLanes / 2; half > 0; half /= 2) {
-    for (int64_t j = 0; j < half; ++j) {
-      lanes[j] += lanes[j + half];
-    }
-  }
-  return lanes[0];
-}
 
 template <class Type>
 double squares(const void* x, int64_t count) {
