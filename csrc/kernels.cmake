@@ -16,7 +16,7 @@ foreach(capability IN LISTS capabilities)
   foreach(kernel IN LISTS kernels)
     target_sources(kernels_${capability} PRIVATE ${CMAKE_CURRENT_LIST_DIR}/cpu/kernels/${kernel}.cpp)
   endforeach()
-  target_compile_definitions(kernels_${capability} PRIVATE PYPRUNE_CAPABILITY=${capability})
+  target_compile_definitions(kernels_${capability} PRIVATE ${kernel_definitions} PYPRUNE_CAPABILITY=${capability})
   # Switched off: g++ 12 finds its own AVX-512 headers at fault; vectors passed between inlined functions have no ABI.
   target_compile_options(kernels_${capability} PRIVATE
     -Wall -Wextra -Wno-maybe-uninitialized -Wno-uninitialized -Wno-psabi ${kernel_flags} ${flags_${capability}})

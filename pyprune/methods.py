@@ -107,6 +107,5 @@ def global_magnitude(weights: Sequence[Tensor], ratio: float) -> tuple[list[Tens
         >>> [mask.tolist() for mask in masks]
         [[False, True], [False, True]]
     """
-    limits = torch.finfo(torch.float64)
-    scales = ops.norms(weights).clamp(min=limits.tiny, max=limits.max).reciprocal()
-    return ops.threshold(weights, removed_count(sum(weight.numel() for weight in weights), ratio), scales=scales)
+    removed = removed_count(sum(weight.numel() for weight in weights), ratio)
+    return ops.threshold(weights, removed, normalize=True)

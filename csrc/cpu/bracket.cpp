@@ -11,12 +11,13 @@
 namespace pyprune {
 namespace {
 
-std::atomic<double> bracket_shift{0.0};
+std::atomic<double> shift{0.0};
 
 constexpr int64_t kNoSample = 2048;  // so few weights are all candidates
-constexpr int64_t kSamplesPerTask = 4096;
+constexpr int64_t kNeighbours = 8;   // elements drawn at one place, which is what costs time
+constexpr int64_t kPlacesPerTask = 512;
 constexpr int64_t kInFlight = 64;
-constexpr double kSpread = 2.5;  // misses one time in 80, and a miss costs one more sweep
+constexpr double kSpread = 4.0;  // only the probes are swept in so wide a bracket, and a miss is dear
 constexpr double kWidestSpread = 1000;
 constexpr int kPatience = 8;  // proposals before everything that is still possible becomes a candidate
 
@@ -27,9 +28,10 @@ uint64_t scramble(uint64_t x) {
   return x ^ (x >> 31);
 }
 
-// The bracket is about sqrt(sample) / sample of the weights wide: this size balances the two.
+// A sample of s leaves a part of the weights in the bracket that falls with sqrt(s). What that costs in the sweep of
+// the probes balances what drawing costs at this size.
 int64_t sample_size(int64_t total) {
-  return static_cast<int64_t>(0.5 * std::pow(static_cast<double>(total), 2.0 / 3.0)) + 512;
+  return static_cast<int64_t>(0.12 * std::pow(static_cast<double>(total), 2.0 / 3.0)) + 256;
 }
 
 }  // namespace
@@ -43,49 +45,68 @@ BracketSearch::BracketSearch(const std::vector<Strided>& weights, const std::vec
   if (total <= kNoSample) {
     return;
   }
-  sample_.resize(sample_size(total));
+  sample_.resize(sample_size(total) / kNeighbours * kNeighbours);
   const int64_t size = static_cast<int64_t>(sample_.size());
   rank_ = static_cast<double>(size) * (static_cast<double>(removed) / static_cast<double>(total));
   draw_sample();
 }
 
 void BracketSearch::draw_sample() {
-  const int64_t size = static_cast<int64_t>(sample_.size());
-  sorted_rank_ = 0;
+  const int64_t size = static_cast<int64_t>(sample_.size()), places = size / kNeighbours;
   ++seed_;
-  share_tasks((size + kSamplesPerTask - 1) / kSamplesPerTask, [&](int64_t task, int64_t) {
+  share_tasks((places + kPlacesPerTask - 1) / kPlacesPerTask, [&](int64_t task, int64_t) {
     size_t tensor = 0;
-    const int64_t end = std::min(size, (task + 1) * kSamplesPerTask);
-    for (int64_t start = task * kSamplesPerTask; start < end; start += kInFlight) {
+    const int64_t end = std::min(places, (task + 1) * kPlacesPerTask);
+    for (int64_t start = task * kPlacesPerTask; start < end; start += kInFlight) {
       draw(start, std::min(kInFlight, end - start), tensor);
     }
   });
+  // Neighbours can be alike, so the error is judged by how much places differ from the next.
+  const std::vector<int64_t> drawn = sample_;
+  sorted_rank_ = 0;
+  const int64_t middle = sampled(std::min(static_cast<int64_t>(rank_), size - 1));
+  double differences = 0;
+  int64_t before = 0;
+  for (int64_t place = 0; place < places; ++place) {
+    const auto first = drawn.begin() + place * kNeighbours;
+    const int64_t below = std::count_if(first, first + kNeighbours, [=](int64_t key) { return key <= middle; });
+    differences += place > 0 ? static_cast<double>((below - before) * (below - before)) : 0;
+    before = below;
+  }
+  const double independent = rank_ * (1 - rank_ / static_cast<double>(size));
+  error_ = std::sqrt(std::max(independent, differences / 2));
 }
 
-// Keys of one element of each of `count` strata from `start` on; `tensor` moves on to where the last one lies. Nearly
-// each element is a cache miss and a page walk: all are under way before the first is used.
+// Keys of a few neighbours from each of `count` strata from `start` on; `tensor` moves on to where the last ones lie.
+// Nearly each place is a cache miss and a page walk: all are under way before the first is used.
 void BracketSearch::draw(int64_t start, int64_t count, size_t& tensor) {
-  const int64_t size = static_cast<int64_t>(sample_.size());
-  const int64_t whole = ends_.back() / size, rest = ends_.back() % size;
-  const auto begin_of = [&](int64_t stratum) { return stratum * whole + stratum * rest / size; };
-  std::pair<size_t, const char*> drawn[kInFlight];
-  int64_t begin = begin_of(start);
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t end = begin_of(start + i + 1);
-    const uint64_t width = static_cast<uint64_t>(end - begin);
-    const int64_t flat =
-        begin + static_cast<int64_t>((scramble(seed_ << 40 | static_cast<uint64_t>(start + i)) >> 32) * width >> 32);
-    begin = end;
+  const int64_t places = static_cast<int64_t>(sample_.size()) / kNeighbours;
+  const int64_t whole = ends_.back() / places, rest = ends_.back() % places;
+  const auto begin_of = [&](int64_t stratum) { return stratum * whole + stratum * rest / places; };
+  const auto tensor_of = [&](int64_t flat) {
     while (flat >= ends_[tensor]) {
       ++tensor;
     }
-    drawn[i] = {tensor, weights_[tensor].at(flat - ends_[tensor] + weights_[tensor].numel)};
-    __builtin_prefetch(drawn[i].second);
-  }
+    return tensor;
+  };
+  const auto element = [&](size_t of, int64_t flat) {
+    return weights_[of].at(flat - ends_[of] + weights_[of].numel);
+  };
+  int64_t drawn[kInFlight];
+  const size_t first_tensor = tensor_of(begin_of(start));
   for (int64_t i = 0; i < count; ++i) {
-    const Score& score = scores_[drawn[i].first];
+    const int64_t begin = begin_of(start + i), end = begin_of(start + i + 1) - kNeighbours + 1;
+    const uint64_t random = scramble(seed_ << 40 | static_cast<uint64_t>(start + i)) >> 32;
+    drawn[i] = begin + static_cast<int64_t>(random * static_cast<uint64_t>(end - begin) >> 32);
+    __builtin_prefetch(element(tensor_of(drawn[i]), drawn[i]));
+  }
+  tensor = first_tensor;
+  for (int64_t i = 0; i < count * kNeighbours; ++i) {
+    const int64_t flat = drawn[i / kNeighbours] + i % kNeighbours;
+    const Score& score = scores_[tensor_of(flat)];
     by_bits(score.dtype, [&]<class T>(T) {
-      sample_[start + i] = score.key(*reinterpret_cast<const T*>(drawn[i].second) & kMagnitude<T>);
+      const T bits = *reinterpret_cast<const T*>(element(tensor, flat)) & kMagnitude<T>;
+      sample_[start * kNeighbours + i] = score.key(bits);
     });
   }
 }
@@ -105,8 +126,7 @@ Bracket BracketSearch::next() {
   const int64_t size = static_cast<int64_t>(sample_.size());
   if (size > 0 && proposals_++ < kPatience) {
     while (spread_ < kWidestSpread) {
-      const double sigma = std::sqrt(rank_ * (1 - rank_ / static_cast<double>(size)));
-      const double half = spread_ * sigma + 1, center = rank_ + bracket_shift * sigma;
+      const double half = spread_ * error_ + 1, center = rank_ + shift * error_;
       const int64_t first = static_cast<int64_t>(center - half),
                     last = static_cast<int64_t>(std::ceil(center + half));
       const int64_t below = first < 0 ? below_ : std::max(below_, sampled(std::min(first, size - 1)) - 1);
@@ -147,8 +167,12 @@ Bracket BracketSearch::without_crowds(Bracket bracket, double expected) const {
   return bracket;
 }
 
+double bracket_shift() {
+  return shift;
+}
+
 void shift_bracket(double sigmas) {
-  bracket_shift = sigmas;
+  shift = sigmas;
 }
 
 }  // namespace pyprune

@@ -40,14 +40,17 @@ class BracketSearch {
   std::vector<int64_t> sample_;  // keys; empty for few weights, which are all candidates
   int64_t sorted_rank_ = 0;      // nothing before this rank is larger than what is behind it
   double rank_ = 0;              // of the score looked for, in the sample
-  double spread_;                // half-width of the bracket, in standard deviations of that rank
+  double error_ = 0;             // standard deviation of that rank
+  double spread_;                // half-width of the bracket, in such deviations
   uint64_t seed_ = 0;            // a sample that misled is drawn anew from other places
   int proposals_ = 0;
   int64_t below_ = -1;  // the score looked for is above this
   int64_t last_;        // and not above this
 };
 
-// Tests only: moves the sampled bracket by this many standard deviations, so that the sweep misses.
+// Tests only: moves every estimate of where the score lies by this many standard deviations, so that the sweep
+// misses.
 void shift_bracket(double sigmas);
+double bracket_shift();
 
 }  // namespace pyprune

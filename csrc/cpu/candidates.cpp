@@ -22,13 +22,22 @@ void for_each_key(const CandidateRun& run, Visit visit) {
   });
 }
 
-struct Interval {
-  int64_t below;   // candidates below it
-  int64_t inside;  // candidates in it
+// What one thread counts. Keys outside of all bins are counted too, for want of a branch, in several places in turn:
+// a counter waits for its own last write.
+constexpr uint64_t kOutside = 16;
+struct Table {
+  double counts[kBins + kOutside] = {};
+  double below = 0;
 };
 
-// Narrows the bracket to the one of many equal intervals that holds the rank-th candidate.
-Interval narrow(const std::vector<CandidateRun>& runs, Bracket& bracket, int64_t rank) {
+// How far above `first` a key is; a key below wraps around, and is farther than any bracket is wide.
+uint64_t distance(int64_t key, int64_t first) {
+  return static_cast<uint64_t>(key) - static_cast<uint64_t>(first);
+}
+
+}  // namespace
+
+Histogram histogram_of(const std::vector<CandidateRun>& runs, Bracket bracket) {
   int unused = Score::kKeyBits;  // low bits that are zero in every key
   for (const CandidateRun& run : runs) {
     unused = std::min(unused, run.score->unused_key_bits());
@@ -37,53 +46,86 @@ Interval narrow(const std::vector<CandidateRun>& runs, Bracket& bracket, int64_t
   while ((bracket.last - bracket.below - 1) >> shift >= kBins) {
     ++shift;
   }
-  // Two tables in turn: when many candidates share a bin, a counter would wait for its own last write.
-  std::vector<std::vector<int64_t>> counts(thread_count(), std::vector<int64_t>(2 * kBins));
+  const int64_t first = bracket.below + 1;
+  const uint64_t size = static_cast<uint64_t>(bracket.last - bracket.below);
+  std::vector<Table> tables(thread_count());
   share_tasks(static_cast<int64_t>(runs.size()), [&](int64_t task, int64_t worker) {
-    int64_t* table = counts[worker].data();
-    int64_t* other = table + kBins;
-    for_each_key(runs[task], [table, other, shift, first = bracket.below + 1](int64_t key) mutable {
-      ++table[(key - first) >> shift];
-      std::swap(table, other);
+    Table& table = tables[worker];
+    int64_t under = 0;
+    size_t turn = 0;
+    for_each_key(runs[task], [&, first, size, shift, weight = runs[task].weight](int64_t key) {
+      const uint64_t at = distance(key, first);
+      under += key < first;
+      turn = (turn + 1) % kOutside;
+      table.counts[at < size ? at >> shift : kBins + turn] += weight;
     });
+    table.below += static_cast<double>(under) * runs[task].weight;
   });
-  Interval interval{0, 0};
-  int64_t bin = 0;
-  for (;; ++bin) {
-    interval.inside = 0;
-    for (const auto& one : counts) {
-      interval.inside += one[bin] + one[bin + kBins];
+  Histogram histogram{first, shift, shift == unused, 0, std::vector<double>(((size - 1) >> shift) + 1)};
+  for (const Table& table : tables) {
+    histogram.below += table.below;
+    for (size_t bin = 0; bin < histogram.counts.size(); ++bin) {
+      histogram.counts[bin] += table.counts[bin];
     }
-    if (interval.below + interval.inside >= rank) {
-      break;
-    }
-    interval.below += interval.inside;
   }
-  bracket.below += bin << shift;
-  bracket.last = bracket.below + (int64_t{1} << shift);
-  if (shift == unused) {
-    // The interval holds one key at the most.
+  return histogram;
+}
+
+Counts count_keys(const std::vector<CandidateRun>& runs, Bracket bracket) {
+  std::vector<Counts> counts(thread_count());
+  share_tasks(static_cast<int64_t>(runs.size()), [&](int64_t task, int64_t worker) {
+    Counts counted;
+    for_each_key(runs[task], [&counted, bracket](int64_t key) {
+      counted.below += key <= bracket.below;
+      counted.inside += bracket.below < key && key <= bracket.last;
+    });
+    counts[worker].below += counted.below;
+    counts[worker].inside += counted.inside;
+  });
+  Counts all;
+  for (const Counts& one : counts) {
+    all.below += one.below;
+    all.inside += one.inside;
+  }
+  return all;
+}
+
+Bracket Histogram::bracket_of(size_t from, size_t to) const {
+  const auto before = [this](uint64_t bin) {
+    return static_cast<int64_t>(static_cast<uint64_t>(first) + (bin << shift) - 1);
+  };
+  Bracket bracket{before(from), 0, before(to + 1)};
+  if (finest && from == to) {
+    // The only key in it that can occur.
     bracket.last = bracket.last >> shift << shift;
     bracket.below = bracket.last - 1;
   }
-  return interval;
+  bracket.middle = bracket.below;
+  return bracket;
 }
 
-}  // namespace
-
 Selected select_key(const std::vector<CandidateRun>& runs, int64_t total, Bracket bracket, int64_t rank) {
-  Interval interval{0, total};
+  int64_t below = 0, inside = total;
   if (total > kFew) {
-    interval = narrow(runs, bracket, rank);
+    const Histogram histogram = histogram_of(runs, bracket);
+    size_t bin = 0;
+    while (below + static_cast<int64_t>(histogram.counts[bin]) < rank) {
+      below += static_cast<int64_t>(histogram.counts[bin++]);
+    }
+    inside = static_cast<int64_t>(histogram.counts[bin]);
+    const int64_t last = bracket.last;
+    bracket = histogram.bracket_of(bin, bin);
+    bracket.last = std::min(bracket.last, last);
   }
   if (bracket.one_score()) {
-    return {bracket.last, interval.below, interval.inside};
+    return {bracket.last, below, inside};
   }
   std::vector<std::vector<int64_t>> keys(thread_count());
+  const int64_t first = bracket.below + 1;
+  const uint64_t size = static_cast<uint64_t>(bracket.last - bracket.below);
   share_tasks(static_cast<int64_t>(runs.size()), [&](int64_t task, int64_t worker) {
-    const uint64_t first = static_cast<uint64_t>(bracket.below) + 1, size = bracket.last - bracket.below;
     for_each_key(runs[task], [&mine = keys[worker], first, size](int64_t key) {
-      if (static_cast<uint64_t>(key) - first < size) {  // below the interval it wraps around
+      if (distance(key, first) < size) {
         mine.push_back(key);
       }
     });
@@ -92,10 +134,10 @@ Selected select_key(const std::vector<CandidateRun>& runs, int64_t total, Bracke
   for (const auto& one : keys) {
     all.insert(all.end(), one.begin(), one.end());
   }
-  const auto nth = all.begin() + (rank - interval.below - 1);
+  const auto nth = all.begin() + (rank - below - 1);
   std::nth_element(all.begin(), nth, all.end());
   const int64_t key = *nth;
-  return {key, interval.below + std::count_if(all.begin(), nth, [key](int64_t one) { return one < key; }),
+  return {key, below + std::count_if(all.begin(), nth, [key](int64_t one) { return one < key; }),
           std::count(all.begin(), all.end(), key)};
 }
 

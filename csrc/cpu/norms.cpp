@@ -1,14 +1,12 @@
 // norms: root of the sum of squares per tensor, in the fixed order of norm_order.h.
-#include "kernels/norms.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
 #include <cmath>
 
-#include "capability.h"
+#include "../norm_order.h"
 #include "denormals.h"
+#include "norm_blocks.h"
 #include "parallel.h"
 #include "tensors.h"
 
@@ -17,42 +15,18 @@ namespace {
 
 using torch::stable::Tensor;
 
-static_assert(kChunk % kNormBlock == 0, "a chunk holds whole blocks");
-
-// The block sums are a vector again: summed by the same rule until one number is left.
-double reduce_blocks(std::vector<double> sums) {
-  const auto block = PYPRUNE_KERNEL(sum_block);
-  do {
-    std::vector<double> next;
-    for (size_t start = 0; start < sums.size(); start += kNormBlock) {
-      next.push_back(block(sums.data() + start, std::min<int64_t>(kNormBlock, sums.size() - start)));
-    }
-    sums = std::move(next);
-  } while (sums.size() > 1);
-  return sums.empty() ? 0.0 : sums[0];
-}
-
 // Sums of squares of (factor * x) for each tensor.
 std::vector<double> sums_of_squares(const std::vector<Strided>& views, double factor) {
-  std::vector<std::vector<double>> blocks(views.size());
-  for (size_t i = 0; i < views.size(); ++i) {
-    blocks[i].resize((views[i].numel + kNormBlock - 1) / kNormBlock);
-  }
+  NormBlocks squares(views);
   const std::vector<Chunk> chunks = chunks_of(views);
-  const auto run = PYPRUNE_KERNEL(sum_squares);
   share_tasks(static_cast<int64_t>(chunks.size()), [&](int64_t task, int64_t) {
-    const auto [tensor, start, count] = chunks[task];
-    const Strided& view = views[tensor];
+    const Chunk& chunk = chunks[task];
     std::vector<uint64_t> room;
-    const char* data = view.in_a_row(start, count, room);
-    for (int64_t i = 0; i < count; i += kNormBlock) {
-      blocks[tensor][(start + i) / kNormBlock] =
-          run(data + i * item_size(view.dtype), view.dtype, std::min(kNormBlock, count - i), factor);
-    }
+    squares.add(chunk, views[chunk.tensor].in_a_row(chunk.start, chunk.count, room), factor);
   });
   std::vector<double> sums;
-  for (auto& one : blocks) {
-    sums.push_back(reduce_blocks(std::move(one)));
+  for (size_t i = 0; i < views.size(); ++i) {
+    sums.push_back(squares.of_weight(i));
   }
   return sums;
 }

@@ -1,282 +1,280 @@
 // How the k smallest scores are found while the weights are read once:
 //
-//   1. A stratified sample of the scores gives a bracket that holds the k-th with high probability.
-//   2. One sweep over all weights counts what lies below the bracket, sets aside the few candidates inside it, and
-//      writes provisional masks, split in its middle. If the counts show that the bracket missed, they bound the k-th
-//      score from one side, and the sweep is repeated: always exact, hardly ever slow.
-//   3. The k-th score is selected among the candidates, and the few masks between it and the middle are corrected.
-//      Of equal scores the first in the order of the list go.
+//   1. A small stratified sample of the scores gives a bracket that holds the k-th very probably (bracket.h).
+//   2. The first elements of each chunk, the probes, are swept in that bracket: what lies below is counted, the
+//      candidates inside are set aside, and provisional masks are written, split in its middle (sweeper.h).
+//   3. The probes are a sample a hundred times as large. They give a bracket a tenth as wide (probes.h), and in that
+//   all
+//      the rest is swept. If the counts show that it missed, they bound the k-th score from one side, and all is
+//      swept again: always exact, hardly ever slow.
+//   4. The k-th score is selected among the candidates (candidates.h), and the few masks between it and the middle
+//   are
+//      corrected. Of equal scores the first in the order of the list go.
 //
 // A bracket can be one score wide, when many weights share it (half types, weights that are already zero). Then
-// nothing is set aside: the counts per chunk say which chunks lose all of it, and one chunk is walked.
+// candidates are only counted: the counts say which pieces lose all of them, and only one piece is walked.
+//
+// Scores that are divided by norms need no second read either. The probes tell the norms within some error, by which
+// the bracket is made wider for each weight, and the sweep sums the squares. In the end the norms are exact, and so
+// are the scores of the candidates.
 #include "select.h"
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <numeric>
+#include <optional>
 
-#include "arena.h"
 #include "bracket.h"
 #include "candidates.h"
-#include "capability.h"
-#include "kernels/threshold.h"
 #include "parallel.h"
+#include "probes.h"
+#include "sweeper.h"
 
 namespace pyprune {
 namespace {
 
-// What a thread needs to itself.
-struct Worker {
-  Arena bits, positions;
-  std::vector<uint64_t> weight_room, mask_room;  // for weights and masks that are not contiguous
-};
-
-// What a sweep found in a chunk.
-struct ChunkResult {
-  int64_t above = 0;
-  int64_t candidates = 0;
-  int64_t nonfinite = 0;
-  const void* bits = nullptr;
-  const uint16_t* positions = nullptr;
-};
-
-Sweep sweep(const uint16_t* x, uint8_t* mask, int64_t n, int64_t low, int64_t middle, int64_t high, uint16_t* bits,
-            uint16_t* at) {
-  return PYPRUNE_KERNEL(sweep16)(x, mask, n, low, middle, high, bits, at);
-}
-Sweep sweep(const uint32_t* x, uint8_t* mask, int64_t n, int64_t low, int64_t middle, int64_t high, uint32_t* bits,
-            uint16_t* at) {
-  return PYPRUNE_KERNEL(sweep32)(x, mask, n, low, middle, high, bits, at);
-}
-Sweep sweep(const uint64_t* x, uint8_t* mask, int64_t n, int64_t low, int64_t middle, int64_t high, uint64_t* bits,
-            uint16_t* at) {
-  return PYPRUNE_KERNEL(sweep64)(x, mask, n, low, middle, high, bits, at);
-}
-
-std::vector<Score> scores_of(const Competition& competition) {
-  const bool scaled = !competition.scales.empty();
-  std::vector<Score> scores;
-  for (size_t i = 0; i < competition.weights.size(); ++i) {
-    const double scale = scaled ? competition.scales[i] : 1.0;
-    scores.push_back({competition.weights[i].dtype, scaled, competition.wide, scale});
-  }
-  return scores;
+// An all-zero weight has no norm to divide by, but a score of zero.
+double scale_of(double norm) {
+  constexpr double kTiny = std::numeric_limits<double>::min(), kMax = std::numeric_limits<double>::max();
+  return 1.0 / std::clamp(norm, kTiny, kMax);
 }
 
 class Selection {
  public:
   explicit Selection(const Competition& competition)
-      : weights_(competition.weights),
-        masks_(competition.masks),
-        scores_(scores_of(competition)),
-        removed_(competition.removed),
-        chunks_(chunks_of(competition.weights)),
-        results_(chunks_.size()),
-        workers_(chunks_.size() > 1 ? thread_count() : 1) {}
+      : competition_(competition),
+        sweeper_(competition.weights, competition.masks),
+        squares_(competition.normalize ? competition.weights : std::vector<Strided>()) {
+    const bool scaled = competition.normalize || !competition.scales.empty();
+    for (size_t i = 0; i < competition.weights.size(); ++i) {
+      const double scale = competition.scales.empty() ? 1.0 : competition.scales[i];
+      scores_.push_back({competition.weights[i].dtype, scaled, competition.wide, scale});
+    }
+  }
 
   std::vector<int64_t> run() {
-    const int64_t total = std::accumulate(weights_.begin(), weights_.end(), int64_t{0},
+    const int64_t total = std::accumulate(competition_.weights.begin(), competition_.weights.end(), int64_t{0},
                                           [](int64_t sum, const Strided& weight) { return sum + weight.numel; });
-    if (removed_ == 0 || removed_ == total) {
+    if (competition_.removed == 0 || competition_.removed == total) {
       // Nothing competes: one sweep writes the masks, and looks for what is not finite.
-      const int64_t bound = removed_ == 0 ? -1 : INT64_MAX;
-      sweep_all({bound, bound, bound});
-      return nonfinite();
+      const int64_t bound = competition_.removed == 0 ? -1 : Score::largest_key(competition_.wide);
+      sweep(Which::kAll, {{bound, bound, bound}});
+      return sweeper_.nonfinite();
     }
-    BracketSearch search(weights_, scores_, removed_);
-    for (;;) {
-      const Bracket bracket = search.next();
-      const auto [above, inside] = sweep_all(bracket);
-      const std::vector<int64_t> bad = nonfinite();
-      if (std::ranges::any_of(bad, [](int64_t count) { return count > 0; })) {
-        return bad;
+    if (competition_.normalize && (select_with_estimated_norms() || any_nonfinite())) {
+      return sweeper_.nonfinite();
+    }
+    BracketSearch search(competition_.weights, scores_, competition_.removed);
+    for (bool first = true;; first = false) {
+      sweeper_.clear();
+      Plan plan{search.next()};
+      if (first) {
+        sweep(Which::kProbes, plan);
+        plan = plan_of(sweeper_, scores_, plan.bracket, competition_.removed);
       }
-      const int64_t going = removed_ - (total - above);  // how many of the candidates
+      sweep(first ? Which::kRest : Which::kAll, plan);
+      if (any_nonfinite()) {
+        return sweeper_.nonfinite();
+      }
+      const auto [going, inside] = count(plan.bracket);
       if (going <= 0) {
-        search.too_high(bracket);
+        search.too_high(plan.bracket);
       } else if (going > inside) {
-        search.too_low(bracket);
-      } else if (bracket.one_score()) {
-        patch_equals(bracket, going);
-        return bad;
+        search.too_low(plan.bracket);
       } else {
-        patch_candidates(bracket, going, inside);
-        return bad;
+        correct_masks(plan.bracket, going, inside);
+        return sweeper_.nonfinite();
       }
     }
   }
 
  private:
+  // ---- norms ----
+
+  // Returns whether the masks are right. If not, the scores have exact scales now.
+  bool select_with_estimated_norms() {
+    sweeper_.sum_squares(Which::kProbes, squares_);
+    const NormEstimate estimate = estimate_norms(sweeper_, squares_, scores_.size());
+    if (!estimate.slack.empty()) {
+      set_scales([&](size_t weight) { return estimate.norms[weight]; });
+      BracketSearch search(competition_.weights, scores_, competition_.removed);
+      Plan plan{search.next()};
+      // A crowd must not be set aside, but only counted, and that takes exact scores.
+      if (!plan.bracket.one_score()) {
+        slack_ = estimate.slack;
+        sweep(Which::kProbes, plan);
+        plan = plan_of(sweeper_, scores_, plan.bracket, competition_.removed);
+        sweep(Which::kRest, plan);
+        const std::vector<Bounds> bounds = bounds_of(plan.bracket);
+        slack_.clear();
+        set_scales([&](size_t weight) { return std::sqrt(squares_.of_weight(weight)); });
+        const Bracket bracket = certain(bounds);
+        if (any_nonfinite() || bracket.below >= bracket.last) {
+          return false;
+        }
+        const auto [going, inside] = count(bracket);
+        if (going > 0 && going <= inside) {
+          correct_masks(bracket, going, inside);
+          return true;
+        }
+        return false;
+      }
+    }
+    sweeper_.sum_squares(Which::kRest, squares_);
+    set_scales([&](size_t weight) { return std::sqrt(squares_.of_weight(weight)); });
+    return false;
+  }
+
+  template <class Norm>
+  void set_scales(const Norm& norm_of) {
+    for (size_t i = 0; i < scores_.size(); ++i) {
+      scores_[i].scale = scale_of(norm_of(i));
+    }
+  }
+
+  // The keys of which all are set aside that were swept between these bounds.
+  Bracket certain(const std::vector<Bounds>& bounds) const {
+    Bracket bracket{-1, -1, Score::largest_key(false)};
+    for (size_t i = 0; i < scores_.size(); ++i) {
+      const auto [low, middle, high] = bounds[i];
+      if (low >= 0) {
+        bracket.below = std::max(bracket.below, scores_[i].key(static_cast<uint64_t>(low)));
+      }
+      if (high < scores_[i].largest_bits()) {
+        bracket.last = std::min(bracket.last, scores_[i].key(static_cast<uint64_t>(high) + 1) - 1);
+      }
+    }
+    return bracket;
+  }
+
   // ---- the sweep ----
 
-  struct Counts {
-    int64_t above, inside;
-  };
-
-  Counts sweep_all(Bracket bracket) {
-    std::vector<Bracket> bits;
-    for (const Score& score : scores_) {
-      bits.push_back(
-          {score.bits_up_to(bracket.below), score.bits_up_to(bracket.middle), score.bits_up_to(bracket.last)});
+  // The bracket in bits of each weight; wider by what its norm may be off.
+  std::vector<Bounds> bounds_of(Bracket bracket) const {
+    std::vector<Bounds> bounds;
+    for (size_t i = 0; i < scores_.size(); ++i) {
+      Score low = scores_[i], high = scores_[i];
+      if (!slack_.empty()) {
+        low.scale *= 1 + slack_[i];
+        high.scale *= 1 - slack_[i];
+      }
+      bounds.push_back(
+          {low.bits_up_to(bracket.below), scores_[i].bits_up_to(bracket.middle), high.bits_up_to(bracket.last)});
     }
-    for (Worker& worker : workers_) {
-      worker.bits.clear();
-      worker.positions.clear();
-    }
-    const bool store = bracket.last - bracket.below > 1;
-    share_tasks(static_cast<int64_t>(chunks_.size()), [&](int64_t task, int64_t worker) {
-      results_[task] = sweep_chunk(chunks_[task], workers_[worker], bits[chunks_[task].tensor], store);
-    });
-    Counts counts{0, 0};
-    for (const ChunkResult& result : results_) {
-      counts.above += result.above;
-      counts.inside += result.candidates;
-    }
-    return counts;
+    return bounds;
   }
 
-  // With the bracket in bits of the chunk's weight.
-  ChunkResult sweep_chunk(const Chunk& chunk, Worker& worker, Bracket bracket, bool store) {
-    ChunkResult result;
-    with_runs(chunk, worker, [&]<class T>(const T* x, uint8_t* mask) {
-      T* bits = nullptr;
-      uint16_t* positions = nullptr;
-      if (store) {
-        bits = reinterpret_cast<T*>(worker.bits.reserve((chunk.count + 1) * sizeof(T)));
-        positions = reinterpret_cast<uint16_t*>(worker.positions.reserve((chunk.count + 1) * sizeof(uint16_t)));
+  void sweep(Which which, const Plan& plan) {
+    const std::vector<Bounds> bounds = bounds_of(plan.bracket);
+    const bool estimated = !slack_.empty();
+    const bool count_only = plan.bracket.last - plan.bracket.below <= 1 && !estimated;
+    const auto bounds_of_piece = [&](size_t piece) {
+      Bounds result = bounds[sweeper_.pieces()[piece].tensor];
+      if (count_only) {
+        result.middle = piece < plan.ties_stay ? result.high : result.low;
       }
-      const Sweep swept = sweep(x, mask, chunk.count, bracket.below, bracket.middle, bracket.last, bits, positions);
-      if (store) {
-        worker.bits.keep(swept.candidates * sizeof(T));
-        worker.positions.keep(swept.candidates * sizeof(uint16_t));
-      }
-      result = {swept.above, swept.candidates, 0, bits, positions};
-      const uint64_t infinity = infinity_bits(weights_[chunk.tensor].dtype);
-      if (swept.largest >= infinity) {
-        result.nonfinite =
-            std::count_if(x, x + chunk.count, [=](T bits) { return (bits & kMagnitude<T>) >= infinity; });
-      }
-    });
-    return result;
+      return result;
+    };
+    const bool sum = estimated && which != Which::kProbes;  // those of the probes are there
+    sweeper_.sweep(which, bounds_of_piece, !count_only, sum ? &squares_ : nullptr);
   }
 
-  // Calls visit with contiguous runs of the chunk's weight bits and of its mask, which it may overwrite.
-  template <class Visit>
-  void with_runs(const Chunk& chunk, Worker& worker, const Visit& visit) {
-    const Strided &weight = weights_[chunk.tensor], &mask = masks_[chunk.tensor];
-    const char* row = weight.in_a_row(chunk.start, chunk.count, worker.weight_room);
-    char* mask_row = mask.in_a_row(chunk.start, chunk.count, worker.mask_room);
-    by_bits(weight.dtype,
-            [&]<class T>(T) { visit(reinterpret_cast<const T*>(row), reinterpret_cast<uint8_t*>(mask_row)); });
-    if (!mask.contiguous()) {
-      mask.scatter(chunk.start, chunk.count, mask_row);
-    }
-  }
-
-  std::vector<int64_t> nonfinite() const {
-    std::vector<int64_t> counts(weights_.size());
-    for (size_t i = 0; i < chunks_.size(); ++i) {
-      counts[chunks_[i].tensor] += results_[i].nonfinite;
-    }
-    return counts;
+  bool any_nonfinite() const {
+    return std::ranges::any_of(sweeper_.swept(), [](const Swept& swept) { return swept.nonfinite > 0; });
   }
 
   // ---- the candidates ----
 
-  // Calls visit(bits, mask byte) for the candidates of a chunk, in order.
-  template <class Visit>
-  void for_each_mask(int64_t task, Visit visit) const {
-    const ChunkResult& result = results_[task];
-    const Chunk& chunk = chunks_[task];
-    const Strided& mask = masks_[chunk.tensor];
-    uint8_t* data = reinterpret_cast<uint8_t*>(mask.data);
-    const bool flat = mask.contiguous();
-    by_bits(weights_[chunk.tensor].dtype, [&]<class T>(T) {
-      const T* bits = static_cast<const T*>(result.bits);
-      for (int64_t i = 0; i < result.candidates; ++i) {
-        const int64_t at = chunk.start + result.positions[i];
-        visit(static_cast<int64_t>(bits[i]), data[flat ? at : mask.offset(at)]);
+  std::vector<CandidateRun> candidates() const {
+    std::vector<CandidateRun> runs;
+    for (size_t i = 0; i < sweeper_.pieces().size(); ++i) {
+      const Swept& swept = sweeper_.swept()[i];
+      if (swept.bits != nullptr && swept.candidates > 0) {
+        runs.push_back({swept.bits, swept.candidates, &scores_[sweeper_.pieces()[i].tensor]});
       }
-    });
+    }
+    return runs;
   }
 
-  void patch_candidates(Bracket bracket, int64_t going, int64_t inside) {
-    std::vector<CandidateRun> runs;
-    for (size_t task = 0; task < chunks_.size(); ++task) {
-      runs.push_back({results_[task].bits, results_[task].candidates, &scores_[chunks_[task].tensor]});
+  // How many of the elements in the bracket must go, and how many there are.
+  struct Places {
+    int64_t going, inside;
+  };
+
+  Places count(Bracket bracket) const {
+    const Counts counts = count_keys(candidates(), bracket);
+    Places places{competition_.removed - counts.below, counts.inside};
+    for (size_t i = 0; i < sweeper_.pieces().size(); ++i) {
+      const Swept& swept = sweeper_.swept()[i];
+      places.going -= sweeper_.pieces()[i].count - swept.above;
+      places.inside += swept.bits == nullptr ? swept.candidates : 0;
     }
-    const auto [kth, below, same] = select_key(runs, inside, bracket, going);
-    const bool all_ties_go = going == below + same;
-    // Per weight, the largest bits of what goes for sure, of what does not stay for sure, and of the middle.
-    std::vector<int64_t> under, equal, provisional;
+    return places;
+  }
+
+  // The first `going` of the `inside` elements of the bracket go, in the order of their scores and places.
+  void correct_masks(Bracket bracket, int64_t going, int64_t inside) {
+    Selected kth{bracket.last, 0, inside};
+    if (!bracket.one_score()) {
+      kth = select_key(candidates(), inside, bracket, going);
+    }
+    // Per weight, the largest bits of what goes for sure, and of what does not stay for sure.
+    std::vector<int64_t> under, equal;
     for (const Score& score : scores_) {
-      provisional.push_back(score.bits_up_to(bracket.middle));
-      under.push_back(score.bits_up_to(all_ties_go ? kth : kth - 1));
-      equal.push_back(score.bits_up_to(kth));
+      under.push_back(score.bits_up_to(kth.key - 1));
+      equal.push_back(score.bits_up_to(kth.key));
     }
-    const int64_t tasks = static_cast<int64_t>(chunks_.size());
-    std::vector<int64_t> ties(chunks_.size());
-    share_tasks(all_ties_go ? 0 : tasks, [&](int64_t task, int64_t) {
-      const int64_t tensor = chunks_[task].tensor, low = under[tensor], high = equal[tensor];
-      by_bits(weights_[tensor].dtype, [&]<class T>(T) {
-        const T* bits = static_cast<const T*>(results_[task].bits);
-        ties[task] = std::count_if(bits, bits + results_[task].candidates, [=](T one) {
-          return low < static_cast<int64_t>(one) && static_cast<int64_t>(one) <= high;
-        });
-      });
-    });
-    std::vector<int64_t> before(chunks_.size());
-    std::exclusive_scan(ties.begin(), ties.end(), before.begin(), int64_t{0});
-    // The middle was near: few masks are wrong, and their lines are no longer in cache.
-    share_tasks(tasks, [&, ties_going = going - below](int64_t task, int64_t) {
-      const int64_t tensor = chunks_[task].tensor;
-      for_each_mask(task, [low = under[tensor], high = equal[tensor], middle = provisional[tensor],
-                           left = ties_going - before[task]](int64_t bits, uint8_t& mask) mutable {
+    const auto& pieces = sweeper_.pieces();
+    const int64_t ties_going = going - kth.below, tasks = static_cast<int64_t>(pieces.size());
+    const bool all_ties_go = ties_going == kth.same;
+    std::vector<int64_t> ties(pieces.size()), before(pieces.size());
+    if (!all_ties_go) {
+      share_tasks(tasks, [&](int64_t i, int64_t) { ties[i] = count_ties(i, under, equal); });
+      std::exclusive_scan(ties.begin(), ties.end(), before.begin(), int64_t{0});
+    }
+    share_tasks(tasks, [&](int64_t i, int64_t) {
+      const Swept& swept = sweeper_.swept()[i];
+      const int64_t low = under[pieces[i].tensor], high = equal[pieces[i].tensor], middle = swept.bounds.middle;
+      if (swept.bits == nullptr) {
+        const int64_t count = swept.candidates;
+        const int64_t gone = all_ties_go ? count : std::clamp<int64_t>(ties_going - before[i], 0, count);
+        if ((gone > 0 && middle == swept.bounds.low) || (gone < count && middle == swept.bounds.high)) {
+          sweeper_.rewrite(i, gone);
+        }
+        return;
+      }
+      sweeper_.correct(i, [=, left = all_ties_go ? INT64_MAX : ties_going - before[i]](int64_t bits) mutable {
         const bool tie = low < bits && bits <= high;
         const bool keep = bits > high || (tie && left <= 0);
         left -= tie;
-        if (keep != (bits > middle)) {
-          mask = keep;
-        }
+        return keep;
       });
     });
   }
 
-  // All candidates have one score: the first `going` of them, chunk after chunk.
-  void patch_equals(Bracket bracket, int64_t going) {
-    std::vector<int64_t> before(chunks_.size());
-    std::transform_exclusive_scan(results_.begin(), results_.end(), before.begin(), int64_t{0}, std::plus<>(),
-                                  [](const ChunkResult& result) { return result.candidates; });
-    share_tasks(static_cast<int64_t>(chunks_.size()), [&](int64_t task, int64_t worker) {
-      const Chunk& chunk = chunks_[task];
-      int64_t left = std::min(results_[task].candidates, going - before[task]);
-      if (left <= 0) {
-        return;
-      }
-      const int64_t low = scores_[chunk.tensor].bits_up_to(bracket.below);
-      const int64_t high = scores_[chunk.tensor].bits_up_to(bracket.last);
-      if (left == results_[task].candidates) {
-        sweep_chunk(chunk, workers_[worker], {high, high, high}, false);
-        return;
-      }
-      with_runs(chunk, workers_[worker], [&]<class T>(const T* x, uint8_t* mask) {
-        for (int64_t i = 0; i < chunk.count && left > 0; ++i) {
-          const int64_t magnitude = static_cast<int64_t>(x[i] & kMagnitude<T>);
-          if (low < magnitude && magnitude <= high) {
-            mask[i] = 0;
-            --left;
-          }
-        }
+  // Elements of a piece with bits above those of its weight in `under`, up to those in `equal`.
+  int64_t count_ties(size_t piece, const std::vector<int64_t>& under, const std::vector<int64_t>& equal) const {
+    const Swept& swept = sweeper_.swept()[piece];
+    const int64_t tensor = sweeper_.pieces()[piece].tensor, low = under[tensor], high = equal[tensor];
+    if (swept.bits == nullptr) {
+      return swept.candidates;
+    }
+    int64_t ties = 0;
+    by_bits(competition_.weights[tensor].dtype, [&]<class T>(T) {
+      const T* bits = static_cast<const T*>(swept.bits);
+      ties = std::count_if(bits, bits + swept.candidates, [=](T one) {
+        return low < static_cast<int64_t>(one) && static_cast<int64_t>(one) <= high;
       });
     });
+    return ties;
   }
 
-  const std::vector<Strided>& weights_;
-  const std::vector<Strided>& masks_;
-  const std::vector<Score> scores_;
-  const int64_t removed_;
-  const std::vector<Chunk> chunks_;
-  std::vector<ChunkResult> results_;
-  std::vector<Worker> workers_;
+  const Competition& competition_;
+  Sweeper sweeper_;
+  NormBlocks squares_;
+  std::vector<Score> scores_;
+  std::vector<double> slack_;  // empty: the scales are exact. Otherwise how far off each may be, as a part of itself
 };
 
 }  // namespace

@@ -13,6 +13,7 @@ struct Competition {
   std::vector<Strided> weights;
   std::vector<Strided> masks;
   std::vector<double> scales;  // empty: the score is |w|
+  bool normalize = false;      // the score is |w| / ||w||_2; there are no scales, and nothing is wide
   bool wide = false;
   int64_t removed = 0;
 };

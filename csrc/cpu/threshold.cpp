@@ -34,6 +34,12 @@ std::vector<double> scales_of(const std::optional<Tensor>& scales, size_t count)
   return result;
 }
 
+Tensor counts_of(const std::vector<int64_t>& counts) {
+  Tensor result = torch::stable::empty({static_cast<int64_t>(counts.size())}, torch::headeronly::ScalarType::Long);
+  std::ranges::copy(counts, static_cast<int64_t*>(result.mutable_data_ptr()));
+  return result;
+}
+
 Tensor threshold(const std::vector<Tensor> weights, std::optional<Tensor> scales, const std::vector<int64_t> removed,
                  const std::vector<Tensor> masks) {
   const KeepDenormals exact;
@@ -42,9 +48,6 @@ Tensor threshold(const std::vector<Tensor> weights, std::optional<Tensor> scales
   const size_t n = weights.size();
   STD_TORCH_CHECK(removed.size() == 1 || removed.size() == n, "expected one count, or one per weight");
   const std::vector<double> factors = scales_of(scales, n);
-  Tensor result = torch::stable::empty({static_cast<int64_t>(n)}, torch::headeronly::ScalarType::Long);
-  int64_t* nonfinite = static_cast<int64_t*>(result.mutable_data_ptr());
-
   Competition all{strided_of(weights), strided_of(masks), factors};
   all.wide = std::any_of(all.weights.begin(), all.weights.end(),
                          [](const Strided& w) { return w.dtype == Dtype::kFloat64; });
@@ -56,11 +59,11 @@ Tensor threshold(const std::vector<Tensor> weights, std::optional<Tensor> scales
   }
   if (removed.size() == 1) {
     all.removed = removed[0];
-    std::ranges::copy(select_masks(all), nonfinite);
-    return result;
+    return counts_of(select_masks(all));
   }
+  std::vector<int64_t> nonfinite(n);
   const auto select_one = [&](int64_t i) {
-    Competition one{{all.weights[i]}, {all.masks[i]}, {}, all.wide, removed[i]};
+    Competition one{{all.weights[i]}, {all.masks[i]}, {}, false, all.wide, removed[i]};
     if (!factors.empty()) {
       one.scales = {factors[i]};
     }
@@ -77,7 +80,22 @@ Tensor threshold(const std::vector<Tensor> weights, std::optional<Tensor> scales
     select_one(order[shared]);
   }
   share_tasks(static_cast<int64_t>(n - shared), [&](int64_t task, int64_t) { select_one(order[shared + task]); });
-  return result;
+  return counts_of(nonfinite);
+}
+
+Tensor normalized_threshold(const std::vector<Tensor> weights, int64_t removed, const std::vector<Tensor> masks) {
+  const KeepDenormals exact;
+  check_weights(weights);
+  check_masks(masks, weights);
+  Competition all{strided_of(weights), strided_of(masks), {}, true};
+  all.removed = removed;
+  int64_t total = 0;
+  for (const Strided& weight : all.weights) {
+    STD_TORCH_CHECK(weight.dtype != Dtype::kFloat64, "the squares of float64 can leave its range: use norms");
+    total += weight.numel;
+  }
+  STD_TORCH_CHECK(0 <= removed && removed <= total, "cannot remove ", removed, " of ", total);
+  return counts_of(select_masks(all));
 }
 
 }  // namespace
@@ -85,4 +103,5 @@ Tensor threshold(const std::vector<Tensor> weights, std::optional<Tensor> scales
 
 STABLE_TORCH_LIBRARY_IMPL(pyprune, CPU, m) {
   m.impl("threshold", TORCH_BOX(&pyprune::threshold));
+  m.impl("normalized_threshold", TORCH_BOX(&pyprune::normalized_threshold));
 }

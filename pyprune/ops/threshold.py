@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pyprune.ops._library import WEIGHT_DTYPES, check_masks, check_tensors
+from pyprune.ops.norms import norms
 
 
 @torch.no_grad()
@@ -15,9 +16,10 @@ def threshold(
     removed: int | Sequence[int],
     *,
     scales: Tensor | None = None,
+    normalize: bool = False,
     masks: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Mask out exactly the smallest scores |w|, or |w| * scale, of a list of weights.
+    """Mask out exactly the smallest scores |w|, |w| * scale, or |w| / ||w||_2, of a list of weights.
 
     With an int, the weights compete with each other and ``removed`` elements of all of them go. With a sequence,
     weight i loses ``removed[i]`` elements of its own. Scores are rounded to float32 and compared (to float64 if one
@@ -28,6 +30,8 @@ def threshold(
         weights: float32, float64, float16 or bfloat16 tensors on one device, any strides.
         removed: how many elements to drop, in all or of each weight.
         scales: float64 tensor of shape [len(weights)], positive and finite, on the weights' device.
+        normalize: divide by the norm of each weight, as ``scales=1 / norms(weights)`` does, but on the CPU without
+            reading the weights a second time (unless one is float64). An all-zero weight has scores of zero.
         masks: bool tensors to write, shaped like the weights; new ones (with the weights' layout) if None.
 
     Returns:
@@ -60,19 +64,37 @@ def threshold(
         raise ValueError(
             f"scales is {scales.dtype} of shape {tuple(scales.shape)}; expected float64 of shape ({len(weights)},)"
         )
+    if normalize and scales is not None:
+        raise ValueError("give scales, or normalize=True, not both")
     if masks is None:
         masks = [torch.empty_like(weight, dtype=torch.bool) for weight in weights]
     check_masks(masks, weights)
     if not weights:
         return [], torch.empty(0, dtype=torch.int64)
-    nonfinite = torch.ops.pyprune.threshold(list(weights), scales, counts, list(masks))
+    if normalize and _in_one_read(weights, removed):
+        nonfinite = torch.ops.pyprune.normalized_threshold(list(weights), counts[0], list(masks))
+    else:
+        if normalize:
+            limits = torch.finfo(torch.float64)
+            scales = norms(weights).clamp(min=limits.tiny, max=limits.max).reciprocal()
+        nonfinite = torch.ops.pyprune.threshold(list(weights), scales, counts, list(masks))
     # Let autograd notice masks that a graph still needs.
     torch.autograd.graph.increment_version(list(masks))
     return list(masks), nonfinite
+
+
+def _in_one_read(weights: Sequence[Tensor], removed: int | Sequence[int]) -> bool:
+    together = not isinstance(removed, Sequence)
+    return together and all(weight.is_cpu and weight.dtype != torch.float64 for weight in weights)
 
 
 def _fake(weights: list[Tensor], scales: Tensor | None, removed: list[int], masks: list[Tensor]) -> Tensor:
     return weights[0].new_empty(len(weights), dtype=torch.int64)
 
 
+def _fake_normalized(weights: list[Tensor], removed: int, masks: list[Tensor]) -> Tensor:
+    return weights[0].new_empty(len(weights), dtype=torch.int64)
+
+
 torch.library.register_fake("pyprune::threshold", _fake)
+torch.library.register_fake("pyprune::normalized_threshold", _fake_normalized)

@@ -92,7 +92,7 @@ def test_threshold_is_the_same_for_any_thread_count(device, kind, threads):
     assert_matches(masks, expected)
 
 
-@pytest.mark.parametrize("sigmas", [-40.0, -6.0, 6.0, 40.0])
+@pytest.mark.parametrize("sigmas", [-40.0, -6.0, -3.7, 3.7, 6.0, 40.0])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_threshold_recovers_from_a_missed_bracket(dtype, kind, sigmas):

@@ -65,6 +65,15 @@ struct Float16 {
   static double load1(const Item* x) { return float16_to_float(*x); }
 };
 
+inline double add_lanes(double* lanes) {
+  for (int64_t half = kNormLanes / 2; half > 0; half /= 2) {
+    for (int64_t j = 0; j < half; ++j) {
+      lanes[j] += lanes[j + half];
+    }
+  }
+  return lanes[0];
+}
+
 template <class Type, class Term>
 double sum_lanes(const typename Type::Item* x, int64_t count, const Term& term) {
   Double4 sums[kNormLanes / 4] = {};
@@ -79,12 +88,7 @@ double sum_lanes(const typename Type::Item* x, int64_t count, const Term& term) 
   for (int64_t j = 0; i + j < count; ++j) {
     lanes[j] += term(Type::load1(x + i + j));
   }
-  for (int64_t half = kNormLanes / 2; half > 0; half /= 2) {
-    for (int64_t j = 0; j < half; ++j) {
-      lanes[j] += lanes[j + half];
-    }
-  }
-  return lanes[0];
+  return add_lanes(lanes);
 }
 
 }  // namespace

@@ -16,10 +16,20 @@ struct Above {
 };
 
 template <class T>
-struct Block;  // Block(low, middle, high), step(x, mask, stream), maximum()
-
-template <class T>
 constexpr bool kHasBlock = false;
+
+// Without instructions for it, step(x, mask, stream) is missing, and no step is made.
+template <class T>
+struct Block {
+  Block(int64_t, int64_t, int64_t) {}
+  uint64_t maximum() const { return 0; }
+};
+
+inline void end_streaming() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
 
 #if defined(__SSE2__)
 template <>

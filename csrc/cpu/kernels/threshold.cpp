@@ -1,6 +1,6 @@
 #include "threshold.h"
 
-#include "../../dtype.h"
+#include "norms.h"
 #include "sweep_block.h"
 
 namespace pyprune::PYPRUNE_CAPABILITY {
@@ -9,8 +9,9 @@ namespace {
 // What is left when whole blocks are done, and everything where there are no blocks. Sums in the elements' own width,
 // so that the compiler can vectorise the loop over 64 of them.
 template <class T, bool kStore>
-void sweep_plain(const T* x, uint8_t* mask, int64_t begin, int64_t end, int64_t low, int64_t middle, int64_t high,
-                 T* bits, uint16_t* positions, Sweep& result) {
+void sweep_plain(const T* x, uint8_t* mask, int64_t begin, int64_t end, const Bounds& bounds, T* bits,
+                 uint16_t* positions, Sweep& result) {
+  const auto [low, middle, high] = bounds;
   // Bounds moved up by one, so that the comparison needs no sign: they may be -1.
   const T lo = static_cast<T>(low) + T{1}, mid = static_cast<T>(middle) + T{1}, hi = static_cast<T>(high) + T{1};
   T largest = 0;
@@ -41,70 +42,82 @@ void sweep_plain(const T* x, uint8_t* mask, int64_t begin, int64_t end, int64_t 
   result.largest = largest > result.largest ? largest : result.largest;
 }
 
+// Whole steps of 64 elements, from `begin` on; returns where the rest begins.
 template <class T, bool kStore>
-Sweep sweep_as(const T* x, uint8_t* mask, int64_t count, int64_t low, int64_t middle, int64_t high, T* bits,
-               uint16_t* positions) {
-  Sweep result;
-  int64_t done = 0;
-#if defined(__SSE2__)
-  if constexpr (kHasBlock<T>) {
-    Block<T> block(low, middle, high);
-    // A mask is read again long after it has left the cache: streaming saves reading its lines first.
-    const bool stream = reinterpret_cast<uintptr_t>(mask) % 64 == 0 && count == 65536;
-    for (; done + 64 <= count; done += 64) {
-      const Above above = block.step(x + done, mask + done, stream);
-      result.above += __builtin_popcountll(above.low);
-      uint64_t inside = above.low & ~above.high;
-      if constexpr (kStore) {
-        const auto store_one = [&] {
-          const int64_t i = done + __builtin_ctzll(inside | uint64_t{1} << 63);
-          bits[result.candidates] = x[i] & kMagnitude<T>;
-          positions[result.candidates] = static_cast<uint16_t>(i);
-          result.candidates += inside != 0;
-          inside &= inside - 1;
-        };
-        // A block holds none, one or two at random: two are always written, kept or not, to have no branch to guess.
-        store_one();
-        store_one();
-        while (inside != 0) {
-          store_one();
-        }
-      } else {
-        result.candidates += __builtin_popcountll(inside);
+int64_t sweep_steps(Block<T>& block, const T* x, uint8_t* mask, int64_t begin, int64_t end, bool stream,
+                    const char* fetch, T* bits, uint16_t* positions, Sweep& result) {
+  int64_t done = begin;
+  for (; done + 64 <= end; done += 64) {
+    for (size_t line = 0; fetch != nullptr && line < sizeof(T); ++line) {
+      __builtin_prefetch(fetch + done * sizeof(T) + line * 64);
+    }
+    const Above above = block.step(x + done, mask + done, stream);
+    result.above += __builtin_popcountll(above.low);
+    uint64_t inside = above.low & ~above.high;
+    if constexpr (kStore) {
+      for (; inside != 0; inside &= inside - 1) {
+        const int64_t i = done + __builtin_ctzll(inside);
+        bits[result.candidates] = x[i] & kMagnitude<T>;
+        positions[result.candidates++] = static_cast<uint16_t>(i);
       }
+    } else {
+      result.candidates += __builtin_popcountll(inside);
     }
-    if (stream) {
-      _mm_sfence();
+  }
+  return done;
+}
+
+template <class T, bool kStore>
+Sweep sweep_as(const T* x, uint8_t* mask, int64_t count, const Bounds& bounds, T* bits, uint16_t* positions,
+               const Errands& errands) {
+  Sweep result;
+  Block<T> block(bounds.low, bounds.middle, bounds.high);
+  // A mask is read again long after it has left the cache: streaming saves reading its lines first.
+  const bool stream = reinterpret_cast<uintptr_t>(mask) % 64 == 0 && count >= kNormBlock;
+  constexpr int64_t kInCache = 2 * kNormBlock;
+  for (int64_t begin = 0; begin < count; begin += kInCache) {
+    const int64_t end = count - begin < kInCache ? count : begin + kInCache;
+    int64_t done = begin;
+    if constexpr (kHasBlock<T>) {
+      done = sweep_steps<T, kStore>(block, x, mask, begin, end, stream, static_cast<const char*>(errands.fetch), bits,
+                                    positions, result);
     }
+    sweep_plain<T, kStore>(x, mask, done, end, bounds, bits, positions, result);
+    if (errands.squares != nullptr) {
+      sum_squares(x + begin, errands.dtype, end - begin, 1.0, errands.squares + begin / kNormBlock);
+    }
+  }
+  if (block.maximum() > result.largest) {
     result.largest = block.maximum();
   }
-#endif
-  sweep_plain<T, kStore>(x, mask, done, count, low, middle, high, bits, positions, result);
+  if (stream) {
+    end_streaming();
+  }
   return result;
 }
 
 template <class T>
-Sweep sweep(const T* x, uint8_t* mask, int64_t count, int64_t low, int64_t middle, int64_t high, T* bits,
-            uint16_t* positions) {
-  return bits != nullptr ? sweep_as<T, true>(x, mask, count, low, middle, high, bits, positions)
-                         : sweep_as<T, false>(x, mask, count, low, middle, high, nullptr, nullptr);
+Sweep sweep(const T* x, uint8_t* mask, int64_t count, const Bounds& bounds, T* bits, uint16_t* positions,
+            const Errands& errands) {
+  return bits != nullptr ? sweep_as<T, true>(x, mask, count, bounds, bits, positions, errands)
+                         : sweep_as<T, false>(x, mask, count, bounds, nullptr, nullptr, errands);
 }
 
 }  // namespace
 
-Sweep sweep16(const uint16_t* x, uint8_t* mask, int64_t count, int64_t low, int64_t middle, int64_t high,
-              uint16_t* bits, uint16_t* positions) {
-  return sweep(x, mask, count, low, middle, high, bits, positions);
+Sweep sweep16(const uint16_t* x, uint8_t* mask, int64_t count, const Bounds& bounds, uint16_t* bits,
+              uint16_t* positions, const Errands& errands) {
+  return sweep(x, mask, count, bounds, bits, positions, errands);
 }
 
-Sweep sweep32(const uint32_t* x, uint8_t* mask, int64_t count, int64_t low, int64_t middle, int64_t high,
-              uint32_t* bits, uint16_t* positions) {
-  return sweep(x, mask, count, low, middle, high, bits, positions);
+Sweep sweep32(const uint32_t* x, uint8_t* mask, int64_t count, const Bounds& bounds, uint32_t* bits,
+              uint16_t* positions, const Errands& errands) {
+  return sweep(x, mask, count, bounds, bits, positions, errands);
 }
 
-Sweep sweep64(const uint64_t* x, uint8_t* mask, int64_t count, int64_t low, int64_t middle, int64_t high,
-              uint64_t* bits, uint16_t* positions) {
-  return sweep(x, mask, count, low, middle, high, bits, positions);
+Sweep sweep64(const uint64_t* x, uint8_t* mask, int64_t count, const Bounds& bounds, uint64_t* bits,
+              uint16_t* positions, const Errands& errands) {
+  return sweep(x, mask, count, bounds, bits, positions, errands);
 }
 
 }  // namespace pyprune::PYPRUNE_CAPABILITY

@@ -8,9 +8,15 @@
 
 #include <cstdint>
 
+#include "../../dtype.h"
 #include "capability_namespace.h"
 
 namespace pyprune {
+
+// On magnitude bits: candidates lie above `low` and not above `high`; what is above `middle` is kept.
+struct Bounds {
+  int64_t low, middle, high;
+};
 
 struct Sweep {
   int64_t above = 0;       // elements above low
@@ -18,16 +24,23 @@ struct Sweep {
   uint64_t largest = 0;    // largest magnitude bits, to find what is not finite
 };
 
+// What else a sweep does on its way.
+struct Errands {
+  double* squares = nullptr;      // where the sums of squares of the blocks of kernels/norms.h go,
+  Dtype dtype = Dtype::kFloat32;  // of elements of this type
+  const void* fetch = nullptr;    // as much memory as is swept, to be fetched for later
+};
+
 }  // namespace pyprune
 
 // With `bits` and `positions` (room for `count` + 1 each) candidates are also stored, in order; with null they are
 // counted.
-#define PYPRUNE_DECLARE_SWEEP                                                                               \
-  Sweep sweep16(const uint16_t* x, uint8_t* mask, int64_t count, int64_t low, int64_t middle, int64_t high, \
-                uint16_t* bits, uint16_t* positions);                                                       \
-  Sweep sweep32(const uint32_t* x, uint8_t* mask, int64_t count, int64_t low, int64_t middle, int64_t high, \
-                uint32_t* bits, uint16_t* positions);                                                       \
-  Sweep sweep64(const uint64_t* x, uint8_t* mask, int64_t count, int64_t low, int64_t middle, int64_t high, \
-                uint64_t* bits, uint16_t* positions);
+#define PYPRUNE_DECLARE_SWEEP                                                                          \
+  Sweep sweep16(const uint16_t* x, uint8_t* mask, int64_t count, const Bounds& bounds, uint16_t* bits, \
+                uint16_t* positions, const Errands& errands);                                          \
+  Sweep sweep32(const uint32_t* x, uint8_t* mask, int64_t count, const Bounds& bounds, uint32_t* bits, \
+                uint16_t* positions, const Errands& errands);                                          \
+  Sweep sweep64(const uint64_t* x, uint8_t* mask, int64_t count, const Bounds& bounds, uint64_t* bits, \
+                uint16_t* positions, const Errands& errands);
 
 PYPRUNE_FOR_EACH_CAPABILITY(PYPRUNE_DECLARE_SWEEP)

@@ -1,0 +1,116 @@
+// The sweep over a list of weights: provisional masks, counts, and the few candidates between two bounds.
+//
+// A chunk is swept in two pieces. Its first elements are a probe: once the probes of all chunks are swept, they tell
+// so much that the rest can be swept between far tighter bounds.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "arena.h"
+#include "kernels/threshold.h"
+#include "norm_blocks.h"
+#include "score.h"
+#include "strided.h"
+
+namespace pyprune {
+
+// A run of one weight, at most a chunk. A probe stands for all of its chunk; small chunks are all probe.
+struct Piece : Chunk {
+  bool probe;
+  int64_t of;  // elements in its chunk
+
+  double stands_for() const { return static_cast<double>(of) / static_cast<double>(count); }
+};
+
+// What is known of a piece.
+struct Swept {
+  Bounds bounds{};
+  int64_t above = 0;       // elements above bounds.low
+  int64_t candidates = 0;  // of these, not above bounds.high
+  int64_t nonfinite = 0;
+  const void* bits = nullptr;  // magnitudes of the candidates, in order; null if they were only counted
+  const uint16_t* positions = nullptr;
+};
+
+enum class Which { kAll, kProbes, kRest };
+
+class Sweeper {
+ public:
+  Sweeper(const std::vector<Strided>& weights, const std::vector<Strided>& masks);
+
+  // In the order of the list.
+  const std::vector<Piece>& pieces() const { return pieces_; }
+  const std::vector<Swept>& swept() const { return swept_; }
+  std::vector<int64_t> nonfinite() const;  // elements of each weight that are not finite
+
+  // Sweeps pieces, each between bounds_of(piece). Candidates are set aside, or with !store only counted. If there is
+  // something to put them, sums the squares of what it reads, too.
+  void sweep(Which which, const std::function<Bounds(size_t piece)>& bounds_of, bool store, NormBlocks* squares);
+  // Only sums squares.
+  void sum_squares(Which which, NormBlocks& squares);
+  // Forgets the candidates.
+  void clear();
+
+  // Writes the mask of a piece whose candidates were only counted anew: the first `going` of them go.
+  void rewrite(size_t piece, int64_t going);
+  // Writes those masks of candidates that were set aside that are not keep_of(bits) yet; asks in order.
+  template <class Keep>
+  void correct(size_t piece, Keep keep_of);
+
+ private:
+  // What a thread needs to itself.
+  struct Worker {
+    Arena bits, positions;
+    std::vector<uint64_t> weight_room, mask_room;  // for weights and masks that are not contiguous
+  };
+
+  void share_pieces(Which which, const std::function<void(size_t piece, Worker& worker)>& body);
+  const void* next_probe(size_t index) const;
+  template <class Visit>
+  void with_runs(const Piece& piece, Worker& worker, const Visit& visit);
+
+  const std::vector<Strided>& weights_;
+  const std::vector<Strided>& masks_;
+  std::vector<Piece> pieces_;
+  std::vector<size_t> probes_, rest_;
+  std::vector<Swept> swept_;
+  std::vector<Worker> workers_;
+};
+
+template <class Keep>
+void Sweeper::correct(size_t index, Keep keep_of) {
+  const Swept& swept = swept_[index];
+  const Strided& mask = masks_[pieces_[index].tensor];
+  const int64_t start = pieces_[index].start;
+  const bool flat = mask.contiguous();
+  by_bits(weights_[pieces_[index].tensor].dtype, [&]<class T>(T) {
+    const T* bits = static_cast<const T*>(swept.bits);
+    // Wrong ones come at random, so they are gathered without a branch; their lines are no longer in cache, so all
+    // are fetched before the first is written.
+    constexpr int64_t kTogether = 256;
+    struct {
+      uint8_t* mask;
+      bool keep;
+    } wrong[kTogether];
+    for (int64_t i = 0; i < swept.candidates;) {
+      int64_t count = 0;
+      for (const int64_t end = std::min(swept.candidates, i + kTogether); i < end; ++i) {
+        const int64_t at = start + swept.positions[i], one = static_cast<int64_t>(bits[i]);
+        const bool keep = keep_of(one);
+        wrong[count] = {reinterpret_cast<uint8_t*>(mask.data) + (flat ? at : mask.offset(at)), keep};
+        count += keep != (one > swept.bounds.middle);
+      }
+      for (int64_t j = 0; j < count; ++j) {
+        __builtin_prefetch(wrong[j].mask, 1);
+      }
+      for (int64_t j = 0; j < count; ++j) {
+        *wrong[j].mask = wrong[j].keep;
+      }
+    }
+  });
+}
+
+}  // namespace pyprune
