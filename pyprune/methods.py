@@ -5,7 +5,6 @@ import numbers
 from collections.abc import Sequence
 from enum import Enum
 
-import torch
 from torch import Tensor
 
 from pyprune import ops
