@@ -29,10 +29,11 @@ minilm: $(VENV)/built  ## Prune a trained 22M-parameter sentence encoder
 test: $(VENV)/built  ## Run the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
 
-test-cpp: $(VENV)/built  ## Run the kernels without torch, under the address and undefined-behaviour sanitizers
+test-cpp: $(VENV)/built  ## Run the kernels without torch, under sanitizers (ARGS=600: ten minutes of fuzzing)
 	$(BIN)/cmake -S csrc -B build/sanitized -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPYPRUNE_SANITIZE=address,undefined
 	$(BIN)/cmake --build build/sanitized
 	build/sanitized/kernels_test
+	build/sanitized/select_fuzz $(ARGS)
 
 lint: $(VENV)/built  ## Format check, lint and types, over all files
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pre-commit run --all-files --show-diff-on-failure

@@ -24,7 +24,7 @@ void fold(const std::vector<Tensor> weights, const std::vector<Tensor> masks) {
   share_tasks(static_cast<int64_t>(chunks.size()), [&](int64_t task, int64_t) {
     const auto [tensor, start, count] = chunks[task];
     const Strided &weight = w[tensor], &mask = m[tensor];
-    std::vector<uint64_t> weight_room, mask_room;
+    Room weight_room, mask_room;
     char* row = weight.in_a_row(start, count, weight_room);
     run(row, reinterpret_cast<const uint8_t*>(mask.in_a_row(start, count, mask_room)), weight.dtype, count);
     if (!weight.contiguous()) {

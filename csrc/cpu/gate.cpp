@@ -56,49 +56,50 @@ struct GateCall {
   }
 };
 
-// Calls block(start, count) for runs of `length` elements of [0, numel), shared among the threads.
+// Calls block(start, count) for blocks of [0, numel), shared among the threads.
 template <class Block>
-void for_each_block(int64_t numel, int64_t length, const Block& block) {
+void for_each_block(int64_t numel, const Block& block) {
   share_tasks((numel + kChunk - 1) / kChunk, [&](int64_t task, int64_t) {
     const KeepDenormals exact;
     const int64_t end = std::min(numel, (task + 1) * kChunk);
-    for (int64_t start = task * kChunk; start < end; start += length) {
-      block(start, std::min(length, end - start));
+    for (int64_t start = task * kChunk; start < end; start += kGateBlock) {
+      block(start, std::min(kGateBlock, end - start));
     }
   });
 }
 
-// The same over all of some tensors: long rows where they lie in order, short ones where they are copied.
-template <class Row>
-void for_each_row(const std::initializer_list<const Strided*>& tensors, const Row& row) {
-  const bool in_order = std::ranges::all_of(tensors, &Strided::contiguous);
-  for_each_block((*tensors.begin())->numel, in_order ? kChunk : kGateBlock, row);
-}
-
-// Elements [start, start + count) of a tensor as a row to read.
-class Input {
- public:
-  const char* row(const Strided& tensor, int64_t start, int64_t count) {
-    return tensor.in_a_row(start, count, room_);
-  }
-
- private:
-  std::vector<uint64_t> room_;
+// What a thread copies rows to that do not lie in order; kept from one chunk to the next.
+struct Rooms {
+  Room weight, logits, grad, out, grad_logits;
 };
 
-// Elements [start, start + count) of a tensor as a row to write, at most kGateBlock of them if it must be copied;
-// put() brings them there. A tensor without elements, which is not wanted, has no row.
+// Calls row(start, count, rooms) for the chunks of [0, numel), shared among the threads. Whole chunks, because a
+// short row of a transposed tensor would take little of each cache line that it touches.
+template <class Row>
+void for_each_row(int64_t numel, const Row& row) {
+  std::vector<Rooms> rooms(thread_count());
+  share_tasks((numel + kChunk - 1) / kChunk, [&](int64_t task, int64_t worker) {
+    const KeepDenormals exact;
+    const int64_t start = task * kChunk;
+    row(start, std::min(kChunk, numel - start), rooms[worker]);
+  });
+}
+
+// Elements [start, start + count) of a tensor as a row to write; put() brings them there if they must be copied. A
+// tensor without elements, which is not wanted, has no row.
 class Output {
  public:
-  Output(const Strided& tensor, int64_t start, int64_t count)
-      : tensor_(tensor),
-        start_(start),
-        count_(count),
-        row_(tensor.contiguous() ? tensor.at(start) : reinterpret_cast<char*>(room_)) {}
-  Output(const Output&) = delete;
-  Output& operator=(const Output&) = delete;
+  Output(const Strided& tensor, int64_t start, int64_t count, Room& room)
+      : tensor_(tensor), start_(start), count_(count) {
+    if (tensor.contiguous()) {
+      row_ = tensor.at(start);
+    } else {
+      room.resize(std::max(room.size(), static_cast<size_t>(count)));
+      row_ = reinterpret_cast<char*>(room.data());
+    }
+  }
 
-  char* row() { return row_; }
+  char* row() { return tensor_.numel > 0 ? row_ : nullptr; }
   void put() {
     if (!tensor_.contiguous()) {
       tensor_.scatter(start_, count_, row_);
@@ -106,7 +107,6 @@ class Output {
   }
 
  private:
-  alignas(64) double room_[kGateBlock];
   const Strided& tensor_;
   int64_t start_;
   int64_t count_;
@@ -126,10 +126,10 @@ struct SharedValues {
       : z(new char[call.logits.numel * call.real_size()]),
         slope(with_slope ? new char[call.logits.numel * call.real_size()] : nullptr) {
     const auto values = PYPRUNE_KERNEL(gate_values);
-    for_each_block(call.logits.numel, kGateBlock, [&](int64_t start, int64_t count) {
-      Input input;
+    for_each_block(call.logits.numel, [&](int64_t start, int64_t count) {
+      Room room;
       const int64_t at = start * call.real_size();
-      values(call.gate, call.noise, call.logits.dtype, input.row(call.logits, start, count), start, count,
+      values(call.gate, call.noise, call.logits.dtype, call.logits.in_a_row(start, count, room), start, count,
              z.get() + at, slope ? slope.get() + at : nullptr);
     });
   }
@@ -161,23 +161,22 @@ void gate_out(const Tensor weight, const Tensor logits, const std::optional<Tens
   }
   if (call.blocks.one_per_weight()) {
     const auto forward = PYPRUNE_KERNEL(gate_forward);
-    for_each_row({&w, &call.logits, &o}, [&](int64_t start, int64_t count) {
-      Input weight_row, logit_row;
-      Output output(o, start, count);
-      forward(
-          call.row(w.dtype, start, count, weight_row.row(w, start, count), logit_row.row(call.logits, start, count)),
-          output.row());
+    for_each_row(w.numel, [&](int64_t start, int64_t count, Rooms& rooms) {
+      Output output(o, start, count, rooms.out);
+      forward(call.row(w.dtype, start, count, w.in_a_row(start, count, rooms.weight),
+                       call.logits.in_a_row(start, count, rooms.logits)),
+              output.row());
       output.put();
     });
   } else {
     const SharedValues shared(call, false);
     Segments(call.blocks).for_each([&](const Segment& segment) {
-      alignas(64) double room[kGateBlock];
-      Input weight_row;
+      alignas(64) double spread_z[kGateBlock];
+      Room room, out_room;
       const int64_t count = segment.gates * segment.run;
-      Output output(o, segment.start, count);
-      const void* const z = spread(segment, call.wide, shared.z.get(), room);
-      multiply(w.dtype, weight_row.row(w, segment.start, count), call.wide, z, count, output.row());
+      Output output(o, segment.start, count, out_room);
+      const void* const z = spread(segment, call.wide, shared.z.get(), spread_z);
+      multiply(w.dtype, w.in_a_row(segment.start, count, room), call.wide, z, count, output.row());
       output.put();
     });
   }
@@ -203,19 +202,13 @@ void gate_backward_out(const Tensor grad, const Tensor weight, const Tensor logi
   }
   if (call.blocks.one_per_weight()) {
     const auto backward = PYPRUNE_KERNEL(gate_backward);
-    for_each_row({&w, &call.logits, &g, &gw, &gl}, [&](int64_t start, int64_t count) {
-      Input weight_row, logit_row, grad_row;
-      Output weight_output(gw, start, count), logit_output(gl, start, count);
-      backward(
-          call.row(w.dtype, start, count, weight_row.row(w, start, count), logit_row.row(call.logits, start, count)),
-          grad_row.row(g, start, count), for_weight ? weight_output.row() : nullptr,
-          for_logits ? logit_output.row() : nullptr);
-      if (for_weight) {
-        weight_output.put();
-      }
-      if (for_logits) {
-        logit_output.put();
-      }
+    for_each_row(w.numel, [&](int64_t start, int64_t count, Rooms& rooms) {
+      Output weight_output(gw, start, count, rooms.out), logit_output(gl, start, count, rooms.grad_logits);
+      backward(call.row(w.dtype, start, count, w.in_a_row(start, count, rooms.weight),
+                        call.logits.in_a_row(start, count, rooms.logits)),
+               g.in_a_row(start, count, rooms.grad), weight_output.row(), logit_output.row());
+      weight_output.put();
+      logit_output.put();
     });
     return;
   }
@@ -223,31 +216,32 @@ void gate_backward_out(const Tensor grad, const Tensor weight, const Tensor logi
   const Segments segments(call.blocks);
   std::vector<double> sums(for_logits ? gl.numel * segments.pieces : 0);
   segments.for_each([&](const Segment& segment) {
-    alignas(64) double room[kGateBlock], segment_sums[kGateBlock] = {};
-    Input grad_row, weight_row;
+    alignas(64) double spread_z[kGateBlock], segment_sums[kGateBlock] = {};
+    Room grad_room, room;
     const int64_t count = segment.gates * segment.run;
-    const char* const grads = grad_row.row(g, segment.start, count);
+    const char* const grads = g.in_a_row(segment.start, count, grad_room);
     if (for_weight) {
-      Output output(gw, segment.start, count);
-      const void* const z = spread(segment, call.wide, shared.z.get(), room);
+      Output output(gw, segment.start, count, room);
+      const void* const z = spread(segment, call.wide, shared.z.get(), spread_z);
       multiply(w.dtype, grads, call.wide, z, count, output.row());
       output.put();
     }
     if (for_logits) {
-      sums_of(w.dtype, grads, weight_row.row(w, segment.start, count), segment.run, segment.gates, segment_sums);
+      sums_of(w.dtype, grads, w.in_a_row(segment.start, count, room), segment.run, segment.gates, segment_sums);
       for (int64_t i = 0; i < segment.gates; ++i) {
         sums[segment.sum + i * segments.pieces] += segment_sums[i];
       }
     }
   });
-  for_each_block(gl.numel, kGateBlock, [&](int64_t start, int64_t count) {
+  for_each_block(gl.numel, [&](int64_t start, int64_t count) {
     double totals[kGateBlock] = {};
+    Room room;
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t piece = 0; piece < segments.pieces; ++piece) {
         totals[i] += sums[(start + i) * segments.pieces + piece];
       }
     }
-    Output output(gl, start, count);
+    Output output(gl, start, count, room);
     round(totals, call.wide, shared.slope.get() + start * call.real_size(), count, gl.dtype, output.row());
     output.put();
   });

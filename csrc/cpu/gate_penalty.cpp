@@ -23,7 +23,7 @@ Tensor gate_penalty(const std::vector<Tensor> logits, bool hard, double shift) {
   share_tasks(static_cast<int64_t>(chunks.size()), [&](int64_t task, int64_t) {
     const KeepDenormals exact;
     const auto [tensor, start, count] = chunks[task];
-    std::vector<uint64_t> room;
+    Room room;
     sums[task] = sum(views[tensor].dtype, views[tensor].in_a_row(start, count, room), hard, shift, count);
   });
   Tensor result = torch::stable::empty({static_cast<int64_t>(views.size())}, torch::headeronly::ScalarType::Double);
@@ -54,7 +54,7 @@ std::vector<Tensor> gate_penalty_backward(const Tensor grad, const std::vector<T
     const KeepDenormals exact;
     const auto [tensor, start, count] = chunks[task];
     const Strided& out = outs[tensor];
-    std::vector<uint64_t> room, out_room;
+    Room room, out_room;
     char* const row = out.in_a_row(start, count, out_room);
     slopes(out.dtype, views[tensor].in_a_row(start, count, room), shift,
            *reinterpret_cast<const double*>(grads.at(tensor)), count, row);

@@ -94,31 +94,32 @@ void Strided::for_each_block(int64_t start, int64_t count, const Visit& visit) c
   }
 }
 
-// Calls move(element of the tensor, element of the contiguous run) for a block: along its smaller stride first, so
-// that each cache line of the tensor is done with at once.
+// Columns of a block that are walked together where rows lie closer to each other than columns do: as many cache
+// lines as stay in the first-level cache even if a power of two between them maps all to one set of it.
+constexpr int64_t kColumnsTogether = 8;
+
+// Calls move(element of the tensor, element of the contiguous run) for a block, so that each cache line of both is
+// done with soon.
 template <class T, class Move>
 void Strided::walk(const Block& block, T* run, const Move& move) const {
   T* base = reinterpret_cast<T*>(data) + block.offset;
-  if (block.rows > 1 && std::abs(block.row_stride) < std::abs(block.column_stride)) {
-    for (int64_t column = 0; column < block.columns; ++column) {
-      for (int64_t row = 0; row < block.rows; ++row) {
-        move(base[column * block.column_stride + row * block.row_stride], run[row * block.columns + column]);
-      }
-    }
-  } else {
+  const bool rows_are_close = block.rows > 1 && std::abs(block.row_stride) < std::abs(block.column_stride);
+  const int64_t together = rows_are_close ? kColumnsTogether : block.columns;
+  for (int64_t first = 0; first < block.columns; first += together) {
+    const int64_t end = std::min(first + together, block.columns);
     for (int64_t row = 0; row < block.rows; ++row) {
-      for (int64_t column = 0; column < block.columns; ++column) {
+      for (int64_t column = first; column < end; ++column) {
         move(base[row * block.row_stride + column * block.column_stride], run[row * block.columns + column]);
       }
     }
   }
 }
 
-char* Strided::in_a_row(int64_t start, int64_t count, std::vector<uint64_t>& room) const {
+char* Strided::in_a_row(int64_t start, int64_t count, Room& room) const {
   if (contiguous()) {
     return data + start * item_size(dtype);
   }
-  room.resize(std::max(room.size(), static_cast<size_t>(count)));  // 8 bytes each: enough for the widest dtype
+  room.resize(std::max(room.size(), static_cast<size_t>(count)));
   gather(start, count, room.data());
   return reinterpret_cast<char*>(room.data());
 }

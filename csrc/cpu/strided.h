@@ -9,6 +9,9 @@
 
 namespace pyprune {
 
+// Memory for a copied run, 8 bytes per element: enough for the widest dtype.
+using Room = std::vector<uint64_t>;
+
 struct Strided {
   Strided(void* data, Dtype dtype, const int64_t* sizes, const int64_t* strides, int64_t dims);
 
@@ -16,7 +19,7 @@ struct Strided {
   int64_t offset(int64_t flat) const;  // where the element with this flat index lies, in elements
   char* at(int64_t flat) const { return data + offset(flat) * item_size(dtype); }
   // Elements [start, start + count) one after the other: where they lie, or copied into `room`.
-  char* in_a_row(int64_t start, int64_t count, std::vector<uint64_t>& room) const;
+  char* in_a_row(int64_t start, int64_t count, Room& room) const;
   void gather(int64_t start, int64_t count, void* out) const;
   void scatter(int64_t start, int64_t count, void* in) const;
 

@@ -1,6 +1,7 @@
 // What a C++ test needs: random numbers, every capability in turn, and a message where something is wrong.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -9,19 +10,29 @@
 #include <vector>
 
 #include "../cpu/capability.h"
-#include "../cpu/strided.h"
+#include "../cpu/half.h"
+#include "../dtype.h"
 
-#define EXPECT(condition)                                                                                   \
-  do {                                                                                                      \
-    if (!(condition)) {                                                                                     \
-      std::fprintf(stderr, "%s:%d: %s (%s)\n", __FILE__, __LINE__, #condition, pyprune::capability_name()); \
-      std::exit(1);                                                                                         \
-    }                                                                                                       \
+#define EXPECT(condition)                                                                 \
+  do {                                                                                    \
+    if (!(condition)) {                                                                   \
+      std::fprintf(stderr, "%s:%d: %s (%s, seed %llu)\n", __FILE__, __LINE__, #condition, \
+                   pyprune::capability_name(), pyprune::test::seed);                      \
+      std::exit(1);                                                                       \
+    }                                                                                     \
   } while (false)
+
+namespace pyprune {
+
+void set_thread_count(int64_t count);  // of threads.cpp
+
+}  // namespace pyprune
 
 namespace pyprune::test {
 
-inline std::mt19937_64 random_bits{1};
+// What the numbers are drawn from.
+inline unsigned long long seed = 1;
+inline std::mt19937_64 random_bits{seed};
 
 inline int64_t random_between(int64_t low, int64_t high) {
   return std::uniform_int_distribution<int64_t>(low, high)(random_bits);
@@ -51,9 +62,13 @@ std::vector<Bits> random_weights(Dtype dtype, int64_t count) {
   return weights;
 }
 
-inline Strided row_of(void* data, Dtype dtype, int64_t count) {
-  const int64_t stride = 1;
-  return Strided(data, dtype, &count, &stride, 1);
+inline double value_of(Dtype dtype, uint64_t bits) {
+  switch (dtype) {
+    case Dtype::kFloat64: return std::bit_cast<double>(bits);
+    case Dtype::kFloat32: return std::bit_cast<float>(static_cast<uint32_t>(bits));
+    case Dtype::kFloat16: return float16_to_float(static_cast<uint16_t>(bits));
+    default: return bfloat16_to_float(static_cast<uint16_t>(bits));
+  }
 }
 
 }  // namespace pyprune::test

@@ -1,7 +1,6 @@
 // The CPU kernels without torch and Python, against the plainest loops: meant to run under sanitizers (make
 // test-cpp).
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <numeric>
 
@@ -12,7 +11,6 @@
 #include "../cpu/kernels/gate_penalty.h"
 #include "../cpu/kernels/norms.h"
 #include "../cpu/score.h"
-#include "../cpu/select.h"
 #include "check.h"
 
 namespace pyprune::test {
@@ -20,59 +18,6 @@ namespace {
 
 const std::vector<Dtype> kFloats = {Dtype::kFloat32, Dtype::kFloat64, Dtype::kFloat16, Dtype::kBFloat16};
 const std::vector<int64_t> kLengths = {0, 1, 3, 15, 16, 17, 63, 64, 65, 255, 256, 257, 1000, 4095, 4097};
-
-double value_of(Dtype dtype, uint64_t bits) {
-  switch (dtype) {
-    case Dtype::kFloat64: return std::bit_cast<double>(bits);
-    case Dtype::kFloat32: return std::bit_cast<float>(static_cast<uint32_t>(bits));
-    case Dtype::kFloat16: return float16_to_float(static_cast<uint16_t>(bits));
-    default: return bfloat16_to_float(static_cast<uint16_t>(bits));
-  }
-}
-
-// Every weight of a list competes; the stable sort is the meaning of the threshold.
-template <class Bits>
-void test_select(Dtype dtype, int64_t tensors, int64_t longest, bool scaled) {
-  std::vector<std::vector<Bits>> weights;
-  std::vector<std::vector<uint8_t>> masks;
-  std::vector<double> scales;
-  for (int64_t i = 0; i < tensors; ++i) {
-    weights.push_back(random_weights<Bits>(dtype, random_between(0, longest)));
-    masks.emplace_back(weights.back().size(), 2);
-    scales.push_back(std::ldexp(1.0 + i, static_cast<int>(random_between(-3, 3))));
-  }
-  Competition competition;
-  competition.wide = dtype == Dtype::kFloat64;
-  std::vector<double> scores;
-  for (int64_t i = 0; i < tensors; ++i) {
-    competition.weights.push_back(row_of(weights[i].data(), dtype, weights[i].size()));
-    competition.masks.push_back(row_of(masks[i].data(), Dtype::kBool, masks[i].size()));
-    for (const Bits bits : weights[i]) {
-      const double score = std::fabs(value_of(dtype, bits)) * (scaled ? scales[i] : 1.0);
-      scores.push_back(competition.wide ? score : static_cast<float>(score));
-    }
-  }
-  if (scaled) {
-    competition.scales = scales;
-  }
-  competition.removed = random_between(0, scores.size());
-  std::vector<size_t> order(scores.size());
-  std::iota(order.begin(), order.end(), size_t{0});
-  std::ranges::stable_sort(order, {}, [&](size_t i) { return scores[i]; });
-  std::vector<uint8_t> expected(scores.size(), 1);
-  for (int64_t i = 0; i < competition.removed; ++i) {
-    expected[order[i]] = 0;
-  }
-  with_each_capability([&] {
-    const std::vector<int64_t> nonfinite = select_masks(competition);
-    EXPECT(std::ranges::all_of(nonfinite, [](int64_t count) { return count == 0; }));
-    auto next = expected.begin();
-    for (const auto& mask : masks) {
-      EXPECT(std::equal(mask.begin(), mask.end(), next));
-      next += mask.size();
-    }
-  });
-}
 
 template <class Bits>
 void test_elementwise(Dtype dtype, int64_t count) {
@@ -184,9 +129,6 @@ void run() {
     by_size(dtype, [&]<class Bits>(Bits) {
       for (const int64_t length : kLengths) {
         test_elementwise<Bits>(dtype, length);
-      }
-      for (int round = 0; round < 20; ++round) {
-        test_select<Bits>(dtype, random_between(1, 5), round < 15 ? 3000 : 150'000, round % 2 == 1);
       }
     });
   }

@@ -9,13 +9,17 @@
 namespace pyprune {
 namespace {
 
-constexpr int64_t kThreads = 3;
+int64_t threads_to_use = 3;
 thread_local bool inside = false;
 
 }  // namespace
 
 int64_t thread_count() {
-  return kThreads;
+  return threads_to_use;
+}
+
+void set_thread_count(int64_t count) {
+  threads_to_use = count;
 }
 
 void share_tasks(int64_t count, const std::function<void(int64_t task, int64_t worker)>& body) {
@@ -26,11 +30,11 @@ void share_tasks(int64_t count, const std::function<void(int64_t task, int64_t w
       body(task, worker);
     }
   };
-  if (count <= 1 || inside) {
+  if (count <= 1 || inside || threads_to_use == 1) {
     return work(0);
   }
   std::vector<std::thread> threads;
-  for (int64_t worker = 0; worker < kThreads; ++worker) {
+  for (int64_t worker = 0; worker < threads_to_use; ++worker) {
     threads.emplace_back([&work, worker] {
       inside = true;
       work(worker);

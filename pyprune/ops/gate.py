@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -143,8 +144,9 @@ def _gate(
         check_seed(seed, weight.device)
     _refuse_tangents(weight, logits)
     if out is None:
-        result: Tensor = torch.ops.pyprune.gate(weight, logits, seed, stream, *rule)
-        return result
+        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        call: Callable[..., Tensor] = torch.ops.pyprune.gate.default if traced else _Gate.apply
+        return call(weight, logits, seed, stream, *rule)
     check_tensors([out], "out", (weight.dtype,))
     if out.shape != weight.shape or out.device != weight.device:
         raise ValueError(
@@ -206,11 +208,28 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     for_weight, for_logits = ctx.needs_input_grad[:2]
-    grad_weight, grad_logits = torch.ops.pyprune.gate_backward(
-        grad, *ctx.saved_tensors, *ctx.rule, for_weight, for_logits
-    )
+    arguments = (grad, *ctx.saved_tensors, *ctx.rule, for_weight, for_logits)
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        # This one refuses to be differentiated again.
+        grad_weight, grad_logits = torch.ops.pyprune.gate_backward.default(*arguments)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            grad_weight, grad_logits = torch.ops.pyprune.gate_backward.default(*arguments)
     rest = (None,) * (1 + len(ctx.rule))
     return (grad_weight if for_weight else None, grad_logits if for_logits else None, *rest)
+
+
+class _Gate(torch.autograd.Function):
+    """The operator with its derivative, where nothing is traced: the registered way costs twice as much per call."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            out: Tensor = torch.ops.pyprune.gate.default(*inputs)
+        _setup_context(ctx, inputs, out)
+        return out
+
+    backward = staticmethod(_backward)
 
 
 torch.library.register_fake("pyprune::gate", _fake)

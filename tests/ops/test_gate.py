@@ -1,7 +1,9 @@
 import math
+import warnings
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyprune import _C, ops
 from pyprune.ops import reference
@@ -263,6 +265,48 @@ def test_gate_computes_only_the_gradients_that_are_wanted(device):
     only_logits = logits.clone().requires_grad_()
     ops.hard_concrete_gate(weight, only_logits, seed).sum().backward()
     assert torch.equal(only_logits.grad, grads[1])
+
+
+class Calls(TorchDispatchMode):
+    """Writes down which operators run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("gates", [(6, 4), (6, 1)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gate_is_one_operator_forward_and_one_backward(device, gates, transposed):
+    weight, logits = random_pair(((6, 4), gates), torch.float32, torch.float32, device)
+    weight, logits = (weight.t().contiguous().t() if transposed else weight).requires_grad_(), logits.requires_grad_()
+    seed, grad = torch.tensor(3, device=device), torch.ones_like(weight)
+    with Calls() as calls:
+        ops.bernoulli_gate(weight, logits, seed).backward(grad)
+    # No copy: what the backward pass wrote is the gradient that a leaf gets.
+    assert [name for name in calls.names if name != "aten::detach"] == ["pyprune::gate", "pyprune::gate_backward"]
+
+
+def test_gate_differentiates_as_the_registered_operator(device):
+    weight, logits = (
+        one.requires_grad_() for one in random_pair(((6, 4), (6, 1)), torch.float32, torch.float32, device)
+    )
+    seed = torch.tensor(3, device=device)
+    found = ops.hard_concrete_gate(weight, logits, seed, stream=2)
+    registered = torch.ops.pyprune.gate(weight, logits, seed, 2, 1, 2 / 3, -0.1, 1.1)
+    assert torch.equal(found, registered)
+    grads = [torch.autograd.grad(out.square().sum(), [weight, logits]) for out in (found, registered)]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    # Both under torch.func, which the operator takes part in by its registration.
+    batch = torch.stack([weight.detach(), -weight.detach()])
+    expected = torch.stack([ops.bernoulli_gate(one, logits, seed) for one in batch])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it runs one by one
+        assert torch.equal(torch.func.vmap(lambda one: ops.bernoulli_gate(one, logits, seed))(batch), expected)
 
 
 def test_gate_into_a_given_tensor(device):

@@ -170,7 +170,8 @@ def arrays(dtype: type) -> st.SearchStrategy[np.ndarray]:
     special = [0.0, -0.0, 1.0, -1.0, float(limits.smallest_subnormal), float(limits.max)]
     width = limits.bits
     elements = st.floats(width=width, allow_nan=False, allow_infinity=False) | st.sampled_from(special)
-    return hnp.arrays(dtype, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=40), elements=elements)
+    found = hnp.arrays(dtype, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=40), elements=elements)
+    return found | found.map(np.transpose)
 
 
 @hypothesis.settings(max_examples=150, deadline=None)
