@@ -38,8 +38,8 @@ lint: $(VENV)/built  ## Format check, lint and types, over all files
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pre-commit run --all-files --show-diff-on-failure
 
 bench: $(VENV)/built  ## Measure the kernels beside the other ways, as ratios
-	$(BIN)/python benchmarks/bench_threshold.py $(ARGS)
-	$(BIN)/python benchmarks/bench_gate.py $(ARGS)
+	$(BIN)/python benchmarks/bench_masks.py $(ARGS)
+	$(BIN)/python benchmarks/bench_gates.py $(ARGS)
 	$(BIN)/python benchmarks/bench_rb_loss.py $(ARGS)
 
 bench-cpp: $(VENV)/built  ## Measure the kernels without torch; needs Google Benchmark (libbenchmark-dev)

@@ -6,26 +6,19 @@ All ways run in one process, in turns; the medians are compared. See ``--help`` 
 from typing import Any
 
 import torch
-from bench_gate import Threshold
 from measure import Way, interleave, measured, parse, parser_of, table_of, with_floor
+from peers import TARGET, P, nncf_rb_loss
 from rich.console import Console
 from shapes import MODELS, title_of
 from torch import Tensor, nn
 
 import pyprune
 
-TARGET, P = 0.7, 0.05
 NOTES = """\
 floor             reads all logits twice and writes their gradients, into
                   existing memory
 NNCF's formula    the sum of (sigmoid(m) > 1/2), with its gradient
 compiled          the same under torch.compile, all logits flat in one tensor"""
-
-
-def nncf_rb_loss(logits: list[Tensor]) -> Tensor:
-    kept = sum(Threshold.apply(torch.sigmoid(one)).sum() for one in logits)
-    count = sum(one.numel() for one in logits)
-    return ((kept / count - (1 - TARGET)) / P) ** 2
 
 
 def gated(shapes: list[tuple[int, ...]]) -> nn.Module:

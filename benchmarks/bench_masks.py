@@ -8,6 +8,7 @@ import argparse
 
 import torch
 from measure import Way, interleave, measured, parse, parser_of, table_of, with_floor
+from peers import cat_kthvalue, kthvalue_per_tensor, nncf_formula
 from rich.console import Console
 from shapes import DTYPES, MODELS, as_modules, random_weights, title_of
 from torch import Tensor
@@ -25,24 +26,6 @@ x pyprune       medians, beside the first line of pyprune in the same part
 existing masks  are overwritten; new masks pay for fresh memory, as torch's own ways do
 L2-normalised   scores |w| / ||w||_2; NNCF's formula: torch.cat of them, and kthvalue
 global_unstructured, pyprune.prune   also put the masks on the layers"""
-
-
-def cat_kthvalue(weights: list[Tensor], removed: int) -> list[Tensor]:
-    bound = torch.cat([weight.abs().flatten() for weight in weights]).kthvalue(removed).values
-    return [weight.abs() > bound for weight in weights]
-
-
-def nncf_formula(weights: list[Tensor], ratio: float) -> list[Tensor]:
-    """Compute what NNCF 3's update_pruning_ratio computes for its global mode, without its hooks."""
-    scores = torch.cat([(weight.abs() / weight.norm(2)).flatten() for weight in weights])
-    bound = scores.kthvalue(int((scores.numel() - 1) * ratio) + 1).values
-    return [weight.abs() / weight.norm(2) > bound for weight in weights]
-
-
-def kthvalue_per_tensor(weights: list[Tensor], removed: list[int]) -> list[Tensor]:
-    scores = [weight.abs() for weight in weights]
-    bounds = [score.flatten().kthvalue(max(count, 1)).values for score, count in zip(scores, removed, strict=True)]
-    return [score > bound for score, bound in zip(scores, bounds, strict=True)]
 
 
 def l2_normalised(weights: list[Tensor], removed: int, masks: list[Tensor] | None = None) -> list[Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from measure import Way, interleave, measured, parse, parser_of, table_of, with_floor
+from peers import BETA, GAMMA, ZETA, eager_hard_concrete, nncf_gate
 from rich.console import Console
 from shapes import DTYPES, MODELS, random_weights, title_of
 from torch import Tensor
@@ -27,35 +28,6 @@ floor             moves the bytes of forward (read weight and logits, write the
 NNCF's formula    w * (sigmoid(m + logit(u)) > 1/2), with its gradient
 compiled          the same under torch.compile
 extra memory      held at most beyond the inputs and what is returned"""
-EPSILON = 1e-6
-BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
-
-
-class Threshold(torch.autograd.Function):
-    """Compare with 1/2; the gradient goes straight through."""
-
-    @staticmethod
-    def forward(p: Tensor) -> Tensor:
-        return (p > 0.5).to(p.dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
-
-
-def nncf_gate(weight: Tensor, logits: Tensor) -> Tensor:
-    noise = torch.rand_like(logits).clamp(EPSILON, 1 - EPSILON)
-    return weight * Threshold.apply(torch.sigmoid(logits + torch.logit(noise)))
-
-
-def eager_hard_concrete(weight: Tensor, logits: Tensor) -> Tensor:
-    noise = torch.rand_like(logits).clamp(EPSILON, 1 - EPSILON)
-    s = torch.sigmoid((torch.log(noise) - torch.log(1 - noise) + logits) / BETA)
-    return weight * (s * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
 
 def pyprune_bernoulli(weight: Tensor, logits: Tensor) -> Tensor:
