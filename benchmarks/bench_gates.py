@@ -1,33 +1,20 @@
-"""Time gates, forward and backward, beside NNCF's formula and an eager hard concrete, as ratios.
+"""Gates, forward and backward: as one tensor into existing memory, and tensor by tensor through autograd."""
 
-All ways run in one process, in turns; the medians are compared. See ``--help`` for the options. The default run
-takes about two minutes and 4 GB of memory.
-"""
-
-import ctypes
-import gc
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import nncf_peer
 import torch
-from measure import Way, interleave, measured, parse, parser_of, table_of, with_floor
+from measure import Way, with_floor
 from peers import BETA, GAMMA, ZETA, eager_hard_concrete, nncf_gate
-from rich.console import Console
-from shapes import DTYPES, MODELS, random_weights, title_of
+from shapes import LISTS, Case
 from torch import Tensor
 
 from pyprune import ops
 
-NOTES = """\
-one tensor        as many gates as the model has weights; logits in float32
-reused outputs    our kernels write into tensors that exist: no fresh memory
-54 tensors        through autograd, as in training, with fresh outputs
-floor             moves the bytes of forward (read weight and logits, write the
-                  output) and backward (read these and a gradient, write two)
-NNCF's formula    w * (sigmoid(m + logit(u)) > 1/2), with its gradient
-compiled          the same under torch.compile
-extra memory      held at most beyond the inputs and what is returned"""
+MODELS = tuple(LISTS)
+DTYPES = ("float32",)
+Gate = Callable[[Tensor, Tensor], Tensor]
 
 
 def pyprune_bernoulli(weight: Tensor, logits: Tensor) -> Tensor:
@@ -42,148 +29,117 @@ def draw_seed() -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, ())
 
 
-Gate = Callable[[Tensor, Tensor], Tensor]
-GATES: dict[str, tuple[Gate, Gate, str, int]] = {
-    "Bernoulli": (pyprune_bernoulli, nncf_gate, "NNCF's formula", 0),
-    "hard concrete": (pyprune_hard_concrete, eager_hard_concrete, "torch", 1),
+# Name -> ours, theirs, whose that is, whether that is a formula, the number of the rule in the kernel.
+GATES: dict[str, tuple[Gate, Gate, str, bool, int]] = {
+    "Bernoulli": (
+        pyprune_bernoulli,
+        nncf_peer.gate if nncf_peer.AVAILABLE else nncf_gate,
+        "NNCF",
+        not nncf_peer.AVAILABLE,
+        0,
+    ),
+    "hard-concrete": (pyprune_hard_concrete, eager_hard_concrete, "torch", True, 1),
 }
 
 
 def forward_backward(gate: Gate, weights: list[Tensor], logits: list[Tensor], grads: list[Tensor]) -> list[Any]:
     """Gate all weights, then take all gradients, as a training step does."""
     outputs = [gate(weight, logit) for weight, logit in zip(weights, logits, strict=True)]
-    torch.autograd.grad(outputs, [*weights, *logits], grads)
-    return outputs
+    return [outputs, torch.autograd.grad(outputs, [*weights, *logits], grads)]
 
 
 class Reused:
-    """Our kernels on one tensor, with outputs that exist."""
+    """Our kernels on lists of tensors, with outputs that exist, and torch's own ways of moving as many bytes."""
 
-    def __init__(self, weight: Tensor, logits: Tensor, grad: Tensor, rule: int) -> None:
-        self.inputs = (weight.detach(), logits.detach(), torch.tensor(5), 0, rule, BETA, GAMMA, ZETA)
-        self.grad = grad
-        self.outputs = (torch.empty_like(weight), torch.empty_like(weight), torch.empty_like(logits))
+    def __init__(self, weights: list[Tensor], logits: list[Tensor], grads: list[Tensor], rule: int) -> None:
+        self.inputs = [(w.detach(), m.detach(), g) for w, m, g in zip(weights, logits, grads, strict=True)]
+        self.options = (torch.tensor(5), 0, rule, BETA, GAMMA, ZETA)
+        self.outputs = [(torch.empty_like(w), torch.empty_like(w), torch.empty_like(m)) for w, m, _ in self.inputs]
+        self.moved = 4 * sum(g.nbytes for g in grads) + 4 * sum(m.nbytes for m in logits)
 
     def forward(self) -> None:
-        torch.ops.pyprune.gate_out(*self.inputs, self.outputs[0])
+        for (weight, logits, _), (out, _, _) in zip(self.inputs, self.outputs, strict=True):
+            torch.ops.pyprune.gate_out(weight, logits, *self.options, out)
 
     def backward(self) -> None:
-        torch.ops.pyprune.gate_backward_out(self.grad, *self.inputs, *self.outputs[1:])
+        for (weight, logits, grad), (_, *grads) in zip(self.inputs, self.outputs, strict=True):
+            torch.ops.pyprune.gate_backward_out(grad, weight, logits, *self.options, *grads)
 
     def both(self) -> None:
         self.forward()
         self.backward()
 
-    def floor_forward(self) -> None:
-        torch.mul(self.inputs[0], self.inputs[1], out=self.outputs[0])
+    def floor(self) -> None:
+        """Read weights and logits, write outputs; read these and gradients, write two gradients."""
+        for (weight, logits, _), (out, _, _) in zip(self.inputs, self.outputs, strict=True):
+            torch.mul(weight, logits, out=out)
+        for (weight, logits, grad), (_, *grads) in zip(self.inputs, self.outputs, strict=True):
+            torch.mul(weight, logits, out=grads[0])
+            grads[1].copy_(grad)
 
-    def floor_backward(self) -> None:
-        torch.mul(self.inputs[0], self.inputs[1], out=self.outputs[1])
-        self.outputs[2].copy_(self.grad)
-
-    def floor_both(self) -> None:
-        self.floor_forward()
-        self.floor_backward()
+    def floor_fresh(self) -> list[Any]:
+        """Move the same bytes, into fresh memory: what allocation costs."""
+        outputs = [weight * logits for weight, logits, _ in self.inputs]
+        return [outputs, [(weight * logits, grad.clone()) for weight, logits, grad in self.inputs]]
 
 
-def kernel_ways(name: str, weight: Tensor, logits: Tensor, grad: Tensor) -> list[Way]:
-    ours, theirs, label, rule = GATES[name]
-    reused = Reused(weight, logits, grad, rule)
-    lists = ([weight], [logits], [grad])
+def one_tensor(name: str, lists: tuple[list[Tensor], list[Tensor], list[Tensor]]) -> list[Way]:
+    ours, theirs, label, formula, rule = GATES[name]
+    one = [torch.cat([tensor.detach().flatten() for tensor in tensors]) for tensors in lists]
+    joined = ([one[0].requires_grad_()], [one[1].requires_grad_()], [one[2]])
+    kernels = Reused(*joined, rule)
     compiled = torch.compile(theirs, dynamic=False)
-    forward_backward(compiled, *lists)  # what compiling takes is not what is measured
-    part = f"{name}, one tensor"
+    group, returned = f"{name} gates, one tensor", 3 * one[0].nbytes
+    peers = [
+        Way(group, f"{label}, compiled", lambda: forward_backward(compiled, *joined), compiles=True),
+        Way(group, f"{label}, eager", lambda: forward_backward(theirs, *joined)),
+    ]
+    fresh = Way(group, "pyprune, fresh outputs", lambda: forward_backward(ours, *joined))
+    for way in (fresh, *peers):
+        way.returned = returned
+    for way in peers:
+        way.formula = formula
     return with_floor(
-        Way(part, "floor", reused.floor_both),
+        Way(group, "floor", kernels.floor, moved=kernels.moved),
         [
-            Way(part, "pyprune, reused outputs", reused.both),
-            Way(part, "  forward alone", reused.forward),
-            Way(part, "  backward alone", reused.backward),
-            Way(part, "pyprune, fresh outputs", lambda: forward_backward(ours, *lists)),
-            Way(part, f"{label}, compiled", lambda: forward_backward(compiled, *lists)),
-            Way(part, f"{label}, eager", lambda: forward_backward(theirs, *lists)),
+            Way(group, "pyprune", kernels.both),
+            Way(group, "pyprune, forward alone", kernels.forward),
+            Way(group, "pyprune, backward alone", kernels.backward),
+            fresh,
+            *peers,
         ],
     )
 
 
-def training_ways(name: str, weights: list[Tensor], logits: list[Tensor], grads: list[Tensor]) -> list[Way]:
-    ours, theirs, label, _ = GATES[name]
+def tensor_by_tensor(name: str, lists: tuple[list[Tensor], list[Tensor], list[Tensor]]) -> list[Way]:
+    ours, theirs, label, formula, rule = GATES[name]
+    kernels = Reused(*lists, rule)
     # One compilation for all shapes: flat, and of any length.
-    flat = [[one.detach().flatten().requires_grad_() for one in tensors] for tensors in (weights, logits)]
-    flat_grads = [grad.flatten() for grad in grads]
+    flat = [[one.detach().flatten().requires_grad_() for one in tensors] for tensors in lists[:2]]
+    flat_grads = [grad.flatten() for grad in lists[2]]
     compiled = torch.compile(theirs, dynamic=True)
-    forward_backward(compiled, *flat, flat_grads)
-    part = f"{name}, {len(weights)} tensors, through autograd"
-    return [
-        Way(part, "pyprune", lambda: forward_backward(ours, weights, logits, grads)),
-        Way(part, f"{label}, compiled", lambda: forward_backward(compiled, *flat, flat_grads)),
-        Way(part, f"{label}, eager", lambda: forward_backward(theirs, weights, logits, grads)),
+    group = f"{name} gates, tensor by tensor"
+    peers = [
+        Way(group, f"{label}, compiled", lambda: forward_backward(compiled, *flat, flat_grads), compiles=True),
+        Way(group, f"{label}, eager", lambda: forward_backward(theirs, *lists)),
     ]
-
-
-def extra_memory_mib(run: Callable[[], Any], returned_bytes: int) -> float:
-    """Return the peak of resident memory while it runs, without what it returns, in MiB (Linux)."""
-    status = Path("/proc/self/status")
-
-    def resident(field: str) -> int:
-        line = next(line for line in status.read_text().splitlines() if line.startswith(field))
-        return int(line.split()[1]) * 1024
-
-    run()  # warm, and compiled
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = resident("VmRSS")
-    run()
-    return (resident("VmHWM") - before - returned_bytes) / 2**20
-
-
-def memory_lines(name: str, weight: Tensor, logits: Tensor, grad: Tensor) -> list[dict[str, Any]]:
-    ours, theirs, label, _ = GATES[name]
-    returned = 2 * weight.nbytes + logits.nbytes
-    return [
-        {
-            "group": f"{name}, extra memory",
-            "way": way,
-            "mib": extra_memory_mib(lambda gate=gate: forward_backward(gate, [weight], [logits], [grad]), returned),
-        }
-        for way, gate in {
-            "pyprune": ours,
-            f"{label}, compiled": torch.compile(theirs, dynamic=False),
-            f"{label}, eager": theirs,
-        }.items()
+    for way in peers:
+        way.formula = formula
+    fresh = [
+        Way(group, "pyprune", lambda: forward_backward(ours, *lists)),
+        Way(group, "floor in fresh memory", kernels.floor_fresh),
+        *peers,
     ]
+    for way in fresh:
+        way.returned = 3 * sum(grad.nbytes for grad in lists[2])
+    floor = Way(group, "floor in existing memory", kernels.floor, moved=kernels.moved)
+    return with_floor(floor, fresh)
 
 
-def main() -> None:
-    parser = parser_of(__doc__)
-    parser.set_defaults(model=["resnet50"], dtype=["float32"], repeats=9)
-    arguments = parse(parser)
-    console, results = Console(), []
-    with measured(arguments, console, results, NOTES, {}):
-        for model in arguments.model:
-            for dtype in arguments.dtype:
-                weights = [weight.requires_grad_() for weight in random_weights(MODELS[model](), DTYPES[dtype])]
-                generator = torch.Generator().manual_seed(1)
-                logits = [(2 + 2 * torch.randn(one.shape, generator=generator)).requires_grad_() for one in weights]
-                grads = [torch.randn(one.shape, generator=generator).to(one.dtype) for one in weights]
-                weight, logit, grad = (
-                    torch.cat([one.detach().flatten() for one in tensors]) for tensors in (weights, logits, grads)
-                )
-                title = title_of(model, dtype, weights)
-                for name in GATES:
-                    one = (weight.requires_grad_(), logit.requires_grad_(), grad)
-                    ways = kernel_ways(name, *one) + training_ways(name, weights, logits, grads)
-                    interleave(ways, arguments.repeats, arguments.seconds, console, title)
-                    console.print(table_of(title, ways))
-                    memory = memory_lines(name, *one)
-                    for line in memory:
-                        console.print(f"  {line['way']:<28} {line['mib']:8.0f} MiB extra", highlight=False)
-                    console.print()
-                    results += [
-                        line | {"model": model, "dtype": dtype} for line in [*(w.as_dict() for w in ways), *memory]
-                    ]
-
-
-if __name__ == "__main__":
-    main()
+def ways(case: Case) -> list[Way]:
+    weights = [weight.requires_grad_() for weight in case.draw()]
+    generator = torch.Generator().manual_seed(1)
+    logits = [(2 + 2 * torch.randn(one.shape, generator=generator)).requires_grad_() for one in weights]
+    grads = [torch.randn(one.shape, generator=generator) for one in weights]
+    lists = (weights, logits, grads)
+    return [way for name in GATES for part in (one_tensor, tensor_by_tensor) for way in part(name, lists)]

@@ -1,4 +1,4 @@
-"""The formulas of other libraries, in plain torch: what pyprune's kernels are measured beside."""
+"""What pyprune's kernels are measured beside: torch's own ways, and the formulas of NNCF in plain torch."""
 
 from typing import Any
 
@@ -10,9 +10,36 @@ BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 TARGET, P = 0.7, 0.05
 
 
-def cat_kthvalue(weights: list[Tensor], removed: int) -> list[Tensor]:
-    bound = torch.cat([weight.abs().flatten() for weight in weights]).kthvalue(removed).values
+def cat_scores(weights: list[Tensor]) -> Tensor:
+    return torch.cat([weight.abs().flatten() for weight in weights])
+
+
+def masks_above(weights: list[Tensor], bound: Tensor) -> list[Tensor]:
     return [weight.abs() > bound for weight in weights]
+
+
+def cat_kthvalue(weights: list[Tensor], removed: int) -> list[Tensor]:
+    return masks_above(weights, cat_scores(weights).kthvalue(removed).values)
+
+
+def cat_topk(weights: list[Tensor], removed: int) -> list[Tensor]:
+    """Take the fewer: those that go, or those that stay. They come unsorted, which is faster."""
+    scores = cat_scores(weights)
+    kept = scores.numel() - removed
+    if removed <= kept:
+        return masks_above(weights, scores.topk(removed, largest=False, sorted=False).values.max())
+    bound = scores.topk(kept, sorted=False).values.min()
+    return [weight.abs() >= bound for weight in weights]
+
+
+def cat_sort(weights: list[Tensor], removed: int) -> list[Tensor]:
+    return masks_above(weights, cat_scores(weights).sort().values[removed - 1])
+
+
+def numpy_partition(weights: list[Tensor], removed: int) -> list[Tensor]:
+    scores = cat_scores(weights).float().numpy()  # NumPy has no bfloat16
+    scores.partition(removed - 1)  # in place
+    return masks_above(weights, torch.tensor(scores[removed - 1]))
 
 
 def nncf_formula(weights: list[Tensor], ratio: float) -> list[Tensor]:
