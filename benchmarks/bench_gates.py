@@ -38,7 +38,7 @@ GATES: dict[str, tuple[Gate, Gate, str, bool, int]] = {
         not nncf_peer.AVAILABLE,
         0,
     ),
-    "hard-concrete": (pyprune_hard_concrete, eager_hard_concrete, "torch", True, 1),
+    "hard-concrete": (pyprune_hard_concrete, eager_hard_concrete, "torch", False, 1),
 }
 
 

@@ -15,7 +15,8 @@ import pyprune
 
 MODELS = tuple(NETS)
 DTYPES = ("float32",)
-MASKED, GATED = "training step, masked", "training step, gated"
+STEP = "training step"
+MASKED, GATED = f"{STEP}, masked", f"{STEP}, gated"
 
 
 def step_of(net: nn.Module, inputs: Tensor) -> Callable[[], None]:
@@ -82,6 +83,5 @@ def ways(case: Case) -> list[Way]:
         if nncf_peer.AVAILABLE and not compiled:
             masks.append(way(MASKED, "NNCF", partial(nncf, nncf_peer.GLOBAL, case.ratio)))
             gates.append(way(GATED, "NNCF", partial(nncf, nncf_peer.GATES, None)))
-        found += with_floor(way(MASKED, "dense", dense, compiled), masks)
-        found += with_floor(way(GATED, "dense", dense, compiled), gates)
+        found += with_floor(way(STEP, "dense", dense, compiled), masks + gates)
     return found

@@ -50,7 +50,8 @@ MEMORY_FRACTION, MEMORY_MIB = 0.02, 16.0  # of the weights, or so much, to choos
 class Verdict:
     """What was wanted in one case, and what was measured."""
 
-    what: str
+    group: str
+    against: str
     wanted: str
     model: str
     dtype: str
@@ -72,7 +73,7 @@ class Verdict:
     @property
     def text(self) -> str:
         """The measurement; beside it, by how much the goal was missed."""
-        measured = f"{self.measured:,.0f}" if self.measured >= 99.5 else f"{self.measured:,.3g}"
+        measured = f"{self.measured:,.0f}" if self.measured >= 99.5 else f"{self.measured:#.3g}".rstrip(".")
         return f"{measured} {self.unit}" + ("" if self.reached else f", missed by {max(self.missed_by, 0.01):.0%}")
 
 
@@ -82,32 +83,41 @@ def median(row: Row) -> float:
 
 def verdicts(rows: list[Row]) -> list[Verdict]:
     """Judge every goal whose job was measured."""
-    threads = max((row["threads"] for row in rows), default=0)
-    usual = [row for row in rows if row["threads"] == threads and row["ratio"] == 0.7 and row["samples_ms"]]
-    normal = [row for row in usual if row["weights"] == "normal"]
+    normal = usual(rows)
     found = [verdict for goal in GOALS for verdict in judge(goal, normal)]
-    return [*found, *cliffs(usual), *memory(normal)]
+    return [*found, *cliffs(usual(rows, any_weights=True)), *memory(normal)]
+
+
+def usual(rows: list[Row], any_weights: bool = False) -> list[Row]:
+    """Return what goals are judged by."""
+    threads = max((row["threads"] for row in rows), default=0)
+    return [
+        row
+        for row in rows
+        if row["threads"] == threads
+        and row["ratio"] == 0.7
+        and (any_weights or row["weights"] == "normal")
+        and row["samples_ms"]
+    ]
 
 
 def judge(goal: Goal, rows: list[Row]) -> Iterator[Verdict]:
-    ours = [
-        row for row in rows if row["group"] == goal.group and row["way"] == "pyprune" and row["dtype"] in goal.dtypes
-    ]
+    ours = [row for row in rows if row["group"] == goal.group and row["way"] == "pyprune"]
+    ours = [row for row in ours if row["dtype"] in goal.dtypes]
     for peer, factor in goal.peers.items():
+        wanted = f"at least {factor:g} x"
         for row in ours:
             theirs = next((other for other in rows if same(other, row, ("group",)) and other["way"] == peer), None)
             if theirs is not None:
-                what, times = f"{goal.group}: {peer}", median(theirs) / median(row)
-                yield Verdict(
-                    what, f"at least {factor:g} x", row["model"], row["dtype"], times, factor, at_least=True
-                )
+                times = median(theirs) / median(row)
+                yield Verdict(goal.group, peer, wanted, row["model"], row["dtype"], times, factor, at_least=True)
     if goal.floor is not None:
+        small, large = goal.floor
+        wanted = f"at most {small:g} x" + (f", beyond ResNet-50 {large:g} x" if large != small else "")
         for row in ours:
-            limit = goal.floor[row["model"] != "resnet50"]
-            small, large = goal.floor
-            wanted = f"at most {small:g} x" + (f", beyond ResNet-50 {large:g} x" if large != small else "")
+            limit = small if row["model"] == "resnet50" else large
             times = median(row) / row["floor_ms"]
-            yield Verdict(f"{goal.group}: floor", wanted, row["model"], row["dtype"], times, limit)
+            yield Verdict(goal.group, "floor", wanted, row["model"], row["dtype"], times, limit)
 
 
 def same(one: Row, other: Row, also: tuple[str, ...]) -> bool:
@@ -123,7 +133,7 @@ def cliffs(rows: list[Row]) -> Iterator[Verdict]:
             if row["weights"] == "normal" and others:
                 wanted = f"at most {LARGEST_CLIFF:g} x normal weights"
                 times = max(others) / median(row)
-                yield Verdict(f"{group}: worst weights", wanted, row["model"], row["dtype"], times, LARGEST_CLIFF)
+                yield Verdict(group, "worst weights", wanted, row["model"], row["dtype"], times, LARGEST_CLIFF)
 
 
 def memory(rows: list[Row]) -> Iterator[Verdict]:
@@ -134,4 +144,4 @@ def memory(rows: list[Row]) -> Iterator[Verdict]:
                 limit = max(MEMORY_MIB, MEMORY_FRACTION * row["weight_bytes"] / 2**20)
                 wanted = f"at most {MEMORY_FRACTION:.0%} of the weights or {MEMORY_MIB:g} MiB"
                 measured, model = row["memory_mib"], row["model"]
-                yield Verdict(f"{group}: extra memory", wanted, model, row["dtype"], measured, limit, "MiB")
+                yield Verdict(group, "extra memory", wanted, model, row["dtype"], measured, limit, "MiB")

@@ -21,6 +21,8 @@ from rich.table import Table
 
 import pyprune
 
+SLOW = 3  # times the seconds that a way gets
+
 
 @dataclass
 class Way:
@@ -92,10 +94,11 @@ def quartiles(samples: list[float]) -> tuple[float, float]:
 def interleave(ways: list[Way], repeats: int, seconds_per_way: float, console: Console, title: str) -> None:
     """Run all ways once to warm up, then in turns, until each has its repeats or has used up its seconds.
 
-    Of others' ways, one so slow that its first run uses up the seconds gets this one run; ours and floors get three
-    runs at least. Memory is measured in runs that are not timed, but for such a way.
+    Ours and floors get three runs at least, others' one, after the first; but for those so slow that the first takes
+    several times the seconds, and then counts. Memory is measured in runs that are not timed otherwise.
     """
     ways = [way for way in ways if not way.left_out]
+    least = {id(way): 3 if way.ours or way.floor is way else 1 for way in ways}
     spent: dict[int, float] = {}
     # Without auto_refresh: no thread that draws while something is timed.
     with Progress(console=console, auto_refresh=False, transient=True, disable=not console.is_terminal) as progress:
@@ -109,13 +112,13 @@ def interleave(ways: list[Way], repeats: int, seconds_per_way: float, console: C
             if way.compiles:
                 way.run(*way.prepare())
             spent[id(way)], way.memory_mib = run_for_memory(way)
-            if spent[id(way)] >= seconds_per_way and not way.ours and way.floor is not way:
+            if spent[id(way)] >= SLOW * seconds_per_way and least[id(way)] == 1:
                 way.samples_ms.append(spent[id(way)] * 1e3)
         quick = [way for way in ways if not way.samples_ms]
         for _ in range(repeats):
             for way in quick:
                 announce(way)
-                if spent[id(way)] < seconds_per_way or len(way.samples_ms) < min(3, repeats):
+                if spent[id(way)] < seconds_per_way or len(way.samples_ms) < min(least[id(way)], repeats):
                     arguments = way.prepare()
                     start = time.perf_counter()
                     way.run(*arguments)

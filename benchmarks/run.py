@@ -109,7 +109,13 @@ def table_of_goals(judged: list[Verdict]) -> Table:
         table.add_column(column)
     for verdict in judged:
         outcome = "reached" if verdict.reached else "[red]missed"
-        table.add_row(verdict.what, verdict.wanted, f"{verdict.model}, {verdict.dtype}", verdict.text, outcome)
+        table.add_row(
+            f"{verdict.group}: {verdict.against}",
+            verdict.wanted,
+            f"{verdict.model}, {verdict.dtype}",
+            verdict.text,
+            outcome,
+        )
     return table
 
 

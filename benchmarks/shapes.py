@@ -47,6 +47,17 @@ LISTS: dict[str, Callable[[], Shapes]] = {"resnet50": resnet50, "bert": bert_bas
 }
 
 
+class Stack(nn.Module):
+    """Layers one after the other. (NNCF hangs itself into the model as a module, which nn.Sequential would call.)"""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
 class Block(nn.Module):
     """A transformer block."""
 
@@ -65,15 +76,15 @@ class Block(nn.Module):
 def convnet() -> tuple[nn.Module, Tensor]:
     """Return a small convolutional network and a batch for it."""
     layers: list[nn.Module] = []
-    for inputs, outputs, stride in ((3, 64, 1), (64, 128, 2), (128, 256, 2), (256, 256, 2)):
+    for inputs, outputs, stride in ((3, 32, 1), (32, 64, 2), (64, 128, 2), (128, 256, 2), (256, 512, 2)):
         layers += [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
-    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 10))
-    return net, torch.randn(32, 3, 32, 32)
+    net = Stack(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
+    return net, torch.randn(16, 3, 32, 32)
 
 
 def transformer() -> tuple[nn.Module, Tensor]:
     """Return a stack of transformer blocks and a batch for it."""
-    return nn.Sequential(*(Block(256, 4) for _ in range(3))), torch.randn(8, 64, 256)
+    return Stack(*(Block(256, 4) for _ in range(2))), torch.randn(8, 64, 256)
 
 
 NETS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {"convnet": convnet, "transformer": transformer}
