@@ -97,6 +97,7 @@ def interleave(ways: list[Way], repeats: int, seconds_per_way: float, console: C
     Ours and floors get three runs at least, others' one, after the first; but for those so slow that the first takes
     several times the seconds, and then counts. Memory is measured in runs that are not timed otherwise.
     """
+    gc.collect()
     ways = [way for way in ways if not way.left_out]
     least = {id(way): 3 if way.ours or way.floor is way else 1 for way in ways}
     spent: dict[int, float] = {}
@@ -139,7 +140,6 @@ def run_for_memory(way: Way) -> tuple[float, float | None]:
         line = next(line for line in status.read_text().splitlines() if line.startswith(field))
         return int(line.split()[1]) * 1024
 
-    gc.collect()
     before = None
     if peak.exists():
         ctypes.CDLL(None).malloc_trim(0)

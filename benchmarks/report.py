@@ -11,7 +11,7 @@ from typing import Any
 
 from bench_growth import GROWTH
 from bench_training import STEP
-from goals import Row, Verdict, median, usual, verdicts
+from goals import Row, Verdict, beside_floor, median, usual, verdicts
 from matplotlib.figure import Figure
 from measure import quartiles
 
@@ -19,6 +19,9 @@ RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- speed: written by benchmarks/report.py, do not edit -->", "<!-- speed: end -->"
 NAMES = {"resnet50": "ResNet-50", "bert": "BERT-base", "llama": "Llama-like", "float32": "fp32", "bfloat16": "bf16"}
 OURS, THEIRS, FLOOR = "#0072B2", "#B8C4CE", "#D55E00"
+LEARNED = ("gates", "rb_loss")
+# What rows of the README's table say, where the goal's own words are too short.
+LABELS = {"floor": "beside its floor", "worst weights": "on the worst weights", "extra memory": "memory it takes"}
 Column = tuple[str, str]  # model and dtype
 
 
@@ -66,28 +69,51 @@ def machine(report: dict[str, Any]) -> str:
     )
 
 
-def goals_table(report: dict[str, Any]) -> str:
-    """Show our time per job, and below it what was wanted and what was measured; misses say by how much."""
-    rows, judged = usual(report["results"]), verdicts(report["results"])
+def goals_tables(report: dict[str, Any]) -> str:
+    """Show what was wanted and what was measured: of what works on masks, and of what learns them."""
+    judged = verdicts(report["results"])
+    learned = [row for row in usual(report["results"]) if row["job"] in LEARNED]
+    chosen = [row for row in usual(report["results"]) if row["job"] not in LEARNED]
+    return "\n\n".join(goals_table(rows, judged) for rows in (chosen, learned) if rows)
+
+
+def goals_table(rows: list[Row], judged: list[Verdict]) -> str:
+    """Show our time per job, and below it each peer and the floor beside it, with what was wanted."""
+    judged = [verdict for verdict in judged if find(rows, group=verdict.group)]
     columns = columns_of([row for row in rows if row["group"] in {verdict.group for verdict in judged}])
     lines = []
     for group in dict.fromkeys(verdict.group for verdict in judged):
         ours = [find(rows, group=group, way="pyprune", model=model, dtype=dtype) for model, dtype in columns]
-        lines.append([f"**{group}**", "", *(f"**{milliseconds(median(row))}**" if row else "" for row in ours)])
-        mine = [verdict for verdict in judged if verdict.group == group]
-        for against, wanted in dict.fromkeys((verdict.against, verdict.wanted) for verdict in mine):
-            cells = {
-                (verdict.model, verdict.dtype): cell(verdict)
-                for verdict in mine
-                if (verdict.against, verdict.wanted) == (against, wanted)
+        lines.append([f"**{group}**", *(f"**{milliseconds(median(row))}**" if row else "" for row in ours)])
+        for against in dict.fromkeys(verdict.against for verdict in judged if verdict.group == group):
+            found = {
+                (verdict.model, verdict.dtype): verdict
+                for verdict in judged
+                if (verdict.group, verdict.against) == (group, against)
             }
-            lines.append([against, wanted, *(cells.get(column, "") for column in columns)])
-    return markdown(["", "wanted", *map(name_of, columns)], lines)
+            without_goal = [measured(rows, row, against) for row in ours]
+            cells = [
+                judged_cell(found[column]) if column in found else text
+                for column, text in zip(columns, without_goal, strict=True)
+            ]
+            lines.append([LABELS.get(against, f"`{against}`" if "." in against else against), *cells])
+    return markdown(["", *map(name_of, columns)], lines)
 
 
-def cell(verdict: Verdict) -> str:
+def judged_cell(verdict: Verdict) -> str:
     measured = multiple(verdict.measured) if verdict.unit == "x" else f"{verdict.measured:.1f} {verdict.unit}"
-    return measured if verdict.reached else f"{measured} **-{max(verdict.missed_by, 0.01):.0%}**"
+    text = f"{measured} ({'≥' if verdict.at_least else '≤'} {verdict.limit:.3g})"
+    return text if verdict.reached else f"**{text} ✗**"
+
+
+def measured(rows: list[Row], ours: Row | None, against: str) -> str:
+    """Return the multiple of a peer or of the floor where nothing was wanted."""
+    if ours is None:
+        return ""
+    if against == "floor":
+        return multiple(beside_floor(ours))
+    peer = find(rows, group=ours["group"], way=against, model=ours["model"], dtype=ours["dtype"])
+    return multiple(median(peer) / median(ours)) if peer else ""
 
 
 def training_table(rows: list[Row]) -> str:
@@ -103,10 +129,6 @@ def training_table(rows: list[Row]) -> str:
         ]
         lines.append([f"{group}: {way}", *texts])
     return markdown(["", *map(name_of, columns)], lines)
-
-
-def beside_floor(row: Row) -> float:
-    return median(row) / row["floor_ms"]
 
 
 def every_way(rows: list[Row]) -> str:
@@ -138,7 +160,7 @@ def every_way(rows: list[Row]) -> str:
 
 def every_table(report: dict[str, Any]) -> str:
     """Show everything: what the README shows, and each case in full."""
-    parts = [machine(report), goals_table(report)]
+    parts = [machine(report), goals_tables(report)]
     cases: dict[str, list[Row]] = {}
     for row in report["results"]:
         facts = f"ratio {row['ratio']}, {row['weights']} weights, {row['threads']} threads"
@@ -154,7 +176,7 @@ def readme_section(report: dict[str, Any]) -> str:
         [
             BEGIN,
             machine(report),
-            goals_table(report),
+            goals_tables(report),
             "A training step, eager and under `torch.compile`, as a multiple of the dense one:",
             training,
             "![How many times longer other ways take](benchmarks/results/speed.png)",
@@ -187,67 +209,46 @@ def draw_speed(report: dict[str, Any], path: Path) -> None:
     rows = [row for row in usual(report["results"]) if row["job"] not in ("training", "growth")]
     model, dtype = columns_of(rows)[0]
     rows = [row for row in rows if (row["model"], row["dtype"]) == (model, dtype)]
-    groups = [
-        group for group in dict.fromkeys(row["group"] for row in rows) if find(rows, group=group, way="pyprune")
-    ]
-    half = [[group for group in groups if "gates" not in group and "loss" not in group]]
-    half.append([group for group in groups if group not in half[0]])
-    panels = [panel for panel in half if panel]
-    heights = [
-        sum(2.1 + sum(row["group"] == group and is_peer(row) for row in rows) for group in panel) for panel in panels
-    ]
-    figure = Figure(figsize=(6.2 * len(panels), 0.285 * max(heights) + 1.3), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        draw_panel(axes, rows, panel, max(heights))
+    ours = {row["group"]: row for row in rows if row["way"] == "pyprune"}
+    peers = {group: [row for row in rows if row["group"] == group and is_peer(row)] for group in ours}
+    learned = [group for group in ours if find(rows, group=group)["job"] in LEARNED]
+    panels = [panel for panel in ([group for group in ours if group not in learned], learned) if panel]
+    height = max(sum(len(peers[group]) + 1.6 for group in panel) for panel in panels)
+    marks = {group: row["floor_ms"] / median(row) for group, row in ours.items() if row["floor_ms"]}
+    longest = max(median(row) / median(ours[group]) for group, some in peers.items() for row in some)
+    limits = (min(0.5, 0.8 * min(marks.values(), default=1)), 4 * longest)
+
+    figure = Figure(figsize=(6.4 * len(panels), 0.29 * height + 1.5), layout="constrained")
+    axes_of_panels = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, panel in zip(axes_of_panels, panels, strict=True):
+        y = 0.0
+        for group in panel:
+            across = axes.get_yaxis_transform()  # x from 0 to 1, y as in the data
+            axes.text(0, y, group, transform=across, fontweight="bold", va="center")
+            time = milliseconds(median(ours[group]))
+            axes.text(1, y, time, transform=across, va="center", ha="right", color=OURS, fontweight="bold")
+            top = y + 0.5
+            for row in peers[group]:
+                y += 1
+                times = median(row) / median(ours[group])
+                axes.barh(y, times - 1, left=1, color=THEIRS, height=0.7)
+                axes.text(max(times, 1) * 1.08, y, multiple(times), va="center", fontsize=9)
+                axes.text(-0.01, y, label(row), transform=across, va="center", ha="right", fontsize=9)
+            axes.vlines(1, top, y + 0.5, color=OURS, linewidth=2.5)
+            if group in marks:
+                axes.vlines(marks[group], top, y + 0.5, color=FLOOR, linewidth=2.5)
+            y += 1.6
+        axes.set(xscale="log", xlim=limits, ylim=(height - 0.6, -0.6), yticks=[])
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} x")
+        axes.spines[["top", "right", "left"]].set_visible(False)
     facts = report["environment"]
     threads = max(row["threads"] for row in rows)
-    figure.suptitle(
-        f"Times longer than pyprune: {name_of((model, dtype))}, {facts['cpu']}, {threads} threads",
-        x=0.01, ha="left", fontsize=13, fontweight="bold",
-    )  # fmt: skip
-    figure.savefig(path, dpi=110)
-
-
-def draw_panel(axes: Any, rows: list[Row], groups: list[str], height: float) -> None:
-    y = 0.0
-    largest = 10.0
-    for group in groups:
-        ours = find(rows, group=group, way="pyprune")
-        assert ours is not None
-        axes.text(0, y, group, transform=axes.get_yaxis_transform(), fontweight="bold", va="center")
-        axes.text(
-            1,
-            y,
-            milliseconds(median(ours)),
-            transform=axes.get_yaxis_transform(),
-            va="center",
-            ha="right",
-            color=OURS,
-        )
-        y += 1
-        peers = [row for row in rows if row["group"] == group and is_peer(row)]
-        top, bottom = y - 0.45, y + len(peers) - 0.55
-        if ours["floor_ms"]:
-            axes.vlines(ours["floor_ms"] / median(ours), top, bottom, color=FLOOR, linewidth=2)
-        axes.vlines(1, top, bottom, color=OURS, linewidth=2)
-        for row in peers:
-            times = median(row) / median(ours)
-            largest = max(largest, times)
-            axes.barh(y, times - 1, left=1, color=THEIRS, height=0.68)
-            axes.text(max(times, 1) * 1.06, y, multiple(times), va="center", fontsize=9)
-            axes.text(-0.01, y, label(row), transform=axes.get_yaxis_transform(), va="center", ha="right", fontsize=9)
-            y += 1
-        y += 0.6
-    axes.set_xscale("log")
-    axes.set_xlim(0.3, 3 * largest)
-    axes.set_ylim(height - 0.3, -0.8)
-    axes.set_yticks([])
-    axes.set_xticks([1, 10, 100, 1000] if largest > 300 else [1, 10, 100], minor=False)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} x")
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.plot([], [], color=OURS, linewidth=2, label="pyprune = 1")
-    axes.plot([], [], color=FLOOR, linewidth=2, label="floor: only moves the bytes")
-    axes.legend(loc="lower left", bbox_to_anchor=(0, -0.01), frameon=False, fontsize=9)
+    on = f"{name_of((model, dtype))}, {facts['cpu']}, {threads} threads, torch {facts['torch']}"
+    figure.suptitle(f"How many times longer than pyprune\n{on}", x=0.01, ha="left", fontsize=12, fontweight="bold")
+    axes_of_panels[-1].plot([], [], color=OURS, linewidth=2.5, label="pyprune, 1 x (its time on the right)")
+    axes_of_panels[-1].plot([], [], color=FLOOR, linewidth=2.5, label="floor: only moves the bytes")
+    figure.legend(loc="upper right", frameon=False, fontsize=9)
+    figure.savefig(path, dpi=100)
 
 
 def draw_growth(report: dict[str, Any], path: Path) -> None:

@@ -38,7 +38,7 @@ def llama() -> Shapes:
 
 def tiny() -> Shapes:
     """List a few small tensors, to try a job out."""
-    return [(8, 3, 3, 3), (16, 8, 1, 1), (40, 16), (3,)]
+    return [(8, 3, 3, 3), (16, 8, 1, 1), (40, 16), (3, 5)]
 
 
 SIZES = {"1M": 1, "4M": 4, "16M": 16, "64M": 64, "256M": 256, "1B": 1024, "2B": 2048}
