@@ -1,7 +1,6 @@
 """Time several ways of doing one job, interleaved in one process, because absolute times drift and ratios do not."""
 
 import ctypes
-import gc
 import os
 import platform
 import statistics
@@ -97,7 +96,6 @@ def interleave(ways: list[Way], repeats: int, seconds_per_way: float, console: C
     Ours and floors get three runs at least, others' one, after the first; but for those so slow that the first takes
     several times the seconds, and then counts. Memory is measured in runs that are not timed otherwise.
     """
-    gc.collect()
     ways = [way for way in ways if not way.left_out]
     least = {id(way): 3 if way.ours or way.floor is way else 1 for way in ways}
     spent: dict[int, float] = {}

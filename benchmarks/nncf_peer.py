@@ -12,7 +12,7 @@ try:
     from nncf.torch.function_hook.pruning.rb.losses import RBLoss
     from nncf.torch.function_hook.pruning.rb.modules import apply_rb_binary_mask
 except ImportError as error:
-    AVAILABLE, VERSION = False, f"its formulas in torch ({error})"
+    AVAILABLE, VERSION = False, f"not installed ({error})"
 else:
     AVAILABLE, VERSION = True, nncf.__version__
     nncf.set_log_level(logging.ERROR)

@@ -20,8 +20,15 @@ BEGIN, END = "<!-- speed: written by benchmarks/report.py, do not edit -->", "<!
 NAMES = {"resnet50": "ResNet-50", "bert": "BERT-base", "llama": "Llama-like", "float32": "fp32", "bfloat16": "bf16"}
 OURS, THEIRS, FLOOR = "#0072B2", "#B8C4CE", "#D55E00"
 LEARNED = ("gates", "rb_loss")
-# What rows of the README's table say, where the goal's own words are too short.
-LABELS = {"floor": "beside its floor", "worst weights": "on the worst weights", "extra memory": "memory it takes"}
+FRESH = ("pyprune, fresh outputs", "floor in fresh memory")
+# What rows of the README's table say.
+LABELS = {
+    FRESH[0]: "ours into fresh memory",
+    FRESH[1]: "its floor into fresh memory",
+    "floor": "beside its floor",
+    "worst weights": "on the worst weights",
+    "extra memory": "memory it takes",
+}
 Column = tuple[str, str]  # model and dtype
 
 
@@ -85,7 +92,9 @@ def goals_table(rows: list[Row], judged: list[Verdict]) -> str:
     for group in dict.fromkeys(verdict.group for verdict in judged):
         ours = [find(rows, group=group, way="pyprune", model=model, dtype=dtype) for model, dtype in columns]
         lines.append([f"**{group}**", *(f"**{milliseconds(median(row))}**" if row else "" for row in ours)])
-        for against in dict.fromkeys(verdict.against for verdict in judged if verdict.group == group):
+        goals = [verdict.against for verdict in judged if verdict.group == group]
+        also = [way for way in (*FRESH, "floor") if any(measured(rows, row, way) for row in ours)]
+        for against in dict.fromkeys([*goals, *also]):
             found = {
                 (verdict.model, verdict.dtype): verdict
                 for verdict in judged
@@ -111,7 +120,7 @@ def measured(rows: list[Row], ours: Row | None, against: str) -> str:
     if ours is None:
         return ""
     if against == "floor":
-        return multiple(beside_floor(ours))
+        return multiple(beside_floor(ours)) if ours["floor_ms"] else ""
     peer = find(rows, group=ours["group"], way=against, model=ours["model"], dtype=ours["dtype"])
     return multiple(median(peer) / median(ours)) if peer else ""
 

@@ -126,46 +126,55 @@ def write(path: Path, report: dict[str, Any]) -> None:
     path.write_text(f'{head[:-2]},\n "results": [\n{rows}\n]\n}}\n')
 
 
-def main(words: list[str] | None = None) -> None:
-    arguments = parse_arguments(words)
-    start = time.perf_counter()
-    console = Console() if Console().is_terminal else Console(width=150)
-    own_threads = arguments.threads[0] if arguments.threads else torch.get_num_threads()
-    machine = environment() | {"nncf": nncf_peer.VERSION}
-    report: dict[str, Any] = {"environment": machine, "speeds": [], "results": []}
+def measure(
+    job: str, case: Case, peers: str, arguments: argparse.Namespace, console: Console
+) -> list[dict[str, Any]]:
+    """Measure a job on one case, show it, and return what a report keeps."""
+    gc.collect()  # cycles of the last case may hold gigabytes
+    facts, title = case.facts(), f"{job}: {case.title}"
+    ways = chosen_ways(job, case, peers, not arguments.no_compile)
+    interleave(ways, arguments.repeats, arguments.seconds, console, title)
+    console.print(table_of(title, ways, facts["weight_bytes"]))
+    return [{"job": job} | facts | way.as_dict() for way in ways]
+
+
+def show_machine(machine: dict[str, Any], console: Console) -> None:
     kernels = f"pyprune {machine['pyprune']['pyprune']} ({machine['pyprune']['cpu_capability']})"
     console.print(
         f"{machine['cpu']}, torch {machine['torch']}, {kernels}, NNCF: {machine['nncf']}\n"
         f"load average at the start {machine['load_average']:.1f} (neighbours spoil figures)",
         highlight=False,
     )
-    done: set[tuple[str, Case]] = set()
+
+
+def show_speeds(speeds: dict[str, Any], console: Console) -> None:
+    read, copied = speeds["read_gb_per_s"], speeds["copy_gb_per_s"]
+    text = f"{speeds['threads']} threads: read {read:.1f} GB/s, copy {copied:.1f} GB/s (bytes read and written)\n"
+    console.print(text, highlight=False)
+
+
+def main(words: list[str] | None = None) -> None:
+    arguments = parse_arguments(words)
+    start = time.perf_counter()
+    console = Console() if Console().is_terminal else Console(width=150)
+    machine = environment() | {"nncf": nncf_peer.VERSION}
+    show_machine(machine, console)
+    report: dict[str, Any] = {"environment": machine, "speeds": [], "results": []}
+    cases: dict[tuple[str, Case], str] = {}
     for part in slices_of(arguments):
-        for job, case in part.cases(own_threads):
-            if (job, case) in done:
-                continue
-            done.add((job, case))
-            set_threads(case.threads)
-            if case.threads not in [speeds["threads"] for speeds in report["speeds"]]:
-                speeds = machine_speeds()
-                report["speeds"].append(speeds)
-                console.print(
-                    f"{case.threads} threads: read {speeds['read_gb_per_s']:.1f} GB/s, "
-                    f"copy {speeds['copy_gb_per_s']:.1f} GB/s (bytes read and written)\n",
-                    highlight=False,
-                )
-            ways = chosen_ways(job, case, part.peers, not arguments.no_compile)
-            interleave(ways, arguments.repeats, arguments.seconds, console, f"{job}, {case.title}")
-            facts = case.facts()
-            console.print(table_of(f"{job}: {case.title}", ways, facts["weight_bytes"]))
-            report["results"] += [{"job": job} | facts | way.as_dict() for way in ways]
-            del ways
-            gc.collect()
-            report["seconds"] = round(time.perf_counter() - start)
-            if arguments.json is not None:
-                write(arguments.json, report)  # so that an interruption loses little
-    if not done:
+        for job_and_case in part.cases(machine["threads"]):
+            cases.setdefault(job_and_case, part.peers)
+    if not cases:
         raise SystemExit("none of these jobs can be measured on such a model and dtype: see MODELS in its file")
+    for (job, case), peers in cases.items():
+        set_threads(case.threads)
+        if case.threads not in [speeds["threads"] for speeds in report["speeds"]]:
+            report["speeds"].append(machine_speeds())
+            show_speeds(report["speeds"][-1], console)
+        report["results"] += measure(job, case, peers, arguments, console)
+        report["seconds"] = round(time.perf_counter() - start)
+        if arguments.json is not None:
+            write(arguments.json, report)  # so that an interruption loses little
     console.print(NOTES, highlight=False, markup=False)
     judged = verdicts(report["results"])
     if judged:
