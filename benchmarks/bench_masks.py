@@ -25,6 +25,7 @@ from pyprune.methods import removed_count
 
 MODELS = tuple(LISTS)
 RAW, NORMALISED, LOCAL = "global masks, |w|", "global masks, L2-normalised", "local masks"
+WHOLE = "prune, the whole call"  # L2-normalised, and the masks put on layers
 TOO_LARGE = 300_000_000  # weights; more than this, and some peers need over 20 GB
 
 
@@ -75,18 +76,16 @@ def ways(case: Case) -> list[Way]:
     normalised = [
         Way(NORMALISED, "pyprune", lambda: l2_normalised(weights, removed, masks)),
         Way(NORMALISED, "pyprune, new masks", lambda: l2_normalised(weights, removed), returned=case.count),
-        Way(NORMALISED, "pyprune.prune, the whole call", whole_call, new_layers, returned=case.count),
     ]
+    whole = [Way(WHOLE, "pyprune", whole_call, new_layers, returned=case.count)]
     local = [
         Way(LOCAL, "pyprune", lambda: ops.threshold(weights, each, masks=masks)),
         Way(LOCAL, "pyprune, new masks", lambda: ops.threshold(weights, each), returned=case.count),
         peer(LOCAL, "kthvalue per tensor", lambda: kthvalue_per_tensor(weights, each)),
     ]
     if nncf_peer.AVAILABLE:
-        normalised += [
-            nncf_update(NORMALISED, nncf_peer.GLOBAL),
-            peer(NORMALISED, "nncf.prune, the whole call", nncf_whole_call, prepare=new_layers),
-        ]
+        normalised.append(nncf_update(NORMALISED, nncf_peer.GLOBAL))
+        whole.append(peer(WHOLE, "NNCF", nncf_whole_call, prepare=new_layers))
         local.append(nncf_update(LOCAL, nncf_peer.LOCAL))
     else:
         normalised.append(peer(NORMALISED, "NNCF", lambda: nncf_formula(weights, ratio), formula=True))
@@ -97,4 +96,4 @@ def ways(case: Case) -> list[Way]:
         lambda: ops.threshold(weights, 0, masks=masks),
         moved=weight_bytes + case.count,
     )
-    return with_floor(floor, raw + normalised + local)
+    return with_floor(floor, raw + normalised + whole + local)

@@ -218,7 +218,8 @@ def draw_speed(report: dict[str, Any], path: Path) -> None:
     rows = [row for row in usual(report["results"]) if row["job"] not in ("training", "growth")]
     model, dtype = columns_of(rows)[0]
     rows = [row for row in rows if (row["model"], row["dtype"]) == (model, dtype)]
-    ours = {row["group"]: row for row in rows if row["way"] == "pyprune"}
+    beside = {row["group"] for row in rows if is_peer(row)}
+    ours = {row["group"]: row for row in rows if row["way"] == "pyprune" and row["group"] in beside}
     peers = {group: [row for row in rows if row["group"] == group and is_peer(row)] for group in ours}
     learned = [group for group in ours if find(rows, group=group)["job"] in LEARNED]
     panels = [panel for panel in ([group for group in ours if group not in learned], learned) if panel]
