@@ -9,9 +9,10 @@ export PYPRUNE_CUDA
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
+PEERS := $(VENV)/peers
 SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: demo demo-rb minilm test test-cpp lint bench bench-cpp clean help
+.PHONY: demo demo-rb minilm test test-cpp lint bench bench-full bench-report bench-cpp clean help
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -38,10 +39,15 @@ test-cpp: $(VENV)/built  ## Run the kernels without torch, under sanitizers (ARG
 lint: $(VENV)/built  ## Format check, lint and types, over all files
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pre-commit run --all-files --show-diff-on-failure
 
-bench: $(VENV)/built  ## Measure the kernels beside the other ways, as ratios
-	$(BIN)/python benchmarks/bench_threshold.py $(ARGS)
-	$(BIN)/python benchmarks/bench_gate.py $(ARGS)
-	$(BIN)/python benchmarks/bench_rb_loss.py $(ARGS)
+bench: $(VENV)/built  ## Measure every job beside the other ways and its floor: five minutes (ARGS="masks --model bert")
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+bench-full: $(PEERS)/installed  ## Measure everything, also beside NNCF itself, and write the README's figures: 45 minutes
+	$(PEERS)/bin/python benchmarks/run.py --full --json benchmarks/results/cpu.json $(ARGS)
+	$(MAKE) bench-report
+
+bench-report: $(VENV)/built  ## Write the README's figures and pictures from benchmarks/results/cpu.json
+	$(BIN)/python benchmarks/report.py --readme README.md --plot benchmarks/results
 
 bench-cpp: $(VENV)/built  ## Measure the kernels without torch; needs Google Benchmark (libbenchmark-dev)
 	$(BIN)/cmake -S csrc -B build/bench -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPYPRUNE_BENCH=ON
@@ -75,3 +81,13 @@ $(VENV)/built: $(TORCH_STAMP) $(CUDA_STAMP) $(SOURCES)
 	$(PIP) install --quiet --no-build-isolation --editable ".[dev]"
 	@$(BIN)/python -c "import pyprune; print(pyprune.build_info())"
 	@touch $@
+
+# Other libraries, in an environment of their own that sees the packages of $(VENV): they must not bring another torch.
+# Without openvino-telemetry NNCF reports nothing to anyone. Without NNCF its formulas in torch are measured.
+SITE := -c 'import site; print(site.getsitepackages()[0])'
+$(PEERS)/installed: $(VENV)/built
+	@echo "==> Installing NNCF in $(PEERS)"
+	$(BIN)/python -m venv $(PEERS)
+	echo "import site; site.addsitedir('$$($(BIN)/python $(SITE))')" >"$$($(PEERS)/bin/python $(SITE))/venv.pth"
+	@if $(PEERS)/bin/python -m pip install --quiet --no-deps "nncf>=3,<4" psutil pydot safetensors tabulate; \
+	then touch $@; else echo "==> NNCF cannot be installed here; its formulas in torch stand in for it"; fi

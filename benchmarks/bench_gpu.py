@@ -20,10 +20,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_gate import BETA, EPSILON, GAMMA, ZETA, eager_hard_concrete, forward_backward, nncf_gate
-from bench_rb_loss import TARGET, P, nncf_rb_loss
-from bench_threshold import cat_kthvalue, kthvalue_per_tensor, l2_normalised, nncf_formula
+from bench_gates import forward_backward
+from bench_masks import l2_normalised
 from measure import Way, environment, table_of
+from peers import (
+    BETA,
+    EPSILON,
+    GAMMA,
+    TARGET,
+    ZETA,
+    P,
+    cat_kthvalue,
+    eager_hard_concrete,
+    kthvalue_per_tensor,
+    nncf_formula,
+    nncf_gate,
+    nncf_rb_loss,
+)
 from rich import box
 from rich.console import Console
 from rich.table import Table

@@ -1,101 +1,328 @@
-"""Turn the JSON of the benchmarks into the README's tables and a bar chart.
+"""Turn the JSON of run.py into Markdown tables, into pictures, and into the figures of the README.
 
-``python benchmarks/report.py benchmarks/results/*-2-threads.json --plot speed.png`` prints the tables as Markdown. In
-every part our first way is in bold, with its median; below it the others, as multiples of it.
+``python benchmarks/report.py --readme README.md --plot benchmarks/results`` rewrites what the README says between two
+comments, and draws speed.png and growth.png. Without options it prints every table.
 """
 
 import argparse
 import json
-import statistics
 from pathlib import Path
 from typing import Any
 
+from bench_growth import GROWTH
+from bench_training import STEP
+from goals import Row, Verdict, beside_floor, median, usual, verdicts
 from matplotlib.figure import Figure
+from measure import quartiles
 
-# (group, way) -> (model, dtype) -> median in ms, in the order of the file.
-Medians = dict[tuple[str, str], dict[tuple[str, str], float]]
-NAMES = {"resnet50": "ResNet-50", "bert": "BERT-base", "float32": "fp32", "bfloat16": "bf16"}
+RESULTS = Path(__file__).parent / "results"
+BEGIN, END = "<!-- speed: written by benchmarks/report.py, do not edit -->", "<!-- speed: end -->"
+NAMES = {"resnet50": "ResNet-50", "bert": "BERT-base", "llama": "Llama-like", "float32": "fp32", "bfloat16": "bf16"}
+OURS, THEIRS, FLOOR = "#0072B2", "#B8C4CE", "#D55E00"
+LEARNED = ("gates", "rb_loss")
+FRESH = ("pyprune, fresh outputs", "floor in fresh memory")
+# What rows of the README's table say.
+LABELS = {
+    FRESH[0]: "ours into fresh memory",
+    FRESH[1]: "its floor into fresh memory",
+    "floor": "beside its floor",
+    "worst weights": "on the worst weights",
+    "extra memory": "memory it takes",
+}
+Column = tuple[str, str]  # model and dtype
 
 
-def medians_of(report: dict[str, Any]) -> Medians:
-    medians: Medians = {}
-    for result in report["results"]:
-        if "samples_ms" in result:
-            cells = medians.setdefault((result["group"], result["way"]), {})
-            cells[result["model"], result["dtype"]] = statistics.median(result["samples_ms"])
-    return medians
+def name_of(column: Column) -> str:
+    return " ".join(NAMES.get(part, part) for part in column)
 
 
-def our_way(group: str, medians: Medians) -> str | None:
-    return next((way for part, way in medians if part == group and way.startswith("pyprune")), None)
+def columns_of(rows: list[Row]) -> list[Column]:
+    return list(dict.fromkeys((row["model"], row["dtype"]) for row in rows))
 
 
 def multiple(times: float) -> str:
-    return f"{times:.1f} x" if times < 9.95 else f"{times:,.0f} x"
+    return f"{times:.2f} x" if times < 1.995 else f"{times:.1f} x" if times < 9.95 else f"{times:,.0f} x"
 
 
-def markdown(report: dict[str, Any]) -> str:
-    medians = medians_of(report)
-    columns = list(dict.fromkeys(column for cells in medians.values() for column in cells))
-    lines = [
-        "| | " + " | ".join(f"{NAMES[model]} {NAMES[dtype]}" for model, dtype in columns) + " |",
-        "|---" * (len(columns) + 1) + "|",
-    ]
-    for (group, way), cells in medians.items():
-        ours = our_way(group, medians)
-        is_base = ours is None or way == ours
-        label = f"**{group}** ({way})" if way == ours else f"{group}, {way}" if ours is None else way
-        row = [
-            f"{cells[column]:.1f} ms" if is_base else multiple(cells[column] / medians[group, ours][column])
-            for column in columns
-            if column in cells
-        ]
-        label = label.replace("|", r"\|")
-        lines.append(f"| {label} | " + " | ".join(f"**{cell}**" if way == ours else cell for cell in row) + " |")
-    environment = report["environment"]
-    facts = f"{environment['cpu']}, {environment['threads']} threads, torch {environment['torch']}, "
-    return "\n".join([*lines, "", f"{facts}{environment['date']}"])
+def milliseconds(ms: float) -> str:
+    return f"{ms:.2f} ms" if ms < 1 else f"{ms:.1f} ms" if ms < 99.5 else f"{ms:,.0f} ms"
 
 
-def plot(reports: list[dict[str, Any]], path: Path) -> None:
-    """Draw how many times longer than our way each peer takes, for the first model and dtype of every report."""
-    bars: list[tuple[str, str, float]] = []
-    for report in reports:
-        medians = medians_of(report)
-        for (group, way), cells in medians.items():
-            ours = our_way(group, medians)
-            column = next(iter(cells))
-            if ours is not None and not way.lstrip().startswith(("pyprune", "floor", "forward", "backward")):
-                bars.append((group, way, cells[column] / medians[group, ours][column]))
-    figure = Figure(figsize=(9, 0.36 * len(bars) + 1.6), layout="constrained")
-    axes = figure.subplots()
-    positions = range(len(bars))
-    drawn = axes.barh(positions, [times for _, _, times in bars], color="#0072B2", height=0.65)
-    axes.bar_label(drawn, [multiple(times) for _, _, times in bars], padding=3)
-    axes.set_yticks(positions, [f"{group}: {way}" for group, way, _ in bars])
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.set_xlim(1, 2.5 * max(times for _, _, times in bars))
-    axes.set_xlabel("time, as a multiple of pyprune's (logarithmic)")
-    model, dtype = next(iter(next(iter(medians_of(reports[0]).values()))))
-    environment = reports[0]["environment"]
-    axes.set_title(
-        f"{NAMES[model]} {NAMES[dtype]}, {environment['cpu']}, {environment['threads']} threads", loc="left"
+def label(row: Row) -> str:
+    return row["way"] + (" (formula)" if row["formula"] else "")
+
+
+def find(rows: list[Row], **facts: Any) -> Row | None:
+    return next((row for row in rows if all(row[key] == value for key, value in facts.items())), None)
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    escaped = [[cell.replace("|", r"\|") for cell in line] for line in [header, *lines]]
+    rows = [f"| {' | '.join(line)} |" for line in escaped]
+    return "\n".join([rows[0], "|---" * len(header) + "|", *rows[1:]])
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+
+def machine(report: dict[str, Any]) -> str:
+    facts = report["environment"]
+    kernels = f"pyprune {facts['pyprune']['pyprune']} ({facts['pyprune']['cpu_capability']})"
+    speeds = max(report["speeds"], key=lambda speeds: speeds["threads"])
+    return (
+        f"{facts['cpu']}, {speeds['threads']} threads, torch {facts['torch']}, {kernels}, NNCF {facts['nncf']}. "
+        f"In the same run, memory was read at {speeds['read_gb_per_s']:.0f} GB/s and copied at "
+        f"{speeds['copy_gb_per_s']:.0f} GB/s (bytes read and written). {facts['date'][:10]}."
     )
+
+
+def goals_tables(report: dict[str, Any]) -> str:
+    """Show what was wanted and what was measured: of what works on masks, and of what learns them."""
+    judged = verdicts(report["results"])
+    learned = [row for row in usual(report["results"]) if row["job"] in LEARNED]
+    chosen = [row for row in usual(report["results"]) if row["job"] not in LEARNED]
+    return "\n\n".join(goals_table(rows, judged) for rows in (chosen, learned) if rows)
+
+
+def goals_table(rows: list[Row], judged: list[Verdict]) -> str:
+    """Show our time per job, and below it each peer and the floor beside it, with what was wanted."""
+    judged = [verdict for verdict in judged if find(rows, group=verdict.group)]
+    columns = columns_of([row for row in rows if row["group"] in {verdict.group for verdict in judged}])
+    lines = []
+    for group in dict.fromkeys(verdict.group for verdict in judged):
+        ours = [find(rows, group=group, way="pyprune", model=model, dtype=dtype) for model, dtype in columns]
+        lines.append([f"**{group}**", *(f"**{milliseconds(median(row))}**" if row else "" for row in ours)])
+        goals = [verdict.against for verdict in judged if verdict.group == group]
+        also = [way for way in (*FRESH, "floor") if any(measured(rows, row, way) for row in ours)]
+        for against in dict.fromkeys([*goals, *also]):
+            found = {
+                (verdict.model, verdict.dtype): verdict
+                for verdict in judged
+                if (verdict.group, verdict.against) == (group, against)
+            }
+            without_goal = [measured(rows, row, against) for row in ours]
+            cells = [
+                judged_cell(found[column]) if column in found else text
+                for column, text in zip(columns, without_goal, strict=True)
+            ]
+            lines.append([LABELS.get(against, f"`{against}`" if "." in against else against), *cells])
+    return markdown(["", *map(name_of, columns)], lines)
+
+
+def judged_cell(verdict: Verdict) -> str:
+    measured = multiple(verdict.measured) if verdict.unit == "x" else f"{verdict.measured:.1f} {verdict.unit}"
+    text = f"{measured} ({'≥' if verdict.at_least else '≤'} {verdict.limit:.3g})"
+    return text if verdict.reached else f"**{text} ✗**"
+
+
+def measured(rows: list[Row], ours: Row | None, against: str) -> str:
+    """Return the multiple of a peer or of the floor where nothing was wanted."""
+    if ours is None:
+        return ""
+    if against == "floor":
+        return multiple(beside_floor(ours)) if ours["floor_ms"] else ""
+    peer = find(rows, group=ours["group"], way=against, model=ours["model"], dtype=ours["dtype"])
+    return multiple(median(peer) / median(ours)) if peer else ""
+
+
+def training_table(rows: list[Row]) -> str:
+    """Show what a training step costs, as multiples of the dense one."""
+    rows = [row for row in rows if row["group"].startswith(STEP)]
+    columns = columns_of(rows)
+    lines = []
+    for group, way in dict.fromkeys((row["group"], row["way"]) for row in rows):
+        cells = [find(rows, group=group, way=way, model=model, dtype=dtype) for model, dtype in columns]
+        texts = [
+            "" if row is None else milliseconds(median(row)) if row["is_floor"] else multiple(beside_floor(row))
+            for row in cells
+        ]
+        lines.append([f"{group}: {way}", *texts])
+    return markdown(["", *map(name_of, columns)], lines)
+
+
+def every_way(rows: list[Row]) -> str:
+    """Show all that was measured in one case."""
+    lines = []
+    for row in rows:
+        if not row["samples_ms"]:
+            lines.append([row["group"], label(row), f"left out: {row['left_out']}"])
+            continue
+        ours = next((one for one in rows if one["group"] == row["group"] and one["way"].startswith("pyprune")), None)
+        first, third = quartiles(row["samples_ms"])
+        memory = row["memory_mib"]
+        lines.append(
+            [
+                row["group"],
+                label(row),
+                f"{median(row):,.2f}",
+                f"{first:,.2f} - {third:,.2f}",
+                f"{beside_floor(row):,.2f}" if row["floor_ms"] else "",
+                f"{median(row) / median(ours):,.2f}" if ours and not row["is_floor"] else "",
+                str(len(row["samples_ms"])),
+                "" if memory is None else f"{memory:,.1f}",
+                "" if memory is None else f"{memory * 2**20 / row['weight_bytes']:.0%}",
+            ]
+        )
+    header = ["", "", "median ms", "quartiles", "x floor", "x pyprune", "runs", "extra MiB", "of weights"]
+    return markdown(header, [line + [""] * (len(header) - len(line)) for line in lines])
+
+
+def every_table(report: dict[str, Any]) -> str:
+    """Show everything: what the README shows, and each case in full."""
+    parts = [machine(report), goals_tables(report)]
+    cases: dict[str, list[Row]] = {}
+    for row in report["results"]:
+        facts = f"ratio {row['ratio']}, {row['weights']} weights, {row['threads']} threads"
+        size = f"{row['tensors']} tensors, {row['count'] / 1e6:,.1f}M weights"
+        cases.setdefault(f"{name_of((row['model'], row['dtype']))} ({size}), {facts}", []).append(row)
+    parts += [f"## {title}\n\n{every_way(rows)}" for title, rows in cases.items()]
+    return "\n\n".join(["# All that was measured", *parts]) + "\n"
+
+
+def readme_section(report: dict[str, Any]) -> str:
+    training = training_table(usual(report["results"]))
+    return "\n\n".join(
+        [
+            BEGIN,
+            machine(report),
+            goals_tables(report),
+            "A training step, eager and under `torch.compile`, as a multiple of the dense one:",
+            training,
+            "![How many times longer other ways take](benchmarks/results/speed.png)",
+            "![Cost of global masks against the number of weights](benchmarks/results/growth.png)",
+            END,
+        ]
+    )
+
+
+def with_section(readme: str, section: str) -> str:
+    """Return the README with what stands between the two comments replaced."""
+    before, found, rest = readme.partition(BEGIN)
+    _, ended, after = rest.partition(END)
+    if not found or not ended:
+        raise ValueError(
+            f"the README lacks the lines {BEGIN!r} and {END!r}, in this order; write them where figures go"
+        )
+    return before + section + after
+
+
+# --- pictures -----------------------------------------------------------------------------------------------------
+
+
+def is_peer(row: Row) -> bool:
+    return not row["is_floor"] and not row["way"].startswith(("pyprune", "floor")) and bool(row["samples_ms"])
+
+
+def draw_speed(report: dict[str, Any], path: Path) -> None:
+    """Draw how many times longer than ours each peer takes, and where the floor is."""
+    rows = [row for row in usual(report["results"]) if row["job"] not in ("training", "growth")]
+    model, dtype = columns_of(rows)[0]
+    rows = [row for row in rows if (row["model"], row["dtype"]) == (model, dtype)]
+    beside = {row["group"] for row in rows if is_peer(row)}
+    ours = {row["group"]: row for row in rows if row["way"] == "pyprune" and row["group"] in beside}
+    peers = {group: [row for row in rows if row["group"] == group and is_peer(row)] for group in ours}
+    learned = [group for group in ours if find(rows, group=group)["job"] in LEARNED]
+    panels = [panel for panel in ([group for group in ours if group not in learned], learned) if panel]
+    height = max(sum(len(peers[group]) + 1.6 for group in panel) for panel in panels)
+    marks = {group: row["floor_ms"] / median(row) for group, row in ours.items() if row["floor_ms"]}
+    longest = max(median(row) / median(ours[group]) for group, some in peers.items() for row in some)
+    limits = (min(0.5, 0.8 * min(marks.values(), default=1)), 4 * longest)
+
+    figure = Figure(figsize=(6.4 * len(panels), 0.29 * height + 1.5), layout="constrained")
+    axes_of_panels = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, panel in zip(axes_of_panels, panels, strict=True):
+        y = 0.0
+        for group in panel:
+            across = axes.get_yaxis_transform()  # x from 0 to 1, y as in the data
+            axes.text(0, y, group, transform=across, fontweight="bold", va="center")
+            time = milliseconds(median(ours[group]))
+            axes.text(1, y, time, transform=across, va="center", ha="right", color=OURS, fontweight="bold")
+            top = y + 0.5
+            for row in peers[group]:
+                y += 1
+                times = median(row) / median(ours[group])
+                axes.barh(y, times - 1, left=1, color=THEIRS, height=0.7)
+                axes.text(max(times, 1) * 1.08, y, multiple(times), va="center", fontsize=9)
+                axes.text(-0.01, y, label(row), transform=across, va="center", ha="right", fontsize=9)
+            axes.vlines(1, top, y + 0.5, color=OURS, linewidth=2.5)
+            if group in marks:
+                axes.vlines(marks[group], top, y + 0.5, color=FLOOR, linewidth=2.5)
+            y += 1.6
+        axes.set(xscale="log", xlim=limits, ylim=(height - 0.6, -0.6), yticks=[])
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} x")
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    facts = report["environment"]
+    threads = max(row["threads"] for row in rows)
+    on = f"{name_of((model, dtype))}, {facts['cpu']}, {threads} threads, torch {facts['torch']}"
+    figure.suptitle(f"How many times longer than pyprune\n{on}", x=0.01, ha="left", fontsize=12, fontweight="bold")
+    axes_of_panels[-1].plot([], [], color=OURS, linewidth=2.5, label="pyprune, 1 x (its time on the right)")
+    axes_of_panels[-1].plot([], [], color=FLOOR, linewidth=2.5, label="floor: only moves the bytes")
+    figure.legend(loc="upper right", frameon=False, fontsize=9)
+    figure.savefig(path, dpi=100)
+
+
+def draw_growth(report: dict[str, Any], path: Path) -> None:
+    """Draw the cost of global masks against the number of weights, beside a straight line."""
+    rows = [row for row in usual(report["results"]) if row["group"] == GROWTH and row["samples_ms"]]
+    figure = Figure(figsize=(7.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    styles = {
+        "pyprune": {"color": OURS, "linewidth": 2.2, "zorder": 3},
+        "floor: read weights, write masks": {"color": FLOOR, "linewidth": 1.3},
+        "torch.cat + kthvalue": {"color": "#6B7A88", "linewidth": 1.6},
+    }
+    for way, style in styles.items():
+        for dtype, line in (("float32", "-"), ("bfloat16", "--")):
+            points = sorted(
+                (row["count"], median(row)) for row in rows if row["way"] == way and row["dtype"] == dtype
+            )
+            if points:
+                name = f"{way.partition(':')[0]}, {NAMES[dtype]}"
+                axes.plot(*zip(*points, strict=True), line, marker="o", markersize=4, label=name, **style)
+    ours = sorted(
+        (row["count"], median(row)) for row in rows if row["way"] == "pyprune" and row["dtype"] == "float32"
+    )
+    last_count, last_ms = ours[-1]
+    counts = [ours[0][0], last_count]
+    line = [last_ms * count / last_count for count in counts]
+    axes.plot(counts, line, color="black", linewidth=0.9, linestyle=":", label="proportional", zorder=4)
+    axes.set(xscale="log", yscale="log", xlabel="weights", ylabel="ms")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e9:g}B" if value >= 1e9 else f"{value / 1e6:g}M")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    facts = report["environment"]
+    threads = max(row["threads"] for row in rows)
+    axes.set_title(f"Global masks: {facts['cpu']}, {threads} threads", loc="left", fontweight="bold")
+    axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+def load(paths: list[Path]) -> dict[str, Any]:
+    """Join the results of several runs; the machine is that of the first."""
+    reports = [json.loads(path.read_text()) for path in paths]
+    return reports[0] | {"results": [row for report in reports for row in report["results"]]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("json", type=Path, nargs="+", help="written by a benchmark with --json")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the multiples as a bar chart here")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = RESULTS / "cpu.json"
+    parser.add_argument("json", type=Path, nargs="*", default=[default], help="of run.py (default: results/cpu.json)")
+    parser.add_argument("--readme", type=Path, metavar="PATH", help="put the figures into this file")
+    parser.add_argument("--plot", type=Path, metavar="DIRECTORY", help="draw speed.png and growth.png here")
     arguments = parser.parse_args()
-    reports = [json.loads(path.read_text()) for path in arguments.json]
-    for path, report in zip(arguments.json, reports, strict=True):
-        print(f"{path.name}\n\n{markdown(report)}\n")
+    missing = [str(path) for path in arguments.json if not path.is_file()]
+    if missing:
+        parser.error(f"there is no file {', '.join(missing)}; write one with run.py --json")
+    report = load(arguments.json)
+    if arguments.readme is not None:
+        readme = with_section(arguments.readme.read_text(), readme_section(report))
+        arguments.readme.write_text(readme)
     if arguments.plot is not None:
-        plot(reports, arguments.plot)
+        draw_speed(report, arguments.plot / "speed.png")
+        draw_growth(report, arguments.plot / "growth.png")
+    if arguments.readme is None and arguments.plot is None:
+        print(every_table(report), end="")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from pyprune import ops
 from pyprune.masks import Mask
 from pyprune.targets import Target, attachments_of
 from tests.devices import DEVICES
+
+# gpu.sh runs the tests where the benchmarks are not beside them.
+collect_ignore = [] if (Path(__file__).parent.parent / "benchmarks").is_dir() else ["test_benchmarks.py"]
 
 
 class ConvNet(nn.Module):

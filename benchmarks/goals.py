@@ -1,0 +1,153 @@
+"""What the kernels are to reach on a CPU, as data, and by how much a run reached or missed it.
+
+Goals are judged on the lists of real models, at ratio 0.7, on normal weights, with the most threads measured.
+"""
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from bench_count import COUNT
+from bench_fold import FOLD
+from bench_masks import LOCAL, NORMALISED, RAW
+from bench_rb_loss import LOSS
+
+Row = dict[str, Any]  # one way in one case, as run.py writes it
+FP32, BF16 = ("float32",), ("bfloat16",)
+BOTH = FP32 + BF16
+
+
+@dataclass(frozen=True)
+class Goal:
+    """How many times faster than peers our first way is to be at least, and how many times its floor at most."""
+
+    group: str
+    dtypes: tuple[str, ...] = FP32
+    peers: dict[str, float] = field(default_factory=dict)
+    floor: tuple[float, float] | None = None  # on ResNet-50, and on all others
+
+
+GOALS = [
+    Goal(RAW, FP32, {"torch.nn.utils.prune": 500, "torch.cat + kthvalue": 70}, (1.5, 1.2)),
+    Goal(RAW, BF16, {"torch.nn.utils.prune": 500, "torch.cat + kthvalue": 70}, (2.5, 1.5)),
+    Goal(NORMALISED, FP32, {"NNCF": 50}, (2.2, 1.7)),
+    Goal(LOCAL, BOTH, {"kthvalue per tensor": 40}, (2.6, 1.9)),
+    Goal(FOLD, BOTH, {"torch._foreach_mul_, bool masks": 2}, (1.2, 1.2)),
+    Goal(COUNT, BOTH, {"torch.count_nonzero": 5, "(mask == 0).sum()": 100}, (1.1, 1.1)),
+    Goal("Bernoulli gates, one tensor", FP32, {"NNCF, eager": 15, "NNCF, compiled": 10}, (1.3, 1.3)),
+    Goal("hard-concrete gates, one tensor", FP32, {"torch, eager": 15, "torch, compiled": 6}, (1.6, 1.6)),
+    Goal("Bernoulli gates, tensor by tensor", FP32, {"NNCF, eager": 8, "NNCF, compiled": 5}),
+    Goal("hard-concrete gates, tensor by tensor", FP32, {"torch, eager": 8, "torch, compiled": 5}),
+    Goal(LOSS, FP32, {"NNCF, eager": 6, "NNCF, compiled": 2.5}, (1.5, 1.5)),
+]  # fmt: skip
+JUDGED = ("resnet50", "bert", "llama")
+MASKS = (RAW, NORMALISED, LOCAL)
+LARGEST_CLIFF = 3.0  # times what normal weights take, on any others
+MEMORY_FRACTION, MEMORY_MIB = 0.02, 16.0  # of the weights, or so much, to choose masks
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was wanted in one case, and what was measured."""
+
+    group: str
+    against: str
+    wanted: str
+    model: str
+    dtype: str
+    measured: float
+    limit: float
+    unit: str = "x"
+    at_least: bool = False
+
+    @property
+    def reached(self) -> bool:
+        """Whether it was."""
+        return self.measured >= self.limit if self.at_least else self.measured <= self.limit
+
+    @property
+    def missed_by(self) -> float:
+        """What is missing, as a fraction of the goal."""
+        return abs(self.measured / self.limit - 1)
+
+    @property
+    def text(self) -> str:
+        """The measurement; beside it, by how much the goal was missed."""
+        measured = f"{self.measured:,.0f}" if self.measured >= 99.5 else f"{self.measured:#.3g}".rstrip(".")
+        return f"{measured} {self.unit}" + ("" if self.reached else f", missed by {max(self.missed_by, 0.01):.0%}")
+
+
+def median(row: Row) -> float:
+    return statistics.median(row["samples_ms"])
+
+
+def beside_floor(row: Row) -> float:
+    return median(row) / float(row["floor_ms"])
+
+
+def verdicts(rows: list[Row]) -> list[Verdict]:
+    """Judge every goal whose job was measured."""
+    rows = [row for row in usual(rows, any_weights=True) if row["model"] in JUDGED]
+    normal = [row for row in rows if row["weights"] == "normal"]
+    found = [verdict for goal in GOALS for verdict in judge(goal, normal)]
+    return [*found, *cliffs(rows), *memory(normal)]
+
+
+def usual(rows: list[Row], any_weights: bool = False) -> list[Row]:
+    """Return what goals are judged by."""
+    threads = max((row["threads"] for row in rows), default=0)
+    return [
+        row
+        for row in rows
+        if row["threads"] == threads
+        and row["ratio"] == 0.7
+        and (any_weights or row["weights"] == "normal")
+        and row["samples_ms"]
+    ]
+
+
+def judge(goal: Goal, rows: list[Row]) -> Iterator[Verdict]:
+    ours = [row for row in rows if row["group"] == goal.group and row["way"] == "pyprune"]
+    ours = [row for row in ours if row["dtype"] in goal.dtypes]
+    for peer, factor in goal.peers.items():
+        wanted = f"at least {factor:g} x"
+        for row in ours:
+            theirs = next((other for other in rows if same(other, row, ("group",)) and other["way"] == peer), None)
+            if theirs is not None:
+                times = median(theirs) / median(row)
+                yield Verdict(goal.group, peer, wanted, row["model"], row["dtype"], times, factor, at_least=True)
+    if goal.floor is not None:
+        small, large = goal.floor
+        wanted = f"at most {small:g} x" + (f", beyond ResNet-50 {large:g} x" if large != small else "")
+        for row in ours:
+            limit = small if row["model"] == "resnet50" else large
+            times = beside_floor(row)
+            yield Verdict(goal.group, "floor", wanted, row["model"], row["dtype"], times, limit)
+
+
+def same(one: Row, other: Row, also: tuple[str, ...]) -> bool:
+    return all(one[key] == other[key] for key in ("model", "dtype", *also))
+
+
+def cliffs(rows: list[Row]) -> Iterator[Verdict]:
+    """Compare the worst of the adversarial distributions with normal weights: beside the floors, which drift too."""
+    for group in MASKS:
+        ours = [row for row in rows if row["group"] == group and row["way"] == "pyprune"]
+        for row in ours:
+            others = [beside_floor(other) for other in ours if same(other, row, ()) and other["weights"] != "normal"]
+            if row["weights"] == "normal" and others:
+                wanted = f"at most {LARGEST_CLIFF:g} x normal weights"
+                times = max(others) / beside_floor(row)
+                yield Verdict(group, "worst weights", wanted, row["model"], row["dtype"], times, LARGEST_CLIFF)
+
+
+def memory(rows: list[Row]) -> Iterator[Verdict]:
+    """Look at the extra memory of choosing masks."""
+    for group in MASKS:
+        for row in rows:
+            if row["group"] == group and row["way"] == "pyprune" and row["memory_mib"] is not None:
+                limit = max(MEMORY_MIB, MEMORY_FRACTION * row["weight_bytes"] / 2**20)
+                wanted = f"at most {MEMORY_FRACTION:.0%} of the weights or {MEMORY_MIB:g} MiB"
+                measured, model = row["memory_mib"], row["model"]
+                yield Verdict(group, "extra memory", wanted, model, row["dtype"], measured, limit, "MiB")

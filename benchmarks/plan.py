@@ -1,0 +1,86 @@
+"""Which jobs are measured on what. A new job joins with its file, a line in JOBS and a place in BENCH."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+import bench_count
+import bench_fold
+import bench_gates
+import bench_growth
+import bench_masks
+import bench_rb_loss
+import bench_training
+from shapes import DTYPES, SIZES, Case
+
+JOBS: dict[str, ModuleType] = {
+    "masks": bench_masks,
+    "fold": bench_fold,
+    "count": bench_count,
+    "gates": bench_gates,
+    "rb_loss": bench_rb_loss,
+    "training": bench_training,
+    "growth": bench_growth,
+}
+PEERS = ("none", "quick", "all")
+LISTS_JOBS = ("masks", "fold", "count")
+BOTH = tuple(DTYPES)
+ADVERSARIAL = ("equal", "two-values", "sorted", "heavy-tailed", "one-binade")
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Jobs, and the values along each axis that they are measured on, in all combinations."""
+
+    jobs: tuple[str, ...]
+    models: tuple[str, ...]
+    dtypes: tuple[str, ...] = ("float32",)
+    ratios: tuple[float, ...] = (0.7,)
+    weights: tuple[str, ...] = ("normal",)
+    threads: tuple[int, ...] = ()  # torch's own number
+    peers: str = "quick"  # of PEERS
+
+    def cases(self, own_threads: int) -> Iterator[tuple[str, Case]]:
+        """Yield the jobs with their cases, leaving out what a job cannot do."""
+        for threads in self.threads or (own_threads,):
+            for model in self.models:
+                for dtype in self.dtypes:
+                    for ratio in self.ratios:
+                        for weights in self.weights:
+                            for job in self.jobs:
+                                if accepts(job, model, dtype):
+                                    yield job, Case(model, dtype, ratio, weights, threads)
+
+
+def accepts(job: str, model: str, dtype: str) -> bool:
+    module = JOBS[job]
+    return model in module.MODELS and dtype in getattr(module, "DTYPES", DTYPES)
+
+
+BENCH = [
+    Slice(LISTS_JOBS, ("resnet50", "bert"), BOTH),
+    Slice(("gates",), ("resnet50",)),
+    Slice(("rb_loss",), ("resnet50", "bert")),
+    Slice(("training",), ("convnet", "transformer")),
+    Slice(("growth",), ("1M", "4M", "16M", "64M")),
+]
+QUICK = [
+    Slice((*LISTS_JOBS, "gates", "rb_loss"), ("resnet50",)),
+    Slice(("training",), ("convnet",)),
+    Slice(("growth",), ("1M", "4M", "16M")),
+]
+# Not all combinations, which would take days: one axis is varied at a time, and peers run where they say something
+# new. What needs over 20 GB or many minutes is left out, and says so in its place.
+FULL = [
+    Slice(LISTS_JOBS, ("resnet50", "bert"), BOTH, peers="all"),
+    Slice(LISTS_JOBS, ("llama",), BOTH, peers="all"),
+    Slice(("masks",), ("resnet50", "bert"), ratios=(0.5, 0.9, 0.99)),
+    Slice(("masks",), ("llama",), ratios=(0.5, 0.9, 0.99), peers="none"),
+    Slice(("masks",), ("resnet50", "bert"), BOTH, weights=ADVERSARIAL, peers="none"),
+    Slice((*LISTS_JOBS, "gates", "rb_loss"), ("resnet50",), BOTH, threads=(1,)),
+    Slice(LISTS_JOBS, ("bert",), BOTH, threads=(1,), peers="none"),
+    Slice(("gates",), ("resnet50", "bert"), peers="all"),
+    Slice(("rb_loss",), ("resnet50", "bert", "llama"), peers="all"),
+    Slice(("training",), ("convnet", "transformer"), peers="all"),
+    Slice(("growth",), tuple(SIZES), BOTH),
+]

@@ -1,0 +1,191 @@
+import json
+from pathlib import Path
+
+import goals
+import peers
+import plan
+import pytest
+import report
+import run
+import torch
+from shapes import DISTRIBUTIONS, DTYPES, Case
+
+from pyprune import ops
+
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+# torch warns of itself while it loads its compiler
+pytestmark = pytest.mark.filterwarnings("ignore")
+CPU_JSON = BENCHMARKS / "results" / "cpu.json"
+TINY = {"training": "convnet"}  # the others take the model "tiny"
+
+
+@pytest.fixture
+def threads_restored():
+    before = torch.get_num_threads(), torch._inductor.config.cpp.threads
+    yield
+    torch.set_num_threads(before[0])
+    torch._inductor.config.cpp.threads = before[1]
+
+
+def main(words):
+    run.main([*words.split(), "--threads", "1", "--seconds", "0.01"])
+
+
+@pytest.mark.usefixtures("threads_restored")
+@pytest.mark.parametrize("job", plan.JOBS)
+def test_run_measures_every_way_of_a_job(job, tmp_path, capsys):
+    path, model = tmp_path / "results.json", TINY.get(job, "tiny")
+    main(f"{job} --model {model} --no-compile --dtype float32 --peers all --repeats 2 --json {path}")
+    results = json.loads(path.read_text())
+    assert results["environment"]["pyprune"]
+    assert results["speeds"][0]["copy_gb_per_s"] > 0
+    for row in results["results"]:
+        assert row["samples_ms"], row["way"]
+        assert row["floor_ms"] > 0
+        assert (row["job"], row["model"]) == (job, model)
+    output = capsys.readouterr().out
+    assert "x floor" in output
+    assert "extra MiB" in output
+
+
+@pytest.mark.usefixtures("threads_restored")
+def test_run_measures_compiled_peers(capsys):
+    main("rb_loss --model tiny --repeats 1")
+    assert "NNCF, compiled" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("mask", "there is no job mask"),
+        ("--ratio 0.7 1", "every ratio must be above 0 and below 1"),
+        ("--threads 0", "every number must be at least 1"),
+        ("--repeats 0", "must be above 0"),
+        ("--json no/such/place.json", "make its directory first"),
+        ("--model resnet", "invalid choice"),
+    ],
+)
+def test_parse_arguments_refuses(words, said, capsys):
+    with pytest.raises(SystemExit):
+        run.parse_arguments(words.split())
+    assert said in capsys.readouterr().err
+
+
+def test_run_says_when_a_job_cannot_do_what_is_asked():
+    with pytest.raises(SystemExit, match="none of these jobs"):
+        run.main(["training", "--model", "bert"])
+
+
+@pytest.mark.parametrize("slices", [plan.BENCH, plan.QUICK, plan.FULL])
+def test_plan_measures_every_job_and_no_slice_is_empty(slices):
+    cases = [list(part.cases(2)) for part in slices]
+    assert all(cases)
+    assert {job for some in cases for job, _ in some} == set(plan.JOBS)
+
+
+def test_goals_refer_to_ways_that_exist():
+    ways = [way for job in plan.JOBS for way in plan.JOBS[job].ways(Case(TINY.get(job, "tiny")))]
+    names = {(way.group, way.name) for way in ways}
+    for goal in goals.GOALS:
+        for name in ("pyprune", *goal.peers):
+            assert (goal.group, name) in names
+        assert goal.floor is None or any(way.group == goal.group and way.floor for way in ways)
+    assert {(group, "pyprune") for group in goals.MASKS} <= names
+
+
+def row(way, samples, **facts):
+    usual = {
+        "group": "fold",
+        "model": "bert",
+        "dtype": "float32",
+        "threads": 2,
+        "ratio": 0.7,
+        "weights": "normal",
+        "floor_ms": 10.0,
+        "memory_mib": 1.0,
+        "weight_bytes": 2**20,
+    }
+    return usual | {"way": way, "samples_ms": samples} | facts
+
+
+def test_verdicts_judge_medians_of_the_usual_case():
+    peer = "torch._foreach_mul_, bool masks"
+    rows = [
+        row("pyprune", [11.0, 14.0, 99.0]),
+        row(peer, [35.0]),
+        row("pyprune", [1.0], threads=1),
+        row("pyprune", [1.0], ratio=0.5),
+    ]
+    beside_peer, beside_floor = goals.verdicts(rows)
+    assert (beside_peer.measured, beside_peer.reached, beside_peer.text) == (2.5, True, "2.50 x")
+    assert (beside_floor.measured, beside_floor.reached) == (1.4, False)
+    assert beside_floor.text == "1.40 x, missed by 17%"
+
+
+def test_verdicts_find_cliffs_and_memory():
+    group = goals.MASKS[0]
+    rows = [
+        row("pyprune", [10.0], group=group, memory_mib=17.0),
+        row("pyprune", [20.0], group=group, weights="equal"),
+        row("pyprune", [40.0], group=group, weights="sorted"),
+    ]
+    _, cliff, memory = goals.verdicts(rows)
+    assert (cliff.against, cliff.measured, cliff.reached) == ("worst weights", 4.0, False)
+    assert (memory.against, memory.limit, memory.reached) == ("extra memory", 16.0, False)
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.7])
+def test_peers_choose_the_masks_that_we_choose(ratio):
+    weights = Case("tiny").draw()
+    sizes = [weight.numel() for weight in weights]
+    removed, each = int(ratio * sum(sizes)), [int(ratio * size) for size in sizes]
+    ours, _ = ops.threshold(weights, removed)
+    local, _ = ops.threshold(weights, each)
+    for way in (peers.cat_kthvalue, peers.cat_topk, peers.cat_sort, peers.numpy_partition):
+        assert all(map(torch.equal, way(weights, removed), ours)), way
+    assert all(map(torch.equal, peers.kthvalue_per_tensor(weights, each), local))
+    removed = int((sum(sizes) - 1) * ratio) + 1  # as NNCF counts
+    normalised, _ = ops.threshold(weights, removed, scales=ops.norms(weights).reciprocal())
+    assert all(map(torch.equal, peers.nncf_formula(weights, ratio), normalised))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weights", DISTRIBUTIONS)
+def test_draw_is_finite_and_the_same_every_time(weights, dtype):
+    case = Case("tiny", dtype, weights=weights)
+    drawn = case.draw()
+    assert [tuple(one.shape) for one in drawn] == case.shapes
+    assert all(one.dtype == DTYPES[dtype] and one.isfinite().all() for one in drawn)
+    assert all(map(torch.equal, drawn, case.draw()))
+    if weights == "sorted":
+        joined = torch.cat([one.flatten() for one in drawn])
+        assert (joined.diff() >= 0).all()
+        assert joined[0] < joined[-1]
+
+
+def test_readme_shows_what_report_makes_of_the_results():
+    readme = (ROOT / "README.md").read_text()
+    section = report.readme_section(report.load([CPU_JSON]))
+    assert section in readme, "run: python benchmarks/report.py --readme README.md --plot benchmarks/results"
+    assert report.with_section(readme, section) == readme
+
+
+def test_readme_without_its_two_comments_is_refused():
+    with pytest.raises(ValueError, match="write them where figures go"):
+        report.with_section("# pyprune\n", "figures")
+
+
+def test_report_draws_small_pictures_of_the_results(tmp_path):
+    results = report.load([CPU_JSON])
+    report.draw_speed(results, tmp_path / "speed.png")
+    report.draw_growth(results, tmp_path / "growth.png")
+    for name in ("speed.png", "growth.png"):
+        assert 10_000 < (tmp_path / name).stat().st_size < 150_000
+        assert (BENCHMARKS / "results" / name).stat().st_size < 150_000
+
+
+def test_report_tables_show_every_way():
+    results = report.load([CPU_JSON])
+    tables = report.every_table(results)
+    assert all(row["way"].replace("|", r"\|") in tables for row in results["results"])
