@@ -30,7 +30,7 @@ TOO_LARGE = 300_000_000  # weights; more than this, and some peers need over 20 
 
 
 def l2_normalised(weights: list[Tensor], removed: int, masks: list[Tensor] | None = None) -> list[Tensor]:
-    return ops.threshold(weights, removed, scales=ops.norms(weights).reciprocal(), masks=masks)[0]
+    return ops.threshold(weights, removed, normalize=True, masks=masks)[0]
 
 
 def ways(case: Case) -> list[Way]:

@@ -16,6 +16,7 @@ std::atomic<double> shift{0.0};
 constexpr int64_t kNoSample = 2048;  // so few weights are all candidates
 constexpr int64_t kNeighbours = 8;   // elements drawn at one place, which is what costs time
 constexpr int64_t kPlacesPerTask = 512;
+constexpr int64_t kTimeToDraw = 200;  // at one place, in elements that are swept meanwhile
 constexpr int64_t kInFlight = 64;
 constexpr double kSpread = 4.0;  // only the probes are swept in so wide a bracket, and a miss is dear
 constexpr double kWidestSpread = 1000;
@@ -54,7 +55,7 @@ BracketSearch::BracketSearch(const std::vector<Strided>& weights, const std::vec
 void BracketSearch::draw_sample() {
   const int64_t size = static_cast<int64_t>(sample_.size()), places = size / kNeighbours;
   ++seed_;
-  share_tasks((places + kPlacesPerTask - 1) / kPlacesPerTask, [&](int64_t task, int64_t) {
+  share_tasks((places + kPlacesPerTask - 1) / kPlacesPerTask, kTimeToDraw * places, [&](int64_t task, int64_t) {
     size_t tensor = 0;
     const int64_t end = std::min(places, (task + 1) * kPlacesPerTask);
     for (int64_t start = task * kPlacesPerTask; start < end; start += kInFlight) {

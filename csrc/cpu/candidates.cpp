@@ -22,6 +22,14 @@ void for_each_key(const CandidateRun& run, Visit visit) {
   });
 }
 
+void share_runs(const std::vector<CandidateRun>& runs, const std::function<void(int64_t run, int64_t worker)>& body) {
+  int64_t candidates = 0;
+  for (const CandidateRun& run : runs) {
+    candidates += run.count;
+  }
+  share_tasks(static_cast<int64_t>(runs.size()), candidates, body);
+}
+
 // What one thread counts. Keys outside of all bins are counted too, for want of a branch, in several places in turn:
 // a counter waits for its own last write.
 constexpr uint64_t kOutside = 16;
@@ -49,7 +57,7 @@ Histogram histogram_of(const std::vector<CandidateRun>& runs, Bracket bracket) {
   const int64_t first = bracket.below + 1;
   const uint64_t size = static_cast<uint64_t>(bracket.last - bracket.below);
   std::vector<Table> tables(thread_count());
-  share_tasks(static_cast<int64_t>(runs.size()), [&](int64_t task, int64_t worker) {
+  share_runs(runs, [&](int64_t task, int64_t worker) {
     Table& table = tables[worker];
     int64_t under = 0;
     size_t turn = 0;
@@ -71,25 +79,6 @@ Histogram histogram_of(const std::vector<CandidateRun>& runs, Bracket bracket) {
   return histogram;
 }
 
-Counts count_keys(const std::vector<CandidateRun>& runs, Bracket bracket) {
-  std::vector<Counts> counts(thread_count());
-  share_tasks(static_cast<int64_t>(runs.size()), [&](int64_t task, int64_t worker) {
-    Counts counted;
-    for_each_key(runs[task], [&counted, bracket](int64_t key) {
-      counted.below += key <= bracket.below;
-      counted.inside += bracket.below < key && key <= bracket.last;
-    });
-    counts[worker].below += counted.below;
-    counts[worker].inside += counted.inside;
-  });
-  Counts all;
-  for (const Counts& one : counts) {
-    all.below += one.below;
-    all.inside += one.inside;
-  }
-  return all;
-}
-
 Bracket Histogram::bracket_of(size_t from, size_t to) const {
   const auto before = [this](uint64_t bin) {
     return static_cast<int64_t>(static_cast<uint64_t>(first) + (bin << shift) - 1);
@@ -104,41 +93,60 @@ Bracket Histogram::bracket_of(size_t from, size_t to) const {
   return bracket;
 }
 
-Selected select_key(const std::vector<CandidateRun>& runs, int64_t total, Bracket bracket, int64_t rank) {
-  int64_t below = 0, inside = total;
-  if (total > kFew) {
-    const Histogram histogram = histogram_of(runs, bracket);
-    size_t bin = 0;
-    while (below + static_cast<int64_t>(histogram.counts[bin]) < rank) {
-      below += static_cast<int64_t>(histogram.counts[bin++]);
-    }
-    inside = static_cast<int64_t>(histogram.counts[bin]);
-    const int64_t last = bracket.last;
-    bracket = histogram.bracket_of(bin, bin);
-    bracket.last = std::min(bracket.last, last);
-  }
-  if (bracket.one_score()) {
-    return {bracket.last, below, inside};
-  }
-  std::vector<std::vector<int64_t>> keys(thread_count());
+Keys keys_in(const std::vector<CandidateRun>& runs, Bracket bracket) {
+  std::vector<Keys> found(thread_count());
   const int64_t first = bracket.below + 1;
   const uint64_t size = static_cast<uint64_t>(bracket.last - bracket.below);
-  share_tasks(static_cast<int64_t>(runs.size()), [&](int64_t task, int64_t worker) {
-    for_each_key(runs[task], [&mine = keys[worker], first, size](int64_t key) {
-      if (distance(key, first) < size) {
-        mine.push_back(key);
+  share_runs(runs, [&](int64_t task, int64_t worker) {
+    // Without a branch that nobody could guess: every key is written, and those inside stay.
+    constexpr int64_t kTogether = 512;
+    int64_t together[kTogether], count = 0, below = 0;
+    std::vector<int64_t>& inside = found[worker].inside;
+    for_each_key(runs[task], [&](int64_t key) {
+      below += key < first;
+      together[count] = key;
+      count += distance(key, first) < size;
+      if (count == kTogether) {
+        inside.insert(inside.end(), together, together + count);
+        count = 0;
       }
     });
+    inside.insert(inside.end(), together, together + count);
+    found[worker].below += below;
   });
-  std::vector<int64_t> all;
-  for (const auto& one : keys) {
-    all.insert(all.end(), one.begin(), one.end());
+  Keys keys = std::move(found[0]);
+  for (size_t worker = 1; worker < found.size(); ++worker) {
+    keys.below += found[worker].below;
+    keys.inside.insert(keys.inside.end(), found[worker].inside.begin(), found[worker].inside.end());
   }
-  const auto nth = all.begin() + (rank - below - 1);
-  std::nth_element(all.begin(), nth, all.end());
+  return keys;
+}
+
+Selected select_key(std::vector<int64_t>& keys, Bracket bracket, int64_t rank) {
+  auto begin = keys.begin(), end = keys.end();
+  int64_t below = 0;
+  if (end - begin > kFew) {
+    // First the one of many intervals that holds it.
+    int shift = 0;
+    while ((bracket.last - bracket.below - 1) >> shift >= kBins) {
+      ++shift;
+    }
+    const auto bin_of = [shift, first = bracket.below + 1](int64_t key) { return (key - first) >> shift; };
+    std::vector<int64_t> counts(kBins);
+    for (const int64_t key : keys) {
+      ++counts[bin_of(key)];
+    }
+    int64_t bin = 0;
+    while (below + counts[bin] < rank) {
+      below += counts[bin++];
+    }
+    end = std::partition(begin, end, [=](int64_t key) { return bin_of(key) == bin; });
+  }
+  const auto nth = begin + (rank - below - 1);
+  std::nth_element(begin, nth, end);
   const int64_t key = *nth;
-  return {key, below + std::count_if(all.begin(), nth, [key](int64_t one) { return one < key; }),
-          std::count(all.begin(), all.end(), key)};
+  return {key, below + std::count_if(begin, nth, [key](int64_t one) { return one < key; }),
+          std::count(begin, end, key)};
 }
 
 }  // namespace pyprune

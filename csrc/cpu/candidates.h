@@ -31,20 +31,21 @@ struct Histogram {
 
 Histogram histogram_of(const std::vector<CandidateRun>& runs, Bracket bracket);
 
-struct Counts {
-  int64_t below = 0;   // candidates below the bracket
-  int64_t inside = 0;  // candidates in it
+// The keys of the candidates in a bracket, in any order, and how many candidates are below it.
+struct Keys {
+  int64_t below = 0;
+  std::vector<int64_t> inside;
 };
 
-Counts count_keys(const std::vector<CandidateRun>& runs, Bracket bracket);
+Keys keys_in(const std::vector<CandidateRun>& runs, Bracket bracket);
 
 struct Selected {
   int64_t key;
-  int64_t below;  // candidates with a smaller key
-  int64_t same;   // candidates with this key
+  int64_t below;  // smaller keys
+  int64_t same;   // keys equal to it
 };
 
-// The rank-th smallest key (from 1) of the candidates in the bracket; they are `total`.
-Selected select_key(const std::vector<CandidateRun>& runs, int64_t total, Bracket bracket, int64_t rank);
+// The rank-th smallest (from 1) of these keys, all of them in the bracket. Reorders them.
+Selected select_key(std::vector<int64_t>& keys, Bracket bracket, int64_t rank);
 
 }  // namespace pyprune

@@ -21,7 +21,7 @@ Tensor count_zeros(const std::vector<Tensor> tensors) {
   const std::vector<Chunk> chunks = chunks_of(views);
   std::vector<int64_t> counts(chunks.size());
   const auto run = PYPRUNE_KERNEL(count_zeros_run);
-  share_tasks(static_cast<int64_t>(chunks.size()), [&](int64_t task, int64_t) {
+  share_tasks(static_cast<int64_t>(chunks.size()), elements_of(views), [&](int64_t task, int64_t) {
     const auto [tensor, start, count] = chunks[task];
     const Strided& view = views[tensor];
     std::vector<uint64_t> room;

@@ -21,7 +21,7 @@ void fold(const std::vector<Tensor> weights, const std::vector<Tensor> masks) {
   }
   const std::vector<Chunk> chunks = chunks_of(w);
   const auto run = PYPRUNE_KERNEL(fold_run);
-  share_tasks(static_cast<int64_t>(chunks.size()), [&](int64_t task, int64_t) {
+  share_tasks(static_cast<int64_t>(chunks.size()), elements_of(w), [&](int64_t task, int64_t) {
     const auto [tensor, start, count] = chunks[task];
     const Strided &weight = w[tensor], &mask = m[tensor];
     Room weight_room, mask_room;

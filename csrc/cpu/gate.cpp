@@ -59,7 +59,7 @@ struct GateCall {
 // Calls block(start, count) for blocks of [0, numel), shared among the threads.
 template <class Block>
 void for_each_block(int64_t numel, const Block& block) {
-  share_tasks((numel + kChunk - 1) / kChunk, [&](int64_t task, int64_t) {
+  share_tasks((numel + kChunk - 1) / kChunk, numel, [&](int64_t task, int64_t) {
     const KeepDenormals exact;
     const int64_t end = std::min(numel, (task + 1) * kChunk);
     for (int64_t start = task * kChunk; start < end; start += kGateBlock) {
@@ -78,7 +78,7 @@ struct Rooms {
 template <class Row>
 void for_each_row(int64_t numel, const Row& row) {
   std::vector<Rooms> rooms(thread_count());
-  share_tasks((numel + kChunk - 1) / kChunk, [&](int64_t task, int64_t worker) {
+  share_tasks((numel + kChunk - 1) / kChunk, numel, [&](int64_t task, int64_t worker) {
     const KeepDenormals exact;
     const int64_t start = task * kChunk;
     row(start, std::min(kChunk, numel - start), rooms[worker]);

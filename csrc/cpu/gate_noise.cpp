@@ -20,7 +20,7 @@ Tensor gate_noise(const Tensor seed, const std::vector<int64_t> size, int64_t st
   float* const out = static_cast<float*>(result.mutable_data_ptr());
   const int64_t numel = result.numel();
   const auto draw = PYPRUNE_KERNEL(draw_words);
-  share_tasks((numel + kChunk - 1) / kChunk, [&](int64_t task, int64_t) {
+  share_tasks((numel + kChunk - 1) / kChunk, numel, [&](int64_t task, int64_t) {
     uint32_t words[kGateBlock];
     for (int64_t start = task * kChunk; start < std::min(numel, (task + 1) * kChunk); start += kGateBlock) {
       const int64_t count = std::min(kGateBlock, numel - start);

@@ -20,7 +20,7 @@ Tensor gate_penalty(const std::vector<Tensor> logits, bool hard, double shift) {
   const std::vector<Chunk> chunks = chunks_of(views);
   std::vector<double> sums(chunks.size());
   const auto sum = PYPRUNE_KERNEL(penalty_sum);
-  share_tasks(static_cast<int64_t>(chunks.size()), [&](int64_t task, int64_t) {
+  share_tasks(static_cast<int64_t>(chunks.size()), elements_of(views), [&](int64_t task, int64_t) {
     const KeepDenormals exact;
     const auto [tensor, start, count] = chunks[task];
     Room room;
@@ -50,7 +50,7 @@ std::vector<Tensor> gate_penalty_backward(const Tensor grad, const std::vector<T
   const Strided grads = strided_of(grad);
   const std::vector<Chunk> chunks = chunks_of(views);
   const auto slopes = PYPRUNE_KERNEL(penalty_slopes);
-  share_tasks(static_cast<int64_t>(chunks.size()), [&](int64_t task, int64_t) {
+  share_tasks(static_cast<int64_t>(chunks.size()), elements_of(views), [&](int64_t task, int64_t) {
     const KeepDenormals exact;
     const auto [tensor, start, count] = chunks[task];
     const Strided& out = outs[tensor];

@@ -45,7 +45,7 @@ struct Segments {
     const int64_t count = blocks.rows() * ranges * pieces;
     const int64_t elements = std::max<int64_t>(1, gates_per_range * blocks.run * blocks.repeats() / pieces);
     const int64_t per_task = std::max<int64_t>(1, kElementsPerTask / elements);
-    share_tasks((count + per_task - 1) / per_task, [&](int64_t task, int64_t) {
+    share_tasks((count + per_task - 1) / per_task, count * elements, [&](int64_t task, int64_t) {
       const KeepDenormals exact;
       for (int64_t i = task * per_task; i < std::min(count, (task + 1) * per_task); ++i) {
         const int64_t piece = i % pieces, range = i / pieces % ranges, row = i / pieces / ranges;

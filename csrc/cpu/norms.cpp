@@ -19,9 +19,9 @@ using torch::stable::Tensor;
 std::vector<double> sums_of_squares(const std::vector<Strided>& views, double factor) {
   NormBlocks squares(views);
   const std::vector<Chunk> chunks = chunks_of(views);
-  share_tasks(static_cast<int64_t>(chunks.size()), [&](int64_t task, int64_t) {
+  share_tasks(static_cast<int64_t>(chunks.size()), elements_of(views), [&](int64_t task, int64_t) {
     const Chunk& chunk = chunks[task];
-    std::vector<uint64_t> room;
+    Room room;
     squares.add(chunk, views[chunk.tensor].in_a_row(chunk.start, chunk.count, room), factor);
   });
   std::vector<double> sums;

@@ -57,10 +57,10 @@ size_t split_of(const Sweeper& sweeper, const std::vector<Score>& scores, Bracke
     if (!piece.probe) {
       continue;
     }
-    int64_t ties = swept.candidates;
-    if (swept.bits != nullptr) {
-      ties = count_keys({{swept.bits, swept.candidates, &scores[piece.tensor]}}, bracket).inside;
-    }
+    const Score& score = scores[piece.tensor];
+    const int64_t ties = swept.bits != nullptr ? sweeper.count_between(i, score.bits_up_to(bracket.below),
+                                                                       score.bits_up_to(bracket.last))
+                                               : swept.candidates;
     going -= piece.stands_for() * static_cast<double>(ties);
     if (going < 0) {
       return i;

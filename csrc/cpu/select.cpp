@@ -40,6 +40,12 @@ double scale_of(double norm) {
   return 1.0 / std::clamp(norm, kTiny, kMax);
 }
 
+int64_t bytes_of(const std::vector<Strided>& weights) {
+  return std::accumulate(weights.begin(), weights.end(), int64_t{0}, [](int64_t sum, const Strided& weight) {
+    return sum + weight.numel * item_size(weight.dtype);
+  });
+}
+
 class Selection {
  public:
   explicit Selection(const Competition& competition)
@@ -54,8 +60,7 @@ class Selection {
   }
 
   std::vector<int64_t> run() {
-    const int64_t total = std::accumulate(competition_.weights.begin(), competition_.weights.end(), int64_t{0},
-                                          [](int64_t sum, const Strided& weight) { return sum + weight.numel; });
+    const int64_t total = elements_of(competition_.weights);
     if (competition_.removed == 0 || competition_.removed == total) {
       // Nothing competes: one sweep writes the masks, and looks for what is not finite.
       const int64_t bound = competition_.removed == 0 ? -1 : Score::largest_key(competition_.wide);
@@ -77,13 +82,13 @@ class Selection {
       if (any_nonfinite()) {
         return sweeper_.nonfinite();
       }
-      const auto [going, inside] = count(plan.bracket);
-      if (going <= 0) {
+      Places places = places_in(plan.bracket);
+      if (places.going <= 0) {
         search.too_high(plan.bracket);
-      } else if (going > inside) {
+      } else if (places.going > places.inside) {
         search.too_low(plan.bracket);
       } else {
-        correct_masks(plan.bracket, going, inside);
+        correct_masks(plan.bracket, places);
         return sweeper_.nonfinite();
       }
     }
@@ -92,38 +97,47 @@ class Selection {
  private:
   // ---- norms ----
 
+  // Takes the norms first, which reads all weights.
+  void measure_norms(Which not_read_yet) {
+    sweeper_.sum_squares(not_read_yet, squares_);
+    set_scales([this](size_t weight) { return std::sqrt(squares_.of_weight(weight)); });
+  }
+
   // Returns whether the masks are right. If not, the scores have exact scales now.
   bool select_with_estimated_norms() {
+    if (2 * bytes_of(competition_.weights) <= 5 * elements_of(competition_.weights)) {
+      measure_norms(Which::kAll);  // half types are read twice in less time than all their candidates take
+      return false;
+    }
     sweeper_.sum_squares(Which::kProbes, squares_);
     const NormEstimate estimate = estimate_norms(sweeper_, squares_, scores_.size());
-    if (!estimate.slack.empty()) {
-      set_scales([&](size_t weight) { return estimate.norms[weight]; });
-      BracketSearch search(competition_.weights, scores_, competition_.removed);
-      Plan plan{search.next()};
-      // A crowd must not be set aside, but only counted, and that takes exact scores.
-      if (!plan.bracket.one_score()) {
-        slack_ = estimate.slack;
-        sweep(Which::kProbes, plan);
-        plan = plan_of(sweeper_, scores_, plan.bracket, competition_.removed);
-        sweep(Which::kRest, plan);
-        const std::vector<Bounds> bounds = bounds_of(plan.bracket);
-        slack_.clear();
-        set_scales([&](size_t weight) { return std::sqrt(squares_.of_weight(weight)); });
-        const Bracket bracket = certain(bounds);
-        if (any_nonfinite() || bracket.below >= bracket.last) {
-          return false;
-        }
-        const auto [going, inside] = count(bracket);
-        if (going > 0 && going <= inside) {
-          correct_masks(bracket, going, inside);
-          return true;
-        }
-        return false;
-      }
+    if (estimate.slack.empty()) {
+      measure_norms(Which::kRest);
+      return false;
     }
-    sweeper_.sum_squares(Which::kRest, squares_);
-    set_scales([&](size_t weight) { return std::sqrt(squares_.of_weight(weight)); });
-    return false;
+    set_scales([&](size_t weight) { return estimate.norms[weight]; });
+    Plan plan{BracketSearch(competition_.weights, scores_, competition_.removed).next()};
+    if (plan.bracket.one_score()) {
+      measure_norms(Which::kRest);  // a crowd must not be set aside, but only counted, and that takes exact scores
+      return false;
+    }
+    slack_ = estimate.slack;
+    sweep(Which::kProbes, plan);
+    plan = plan_of(sweeper_, scores_, plan.bracket, competition_.removed);
+    sweep(Which::kRest, plan);
+    const std::vector<Bounds> bounds = bounds_of(plan.bracket);
+    slack_.clear();
+    set_scales([this](size_t weight) { return std::sqrt(squares_.of_weight(weight)); });
+    const Bracket bracket = certain(bounds);
+    if (any_nonfinite() || bracket.below >= bracket.last) {
+      return false;
+    }
+    Places places = places_in(bracket);
+    const bool found = places.going > 0 && places.going <= places.inside;
+    if (found) {
+      correct_masks(bracket, places);
+    }
+    return found;
   }
 
   template <class Norm>
@@ -197,27 +211,29 @@ class Selection {
     return runs;
   }
 
-  // How many of the elements in the bracket must go, and how many there are.
+  // How many of the elements in the bracket must go, how many there are, and the keys of those that were set aside.
   struct Places {
     int64_t going, inside;
+    std::vector<int64_t> keys;
   };
 
-  Places count(Bracket bracket) const {
-    const Counts counts = count_keys(candidates(), bracket);
-    Places places{competition_.removed - counts.below, counts.inside};
+  Places places_in(Bracket bracket) const {
+    Keys keys = keys_in(candidates(), bracket);
+    Places places{competition_.removed - keys.below, static_cast<int64_t>(keys.inside.size()), {}};
     for (size_t i = 0; i < sweeper_.pieces().size(); ++i) {
       const Swept& swept = sweeper_.swept()[i];
       places.going -= sweeper_.pieces()[i].count - swept.above;
       places.inside += swept.bits == nullptr ? swept.candidates : 0;
     }
+    places.keys = std::move(keys.inside);
     return places;
   }
 
-  // The first `going` of the `inside` elements of the bracket go, in the order of their scores and places.
-  void correct_masks(Bracket bracket, int64_t going, int64_t inside) {
-    Selected kth{bracket.last, 0, inside};
+  // The first of the elements in the bracket go, in the order of their scores and places.
+  void correct_masks(Bracket bracket, Places& places) {
+    Selected kth{bracket.last, 0, places.inside};
     if (!bracket.one_score()) {
-      kth = select_key(candidates(), inside, bracket, going);
+      kth = select_key(places.keys, bracket, places.going);
     }
     // Per weight, the largest bits of what goes for sure, and of what does not stay for sure.
     std::vector<int64_t> under, equal;
@@ -226,14 +242,19 @@ class Selection {
       equal.push_back(score.bits_up_to(kth.key));
     }
     const auto& pieces = sweeper_.pieces();
-    const int64_t ties_going = going - kth.below, tasks = static_cast<int64_t>(pieces.size());
+    const int64_t ties_going = places.going - kth.below, tasks = static_cast<int64_t>(pieces.size());
     const bool all_ties_go = ties_going == kth.same;
     std::vector<int64_t> ties(pieces.size()), before(pieces.size());
+    const int64_t elements = elements_of(competition_.weights);  // candidates are few, but far from each other
     if (!all_ties_go) {
-      share_tasks(tasks, [&](int64_t i, int64_t) { ties[i] = count_ties(i, under, equal); });
+      share_tasks(tasks, elements, [&](int64_t i, int64_t) {
+        const int64_t tensor = pieces[i].tensor;
+        const bool counted = sweeper_.swept()[i].bits == nullptr;
+        ties[i] = counted ? sweeper_.swept()[i].candidates : sweeper_.count_between(i, under[tensor], equal[tensor]);
+      });
       std::exclusive_scan(ties.begin(), ties.end(), before.begin(), int64_t{0});
     }
-    share_tasks(tasks, [&](int64_t i, int64_t) {
+    share_tasks(tasks, elements, [&](int64_t i, int64_t) {
       const Swept& swept = sweeper_.swept()[i];
       const int64_t low = under[pieces[i].tensor], high = equal[pieces[i].tensor], middle = swept.bounds.middle;
       if (swept.bits == nullptr) {
@@ -244,30 +265,8 @@ class Selection {
         }
         return;
       }
-      sweeper_.correct(i, [=, left = all_ties_go ? INT64_MAX : ties_going - before[i]](int64_t bits) mutable {
-        const bool tie = low < bits && bits <= high;
-        const bool keep = bits > high || (tie && left <= 0);
-        left -= tie;
-        return keep;
-      });
+      sweeper_.correct(i, low, high, all_ties_go ? INT64_MAX : ties_going - before[i]);
     });
-  }
-
-  // Elements of a piece with bits above those of its weight in `under`, up to those in `equal`.
-  int64_t count_ties(size_t piece, const std::vector<int64_t>& under, const std::vector<int64_t>& equal) const {
-    const Swept& swept = sweeper_.swept()[piece];
-    const int64_t tensor = sweeper_.pieces()[piece].tensor, low = under[tensor], high = equal[tensor];
-    if (swept.bits == nullptr) {
-      return swept.candidates;
-    }
-    int64_t ties = 0;
-    by_bits(competition_.weights[tensor].dtype, [&]<class T>(T) {
-      const T* bits = static_cast<const T*>(swept.bits);
-      ties = std::count_if(bits, bits + swept.candidates, [=](T one) {
-        return low < static_cast<int64_t>(one) && static_cast<int64_t>(one) <= high;
-      });
-    });
-    return ties;
   }
 
   const Competition& competition_;

@@ -119,8 +119,16 @@ char* Strided::in_a_row(int64_t start, int64_t count, Room& room) const {
   if (contiguous()) {
     return data + start * item_size(dtype);
   }
+  char* const row = to_write(start, count, room);
+  gather(start, count, row);
+  return row;
+}
+
+char* Strided::to_write(int64_t start, int64_t count, Room& room) const {
+  if (contiguous()) {
+    return data + start * item_size(dtype);
+  }
   room.resize(std::max(room.size(), static_cast<size_t>(count)));
-  gather(start, count, room.data());
   return reinterpret_cast<char*>(room.data());
 }
 
@@ -167,6 +175,11 @@ bool as_flat(const std::vector<Strided*>& tensors) {
     tensor->strides.assign(1, 1);
   }
   return true;
+}
+
+int64_t elements_of(const std::vector<Strided>& tensors) {
+  return std::accumulate(tensors.begin(), tensors.end(), int64_t{0},
+                         [](int64_t sum, const Strided& tensor) { return sum + tensor.numel; });
 }
 
 std::vector<Chunk> chunks_of(const std::vector<Strided>& tensors) {

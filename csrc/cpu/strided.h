@@ -20,6 +20,8 @@ struct Strided {
   char* at(int64_t flat) const { return data + offset(flat) * item_size(dtype); }
   // Elements [start, start + count) one after the other: where they lie, or copied into `room`.
   char* in_a_row(int64_t start, int64_t count, Room& room) const;
+  // Where to write them: in place, or into `room`, from where scatter() puts them into place.
+  char* to_write(int64_t start, int64_t count, Room& room) const;
   void gather(int64_t start, int64_t count, void* out) const;
   void scatter(int64_t start, int64_t count, void* in) const;
 
@@ -52,5 +54,6 @@ struct Chunk {
 };
 
 std::vector<Chunk> chunks_of(const std::vector<Strided>& tensors);
+int64_t elements_of(const std::vector<Strided>& tensors);
 
 }  // namespace pyprune

@@ -52,7 +52,9 @@ std::vector<int64_t> Sweeper::nonfinite() const {
 
 void Sweeper::share_pieces(Which which, const std::function<void(size_t, Worker&)>& body) {
   const std::vector<size_t>* some = which == Which::kProbes ? &probes_ : which == Which::kRest ? &rest_ : nullptr;
-  share_tasks(static_cast<int64_t>(some ? some->size() : pieces_.size()),
+  const int64_t elements =
+      which == Which::kProbes ? kProbe * static_cast<int64_t>(probes_.size()) : elements_of(weights_);
+  share_tasks(static_cast<int64_t>(some ? some->size() : pieces_.size()), elements,
               [&](int64_t task, int64_t worker) { body(some ? (*some)[task] : task, workers_[worker]); });
 }
 
@@ -94,7 +96,7 @@ void Sweeper::sum_squares(Which which, NormBlocks& squares) {
 // Where the probe lies that this thread will probably sweep next. Between probes nothing foresees where memory is
 // read.
 const void* Sweeper::next_probe(size_t index) const {
-  const size_t next = index + 2 * workers_.size();
+  const size_t next = index + 2;  // behind the rest of the same chunk
   if (next >= pieces_.size() || !pieces_[next].probe || !weights_[pieces_[next].tensor].contiguous()) {
     return nullptr;
   }
@@ -115,9 +117,7 @@ void Sweeper::rewrite(size_t index, int64_t going) {
   Worker worker;
   with_runs(pieces_[index], worker, [&]<class T>(const T* x, uint8_t* mask) {
     const int64_t count = pieces_[index].count;
-    if (bounds.middle != middle) {
-      sweep_run(x, mask, count, {middle, middle, middle}, nullptr, nullptr, {});
-    }
+    sweep_run(x, mask, count, {middle, middle, middle}, nullptr, nullptr, {});
     for (int64_t i = 0; i < count && !all && going > 0; ++i) {
       const int64_t magnitude = static_cast<int64_t>(x[i] & kMagnitude<T>);
       if (bounds.low < magnitude && magnitude <= bounds.high) {
@@ -128,12 +128,58 @@ void Sweeper::rewrite(size_t index, int64_t going) {
   });
 }
 
-// Calls visit with the weight bits and the mask of a piece in a row; masks that lie otherwise are put back.
+int64_t Sweeper::count_between(size_t index, int64_t low, int64_t high) const {
+  const Swept& swept = swept_[index];
+  int64_t count = 0;
+  by_bits(weights_[pieces_[index].tensor].dtype, [&]<class T>(T) {
+    const T* bits = static_cast<const T*>(swept.bits);
+    const T first = static_cast<T>(low + 1), size = static_cast<T>(high - low);
+    count = std::count_if(bits, bits + swept.candidates, [=](T one) { return static_cast<T>(one - first) < size; });
+  });
+  return count;
+}
+
+void Sweeper::correct(size_t index, int64_t low, int64_t high, int64_t going) {
+  const Swept& swept = swept_[index];
+  const Strided& mask = masks_[pieces_[index].tensor];
+  const bool flat = mask.contiguous();
+  // Right are those on the same side of the middle and of the ties. The others come at random: they are gathered
+  // without a branch, and as their masks are no longer in cache, all of these are fetched before the first is
+  // written.
+  const int64_t middle = swept.bounds.middle, from = std::min(low, middle) + 1, to = std::max(high, middle) + 1;
+  constexpr int64_t kTogether = 256;
+  uint8_t* masks[kTogether];
+  int64_t doubtful[kTogether];
+  by_bits(weights_[pieces_[index].tensor].dtype, [&]<class T>(T) {
+    const T* bits = static_cast<const T*>(swept.bits);
+    const T first = static_cast<T>(from), size = static_cast<T>(to - from);
+    for (int64_t i = 0; i < swept.candidates;) {
+      int64_t count = 0;
+      for (const int64_t end = std::min(swept.candidates, i + kTogether); i < end; ++i) {
+        doubtful[count] = i;
+        count += static_cast<T>(bits[i] - first) < size;
+      }
+      for (int64_t j = 0; j < count; ++j) {
+        const int64_t at = pieces_[index].start + swept.positions[doubtful[j]];
+        masks[j] = reinterpret_cast<uint8_t*>(mask.data) + (flat ? at : mask.offset(at));
+        __builtin_prefetch(masks[j], 1);
+      }
+      for (int64_t j = 0; j < count; ++j) {
+        const int64_t one = static_cast<int64_t>(bits[doubtful[j]]);
+        const bool tie = low < one && one <= high;
+        *masks[j] = one > high || (tie && going <= 0);
+        going -= tie;
+      }
+    }
+  });
+}
+
+// Calls visit with the weight bits of a piece in a row, and with room for its mask in a row, which is put into place.
 template <class Visit>
 void Sweeper::with_runs(const Piece& piece, Worker& worker, const Visit& visit) {
   const Strided &weight = weights_[piece.tensor], &mask = masks_[piece.tensor];
   const char* row = weight.in_a_row(piece.start, piece.count, worker.weight_room);
-  char* mask_row = mask.in_a_row(piece.start, piece.count, worker.mask_room);
+  char* mask_row = mask.to_write(piece.start, piece.count, worker.mask_room);
   by_bits(weight.dtype,
           [&]<class T>(T) { visit(reinterpret_cast<const T*>(row), reinterpret_cast<uint8_t*>(mask_row)); });
   if (!mask.contiguous()) {

@@ -4,7 +4,6 @@
 // so much that the rest can be swept between far tighter bounds.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <vector>
@@ -56,15 +55,16 @@ class Sweeper {
 
   // Writes the mask of a piece whose candidates were only counted anew: the first `going` of them go.
   void rewrite(size_t piece, int64_t going);
-  // Writes those masks of candidates that were set aside that are not keep_of(bits) yet; asks in order.
-  template <class Keep>
-  void correct(size_t piece, Keep keep_of);
+  // For a piece whose candidates were set aside: how many have bits above `low`, up to `high`; and to correct the
+  // masks: what is above `high` is kept, and of those in between all but the first `going`.
+  int64_t count_between(size_t piece, int64_t low, int64_t high) const;
+  void correct(size_t piece, int64_t low, int64_t high, int64_t going);
 
  private:
   // What a thread needs to itself.
   struct Worker {
     Arena bits, positions;
-    std::vector<uint64_t> weight_room, mask_room;  // for weights and masks that are not contiguous
+    Room weight_room, mask_room;  // for weights and masks that are not contiguous
   };
 
   void share_pieces(Which which, const std::function<void(size_t piece, Worker& worker)>& body);
@@ -79,38 +79,5 @@ class Sweeper {
   std::vector<Swept> swept_;
   std::vector<Worker> workers_;
 };
-
-template <class Keep>
-void Sweeper::correct(size_t index, Keep keep_of) {
-  const Swept& swept = swept_[index];
-  const Strided& mask = masks_[pieces_[index].tensor];
-  const int64_t start = pieces_[index].start;
-  const bool flat = mask.contiguous();
-  by_bits(weights_[pieces_[index].tensor].dtype, [&]<class T>(T) {
-    const T* bits = static_cast<const T*>(swept.bits);
-    // Wrong ones come at random, so they are gathered without a branch; their lines are no longer in cache, so all
-    // are fetched before the first is written.
-    constexpr int64_t kTogether = 256;
-    struct {
-      uint8_t* mask;
-      bool keep;
-    } wrong[kTogether];
-    for (int64_t i = 0; i < swept.candidates;) {
-      int64_t count = 0;
-      for (const int64_t end = std::min(swept.candidates, i + kTogether); i < end; ++i) {
-        const int64_t at = start + swept.positions[i], one = static_cast<int64_t>(bits[i]);
-        const bool keep = keep_of(one);
-        wrong[count] = {reinterpret_cast<uint8_t*>(mask.data) + (flat ? at : mask.offset(at)), keep};
-        count += keep != (one > swept.bounds.middle);
-      }
-      for (int64_t j = 0; j < count; ++j) {
-        __builtin_prefetch(wrong[j].mask, 1);
-      }
-      for (int64_t j = 0; j < count; ++j) {
-        *wrong[j].mask = wrong[j].keep;
-      }
-    }
-  });
-}
 
 }  // namespace pyprune

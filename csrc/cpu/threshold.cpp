@@ -34,6 +34,10 @@ std::vector<double> scales_of(const std::optional<Tensor>& scales, size_t count)
   return result;
 }
 
+bool is_float64(const Strided& weight) {
+  return weight.dtype == Dtype::kFloat64;
+}
+
 Tensor counts_of(const std::vector<int64_t>& counts) {
   Tensor result = torch::stable::empty({static_cast<int64_t>(counts.size())}, torch::headeronly::ScalarType::Long);
   std::ranges::copy(counts, static_cast<int64_t*>(result.mutable_data_ptr()));
@@ -49,10 +53,8 @@ Tensor threshold(const std::vector<Tensor> weights, std::optional<Tensor> scales
   STD_TORCH_CHECK(removed.size() == 1 || removed.size() == n, "expected one count, or one per weight");
   const std::vector<double> factors = scales_of(scales, n);
   Competition all{strided_of(weights), strided_of(masks), factors};
-  all.wide = std::any_of(all.weights.begin(), all.weights.end(),
-                         [](const Strided& w) { return w.dtype == Dtype::kFloat64; });
-  const int64_t total = std::transform_reduce(all.weights.begin(), all.weights.end(), int64_t{0}, std::plus<>(),
-                                              [](const Strided& weight) { return weight.numel; });
+  all.wide = std::ranges::any_of(all.weights, is_float64);
+  const int64_t total = elements_of(all.weights);
   for (size_t i = 0; i < removed.size(); ++i) {
     const int64_t limit = removed.size() == 1 ? total : all.weights[i].numel;
     STD_TORCH_CHECK(0 <= removed[i] && removed[i] <= limit, "cannot remove ", removed[i], " of ", limit);
@@ -79,7 +81,8 @@ Tensor threshold(const std::vector<Tensor> weights, std::optional<Tensor> scales
   for (; shared < n && all.weights[order[shared]].numel > one_thread; ++shared) {
     select_one(order[shared]);
   }
-  share_tasks(static_cast<int64_t>(n - shared), [&](int64_t task, int64_t) { select_one(order[shared + task]); });
+  share_tasks(static_cast<int64_t>(n - shared), total,
+              [&](int64_t task, int64_t) { select_one(order[shared + task]); });
   return counts_of(nonfinite);
 }
 
@@ -89,11 +92,8 @@ Tensor normalized_threshold(const std::vector<Tensor> weights, int64_t removed, 
   check_masks(masks, weights);
   Competition all{strided_of(weights), strided_of(masks), {}, true};
   all.removed = removed;
-  int64_t total = 0;
-  for (const Strided& weight : all.weights) {
-    STD_TORCH_CHECK(weight.dtype != Dtype::kFloat64, "the squares of float64 can leave its range: use norms");
-    total += weight.numel;
-  }
+  const int64_t total = elements_of(all.weights);
+  STD_TORCH_CHECK(std::ranges::none_of(all.weights, is_float64), "squares of float64 can leave its range: use norms");
   STD_TORCH_CHECK(0 <= removed && removed <= total, "cannot remove ", removed, " of ", total);
   return counts_of(select_masks(all));
 }

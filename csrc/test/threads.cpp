@@ -22,15 +22,18 @@ void set_thread_count(int64_t count) {
   threads_to_use = count;
 }
 
-void share_tasks(int64_t count, const std::function<void(int64_t task, int64_t worker)>& body) {
+void share_tasks(int64_t count, int64_t elements, const std::function<void(int64_t task, int64_t worker)>& body) {
+  const int64_t together = tasks_at_a_time(count, elements);
   std::atomic<int64_t> next{0};
   const auto work = [&](int64_t worker) {
     const KeepDenormals exact;
-    for (int64_t task = next.fetch_add(1); task < count; task = next.fetch_add(1)) {
-      body(task, worker);
+    for (int64_t first = next.fetch_add(together); first < count; first = next.fetch_add(together)) {
+      for (int64_t task = first; task < std::min(count, first + together); ++task) {
+        body(task, worker);
+      }
     }
   };
-  if (count <= 1 || inside || threads_to_use == 1) {
+  if (count <= together || inside || threads_to_use == 1) {
     return work(0);
   }
   std::vector<std::thread> threads;

@@ -75,8 +75,8 @@ def threshold(
         nonfinite = torch.ops.pyprune.normalized_threshold(list(weights), counts[0], list(masks))
     else:
         if normalize:
-            limits = torch.finfo(torch.float64)
-            scales = norms(weights).clamp(min=limits.tiny, max=limits.max).reciprocal()
+            finite = torch.finfo(torch.float64)
+            scales = norms(weights).clamp(min=finite.tiny, max=finite.max).reciprocal()
         nonfinite = torch.ops.pyprune.threshold(list(weights), scales, counts, list(masks))
     # Let autograd notice masks that a graph still needs.
     torch.autograd.graph.increment_version(list(masks))
