@@ -7,10 +7,12 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <numeric>
 #include <vector>
 
 #include "../cpu/bracket.h"
+#include "../cpu/norm_blocks.h"
 #include "../cpu/score.h"
 #include "../cpu/select.h"
 #include "check.h"
@@ -117,6 +119,13 @@ std::array<int64_t, 3> random_sizes() {
   }
 }
 
+double norm_of(const Strided& weight) {
+  NormBlocks squares({weight});
+  Room room;
+  squares.add({0, 0, weight.numel}, weight.in_a_row(0, weight.numel, room));
+  return std::sqrt(squares.of_weight(0));
+}
+
 void test_round() {
   const bool mixed = one_in(3);
   const Dtype common = any_of({Dtype::kFloat32, Dtype::kFloat64, Dtype::kFloat16, Dtype::kBFloat16});
@@ -128,14 +137,18 @@ void test_round() {
     competition.wide |= cases.back().dtype == Dtype::kFloat64;
   }
   const bool scaled = one_in(2);
+  competition.normalize = !scaled && !competition.wide && one_in(2);
   std::vector<double> scores;
   std::vector<int64_t> nonfinite;
   for (Case& one : cases) {
     competition.weights.push_back(one.layout.view(one.weight.data(), one.dtype));
     competition.masks.push_back(one.mask_layout.view(one.mask.data(), Dtype::kBool));
-    const double scale = scaled ? std::ldexp(1 + random_between(0, 99) / 100.0, random_between(-30, 30)) : 1.0;
+    double scale = 1.0;
     if (scaled) {
+      scale = std::ldexp(1 + random_between(0, 99) / 100.0, random_between(-30, 30));
       competition.scales.push_back(scale);
+    } else if (competition.normalize) {
+      scale = 1 / std::max(norm_of(competition.weights.back()), std::numeric_limits<double>::min());
     }
     nonfinite.push_back(0);
     for (int64_t i = 0; i < one.layout.numel; ++i) {
