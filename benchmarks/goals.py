@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from bench_capability import CAPABILITY
 from bench_count import COUNT
 from bench_fold import FOLD
 from bench_masks import LOCAL, NORMALISED, RAW
@@ -43,6 +44,7 @@ GOALS = [
 ]  # fmt: skip
 JUDGED = ("resnet50", "bert", "llama")
 MASKS = (RAW, NORMALISED, LOCAL)
+PORTABLE = 2.5  # times what the best build takes, at most
 LARGEST_CLIFF = 3.0  # times what normal weights take, on any others
 MEMORY_FRACTION, MEMORY_MIB = 0.02, 16.0  # of the weights, or so much, to choose masks
 
@@ -91,7 +93,7 @@ def verdicts(rows: list[Row]) -> list[Verdict]:
     rows = [row for row in usual(rows, any_weights=True) if row["model"] in JUDGED]
     normal = [row for row in rows if row["weights"] == "normal"]
     found = [verdict for goal in GOALS for verdict in judge(goal, normal)]
-    return [*found, *cliffs(rows), *memory(normal)]
+    return [*found, *portable(normal), *cliffs(rows), *memory(normal)]
 
 
 def usual(rows: list[Row], any_weights: bool = False) -> list[Row]:
@@ -128,6 +130,15 @@ def judge(goal: Goal, rows: list[Row]) -> Iterator[Verdict]:
 
 def same(one: Row, other: Row, also: tuple[str, ...]) -> bool:
     return all(one[key] == other[key] for key in ("model", "dtype", *also))
+
+
+def portable(rows: list[Row]) -> Iterator[Verdict]:
+    """Compare the build that runs everywhere with the best."""
+    for row in rows:
+        if row["group"].startswith(CAPABILITY) and row["way"] == "pyprune, default":
+            best = next(other for other in rows if same(other, row, ("group",)) and other["way"] == "pyprune")
+            times, wanted = median(row) / median(best), f"at most {PORTABLE:g} x the best build"
+            yield Verdict(row["group"], "portable build", wanted, row["model"], row["dtype"], times, PORTABLE)
 
 
 def cliffs(rows: list[Row]) -> Iterator[Verdict]:

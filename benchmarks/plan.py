@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
+import bench_capability
 import bench_count
 import bench_fold
 import bench_gates
@@ -20,6 +21,7 @@ JOBS: dict[str, ModuleType] = {
     "gates": bench_gates,
     "rb_loss": bench_rb_loss,
     "training": bench_training,
+    "capability": bench_capability,
     "growth": bench_growth,
 }
 PEERS = ("none", "quick", "all")
@@ -62,6 +64,7 @@ BENCH = [
     Slice(("gates",), ("resnet50",)),
     Slice(("rb_loss",), ("resnet50", "bert")),
     Slice(("training",), ("convnet", "transformer")),
+    Slice(("capability",), ("resnet50",)),
     Slice(("growth",), ("1M", "4M", "16M", "64M")),
 ]
 QUICK = [
@@ -82,5 +85,6 @@ FULL = [
     Slice(("gates",), ("resnet50", "bert"), peers="all"),
     Slice(("rb_loss",), ("resnet50", "bert", "llama"), peers="all"),
     Slice(("training",), ("convnet", "transformer"), peers="all"),
+    Slice(("capability",), ("resnet50", "bert")),
     Slice(("growth",), tuple(SIZES), BOTH),
 ]
