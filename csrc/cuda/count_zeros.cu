@@ -3,7 +3,7 @@
 // Layout: any strides; tensors whose elements fill their memory in any order of dims are read linearly, 16 bytes at a
 // time. Counting knows no order, and integer counters make the result deterministic.
 // Moves per element: its own size, read once.
-#include "block_loop.cuh"
+#include "kernels/block_loop.cuh"
 #include "upload.cuh"
 
 namespace pyprune {
@@ -64,7 +64,7 @@ Tensor count_zeros(const std::vector<Tensor>& tensors) {
   fill_zero(data, count, stream);
 
   const UploadedTable uploaded(tensors, nullptr, Order::kAny, Writes::kNothing, stream);
-  const int64_t blocks = blocks_for(uploaded.table.tiles, tensors[0].get_device_index());
+  const int64_t blocks = blocks_for(uploaded.table.tiles);
   if (blocks > 0) launch(&count_zeros_kernel, blocks, kThreads, stream, uploaded.table, data);
   return zeros;
 }

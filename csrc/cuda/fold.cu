@@ -3,7 +3,7 @@
 // Layout: any strides without overlap. Where weight and mask lie alike in memory (in any order of dims) both are
 // walked linearly, weights 16 bytes at a time; a pack that keeps everything is not written back. Moves per element: 1
 // byte of mask and twice the weight's size.
-#include "block_loop.cuh"
+#include "kernels/block_loop.cuh"
 #include "upload.cuh"
 
 namespace pyprune {
@@ -58,7 +58,7 @@ void fold(const std::vector<Tensor>& weights, const std::vector<Tensor>& masks) 
   const torch::stable::accelerator::DeviceGuard guard(weights[0].get_device_index());
   const cudaStream_t stream = current_stream(weights[0]);
   const UploadedTable uploaded(weights, &masks, Order::kAny, Writes::kTensors, stream);
-  const int64_t blocks = blocks_for(uploaded.table.tiles, weights[0].get_device_index());
+  const int64_t blocks = blocks_for(uploaded.table.tiles);
   if (blocks > 0) launch(&fold_kernel, blocks, kThreads, stream, uploaded.table);
 }
 

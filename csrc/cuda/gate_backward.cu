@@ -119,12 +119,12 @@ void launch_one_per_weight(const GateCall& call, const Tensor& grad, const Gradi
                                                  tensors.grad_weight == nullptr ? &call.weight : &grad_weight,
                                                  tensors.grad_logits == nullptr ? &call.logits : &grad_logits});
   if (!nest.all_linear()) {
-    launch(&strided_gate_backward_kernel<W, L>, blocks_for_steps(numel, call.weight), kThreads, call.stream,
+    launch(&strided_gate_backward_kernel<W, L>, blocks_for_steps(numel), kThreads, call.stream,
            call.gate, call.noise, numel, nest, tensors, logits);
     return;
   }
   with_gate_kind(call.gate, [&](auto kind) {
-    launch(&gate_backward_kernel<W, L, decltype(kind)>, blocks_for_steps((numel + 3) / 4, call.weight), kThreads,
+    launch(&gate_backward_kernel<W, L, decltype(kind)>, blocks_for_steps((numel + 3) / 4), kThreads,
            call.stream, call.gate, call.noise, numel, tensors, logits);
   });
 }
@@ -321,7 +321,7 @@ void launch_shared(const GateCall& call, const Tensor& grad, const Gradients<W, 
   }
   const LoopNest<4> gate_nest = gate_loops.nest(Order::kLogical);
   const auto launch_sums = [&](const auto& kernel, const Pieces& pieces, const auto&... arguments) {
-    launch(kernel, blocks_for_steps(pieces.teams() * pieces.lanes, weight), kThreads, call.stream, pieces, gate_nest,
+    launch(kernel, blocks_for_steps(pieces.teams() * pieces.lanes), kThreads, call.stream, pieces, gate_nest,
            arguments...);
   };
   const LoopNest<3> weight_nest = weight_loops.nest(Order::kLogical);

@@ -6,8 +6,8 @@
 
 #include "../gate_blocks.h"
 #include "../gate_math.h"
-#include "block_loop.cuh"
-#include "loop_nest.cuh"
+#include "kernels/block_loop.cuh"
+#include "kernels/loop_nest.cuh"
 #include "upload.cuh"
 
 // Hidden, as torch's stable types are.
@@ -164,8 +164,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 }
 
 // Enough blocks for one thread per step, but one wave at most.
-inline int64_t blocks_for_steps(int64_t steps, const Tensor& tensor) {
-  return blocks_for((steps + kThreads - 1) / kThreads, tensor.get_device_index());
+inline int64_t blocks_for_steps(int64_t steps) {
+  return blocks_for((steps + kThreads - 1) / kThreads);
 }
 
 // A weight, its logits and how they gate it.
@@ -233,7 +233,7 @@ class GateCall {
   void compute_values(L, typename L::Value* z, typename L::Value* slope) const {
     Loops<1> loops;
     for (int64_t d = 0; d < logits.dim(); ++d) loops.add(logits.size(d), {logits.stride(d)});
-    launch(&values_kernel<L>, blocks_for_steps(logits.numel(), logits), kThreads, stream, gate, noise, logits.numel(),
+    launch(&values_kernel<L>, blocks_for_steps(logits.numel()), kThreads, stream, gate, noise, logits.numel(),
            loops.nest(Order::kLogical), static_cast<const typename L::Bits*>(logits.const_data_ptr()), z, slope);
   }
 
@@ -252,7 +252,7 @@ class GateCall {
     const LoopNest<3> nest = loops.nest(Order::kAny);
     const bool quads = nest.linear(0) && nest.linear(1);
     const auto kernel = quads ? &multiply_kernel<W, Real, true> : &multiply_kernel<W, Real, false>;
-    launch(kernel, blocks_for_steps(quads ? (weight.numel() + 3) / 4 : weight.numel(), weight), kThreads, stream,
+    launch(kernel, blocks_for_steps(quads ? (weight.numel() + 3) / 4 : weight.numel()), kThreads, stream,
            weight.numel(), nest, static_cast<const typename W::Bits*>(x.const_data_ptr()),
            static_cast<typename W::Bits*>(out.mutable_data_ptr()), z);
   }

@@ -2,7 +2,7 @@
 //
 // Each thread takes four numbers, one block. Moves per number: 4 bytes, written once.
 #include "../philox.h"
-#include "block_loop.cuh"
+#include "kernels/block_loop.cuh"
 #include "upload.cuh"
 
 namespace pyprune {
@@ -30,7 +30,7 @@ Tensor gate_noise(const Tensor seed, const std::vector<int64_t> size, int64_t st
   STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, "seed must be one int64");
   const torch::stable::accelerator::DeviceGuard guard(seed.get_device_index());
   Tensor noise = torch::stable::new_empty(seed, size, ScalarType::Float);
-  const int64_t blocks = blocks_for((noise.numel() + 4 * kThreads - 1) / (4 * kThreads), seed.get_device_index());
+  const int64_t blocks = blocks_for((noise.numel() + 4 * kThreads - 1) / (4 * kThreads));
   if (blocks > 0) {
     launch(&noise_kernel, blocks, kThreads, current_stream(seed), static_cast<const int64_t*>(seed.const_data_ptr()),
            static_cast<uint64_t>(stream), noise.numel(), static_cast<float*>(noise.mutable_data_ptr()));

@@ -6,7 +6,7 @@
 // Layout: any strides. Sums take elements in logical order, gradients as they lie in memory, 16 bytes at a time where
 // logits and gradient lie alike. Moves per logit: its own size for the sum, twice that for the gradient.
 #include "../gate_math.h"
-#include "block_loop.cuh"
+#include "kernels/block_loop.cuh"
 #include "upload.cuh"
 
 namespace pyprune {
@@ -148,7 +148,7 @@ Tensor gate_penalty(const std::vector<Tensor> logits, bool hard, double shift) {
   const TensorTable& table = uploaded.table;
   const DeviceArray<double> sums(logits[0], table.tiles);
   const int64_t warps_per_block = kThreads / kLanes;
-  const int64_t blocks = blocks_for((table.tiles + warps_per_block - 1) / warps_per_block, device);
+  const int64_t blocks = blocks_for((table.tiles + warps_per_block - 1) / warps_per_block);
   for_each_type(uploaded.host_rows, [&](auto type) {
     if (blocks > 0)
       launch(&sum_tiles_kernel<decltype(type)>, blocks, kThreads, stream, table, hard, shift, sums.data);
@@ -171,7 +171,7 @@ std::vector<Tensor> gate_penalty_backward(const Tensor grad, const std::vector<T
   for (const Tensor& one : logits) gradients.push_back(torch::stable::empty_like(one));
 
   const UploadedTable uploaded(logits, &gradients, Order::kAny, Writes::kPartners, stream);
-  const int64_t blocks = blocks_for(uploaded.table.tiles, device);
+  const int64_t blocks = blocks_for(uploaded.table.tiles);
   const auto* const grads = static_cast<const double*>(grad.const_data_ptr());
   for_each_type(uploaded.host_rows, [&](auto type) {
     if (blocks > 0) {

@@ -12,7 +12,7 @@
 #include <cmath>
 
 #include "../norm_order.h"
-#include "block_loop.cuh"
+#include "kernels/block_loop.cuh"
 #include "upload.cuh"
 
 namespace pyprune {
@@ -189,7 +189,7 @@ Tensor norms(const std::vector<Tensor>& tensors) {
   const DeviceArray<double> scratch(tensors[0], scalings * stride);
   const int64_t teams_per_block = kThreads / kLanes;
   const int64_t blocks =
-      blocks_for((table.tiles + teams_per_block - 1) / teams_per_block, tensors[0].get_device_index());
+      blocks_for((table.tiles + teams_per_block - 1) / teams_per_block);
   if (blocks > 0) launch(&sum_tiles_kernel, blocks, kThreads, stream, table, sums.data);
   launch(&finish_kernel, std::min<int64_t>(count, 65535), kFinishThreads, stream, table, sums.data, scratch.data,
          stride, static_cast<double*>(result.mutable_data_ptr()));
