@@ -71,13 +71,13 @@ void launch_one_per_weight(const GateCall& call, Tensor& out) {
   const int64_t numel = call.weight.numel();
   const LoopNest<4> nest = call.element_nest<3>({&call.weight, &call.logits, &out});
   if (!nest.all_linear()) {
-    launch(&strided_gate_kernel<W, L>, blocks_for_steps(numel), kThreads, call.stream, call.gate,
-           call.noise, numel, nest, weight, logits, result);
+    launch(&strided_gate_kernel<W, L>, blocks_for_steps(numel), kThreads, call.stream, call.gate, call.noise, numel,
+           nest, weight, logits, result);
     return;
   }
   with_gate_kind(call.gate, [&](auto kind) {
-    launch(&gate_kernel<W, L, decltype(kind)>, blocks_for_steps((numel + 3) / 4), kThreads, call.stream,
-           call.gate, call.noise, numel, weight, logits, result);
+    launch(&gate_kernel<W, L, decltype(kind)>, blocks_for_steps((numel + 3) / 4), kThreads, call.stream, call.gate,
+           call.noise, numel, weight, logits, result);
   });
 }
 

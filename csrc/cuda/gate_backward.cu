@@ -119,13 +119,13 @@ void launch_one_per_weight(const GateCall& call, const Tensor& grad, const Gradi
                                                  tensors.grad_weight == nullptr ? &call.weight : &grad_weight,
                                                  tensors.grad_logits == nullptr ? &call.logits : &grad_logits});
   if (!nest.all_linear()) {
-    launch(&strided_gate_backward_kernel<W, L>, blocks_for_steps(numel), kThreads, call.stream,
-           call.gate, call.noise, numel, nest, tensors, logits);
+    launch(&strided_gate_backward_kernel<W, L>, blocks_for_steps(numel), kThreads, call.stream, call.gate, call.noise,
+           numel, nest, tensors, logits);
     return;
   }
   with_gate_kind(call.gate, [&](auto kind) {
-    launch(&gate_backward_kernel<W, L, decltype(kind)>, blocks_for_steps((numel + 3) / 4), kThreads,
-           call.stream, call.gate, call.noise, numel, tensors, logits);
+    launch(&gate_backward_kernel<W, L, decltype(kind)>, blocks_for_steps((numel + 3) / 4), kThreads, call.stream,
+           call.gate, call.noise, numel, tensors, logits);
   });
 }
 

@@ -188,8 +188,7 @@ Tensor norms(const std::vector<Tensor>& tensors) {
   const DeviceArray<double> sums(tensors[0], scalings * table.tiles);
   const DeviceArray<double> scratch(tensors[0], scalings * stride);
   const int64_t teams_per_block = kThreads / kLanes;
-  const int64_t blocks =
-      blocks_for((table.tiles + teams_per_block - 1) / teams_per_block);
+  const int64_t blocks = blocks_for((table.tiles + teams_per_block - 1) / teams_per_block);
   if (blocks > 0) launch(&sum_tiles_kernel, blocks, kThreads, stream, table, sums.data);
   launch(&finish_kernel, std::min<int64_t>(count, 65535), kFinishThreads, stream, table, sums.data, scratch.data,
          stride, static_cast<double*>(result.mutable_data_ptr()));

@@ -92,13 +92,16 @@ struct Width {
 template <typename T>
 constexpr int kPackWidth = 16 / sizeof(T);
 
+// The compiler cannot tell that pointers from a table are to device memory, and would ask each time.
 template <int N, typename T>
 __device__ inline Pack<T, N> load_pack(const T* address) {
+  __builtin_assume(__isGlobal(address));
   return *reinterpret_cast<const Pack<T, N>*>(address);
 }
 
 template <int N, typename T>
 __device__ inline void store_pack(T* address, const Pack<T, N>& pack) {
+  __builtin_assume(__isGlobal(address));
   *reinterpret_cast<Pack<T, N>*>(address) = pack;
 }
 

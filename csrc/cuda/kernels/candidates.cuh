@@ -8,7 +8,7 @@
 namespace pyprune {
 namespace {
 
-constexpr int kNarrowBits = 12;      // of a digit
+constexpr int kNarrowBits = 12;       // of a digit
 constexpr int kNarrowThreads = 1024;  // one block per multiprocessor: few histograms to add up
 
 __device__ inline int64_t share_begin(int64_t count, int64_t block) {

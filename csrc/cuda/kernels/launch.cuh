@@ -38,8 +38,8 @@ inline int64_t multiprocessors() {
 }
 
 // One wave of blocks that share all tiles.
-inline int64_t blocks_for(int64_t tiles) {
-  return std::min<int64_t>(tiles, multiprocessors() * kBlocksPerMultiprocessor);
+inline int64_t blocks_for(int64_t tiles, int per_multiprocessor = kBlocksPerMultiprocessor) {
+  return std::min<int64_t>(tiles, multiprocessors() * per_multiprocessor);
 }
 
 template <typename Item>

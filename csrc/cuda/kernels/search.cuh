@@ -24,9 +24,9 @@ struct Bounds {
 struct Ties {
   uint64_t key;
   int64_t going;
-  int half;       // 0 or 16: where the counts of tiles have them
-  bool dropped;   // by the provisional masks
-  bool settled;   // the provisional masks are right
+  int half;      // 0 or 16: where the counts of tiles have them
+  bool dropped;  // by the provisional masks
+  bool settled;  // the provisional masks are right
 };
 
 // The search for the last score to go among all tensors, by a sample. A candidate is one number,

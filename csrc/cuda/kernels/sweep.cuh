@@ -1,10 +1,11 @@
-// The one sweep over weights and masks: writes masks split at a bound, counts what lies where, and sets the candidates
-// between two bounds aside.
+// The one sweep over weights and masks: writes masks split at a bound, counts what lies where, and sets the
+// candidates between two bounds aside.
 //
-// A warp takes a tile at a time. A lane loads 16 bytes of neighbours (32 of float64), several times before it looks at
-// any, and writes as many mask bytes; a warp's masks fill whole lines. Magnitudes compare as bits, four at a time: the
-// answers are the four bytes of a word, so they are a mask when stored and counters when added. Candidates are few: they
-// are read again, wait in shared memory until the warp has some, and are then appended to a list, in no order.
+// A warp takes a tile at a time. A lane loads 16 bytes of neighbours (32 of float64), several times before it looks
+// at any, and writes as many mask bytes; a warp's masks fill whole lines. Magnitudes compare as bits, four at a time:
+// the answers are the four bytes of a word, so they are a mask when stored and counters when added. Candidates are
+// few: they are read again, wait in shared memory until the warp has some, and are then appended to a list, in no
+// order.
 #pragma once
 
 #include "scores.cuh"
@@ -13,7 +14,8 @@ namespace pyprune {
 namespace {
 
 constexpr int kWarpsPerBlock = kThreads / 32;
-constexpr int kWaiting = 128;  // candidates of a warp, of which each lane can add one at a time
+constexpr int kSweepBlocks = 3;  // per multiprocessor: with registers for 4, loads would wait for each other
+constexpr int kWaiting = 128;    // candidates of a warp, of which each lane can add one at a time
 
 template <typename Bits>
 constexpr int kStep = sizeof(Bits) == 2 ? 8 : 4;  // neighbours that a lane takes at once
@@ -28,8 +30,8 @@ __device__ inline int sum_of_bytes(uint32_t four) {
   return static_cast<int>(four * kFourOnes >> 24);  // below 256
 }
 
-// Byte i is 1 if element 4 * quad + i is not below `limit`. Adding what is missing from the limit to the first power of
-// two that no magnitude reaches carries into the sign bit.
+// Byte i is 1 if element 4 * quad + i is not below `limit`. Adding what is missing from the limit to the first power
+// of two that no magnitude reaches carries into the sign bit.
 template <typename Bits>
 __device__ inline uint32_t at_least(const Pack<Bits, kStep<Bits>>& magnitudes, int quad, Limit<Bits> limit) {
   if constexpr (sizeof(Bits) == 2) {
@@ -76,12 +78,12 @@ struct RunCounts {
   int64_t nonfinite = 0;
 };
 
-// All lanes of a warp call with the same run, which begins and ends where tiles do; each gets its share of the counts.
-// Not inlined, so that each element type gets its own registers.
+// All lanes of a warp call with the same run, which begins and ends where tiles do; each gets its share of the
+// counts. Not inlined, so that each element type gets its own registers.
 template <typename T, typename Scores>
 __device__ __noinline__ RunCounts sweep_run(const TableRow& row, const Layout* layout, const Run& run,
-                                            const Bounds& bounds, const Scores& scores, double scale,
-                                            uint32_t* ties, const Found& found, uint64_t* waiting) {
+                                            const Bounds& bounds, const Scores& scores, double scale, uint32_t* ties,
+                                            const Found& found, uint64_t* waiting) {
   using Bits = typename T::Bits;
   using Step = Pack<Bits, kStep<Bits>>;
   constexpr int kQuads = kStep<Bits> / 4, kInFlight = kStepsInFlight<Bits>, kWarpStep = 32 * kStep<Bits>;
@@ -120,7 +122,8 @@ __device__ __noinline__ RunCounts sweep_run(const TableRow& row, const Layout* l
         const int bit = __ffs(static_cast<int>(chosen)) - 1;
         const int64_t at = where_of(bit % 8, bit / 8);
         const Bits magnitude = data[offsets_of(layout, run.begin + at).data] & kMagnitude<Bits>;
-        waiting[in_waiting + __popc(lanes & ((1u << lane) - 1))] = uint64_t{magnitude} << 32 | static_cast<uint32_t>(at);
+        waiting[in_waiting + __popc(lanes & ((1u << lane) - 1))] =
+            uint64_t{magnitude} << 32 | static_cast<uint32_t>(at);
       }
       in_waiting += __popc(lanes);
     }
@@ -141,7 +144,8 @@ __device__ __noinline__ RunCounts sweep_run(const TableRow& row, const Layout* l
   const auto look_for_nonfinite = [&](const Step& step) {
 #pragma unroll
     for (int word = 0; word < static_cast<int>(sizeof(step) / 4); ++word) {
-      if (sizeof(Bits) == 2) not_finite |= step.words[word] + (0x8000u - static_cast<uint32_t>(T::kInfinity)) * 0x10001u;
+      if (sizeof(Bits) == 2)
+        not_finite |= step.words[word] + (0x8000u - static_cast<uint32_t>(T::kInfinity)) * 0x10001u;
       if (sizeof(Bits) == 4) not_finite |= step.words[word] + (0x80000000u - static_cast<uint32_t>(T::kInfinity));
       if (sizeof(Bits) == 8 && word % 2 == 1) not_finite |= step.words[word] + (0x80000000u - (T::kInfinity >> 32));
     }
@@ -222,7 +226,7 @@ __device__ __noinline__ RunCounts sweep_run(const TableRow& row, const Layout* l
 }
 
 template <typename Scores>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kThreads, kSweepBlocks)
     sweep_kernel(TensorTable table, Scores scores, const Bounds* bounds, const int* wanted, Found found,
                  int64_t elements, int64_t removed, Ties* ties) {
   if (wanted != nullptr && *wanted == 0) return;

@@ -31,7 +31,7 @@ struct TableRow {
   void* data;
   void* partner;
   int64_t numel;
-  int64_t first_tile;     // tiles and elements of the tensors before it
+  int64_t first_tile;  // tiles and elements of the tensors before it
   int64_t first_element;
   int32_t layout;  // row of the layout table where `contiguous` is false, else -1
   Dtype dtype;

@@ -1,5 +1,5 @@
-// Ties that are counted per tile: the first of them, in (tensor, index) order, go. A scan over the tiles' counts finds
-// where they end; the tiles whose provisional masks are wrong are read again.
+// Ties that are counted per tile: the first of them, in (tensor, index) order, go. A scan over the tiles' counts
+// finds where they end; the tiles whose provisional masks are wrong are read again.
 #pragma once
 
 #include "scores.cuh"
