@@ -19,7 +19,7 @@ cd "$(dirname "$0")/.." || exit 2
 export repository=$PWD
 export python=${PYTHON:-python3}
 deadline=$((SECONDS + ${GPU_SECONDS:-525}))
-for_bench=130 # seconds that the steps before the benchmarks must leave
+for_bench=200 # seconds that the steps before the benchmarks must leave
 
 work=$(mktemp -d) && export work || exit 2
 trap 'rm -rf "$work"' EXIT
@@ -109,7 +109,13 @@ sanitize() { # sanitize TOOL
     --error-exitcode 9 --print-limit 20 "$python" "$repository/benchmarks/bench_gpu.py" --check
 }
 
-export -f build run_tests sanitize
+# shellcheck disable=SC2317
+bench_kernels() {
+  cmake -S csrc -B "$work/kernels" -G Ninja -DPYPRUNE_CUDA_BENCH=ON "-DPYPRUNE_CUDA_ARCHITECTURES=$architecture-real" &&
+    cmake --build "$work/kernels" --target kernels_bench_cuda && "$work/kernels/kernels_bench_cuda"
+}
+
+export -f build run_tests sanitize bench_kernels
 
 # ---- the steps ----
 
@@ -154,12 +160,13 @@ if step build 240 "$for_bench" 'error|Error|assert|cuda_build' build; then
     not_run memcheck "compute-sanitizer was not found"
     not_run racecheck "compute-sanitizer was not found"
   fi
+  step kernels 110 120 'CUDA error|error:|dropped|threshold, all tensors +[bf]' bench_kernels
   seconds=$((deadline - SECONDS - 30))
   step bench 280 0 'PROBLEM|rror|Equality' "$python" benchmarks/bench_gpu.py \
     --seconds "$((seconds < 240 ? seconds : 240))" --json "$stem.json"
   { echo && sed -n '/x floor of pyprune/,$p' "$work/bench.out"; } >>"$summary"
 else
-  for name in graphs gpu-only tests memcheck racecheck bench; do not_run "$name" "there is no build"; done
+  for name in graphs gpu-only tests memcheck racecheck kernels bench; do not_run "$name" "there is no build"; done
   { echo && grep -aE -A 8 -m 3 'error:|Error' "$work/build.out"; } >>"$summary"
 fi
 printf '\n==> Summary, also in %s; all output is in %s\n' "$summary" "$log"

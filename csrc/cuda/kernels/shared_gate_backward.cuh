@@ -16,9 +16,9 @@ namespace {
 constexpr int kQuadsPerLane = 16;
 constexpr int kNumbersPerLane = 32;
 template <class W, int kWidth>
-constexpr int kStepsInFlight = kWidth == 4                     ? 8 / sizeof(typename W::Bits)
-                               : sizeof(typename W::Bits) == 8 ? 4
-                                                               : 8;
+constexpr int kProductsInFlight = kWidth == 4                     ? 8 / sizeof(typename W::Bits)
+                                  : sizeof(typename W::Bits) == 8 ? 4
+                                                                  : 8;
 constexpr int kSumsInFlight = 8;
 
 // How the weights of each gate, or the sums of its pieces, are cut. All of it follows from the shapes.
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     sum_products_kernel(Pieces pieces, const __grid_constant__ LoopNest<4> gates,
                         const __grid_constant__ LoopNest<3> weights, const __grid_constant__ Gradients<W, L> tensors,
                         const typename L::Value* z, Target<L> target) {
-  sum_pieces<kStepsInFlight<W, kWidth>>(
+  sum_pieces<kProductsInFlight<W, kWidth>>(
       pieces,
       [&](int64_t gate) {
         const typename L::Value value = tensors.grad_weight != nullptr ? z[gate] : typename L::Value(0);
