@@ -131,24 +131,28 @@ __device__ inline Span make_span(const T* data, const U* partner, bool linear, i
   return alike ? span : Span{begin, begin, begin, end};
 }
 
+// Makes all loads so far start before what follows: the compiler would move them to where they are needed.
+__device__ inline void keep_loads_above() {
+  asm volatile("" ::: "memory");
+}
+
 // Calls use(width, position, load(width, position)) for every pack, then for every single element, of the span.
 template <typename T, int kLoads = kLoadsInFlight, typename Load, typename Use>
 __device__ inline void visit(const Span& span, const Load& load, const Use& use) {
   const Width<kPackWidth<T>> pack{};
   const int64_t stride = static_cast<int64_t>(blockDim.x) * kPackWidth<T>;
+  int64_t at = span.packs_begin + static_cast<int64_t>(threadIdx.x) * kPackWidth<T>;
 #pragma unroll 1
-  for (int64_t at = span.packs_begin + static_cast<int64_t>(threadIdx.x) * kPackWidth<T>; at < span.packs_end;
-       at += kLoads * stride) {
+  for (; at + (kLoads - 1) * stride < span.packs_end; at += kLoads * stride) {
     decltype(load(pack, at)) items[kLoads];
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      if (at + i * stride < span.packs_end) items[i] = load(pack, at + i * stride);
-    }
+    for (int i = 0; i < kLoads; ++i) items[i] = load(pack, at + i * stride);
+    keep_loads_above();
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      if (at + i * stride < span.packs_end) use(pack, at + i * stride, items[i]);
-    }
+    for (int i = 0; i < kLoads; ++i) use(pack, at + i * stride, items[i]);
   }
+#pragma unroll 1
+  for (; at < span.packs_end; at += stride) use(pack, at, load(pack, at));
 
   const Width<1> one{};
   const int64_t head = span.packs_begin - span.begin;
@@ -157,7 +161,7 @@ __device__ inline void visit(const Span& span, const Load& load, const Use& use)
     return single < head ? span.begin + single : span.packs_end + (single - head);
   };
 #pragma unroll 1
-  for (int64_t at = threadIdx.x; at < singles; at += kSinglesInFlight * blockDim.x) {
+  for (at = threadIdx.x; at < singles; at += kSinglesInFlight * blockDim.x) {
     decltype(load(one, at)) items[kSinglesInFlight];
 #pragma unroll
     for (int i = 0; i < kSinglesInFlight; ++i) {

@@ -27,10 +27,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     Pack<typename L::Bits, 4> logits;
   };
   const uint64_t key = noise.key();
-  for_each<kGateQuads<W>>(
-      (numel + 3) / 4,
-      [&](int64_t quad) { return Item{load_quad(weight, 4 * quad, numel), load_quad(logits, 4 * quad, numel)}; },
-      [&](int64_t quad, const Item& item) {
+  for_each_quad<kGateQuads<W>>(
+      numel, quads_are_aligned(weight, logits, out),
+      [&](auto width, int64_t quad) {
+        return Item{load_quad(width, weight, quad, numel), load_quad(width, logits, quad, numel)};
+      },
+      [&](auto width, int64_t quad, const Item& item) {
         const PhiloxBlock block = Kind::kSampled ? philox(key, noise.stream, quad) : PhiloxBlock{};
         Pack<typename W::Bits, 4> result{};
 #pragma unroll
@@ -38,7 +40,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
           const auto value = gate_value(Kind{}, gate, L::value(item.logits.get(i)), block.words[i]);
           result.set_in_zeros(i, gated<W>(item.weights.get(i), value.z));
         }
-        store_quad(out, 4 * quad, numel, result);
+        store_quad(width, out, quad, numel, result);
       });
 }
 

@@ -44,14 +44,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   };
   const uint64_t key = noise.key();
   const bool for_weight = tensors.grad_weight != nullptr, for_logits = tensors.grad_logits != nullptr;
-  for_each<kGradientQuads<W>>(
-      (numel + 3) / 4,
-      [&](int64_t quad) {
-        Item item{load_quad(tensors.grad, 4 * quad, numel), {}, load_quad(logits, 4 * quad, numel)};
-        if (for_logits) item.weights = load_quad(tensors.weight, 4 * quad, numel);
+  for_each_quad<kGradientQuads<W>>(
+      numel, quads_are_aligned(tensors.grad, tensors.weight, tensors.grad_weight, tensors.grad_logits, logits),
+      [&](auto width, int64_t quad) {
+        Item item{load_quad(width, tensors.grad, quad, numel), {}, load_quad(width, logits, quad, numel)};
+        if (for_logits) item.weights = load_quad(width, tensors.weight, quad, numel);
         return item;
       },
-      [&](int64_t quad, const Item& item) {
+      [&](auto width, int64_t quad, const Item& item) {
         const PhiloxBlock block = Kind::kSampled ? philox(key, noise.stream, quad) : PhiloxBlock{};
         Pack<typename W::Bits, 4> grad_weights{};
         Pack<typename L::Bits, 4> grad_logits{};
@@ -61,8 +61,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
           grad_weights.set_in_zeros(i, gated<W>(item.grads.get(i), value.z));
           grad_logits.set_in_zeros(i, logit_gradient<W, L>(item.grads.get(i), item.weights.get(i), value.slope));
         }
-        if (for_weight) store_quad(tensors.grad_weight, 4 * quad, numel, grad_weights);
-        if (for_logits) store_quad(tensors.grad_logits, 4 * quad, numel, grad_logits);
+        if (for_weight) store_quad(width, tensors.grad_weight, quad, numel, grad_weights);
+        if (for_logits) store_quad(width, tensors.grad_logits, quad, numel, grad_logits);
       });
 }
 

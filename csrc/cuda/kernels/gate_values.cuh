@@ -53,25 +53,58 @@ __device__ inline typename W::Bits gated(typename W::Bits x, Real z) {
   return z == Real(0) ? typename W::Bits{0} : W::bits(W::value(x) * static_cast<Value>(z));
 }
 
-// Four neighbours of C-contiguous data from a multiple of four on; those from `end` on count as zeros.
-template <class T>
-__device__ inline Pack<T, 4> load_quad(const T* data, int64_t at, int64_t end) {
-  if (reinterpret_cast<uintptr_t>(data) % sizeof(Pack<T, 4>) == 0 && at + 4 <= end) return load_pack<4>(data + at);
-  Pack<T, 4> quad{};
+// Four neighbours of C-contiguous data. kWidth 4: there are four, and one load takes them; kWidth 1: one by one, and
+// those from `end` on count as zeros.
+template <int kWidth, class T>
+__device__ inline Pack<T, 4> load_quad(Width<kWidth>, const T* data, int64_t quad, int64_t end) {
+  if constexpr (kWidth == 4) {
+    return load_pack<4>(data + 4 * quad);
+  } else {
+    Pack<T, 4> result{};
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (at + i < end) quad.set_in_zeros(i, data[at + i]);
+    for (int i = 0; i < 4; ++i) {
+      if (4 * quad + i < end) result.set_in_zeros(i, data[4 * quad + i]);
+    }
+    return result;
   }
-  return quad;
 }
 
-template <class T>
-__device__ inline void store_quad(T* data, int64_t at, int64_t end, const Pack<T, 4>& quad) {
-  if (reinterpret_cast<uintptr_t>(data) % sizeof(quad) == 0 && at + 4 <= end) return store_pack(data + at, quad);
+template <int kWidth, class T>
+__device__ inline void store_quad(Width<kWidth>, T* data, int64_t quad, int64_t end, const Pack<T, 4>& values) {
+  if constexpr (kWidth == 4) {
+    store_pack(data + 4 * quad, values);
+  } else {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (at + i < end) data[at + i] = quad.get(i);
+    for (int i = 0; i < 4; ++i) {
+      if (4 * quad + i < end) data[4 * quad + i] = values.get(i);
+    }
   }
+}
+
+template <class... T>
+__device__ inline bool quads_are_aligned(const T*... data) {
+  return (... && (reinterpret_cast<uintptr_t>(data) % sizeof(Pack<T, 4>) == 0));
+}
+
+// Calls use(width, quad, load(width, quad)) for all quads, shared among all threads of the grid. Whole quads of
+// aligned data come kInFlight at a time and with width 4: nothing is asked of them.
+template <int kInFlight, class Load, class Use>
+__device__ inline void for_each_quad(int64_t numel, bool aligned, const Load& load, const Use& use) {
+  const Width<4> whole{};
+  const Width<1> partial{};
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  int64_t quad = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+#pragma unroll 1
+  for (; aligned && 4 * (quad + (kInFlight - 1) * threads) + 4 <= numel; quad += kInFlight * threads) {
+    decltype(load(whole, quad)) items[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) items[i] = load(whole, quad + i * threads);
+    keep_loads_above();
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) use(whole, quad + i * threads, items[i]);
+  }
+#pragma unroll 1
+  for (; 4 * quad < numel; quad += threads) use(partial, quad, load(partial, quad));
 }
 
 // Calls use(i, load(i)) for all i < count, shared among all threads of the grid, kInFlight loads of each at a time.

@@ -35,27 +35,28 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     const int inner = nest.loops - 1;
     const bool unbroken = nest.loops == 0 || nest.sizes[inner] % 4 == 0;  // no quad leaves the innermost loop
     const int64_t z_step = nest.loops == 0 ? 0 : nest.strides[kZ][inner];
-    for_each<2>((numel + 3) / 4,
-                [&](int64_t quad) {
-                  Item item{load_quad(x, 4 * quad, numel), {}};
-                  if (unbroken) {
-                    const Real* const first = z + places_of(nest, 4 * quad).offset[kZ];
+    for_each_quad<2>(
+        numel, quads_are_aligned(x, out),
+        [&](auto width, int64_t quad) {
+          Item item{load_quad(width, x, quad, numel), {}};
+          if (unbroken) {
+            const Real* const first = z + places_of(nest, 4 * quad).offset[kZ];
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) item.z[i] = first[i * z_step];
-                  } else {
+            for (int i = 0; i < 4; ++i) item.z[i] = first[i * z_step];
+          } else {
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                      if (4 * quad + i < numel) item.z[i] = z[places_of(nest, 4 * quad + i).offset[kZ]];
-                    }
-                  }
-                  return item;
-                },
-                [&](int64_t quad, const Item& item) {
-                  Pack<typename W::Bits, 4> result{};
+            for (int i = 0; i < 4; ++i) {
+              if (4 * quad + i < numel) item.z[i] = z[places_of(nest, 4 * quad + i).offset[kZ]];
+            }
+          }
+          return item;
+        },
+        [&](auto width, int64_t quad, const Item& item) {
+          Pack<typename W::Bits, 4> result{};
 #pragma unroll
-                  for (int i = 0; i < 4; ++i) result.set_in_zeros(i, gated<W>(item.x.get(i), item.z[i]));
-                  store_quad(out, 4 * quad, numel, result);
-                });
+          for (int i = 0; i < 4; ++i) result.set_in_zeros(i, gated<W>(item.x.get(i), item.z[i]));
+          store_quad(width, out, quad, numel, result);
+        });
   } else {
     struct Item {
       typename W::Bits x;

@@ -161,6 +161,7 @@ __device__ __noinline__ RunCounts sweep_run(const TableRow& row, const Layout* l
         Step steps[kInFlight];
 #pragma unroll
         for (int i = 0; i < kInFlight; ++i) steps[i] = load_pack<kStep<Bits>>(data + first + i * kWarpStep);
+        keep_loads_above();
         uint32_t chosen = 0;
 #pragma unroll
         for (int i = 0; i < kInFlight; ++i) {
