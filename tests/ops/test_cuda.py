@@ -162,12 +162,12 @@ def test_lists_are_the_same_bits_as_on_the_cpu(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_threshold_of_adversarial_lists_is_the_same_bits_as_on_the_cpu(kind, dtype):
-    weights = [adversarial((size,), kind, dtype, seed) for seed, size in enumerate((400_000, 3, 70_001, 150_000))]
+    weights = [adversarial((size,), kind, dtype, seed) for seed, size in enumerate((150_000, 3, 40_001))]
     theirs = on_cuda(weights)
     total = sum(weight.numel() for weight in weights)
     smallest = torch.cat([weight.abs() for weight in weights]).min()
     crowd = sum(int((weight.abs() == smallest).sum()) for weight in weights)
-    for removed in {1, total // 100, crowd - 1, crowd, min(crowd + 1, total), total * 7 // 10, total - 1}:
+    for removed in {crowd - 1, crowd, min(crowd + 1, total), total * 7 // 10, total - 1}:
         masks, nonfinite = ops.threshold(weights, removed)
         found, counts = ops.threshold(theirs, removed)
         assert_same_bits([*found, counts], [*masks, nonfinite])
