@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip
 PEERS := $(VENV)/peers
 SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: demo demo-rb minilm test test-cpp lint bench bench-full bench-report bench-cpp clean help
+.PHONY: demo demo-rb minilm test test-cpp lint bench bench-full bench-report bench-cpp bench-cuda build-bench-cuda clean help
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -53,6 +53,13 @@ bench-cpp: $(VENV)/built  ## Measure the kernels without torch; needs Google Ben
 	$(BIN)/cmake -S csrc -B build/bench -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPYPRUNE_BENCH=ON
 	$(BIN)/cmake --build build/bench
 	build/bench/kernels_bench --benchmark_counters_tabular=true $(ARGS)
+
+bench-cuda: build-bench-cuda  ## Measure the CUDA kernels without torch; needs a GPU
+	build/bench-cuda/kernels_bench_cuda $(ARGS)
+
+build-bench-cuda: $(VENV)/built
+	$(BIN)/cmake -S csrc -B build/bench-cuda -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPYPRUNE_CUDA_BENCH=ON $(if $(PYPRUNE_CUDA_ARCHITECTURES),"-DPYPRUNE_CUDA_ARCHITECTURES=$(PYPRUNE_CUDA_ARCHITECTURES)")
+	$(BIN)/cmake --build build/bench-cuda --target kernels_bench_cuda
 
 clean:  ## Remove the environment and the build
 	rm -rf $(VENV) build

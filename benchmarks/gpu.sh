@@ -8,7 +8,7 @@
 # cmake and ninja; compute-sanitizer, which comes with the CUDA toolkit. pytest-xdist is used if it is there; tests that
 # need hypothesis are left out if it is not. Nothing is installed outside a temporary directory.
 #
-# Writes <device>.json (benchmarks and checks), <device>.log (all output) and <device>.txt (the summary, which is also
+# Writes <device>.json (benchmarks), <device>.log (all output) and <device>.txt (the summary, which is also
 # printed last; progress goes to the standard error). Without a build nothing else can run; but for that every step runs,
 # whatever became of those before. The status is 0 if all went well.
 set -uo pipefail
@@ -19,7 +19,7 @@ cd "$(dirname "$0")/.." || exit 2
 export repository=$PWD
 export python=${PYTHON:-python3}
 deadline=$((SECONDS + ${GPU_SECONDS:-525}))
-for_bench=130 # seconds that the steps before the benchmarks must leave
+for_bench=200 # seconds that the steps before the benchmarks must leave
 
 work=$(mktemp -d) && export work || exit 2
 trap 'rm -rf "$work"' EXIT
@@ -105,11 +105,18 @@ run_tests() { # run_tests ARGUMENTS OF PYTEST...
 # shellcheck disable=SC2317
 sanitize() { # sanitize TOOL
   # Without torch's cache each tensor is an allocation of its own: no access beyond it goes unseen.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --target-processes application-only \
-    --error-exitcode 9 --print-limit 20 "$python" "$repository/benchmarks/bench_gpu.py" --check
+  cd "$work/stage" && REQUIRE_CUDA=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" \
+    --target-processes application-only --error-exitcode 9 --print-limit 20 "$python" -m pytest -p no:cacheprovider \
+    --tb=short tests/ops/test_cuda.py -k same_bits_as_on_the_cpu
 }
 
-export -f build run_tests sanitize
+# shellcheck disable=SC2317
+bench_kernels() {
+  cmake -S csrc -B "$work/kernels" -G Ninja -DPYPRUNE_CUDA_BENCH=ON "-DPYPRUNE_CUDA_ARCHITECTURES=$architecture-real" &&
+    cmake --build "$work/kernels" --target kernels_bench_cuda && "$work/kernels/kernels_bench_cuda"
+}
+
+export -f build run_tests sanitize bench_kernels
 
 # ---- the steps ----
 
@@ -154,12 +161,13 @@ if step build 240 "$for_bench" 'error|Error|assert|cuda_build' build; then
     not_run memcheck "compute-sanitizer was not found"
     not_run racecheck "compute-sanitizer was not found"
   fi
+  step kernels 110 120 'CUDA error|error:|dropped|threshold, all tensors +[bf]' bench_kernels
   seconds=$((deadline - SECONDS - 30))
-  step bench 280 0 'PROBLEM|rror|Equality' "$python" benchmarks/bench_gpu.py \
+  step bench 280 0 'PROBLEM|rror' "$python" benchmarks/bench_gpu.py \
     --seconds "$((seconds < 240 ? seconds : 240))" --json "$stem.json"
   { echo && sed -n '/x floor of pyprune/,$p' "$work/bench.out"; } >>"$summary"
 else
-  for name in graphs gpu-only tests memcheck racecheck bench; do not_run "$name" "there is no build"; done
+  for name in graphs gpu-only tests memcheck racecheck kernels bench; do not_run "$name" "there is no build"; done
   { echo && grep -aE -A 8 -m 3 'error:|Error' "$work/build.out"; } >>"$summary"
 fi
 printf '\n==> Summary, also in %s; all output is in %s\n' "$summary" "$log"

@@ -1,7 +1,4 @@
-// The host side of every operator: describe the tensors, send the table to the device, launch.
-//
-// The table travels as kernel parameters, a batch of rows per launch: nothing waits for the device, nothing is copied
-// from pageable memory, and a CUDA graph replays it.
+// The host side of every operator: torch's allocator and streams, and a list of tensors as a table on their device.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -13,11 +10,10 @@
 
 #include <algorithm>
 #include <optional>
-#include <utility>
 #include <vector>
 
 #include "../check.h"
-#include "tensor_table.cuh"
+#include "kernels/launch.cuh"
 
 // Hidden, as torch's stable types are.
 HIDDEN_NAMESPACE_BEGIN(pyprune)
@@ -25,28 +21,10 @@ HIDDEN_NAMESPACE_BEGIN(pyprune)
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Launches on the stream; cudaLaunchKernelEx rather than <<<>>> because it converts and checks the arguments.
-template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream,
-            Arguments&&... arguments) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.stream = stream;
-  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
-}
-
 inline cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
-}
-
-// One wave of blocks that share all tiles.
-inline int64_t blocks_for(int64_t tiles, int32_t device) {
-  int multiprocessors = 1;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  return std::min<int64_t>(tiles, static_cast<int64_t>(multiprocessors) * kBlocksPerMultiprocessor);
 }
 
 // Uninitialised device memory from torch's allocator; later work on the same stream may reuse it once this is gone.
@@ -69,37 +47,6 @@ inline Tensor new_vector(const Tensor& like, int64_t count, ScalarType dtype) {
   return torch::stable::new_empty(like, {&count, 1}, dtype);
 }
 
-template <typename Item>
-void fill_zero(Item* items, int64_t count, cudaStream_t stream) {
-  if (count > 0) STD_CUDA_CHECK(cudaMemsetAsync(items, 0, count * sizeof(Item), stream));  // a graph refuses size 0
-}
-
-template <typename Item>
-struct Batch {
-  static constexpr int kCapacity = (4096 - 64) / sizeof(Item);  // kernel parameters end at 4 KiB
-  Item* destination;
-  int32_t count;
-  Item items[kCapacity];
-};
-
-template <typename Item>
-__global__ void write_batch(const __grid_constant__ Batch<Item> batch) {
-  for (int i = threadIdx.x; i < batch.count; i += blockDim.x) batch.destination[i] = batch.items[i];
-}
-
-template <typename Item>
-void upload(const std::vector<Item>& items, Item* destination, cudaStream_t stream) {
-  for (size_t first = 0; first < items.size(); first += Batch<Item>::kCapacity) {
-    Batch<Item> batch{};
-    batch.destination = destination + first;
-    batch.count = static_cast<int32_t>(std::min<size_t>(items.size() - first, Batch<Item>::kCapacity));
-    std::copy_n(items.begin() + first, batch.count, batch.items);
-    launch(&write_batch<Item>, 1, 128, stream, batch);
-  }
-}
-
-// Whether elements are met in logical (C) order, or in the order that lies best in memory.
-enum class Order { kLogical, kAny };
 enum class Writes { kNothing, kTensors, kPartners };
 
 struct Dim {
@@ -141,14 +88,16 @@ class UploadedTable {
   UploadedTable(const std::vector<Tensor>& tensors, const std::vector<Tensor>* partners, Order order, Writes writes,
                 cudaStream_t stream) {
     std::vector<Layout> layouts;
-    int64_t tiles = 0;
+    int64_t tiles = 0, elements = 0;
     const int32_t device = tensors[0].get_device_index();
     for (size_t i = 0; i < tensors.size(); ++i) {
       const Tensor* const partner = partners == nullptr ? nullptr : &(*partners)[i];
       check(tensors[i], partner, device);
       host_rows.push_back(describe(tensors[i], partner, order, writes, layouts));
       host_rows.back().first_tile = tiles;
+      host_rows.back().first_element = elements;
       tiles += tiles_of(host_rows.back());
+      elements += host_rows.back().numel;
     }
     rows_.emplace(tensors[0], static_cast<int64_t>(host_rows.size()));
     layouts_.emplace(tensors[0], static_cast<int64_t>(layouts.size()));

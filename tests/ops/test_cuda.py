@@ -7,9 +7,20 @@ import torch
 
 from pyprune import ops
 from tests.devices import DEVICES
-from tests.ops.cases import adversarial
+from tests.ops.cases import DTYPES, KINDS, adversarial
 
 pytestmark = pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU")
+
+
+def on_cuda(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Copy, in the same layouts."""
+    empty = [torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device="cuda") for one in tensors]
+    return [copy.copy_(one) for copy, one in zip(empty, tensors, strict=True)]
+
+
+def assert_same_bits(on_device: list[torch.Tensor], on_cpu: list[torch.Tensor]) -> None:
+    for got, want in zip(on_device, on_cpu, strict=True):
+        assert torch.equal(*(one.cpu().contiguous().flatten().view(torch.uint8) for one in (got, want)))
 
 
 def make_weights(seed: int) -> list[torch.Tensor]:
@@ -126,6 +137,52 @@ def test_gate_penalty_in_a_cuda_graph_follows_the_logits():
     assert all(torch.equal(replayed, want) for replayed, want in zip(captured, work(), strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lists_are_the_same_bits_as_on_the_cpu(dtype):
+    shapes = [(300, 200), (70_001,), (64, 30, 3, 3), (3,), (4096,), (0, 5), (1,)]
+    weights = [adversarial(shape, "normal", dtype, seed) for seed, shape in enumerate(shapes)]
+    weights += [adversarial((5000,), "few values", dtype), adversarial((90, 70), "normal", dtype).t()]
+    theirs = on_cuda(weights)
+    norms = ops.norms(weights)
+    assert_same_bits([ops.norms(theirs)], [norms])
+    total = sum(weight.numel() for weight in weights)
+    for removed in (total * 7 // 10, [weight.numel() // 2 for weight in weights], 0, total):
+        for scales in (None, norms.reciprocal()):
+            masks, nonfinite = ops.threshold(weights, removed, scales=scales)
+            found, counts = ops.threshold(theirs, removed, scales=None if scales is None else scales.cuda())
+            assert_same_bits([*found, counts], [*masks, nonfinite])
+            assert_same_bits([ops.count_zeros(found)], [ops.count_zeros(masks)])
+    masks = [weight > 0.3 for weight in weights]
+    ops.fold(theirs, on_cuda(masks))
+    ops.fold(weights, masks)
+    assert_same_bits([*theirs, ops.count_zeros(theirs)], [*weights, ops.count_zeros(weights)])
+
+
+# Crowds at the threshold, at one end of the bracket and at both; scores in order, so that candidates lie together.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_threshold_of_adversarial_lists_is_the_same_bits_as_on_the_cpu(kind, dtype):
+    weights = [adversarial((size,), kind, dtype, seed) for seed, size in enumerate((150_000, 3, 40_001))]
+    theirs = on_cuda(weights)
+    total = sum(weight.numel() for weight in weights)
+    smallest = torch.cat([weight.abs() for weight in weights]).min()
+    crowd = sum(int((weight.abs() == smallest).sum()) for weight in weights)
+    for removed in {crowd - 1, crowd, min(crowd + 1, total), total * 7 // 10, total - 1}:
+        masks, nonfinite = ops.threshold(weights, removed)
+        found, counts = ops.threshold(theirs, removed)
+        assert_same_bits([*found, counts], [*masks, nonfinite])
+
+
+def test_threshold_of_many_tensors_is_the_same_bits_as_on_the_cpu():
+    weights = [adversarial((size % 97 + 1,), "normal", torch.bfloat16, size) for size in range(1500)]
+    total = sum(weight.numel() for weight in weights)
+    scales = torch.rand(len(weights), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for removed in (total // 2, [weight.numel() // 2 for weight in weights]):
+        masks, _ = ops.threshold(weights, removed, scales=scales)
+        found, _ = ops.threshold(on_cuda(weights), removed, scales=scales.cuda())
+        assert_same_bits(found, masks)
+
+
 @pytest.mark.parametrize("seed", [None, -(2**62) + 12345], ids=["deterministic", "sampled"])
 @pytest.mark.parametrize("options", [None, {}, {"straight_through": True}, {"beta": 0.5, "gamma": -0.3}], ids=str)
 def test_gates_are_the_same_bits_as_on_the_cpu(options, seed):
@@ -137,9 +194,8 @@ def test_gates_are_the_same_bits_as_on_the_cpu(options, seed):
     tensors = make_gates(((1000, 1000), (1000, 1000)), "cpu")
     seed = None if seed is None else torch.tensor(seed)
     on_cpu = gate_and_gradients(gate, *tensors, seed)
-    on_cuda = gate_and_gradients(gate, *(tensor.cuda() for tensor in tensors), None if seed is None else seed.cuda())
-    for got, want in zip(on_cuda, on_cpu, strict=True):
-        assert torch.equal(got.cpu().view(torch.int32), want.view(torch.int32))
+    on_device = gate_and_gradients(gate, *on_cuda(tensors), None if seed is None else seed.cuda())
+    assert_same_bits(on_device, on_cpu)
 
 
 @pytest.mark.parametrize("shapes", SHAPES[1:], ids=str)

@@ -4,9 +4,11 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
-#include "upload.cuh"
+#include "tensor_table.cuh"
 
 namespace pyprune {
 
@@ -107,8 +109,10 @@ struct Loops {
     }
     LoopNest<kTensors> result{};
     if (steps == 0) return result;  // nothing to walk
-    STD_TORCH_CHECK(joined.size() <= kMaxLoops, "tensors need ", joined.size(), " loops that cannot be joined; ",
-                    kMaxLoops, " are supported: call .contiguous() on them first");
+    if (joined.size() > kMaxLoops) {
+      throw std::runtime_error("tensors need " + std::to_string(joined.size()) + " loops that cannot be joined; " +
+                               std::to_string(kMaxLoops) + " are supported: call .contiguous() on them first");
+    }
     result.loops = static_cast<int32_t>(joined.size());
     result.narrow = steps < (int64_t{1} << 31);
     for (size_t l = 0; l < joined.size(); ++l) {

@@ -18,6 +18,7 @@ constexpr unsigned kWholeWarp = 0xffffffffu;
 // What a weight's bits mean, and the bits of a number rounded to the nearest weight.
 struct Float32 {
   static constexpr Dtype kDtype = Dtype::kFloat32;
+  static constexpr uint64_t kInfinity = infinity_bits(kDtype);
   using Bits = uint32_t;
   using Value = float;
   __device__ static float value(Bits bits) { return __uint_as_float(bits); }
@@ -25,6 +26,7 @@ struct Float32 {
 };
 struct Float64 {
   static constexpr Dtype kDtype = Dtype::kFloat64;
+  static constexpr uint64_t kInfinity = infinity_bits(kDtype);
   using Bits = uint64_t;
   using Value = double;
   __device__ static double value(Bits bits) { return __longlong_as_double(static_cast<long long>(bits)); }
@@ -32,6 +34,7 @@ struct Float64 {
 };
 struct Float16 {
   static constexpr Dtype kDtype = Dtype::kFloat16;
+  static constexpr uint64_t kInfinity = infinity_bits(kDtype);
   using Bits = uint16_t;
   using Value = float;
   __device__ static float value(Bits bits) { return __half2float(__ushort_as_half(bits)); }
@@ -39,6 +42,7 @@ struct Float16 {
 };
 struct BFloat16 {
   static constexpr Dtype kDtype = Dtype::kBFloat16;
+  static constexpr uint64_t kInfinity = infinity_bits(kDtype);
   using Bits = uint16_t;
   using Value = float;
   __device__ static float value(Bits bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
@@ -88,13 +92,16 @@ struct Width {
 template <typename T>
 constexpr int kPackWidth = 16 / sizeof(T);
 
+// The compiler cannot tell that pointers from a table are to device memory, and would ask each time.
 template <int N, typename T>
 __device__ inline Pack<T, N> load_pack(const T* address) {
+  __builtin_assume(__isGlobal(address));
   return *reinterpret_cast<const Pack<T, N>*>(address);
 }
 
 template <int N, typename T>
 __device__ inline void store_pack(T* address, const Pack<T, N>& pack) {
+  __builtin_assume(__isGlobal(address));
   *reinterpret_cast<Pack<T, N>*>(address) = pack;
 }
 
@@ -124,24 +131,28 @@ __device__ inline Span make_span(const T* data, const U* partner, bool linear, i
   return alike ? span : Span{begin, begin, begin, end};
 }
 
+// Makes all loads so far start before what follows: the compiler would move them to where they are needed.
+__device__ inline void keep_loads_above() {
+  asm volatile("" ::: "memory");
+}
+
 // Calls use(width, position, load(width, position)) for every pack, then for every single element, of the span.
 template <typename T, int kLoads = kLoadsInFlight, typename Load, typename Use>
 __device__ inline void visit(const Span& span, const Load& load, const Use& use) {
   const Width<kPackWidth<T>> pack{};
   const int64_t stride = static_cast<int64_t>(blockDim.x) * kPackWidth<T>;
+  int64_t at = span.packs_begin + static_cast<int64_t>(threadIdx.x) * kPackWidth<T>;
 #pragma unroll 1
-  for (int64_t at = span.packs_begin + static_cast<int64_t>(threadIdx.x) * kPackWidth<T>; at < span.packs_end;
-       at += kLoads * stride) {
+  for (; at + (kLoads - 1) * stride < span.packs_end; at += kLoads * stride) {
     decltype(load(pack, at)) items[kLoads];
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      if (at + i * stride < span.packs_end) items[i] = load(pack, at + i * stride);
-    }
+    for (int i = 0; i < kLoads; ++i) items[i] = load(pack, at + i * stride);
+    keep_loads_above();
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      if (at + i * stride < span.packs_end) use(pack, at + i * stride, items[i]);
-    }
+    for (int i = 0; i < kLoads; ++i) use(pack, at + i * stride, items[i]);
   }
+#pragma unroll 1
+  for (; at < span.packs_end; at += stride) use(pack, at, load(pack, at));
 
   const Width<1> one{};
   const int64_t head = span.packs_begin - span.begin;
@@ -150,7 +161,7 @@ __device__ inline void visit(const Span& span, const Load& load, const Use& use)
     return single < head ? span.begin + single : span.packs_end + (single - head);
   };
 #pragma unroll 1
-  for (int64_t at = threadIdx.x; at < singles; at += kSinglesInFlight * blockDim.x) {
+  for (at = threadIdx.x; at < singles; at += kSinglesInFlight * blockDim.x) {
     decltype(load(one, at)) items[kSinglesInFlight];
 #pragma unroll
     for (int i = 0; i < kSinglesInFlight; ++i) {
@@ -215,6 +226,46 @@ __device__ inline void add_block_total(int64_t value, int64_t* counter) {
   __syncthreads();
   if (threadIdx.x == 0 && total != 0) atomic_add(counter, total);
   __syncthreads();  // the next call resets the total
+}
+
+// Sum of `value` over the threads before this one, and over all of them; all threads of the block must call.
+struct Scan {
+  int64_t before;
+  int64_t total;
+};
+
+__device__ inline Scan scan_block(int64_t value) {
+  __shared__ int64_t warps[32];
+  const int lane = threadIdx.x % 32;
+  int64_t inclusive = value;
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int64_t other = __shfl_up_sync(kWholeWarp, inclusive, distance);
+    if (lane >= distance) inclusive += other;
+  }
+  if (lane == 31) warps[threadIdx.x / 32] = inclusive;
+  __syncthreads();
+  Scan scan{inclusive - value, 0};
+  for (int warp = 0; warp < static_cast<int>(blockDim.x) / 32; ++warp) {
+    if (warp < static_cast<int>(threadIdx.x) / 32) scan.before += warps[warp];
+    scan.total += warps[warp];
+  }
+  __syncthreads();  // the next call writes again
+  return scan;
+}
+
+// Whether this block is the last of the grid to come here: it then sees what all blocks did before. `arrived` is zero
+// again afterwards. All threads must call.
+__device__ inline bool is_last_block(unsigned* arrived) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(arrived, 1u) == gridDim.x - 1;
+    if (last) *arrived = 0;
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
 }
 
 }  // namespace pyprune

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "../dtype.h"
+#include "../../dtype.h"
 
 namespace pyprune {
 
@@ -13,6 +13,9 @@ constexpr int kTile = 4096;  // elements; a multiple of every vector width, so a
 constexpr int kThreads = 256;
 constexpr int kBlocksPerMultiprocessor = 4;
 constexpr int kMaxDims = 8;
+
+// Whether elements are met in logical (C) order, or in the order that lies best in memory.
+enum class Order { kLogical, kAny };
 
 // Sizes and strides (in elements, outermost first) of a tensor, and of its partner if it has one.
 struct Layout {
@@ -28,7 +31,8 @@ struct TableRow {
   void* data;
   void* partner;
   int64_t numel;
-  int64_t first_tile;
+  int64_t first_tile;  // tiles and elements of the tensors before it
+  int64_t first_element;
   int32_t layout;  // row of the layout table where `contiguous` is false, else -1
   Dtype dtype;
   bool contiguous;  // element i lies at data[i], and its partner at partner[i]
@@ -42,13 +46,14 @@ struct TensorTable {
   int64_t tiles;
 };
 
-// The tensor that a tile belongs to: the last row that starts at or before it (empty tensors have no tiles).
-__device__ inline int32_t tensor_of_tile(const TensorTable& table, int64_t tile) {
+// The last row that starts at or before `place`: tensors without elements are passed over.
+template <int64_t TableRow::* kFirst>
+__device__ inline int32_t last_row_from(const TensorTable& table, int64_t place) {
   int32_t low = 0;
   int32_t high = table.size;
   while (high - low > 1) {
     const int32_t middle = low + (high - low) / 2;
-    if (table.rows[middle].first_tile <= tile) {
+    if (table.rows[middle].*kFirst <= place) {
       low = middle;
     } else {
       high = middle;
@@ -57,20 +62,31 @@ __device__ inline int32_t tensor_of_tile(const TensorTable& table, int64_t tile)
   return low;
 }
 
+__device__ inline int32_t tensor_of_tile(const TensorTable& table, int64_t tile) {
+  return last_row_from<&TableRow::first_tile>(table, tile);
+}
+
+// Elements are numbered through the whole list.
+__device__ inline int32_t tensor_of_element(const TensorTable& table, int64_t element) {
+  return last_row_from<&TableRow::first_element>(table, element);
+}
+
 __host__ __device__ inline int64_t tiles_of(const TableRow& row) {
   return (row.numel + kTile - 1) / kTile;
 }
 
-// The tiles of one block: an equal, contiguous share, so that it meets few tensors.
+// The tiles of one block or warp: an equal, contiguous share, so that it meets few tensors.
 struct TileRange {
   int64_t begin;
   int64_t end;
 };
 
+__device__ inline TileRange share_of(int64_t tiles, int64_t worker, int64_t workers) {
+  return {tiles * worker / workers, tiles * (worker + 1) / workers};
+}
+
 __device__ inline TileRange tiles_of_block(const TensorTable& table) {
-  const int64_t blocks = gridDim.x;
-  const int64_t block = blockIdx.x;
-  return {table.tiles * block / blocks, table.tiles * (block + 1) / blocks};
+  return share_of(table.tiles, blockIdx.x, gridDim.x);
 }
 
 // The elements that tiles [begin, end) hold of one tensor, and the first tile after them.
