@@ -1,14 +1,12 @@
 // masks[i] = keep, where exactly the removed[g] smallest scores of group g are dropped: |w| or |w| * scales[i].
 //
 // Among all tensors, as on the CPU:
-//   1. A stratified sample gives a bracket that holds the last score to go, with high probability.   (sample,
-//   bracket)
+//   1. A stratified sample gives a bracket that holds the last score to go, with high probability (bracket.cuh).
 //   2. One sweep over the weights counts what is below, writes provisional masks, split in the middle of the bracket,
-//      and sets aside the candidates inside it. A score at an end of the bracket that very many weights share is not
-//      set aside, but counted per tile of 4096.                                                     (sweep)
+//      and sets aside the candidates inside it (sweep.cuh). A score at an end of the bracket that very many weights
+//      share is not set aside, but counted per tile of 4096.
 //   3. The last score to go is selected among the candidates, ties by (tensor, index), and the masks between it and
-//      the middle are corrected; or ties of a crowd are, tile by tile.            (narrow, patch, scan and settle
-//      ties)
+//      the middle are corrected (candidates.cuh); or ties of a crowd are, tile by tile (ties.cuh).
 // If the bracket missed, which happens once in 2000 calls, or candidates did not fit, a flag lets the kernels of
 // the radix select run, which otherwise return at once: three reads of the weights give the last score to go, and
 // another sweep writes the masks. The same is done from the start where every tensor competes for itself, and for
@@ -17,10 +15,15 @@
 // Moves per element of b bytes: b + 1, and about a tenth of that for the sample and the candidates (of 1e9 weights
 // 0.9 % are candidates, 8 bytes each, written once and read 5 times); plus b for each element of a tile that is
 // settled. By radix select alone: (digits + 1) * b + 1 with 3 digits for float32 (or with scales), 2 for half types,
-// 6 for float64. Launches among all tensors: 19 in float32, 15 in bfloat16, of which 10 and 8 return at once; and one
-// per 72 tensors for their table. (For half types one histogram of all 2^15 keys would do instead of a sample, but it
-// reads the weights twice: 5 bytes instead of 3, and an atomic per weight in shared memory takes longer than reading
-// it.) Counters are integers, and candidates are all different: the masks are the same bits in every run.
+// 6 for float64.
+//
+// Launches among all tensors: 19 in float32, 15 in bfloat16, of which half return at once; and one per 72 tensors for
+// their table. Memory: 8 bytes for each candidate that there is room for, 2 % of 1e9 weights, 5 % of 25e6.
+//
+// For half types one histogram of all 2^15 keys would do instead of a sample. But it reads the weights twice, 5 bytes
+// instead of 3, and an atomic per weight in shared memory takes longer than reading it.
+//
+// Counters are integers, and candidates are all different: the masks are the same bits in every run.
 #pragma once
 
 #include <bit>
