@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 from bench_gates import Reused
-from measure import Way
+from measure import Way, with_floor
 from shapes import LISTS, Case
 
 from pyprune import _C, ops
@@ -29,16 +29,28 @@ def ways(case: Case) -> list[Way]:
     masks = [torch.ones_like(weight, dtype=torch.bool) for weight in weights]
     logits, grads = ([torch.randn(weight.shape) for weight in weights] for _ in range(2))
     removed = removed_count(case.count, case.ratio)
-    jobs: dict[str, Callable[[], object]] = {
-        "global masks": lambda: ops.threshold(weights, removed, masks=masks),
-        "global masks, L2": lambda: ops.threshold(weights, removed, normalize=True, masks=masks),
-        "fold": lambda: ops.fold(weights, masks),
-        "Bernoulli gates": Reused(weights, logits, grads, 0).both,
-        "hard-concrete gates": Reused(weights, logits, grads, 1).both,
+    bernoulli, hard_concrete = (Reused(weights, logits, grads, rule) for rule in (0, 1))
+    # What only moves the bytes, and the job.
+    jobs: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+        "global masks": (
+            lambda: ops.threshold(weights, 0, masks=masks),
+            lambda: ops.threshold(weights, removed, masks=masks),
+        ),
+        "global masks, L2": (
+            lambda: ops.threshold(weights, 0, masks=masks),
+            lambda: ops.threshold(weights, removed, normalize=True, masks=masks),
+        ),
+        "fold": (lambda: torch._foreach_mul_(weights, 1.0), lambda: ops.fold(weights, masks)),
+        "Bernoulli gates": (bernoulli.floor, bernoulli.both),
+        "hard-concrete gates": (hard_concrete.floor, hard_concrete.both),
     }
     *others, best = _C.available_cpu_capabilities()
+    builds = [("pyprune", best), *((f"pyprune, {other}", other) for other in reversed(others))]
     return [
-        Way(CAPABILITY + name, way, partial(built_for, capability, run))
-        for name, run in jobs.items()
-        for way, capability in [("pyprune", best), *((f"pyprune, {other}", other) for other in reversed(others))]
+        way
+        for name, (floor, run) in jobs.items()
+        for way in with_floor(
+            Way(CAPABILITY + name, "floor", floor),
+            [Way(CAPABILITY + name, build, partial(built_for, capability, run)) for build, capability in builds],
+        )
     ]

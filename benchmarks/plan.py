@@ -68,7 +68,7 @@ BENCH = [
     Slice(("growth",), ("1M", "4M", "16M", "64M")),
 ]
 QUICK = [
-    Slice((*LISTS_JOBS, "gates", "rb_loss"), ("resnet50",)),
+    Slice((*LISTS_JOBS, "gates", "rb_loss", "capability"), ("resnet50",)),
     Slice(("training",), ("convnet",)),
     Slice(("growth",), ("1M", "4M", "16M")),
 ]

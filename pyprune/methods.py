@@ -89,6 +89,7 @@ def local_magnitude(weights: Sequence[Tensor], ratio: float) -> tuple[list[Tenso
         masks mean nothing.
 
     Example:
+        >>> import torch
         >>> masks, _ = local_magnitude([torch.tensor([3.0, -1.0]), torch.tensor([0.1, 0.2])], 0.5)
         >>> [mask.tolist() for mask in masks]
         [[True, False], [False, True]]
@@ -102,6 +103,7 @@ def global_magnitude(weights: Sequence[Tensor], ratio: float) -> tuple[list[Tens
     An all-zero tensor has no norm to divide by; its scores are zeros, so it goes first.
 
     Example:
+        >>> import torch
         >>> masks, _ = global_magnitude([torch.tensor([30.0, -40.0]), torch.tensor([0.0, 0.2])], 0.5)
         >>> [mask.tolist() for mask in masks]
         [[False, True], [False, True]]
