@@ -45,8 +45,11 @@ def gated(mode: pyprune.PruneMode, net: nn.Module, case: Case) -> None:
 
 
 def masked_by_torch(net: nn.Module, case: Case) -> None:
+    # Attention reads the weight of its output projection without calling it, so the hook that makes the weight anew
+    # would not run, and the second backward pass would fail.
+    projections = [module.out_proj for module in net.modules() if isinstance(module, nn.MultiheadAttention)]
     for module in net.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and module not in projections:
             torch_prune.l1_unstructured(module, "weight", case.ratio)
         elif isinstance(module, nn.MultiheadAttention):
             torch_prune.l1_unstructured(module, "in_proj_weight", case.ratio)

@@ -90,14 +90,7 @@ void for_each_row(int64_t numel, const Row& row) {
 class Output {
  public:
   Output(const Strided& tensor, int64_t start, int64_t count, Room& room)
-      : tensor_(tensor), start_(start), count_(count) {
-    if (tensor.contiguous()) {
-      row_ = tensor.at(start);
-    } else {
-      room.resize(std::max(room.size(), static_cast<size_t>(count)));
-      row_ = reinterpret_cast<char*>(room.data());
-    }
-  }
+      : tensor_(tensor), start_(start), count_(count), row_(tensor.to_write(start, count, room)) {}
 
   char* row() { return tensor_.numel > 0 ? row_ : nullptr; }
   void put() {

@@ -10,7 +10,7 @@ namespace pyprune {
 namespace {
 
 constexpr double kSpread = 3.0;       // standard deviations of the rank; a miss costs one more sweep
-constexpr double kNormSpread = 3.5;   // of a norm; all weights of a model must lie within
+constexpr double kNormSpread = 4.0;   // of a norm; all weights of a model must lie within
 constexpr double kWidestSlack = 0.2;  // beyond, very many elements would be candidates
 constexpr double kRounding = 1e-6;    // more than float32 scores are rounded by
 

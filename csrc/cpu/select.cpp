@@ -34,6 +34,9 @@
 namespace pyprune {
 namespace {
 
+// More than this part of the weights takes longer to set aside than to read all of them again.
+constexpr double kMostCandidates = 0.05;
+
 // An all-zero weight has no norm to divide by, but a score of zero.
 double scale_of(double norm) {
   constexpr double kTiny = std::numeric_limits<double>::min(), kMax = std::numeric_limits<double>::max();
@@ -124,8 +127,13 @@ class Selection {
     slack_ = estimate.slack;
     sweep(Which::kProbes, plan);
     plan = plan_of(sweeper_, scores_, plan.bracket, competition_.removed);
-    sweep(Which::kRest, plan);
     const std::vector<Bounds> bounds = bounds_of(plan.bracket);
+    if (candidates_in_rest(bounds) > kMostCandidates * static_cast<double>(elements_of(competition_.weights))) {
+      slack_.clear();
+      measure_norms(Which::kRest);  // scores that crowd together as long as norms are not exact
+      return false;
+    }
+    sweep(Which::kRest, plan);
     slack_.clear();
     set_scales([this](size_t weight) { return std::sqrt(squares_.of_weight(weight)); });
     const Bracket bracket = certain(bounds);
@@ -138,6 +146,19 @@ class Selection {
       correct_masks(bracket, places);
     }
     return found;
+  }
+
+  // How many there would be, by what the probes show.
+  double candidates_in_rest(const std::vector<Bounds>& bounds) const {
+    double candidates = 0;
+    for (size_t i = 0; i < sweeper_.pieces().size(); ++i) {
+      const Piece& piece = sweeper_.pieces()[i];
+      if (piece.probe) {
+        const auto [low, middle, high] = bounds[piece.tensor];
+        candidates += (piece.stands_for() - 1) * static_cast<double>(sweeper_.count_between(i, low, high));
+      }
+    }
+    return candidates;
   }
 
   template <class Norm>

@@ -32,6 +32,7 @@ Sweeper::Sweeper(const std::vector<Strided>& weights, const std::vector<Strided>
   for (const Chunk& chunk : chunks_of(weights)) {
     const int64_t probe = chunk.count <= 2 * kProbe ? chunk.count : kProbe;
     probes_.push_back(pieces_.size());
+    probe_elements_ += probe;
     pieces_.push_back({{chunk.tensor, chunk.start, probe}, true, chunk.count});
     if (probe < chunk.count) {
       rest_.push_back(pieces_.size());
@@ -52,8 +53,7 @@ std::vector<int64_t> Sweeper::nonfinite() const {
 
 void Sweeper::share_pieces(Which which, const std::function<void(size_t, Worker&)>& body) {
   const std::vector<size_t>* some = which == Which::kProbes ? &probes_ : which == Which::kRest ? &rest_ : nullptr;
-  const int64_t elements =
-      which == Which::kProbes ? kProbe * static_cast<int64_t>(probes_.size()) : elements_of(weights_);
+  const int64_t elements = which == Which::kProbes ? probe_elements_ : elements_of(weights_);
   share_tasks(static_cast<int64_t>(some ? some->size() : pieces_.size()), elements,
               [&](int64_t task, int64_t worker) { body(some ? (*some)[task] : task, workers_[worker]); });
 }

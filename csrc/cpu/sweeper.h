@@ -76,6 +76,7 @@ class Sweeper {
   const std::vector<Strided>& masks_;
   std::vector<Piece> pieces_;
   std::vector<size_t> probes_, rest_;
+  int64_t probe_elements_ = 0;
   std::vector<Swept> swept_;
   std::vector<Worker> workers_;
 };

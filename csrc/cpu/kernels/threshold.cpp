@@ -74,7 +74,7 @@ Sweep sweep_as(const T* x, uint8_t* mask, int64_t count, const Bounds& bounds, T
   Block<T> block(bounds.low, bounds.middle, bounds.high);
   // A mask is read again long after it has left the cache: streaming saves reading its lines first.
   const bool stream = reinterpret_cast<uintptr_t>(mask) % 64 == 0 && count >= kNormBlock;
-  constexpr int64_t kInCache = 2 * kNormBlock;
+  constexpr int64_t kInCache = 16 * kNormBlock;
   for (int64_t begin = 0; begin < count; begin += kInCache) {
     const int64_t end = count - begin < kInCache ? count : begin + kInCache;
     int64_t done = begin;
