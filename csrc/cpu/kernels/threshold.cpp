@@ -42,12 +42,12 @@ void sweep_plain(const T* x, uint8_t* mask, int64_t begin, int64_t end, const Bo
   result.largest = largest > result.largest ? largest : result.largest;
 }
 
-// Whole steps of 64 elements, from `begin` on; returns where the rest begins.
+// Whole steps of 64 elements; returns where the rest begins.
 template <class T, bool kStore>
-int64_t sweep_steps(Block<T>& block, const T* x, uint8_t* mask, int64_t begin, int64_t end, bool stream,
-                    const char* fetch, T* bits, uint16_t* positions, Sweep& result) {
-  int64_t done = begin;
-  for (; done + 64 <= end; done += 64) {
+int64_t sweep_steps(Block<T>& block, const T* x, uint8_t* mask, int64_t count, bool stream, const char* fetch,
+                    T* bits, uint16_t* positions, Sweep& result) {
+  int64_t done = 0;
+  for (; done + 64 <= count; done += 64) {
     for (size_t line = 0; fetch != nullptr && line < sizeof(T); ++line) {
       __builtin_prefetch(fetch + done * sizeof(T) + line * 64);
     }
@@ -74,18 +74,14 @@ Sweep sweep_as(const T* x, uint8_t* mask, int64_t count, const Bounds& bounds, T
   Block<T> block(bounds.low, bounds.middle, bounds.high);
   // A mask is read again long after it has left the cache: streaming saves reading its lines first.
   const bool stream = reinterpret_cast<uintptr_t>(mask) % 64 == 0 && count >= kNormBlock;
-  constexpr int64_t kInCache = 16 * kNormBlock;
-  for (int64_t begin = 0; begin < count; begin += kInCache) {
-    const int64_t end = count - begin < kInCache ? count : begin + kInCache;
-    int64_t done = begin;
-    if constexpr (kHasBlock<T>) {
-      done = sweep_steps<T, kStore>(block, x, mask, begin, end, stream, static_cast<const char*>(errands.fetch), bits,
-                                    positions, result);
-    }
-    sweep_plain<T, kStore>(x, mask, done, end, bounds, bits, positions, result);
-    if (errands.squares != nullptr) {
-      sum_squares(x + begin, errands.dtype, end - begin, 1.0, errands.squares + begin / kNormBlock);
-    }
+  int64_t done = 0;
+  if constexpr (kHasBlock<T>) {
+    const char* const fetch = static_cast<const char*>(errands.fetch);
+    done = sweep_steps<T, kStore>(block, x, mask, count, stream, fetch, bits, positions, result);
+  }
+  sweep_plain<T, kStore>(x, mask, done, count, bounds, bits, positions, result);
+  if (errands.squares != nullptr) {
+    sum_squares(x, errands.dtype, count, 1.0, errands.squares);  // from the second-level cache
   }
   if (block.maximum() > result.largest) {
     result.largest = block.maximum();
