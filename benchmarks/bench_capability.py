@@ -26,7 +26,7 @@ def built_for(capability: str, run: Callable[[], object]) -> None:
 
 def ways(case: Case) -> list[Way]:
     weights = case.draw()
-    masks = [torch.ones_like(weight, dtype=torch.bool) for weight in weights]
+    masks, kept = ([torch.ones_like(weight, dtype=torch.bool) for weight in weights] for _ in range(2))
     logits, grads = ([torch.randn(weight.shape) for weight in weights] for _ in range(2))
     removed = removed_count(case.count, case.ratio)
     bernoulli, hard_concrete = (Reused(weights, logits, grads, rule) for rule in (0, 1))
@@ -40,7 +40,7 @@ def ways(case: Case) -> list[Way]:
             lambda: ops.threshold(weights, 0, masks=masks),
             lambda: ops.threshold(weights, removed, normalize=True, masks=masks),
         ),
-        "fold": (lambda: torch._foreach_mul_(weights, 1.0), lambda: ops.fold(weights, masks)),
+        "fold": (lambda: torch._foreach_mul_(weights, 1.0), lambda: ops.fold(weights, kept)),
         "Bernoulli gates": (bernoulli.floor, bernoulli.both),
         "hard-concrete gates": (hard_concrete.floor, hard_concrete.both),
     }
