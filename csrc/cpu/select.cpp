@@ -37,8 +37,12 @@ namespace {
 // More than this part of the weights takes longer to set aside than to read all of them again.
 constexpr double kMostCandidates = 0.05;
 
-// An all-zero weight has no norm to divide by, but a score of zero.
+// An all-zero weight has no norm to divide by, but a score of zero. One with a NaN has no scores, and masks that mean
+// nothing, but the order of scores stays well defined.
 double scale_of(double norm) {
+  if (std::isnan(norm)) {
+    return 0.0;
+  }
   constexpr double kTiny = std::numeric_limits<double>::min(), kMax = std::numeric_limits<double>::max();
   return 1.0 / std::clamp(norm, kTiny, kMax);
 }
@@ -70,7 +74,7 @@ class Selection {
       sweep(Which::kAll, {{bound, bound, bound}});
       return sweeper_.nonfinite();
     }
-    if (competition_.normalize && (select_with_estimated_norms() || any_nonfinite())) {
+    if (competition_.normalize && select_with_estimated_norms()) {
       return sweeper_.nonfinite();
     }
     BracketSearch search(competition_.weights, scores_, competition_.removed);
