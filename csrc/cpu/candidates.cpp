@@ -38,6 +38,14 @@ struct Table {
   double below = 0;
 };
 
+// The bits to drop, `least` or more, so that the keys of a bracket fall into kBins equal intervals at the most.
+int shift_of(Bracket bracket, int least) {
+  while ((bracket.last - bracket.below - 1) >> least >= kBins) {
+    ++least;
+  }
+  return least;
+}
+
 // How far above `first` a key is; a key below wraps around, and is farther than any bracket is wide.
 uint64_t distance(int64_t key, int64_t first) {
   return static_cast<uint64_t>(key) - static_cast<uint64_t>(first);
@@ -50,10 +58,7 @@ Histogram histogram_of(const std::vector<CandidateRun>& runs, Bracket bracket) {
   for (const CandidateRun& run : runs) {
     unused = std::min(unused, run.score->unused_key_bits());
   }
-  int shift = unused;
-  while ((bracket.last - bracket.below - 1) >> shift >= kBins) {
-    ++shift;
-  }
+  const int shift = shift_of(bracket, unused);
   const int64_t first = bracket.below + 1;
   const uint64_t size = static_cast<uint64_t>(bracket.last - bracket.below);
   std::vector<Table> tables(thread_count());
@@ -127,11 +132,9 @@ Selected select_key(std::vector<int64_t>& keys, Bracket bracket, int64_t rank) {
   int64_t below = 0;
   if (end - begin > kFew) {
     // First the one of many intervals that holds it.
-    int shift = 0;
-    while ((bracket.last - bracket.below - 1) >> shift >= kBins) {
-      ++shift;
-    }
-    const auto bin_of = [shift, first = bracket.below + 1](int64_t key) { return (key - first) >> shift; };
+    const auto bin_of = [shift = shift_of(bracket, 0), first = bracket.below + 1](int64_t key) {
+      return (key - first) >> shift;
+    };
     std::vector<int64_t> counts(kBins);
     for (const int64_t key : keys) {
       ++counts[bin_of(key)];

@@ -24,7 +24,7 @@ Tensor count_zeros(const std::vector<Tensor> tensors) {
   share_tasks(static_cast<int64_t>(chunks.size()), elements_of(views), [&](int64_t task, int64_t) {
     const auto [tensor, start, count] = chunks[task];
     const Strided& view = views[tensor];
-    std::vector<uint64_t> room;
+    Room room;
     counts[task] = run(view.in_a_row(start, count, room), view.dtype, count);
   });
   Tensor result = torch::stable::empty({static_cast<int64_t>(tensors.size())}, torch::headeronly::ScalarType::Long);

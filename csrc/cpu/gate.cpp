@@ -56,18 +56,6 @@ struct GateCall {
   }
 };
 
-// Calls block(start, count) for blocks of [0, numel), shared among the threads.
-template <class Block>
-void for_each_block(int64_t numel, const Block& block) {
-  share_tasks((numel + kChunk - 1) / kChunk, numel, [&](int64_t task, int64_t) {
-    const KeepDenormals exact;
-    const int64_t end = std::min(numel, (task + 1) * kChunk);
-    for (int64_t start = task * kChunk; start < end; start += kGateBlock) {
-      block(start, std::min(kGateBlock, end - start));
-    }
-  });
-}
-
 // What a thread copies rows to that do not lie in order; kept from one chunk to the next.
 struct Rooms {
   Room weight, logits, grad, out, grad_logits;
@@ -82,6 +70,16 @@ void for_each_row(int64_t numel, const Row& row) {
     const KeepDenormals exact;
     const int64_t start = task * kChunk;
     row(start, std::min(kChunk, numel - start), rooms[worker]);
+  });
+}
+
+// Calls block(start, count) for blocks of [0, numel), shared among the threads.
+template <class Block>
+void for_each_block(int64_t numel, const Block& block) {
+  for_each_row(numel, [&](int64_t row, int64_t length, Rooms&) {
+    for (int64_t start = row; start < row + length; start += kGateBlock) {
+      block(start, std::min(kGateBlock, row + length - start));
+    }
   });
 }
 

@@ -3,13 +3,11 @@
 //   1. A small stratified sample of the scores gives a bracket that holds the k-th very probably (bracket.h).
 //   2. The first elements of each chunk, the probes, are swept in that bracket: what lies below is counted, the
 //      candidates inside are set aside, and provisional masks are written, split in its middle (sweeper.h).
-//   3. The probes are a sample a hundred times as large. They give a bracket a tenth as wide (probes.h), and in that
-//   all
-//      the rest is swept. If the counts show that it missed, they bound the k-th score from one side, and all is
+//   3. The probes are a sample a hundred times as large. They give a bracket a tenth as wide (probes.h), and all the
+//      rest is swept in that. If the counts show that it missed, they bound the k-th score from one side, and all is
 //      swept again: always exact, hardly ever slow.
 //   4. The k-th score is selected among the candidates (candidates.h), and the few masks between it and the middle
-//   are
-//      corrected. Of equal scores the first in the order of the list go.
+//      are corrected. Of equal scores the first in the order of the list go.
 //
 // A bracket can be one score wide, when many weights share it (half types, weights that are already zero). Then
 // candidates are only counted: the counts say which pieces lose all of them, and only one piece is walked.
@@ -80,17 +78,14 @@ class Selection {
     BracketSearch search(competition_.weights, scores_, competition_.removed);
     for (bool first = true;; first = false) {
       sweeper_.clear();
-      Plan plan{search.next()};
-      if (first) {
-        sweep(Which::kProbes, plan);
-        plan = plan_of(sweeper_, scores_, plan.bracket, competition_.removed);
-      }
+      const Bracket wide = search.next();
+      const Plan plan = first ? plan_after_probes(wide) : Plan{wide};
       sweep(first ? Which::kRest : Which::kAll, plan);
       if (any_nonfinite()) {
         return sweeper_.nonfinite();
       }
       Places places = places_in(plan.bracket);
-      if (places.going <= 0) {
+      if (places.going < 0) {
         search.too_high(plan.bracket);
       } else if (places.going > places.inside) {
         search.too_low(plan.bracket);
@@ -123,14 +118,13 @@ class Selection {
       return false;
     }
     set_scales([&](size_t weight) { return estimate.norms[weight]; });
-    Plan plan{BracketSearch(competition_.weights, scores_, competition_.removed).next()};
-    if (plan.bracket.one_score()) {
+    const Bracket wide = BracketSearch(competition_.weights, scores_, competition_.removed).next();
+    if (wide.one_score()) {
       measure_norms(Which::kRest);  // a crowd must not be set aside, but only counted, and that takes exact scores
       return false;
     }
     slack_ = estimate.slack;
-    sweep(Which::kProbes, plan);
-    plan = plan_of(sweeper_, scores_, plan.bracket, competition_.removed);
+    const Plan plan = plan_after_probes(wide);
     const std::vector<Bounds> bounds = bounds_of(plan.bracket);
     if (candidates_in_rest(bounds) > kMostCandidates * static_cast<double>(elements_of(competition_.weights))) {
       slack_.clear();
@@ -145,7 +139,7 @@ class Selection {
       return false;
     }
     Places places = places_in(bracket);
-    const bool found = places.going > 0 && places.going <= places.inside;
+    const bool found = places.going >= 0 && places.going <= places.inside;
     if (found) {
       correct_masks(bracket, places);
     }
@@ -219,6 +213,12 @@ class Selection {
     sweeper_.sweep(which, bounds_of_piece, !count_only, sum ? &squares_ : nullptr);
   }
 
+  // Sweeps the probes, and says how to sweep the rest.
+  Plan plan_after_probes(Bracket wide) {
+    sweep(Which::kProbes, {wide});
+    return plan_of(sweeper_, scores_, wide, competition_.removed);
+  }
+
   bool any_nonfinite() const {
     return std::ranges::any_of(sweeper_.swept(), [](const Swept& swept) { return swept.nonfinite > 0; });
   }
@@ -257,7 +257,9 @@ class Selection {
   // The first of the elements in the bracket go, in the order of their scores and places.
   void correct_masks(Bracket bracket, Places& places) {
     Selected kth{bracket.last, 0, places.inside};
-    if (!bracket.one_score()) {
+    if (places.going == 0 && !bracket.one_score()) {
+      kth = {bracket.below, 0, 0};  // weights pruned before: what lies below the bracket is just what goes
+    } else if (!bracket.one_score()) {
       kth = select_key(places.keys, bracket, places.going);
     }
     // Per weight, the largest bits of what goes for sure, and of what does not stay for sure.
@@ -268,7 +270,7 @@ class Selection {
     }
     const auto& pieces = sweeper_.pieces();
     const int64_t ties_going = places.going - kth.below, tasks = static_cast<int64_t>(pieces.size());
-    const bool all_ties_go = ties_going == kth.same;
+    const bool all_ties_go = places.going > 0 && ties_going == kth.same;
     std::vector<int64_t> ties(pieces.size()), before(pieces.size());
     const int64_t elements = elements_of(competition_.weights);  // candidates are few, but far from each other
     if (!all_ties_go) {

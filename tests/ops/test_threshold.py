@@ -111,6 +111,16 @@ def test_threshold_with_every_rank_of_a_small_tensor(device):
         assert_matches_reference(weights, removed, device=device)
 
 
+@pytest.mark.parametrize("more", [-5, -1, 0, 1, 7])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threshold_of_pruned_weights_when_its_bracket_lies_beside_the_zeros(device, dtype, more):
+    weights = [adversarial(shape, "normal", dtype, seed) for seed, shape in enumerate([(70_000,), (300, 1001)])]
+    removed = int(0.7 * sum(weight.numel() for weight in weights))
+    for weight, mask in zip(weights, reference.threshold(weights, removed)[0], strict=True):
+        weight.mul_(mask)
+    assert_matches_reference(weights, removed + more, device=device)
+
+
 def test_threshold_of_mixed_dtypes_compares_in_the_widest(device):
     weights = [adversarial((5000,), "normal", dtype, seed) for seed, dtype in enumerate(DTYPES)]
     scales = torch.tensor([0.5, 1.0, 2.0, 0.1], dtype=torch.float64)

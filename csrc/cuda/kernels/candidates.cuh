@@ -15,6 +15,19 @@ __device__ inline int64_t share_begin(int64_t count, int64_t block) {
   return count * block / static_cast<int64_t>(gridDim.x);
 }
 
+// Calls use(candidate) for the share of a block, by all its threads.
+template <typename Use>
+__device__ inline void for_each_candidate(const Search* search, const uint64_t* candidates, const Use& use) {
+  const int64_t count = static_cast<int64_t>(search->candidates);
+  visit<uint64_t>(
+      make_span(candidates, true, share_begin(count, blockIdx.x), share_begin(count, blockIdx.x + 1)),
+      [&](auto width, int64_t at) { return load_pack<decltype(width)::value>(candidates + at); },
+      [&](auto width, int64_t, const auto& pack) {
+#pragma unroll
+        for (int i = 0; i < decltype(width)::value; ++i) use(pack.get(i));
+      });
+}
+
 // The histogram is zero before and after.
 __global__ void __launch_bounds__(kNarrowThreads)
     narrow_kernel(Search* search, const uint64_t* candidates, uint32_t* histogram) {
@@ -26,17 +39,10 @@ __global__ void __launch_bounds__(kNarrowThreads)
   const int64_t rank = search->rank;
   for (int bin = threadIdx.x; bin < kBins; bin += kNarrowThreads) bins[bin] = 0;
   __syncthreads();
-  const int64_t count = static_cast<int64_t>(search->candidates);
-  visit<uint64_t>(
-      make_span(candidates, true, share_begin(count, blockIdx.x), share_begin(count, blockIdx.x + 1)),
-      [&](auto width, int64_t at) { return load_pack<decltype(width)::value>(candidates + at); },
-      [&](auto width, int64_t, const auto& pack) {
-#pragma unroll
-        for (int i = 0; i < decltype(width)::value; ++i) {
-          const uint64_t digits = pack.get(i) >> shift;
-          if (digits >> bits == prefix) atomicAdd(&bins[digits & ((1 << bits) - 1)], 1u);
-        }
-      });
+  for_each_candidate(search, candidates, [&](uint64_t candidate) {
+    const uint64_t digits = candidate >> shift;
+    if (digits >> bits == prefix) atomicAdd(&bins[digits & ((1 << bits) - 1)], 1u);
+  });
   __syncthreads();
   for (int bin = threadIdx.x; bin < kBins; bin += kNarrowThreads) {
     if (bins[bin] != 0) atomicAdd(&histogram[bin], bins[bin]);
@@ -69,22 +75,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   if (search->missed) return;
   const uint64_t limit = search->limit, provisional = search->provisional;
   const uint64_t position_mask = (uint64_t{1} << position_bits) - 1;
-  const int64_t count = static_cast<int64_t>(search->candidates);
-  visit<uint64_t>(
-      make_span(candidates, true, share_begin(count, blockIdx.x), share_begin(count, blockIdx.x + 1)),
-      [&](auto width, int64_t at) { return load_pack<decltype(width)::value>(candidates + at); },
-      [&](auto width, int64_t, const auto& pack) {
-#pragma unroll
-        for (int i = 0; i < decltype(width)::value; ++i) {
-          const uint64_t candidate = pack.get(i);
-          const bool goes = candidate < limit;
-          if (goes == (candidate < provisional)) continue;
-          const int64_t element = static_cast<int64_t>(candidate & position_mask);
-          const TableRow& row = table.rows[tensor_of_element(table, element)];
-          const int64_t at = offsets_of(layout_of(table, row), element - row.first_element).partner;
-          static_cast<uint8_t*>(row.partner)[at] = goes ? 0 : 1;
-        }
-      });
+  for_each_candidate(search, candidates, [&](uint64_t candidate) {
+    const bool goes = candidate < limit;
+    if (goes == (candidate < provisional)) return;
+    const int64_t element = static_cast<int64_t>(candidate & position_mask);
+    const TableRow& row = table.rows[tensor_of_element(table, element)];
+    const int64_t at = offsets_of(layout_of(table, row), element - row.first_element).partner;
+    static_cast<uint8_t*>(row.partner)[at] = goes ? 0 : 1;
+  });
 }
 
 }  // namespace
