@@ -1,13 +1,16 @@
 """The operators: the only users of ``torch.ops.pyprune``."""
 
+from pyprune.ops._blocks import unit_shape
 from pyprune.ops._library import CUDA_KERNELS_LOADED, CUDA_PROBLEM, WEIGHT_DTYPES
 from pyprune.ops.count_zeros import count_zeros
+from pyprune.ops.expand import expand
 from pyprune.ops.fold import fold
 from pyprune.ops.gate import bernoulli_gate, check_gate_shape, check_hard_concrete, hard_concrete_gate
 from pyprune.ops.gate_noise import gate_noise
 from pyprune.ops.gate_penalty import gate_penalty
 from pyprune.ops.norms import norms
 from pyprune.ops.threshold import threshold
+from pyprune.ops.unit_scores import unit_scores
 
 __all__ = [
     "CUDA_KERNELS_LOADED",
@@ -17,10 +20,13 @@ __all__ = [
     "check_gate_shape",
     "check_hard_concrete",
     "count_zeros",
+    "expand",
     "fold",
     "gate_noise",
     "gate_penalty",
     "hard_concrete_gate",
     "norms",
     "threshold",
+    "unit_scores",
+    "unit_shape",
 ]

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyprune.ops._blocks import unit_shape
+
 try:
     from pyprune import _C
 except ImportError as error:
@@ -77,6 +79,22 @@ def check_masks(masks: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
                 f"on {weight.device}; they must agree"
             )
         check_not_expanded(mask, f"masks[{index}]")
+
+
+def check_unit_masks(
+    unit_masks: Sequence[Tensor], name: str, blocks: Sequence[Sequence[int]], tensors: Sequence[Tensor]
+) -> None:
+    """Raise unless there is one bool mask per tensor, with one element per unit, on its device."""
+    if len(unit_masks) != len(tensors):
+        raise ValueError(f"got {len(unit_masks)} {name} for {len(tensors)} tensors; give one per tensor")
+    check_tensors(unit_masks, name, (torch.bool,))
+    for index, (units, block, tensor) in enumerate(zip(unit_masks, blocks, tensors, strict=True)):
+        expected = unit_shape(tensor.shape, block)
+        if units.shape != expected or units.device != tensor.device:
+            raise ValueError(
+                f"{name}[{index}] is {tuple(units.shape)} on {units.device}; units of {tuple(block)} in a "
+                f"tensor of shape {tuple(tensor.shape)} on {tensor.device} need {expected} there"
+            )
 
 
 def check_not_expanded(tensor: Tensor, name: str) -> None:

@@ -5,16 +5,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyprune.ops._library import WEIGHT_DTYPES, check_masks, check_tensors
+from pyprune.ops import reference
+from pyprune.ops._blocks import check_blocks
+from pyprune.ops._library import WEIGHT_DTYPES, check_masks, check_tensors, check_unit_masks
 
 
 @torch.no_grad()
-def fold(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+def fold(weights: Sequence[Tensor], masks: Sequence[Tensor], blocks: Sequence[Sequence[int]] | None = None) -> None:
     """Set ``weights[i][~masks[i]] = 0`` in place. Kept elements are not touched, whatever they hold.
 
     Args:
         weights: float32, float64, float16 or bfloat16 tensors on one device, any strides without overlap.
-        masks: one bool tensor per weight, of its shape.
+        masks: one bool tensor per weight, of its shape; with blocks, of shape ``ceil(size / block)``.
+        blocks: for each weight, the sizes of the units that share an element of its mask, one per dimension (see
+            `unit_scores`). No element mask is made.
 
     Raises:
         TypeError, ValueError: for other dtypes, mixed devices, or shapes that disagree.
@@ -26,9 +30,16 @@ def fold(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
         [1.0, 0.0]
     """
     check_tensors(weights, "weights", WEIGHT_DTYPES)
-    check_masks(masks, weights)
+    if blocks is None:
+        check_masks(masks, weights)
+    else:
+        checked = check_blocks(blocks, weights, "weights")
+        check_unit_masks(masks, "masks", checked, weights)
     if weights:
-        torch.ops.pyprune.fold(list(weights), list(masks))
+        if blocks is None:
+            torch.ops.pyprune.fold(list(weights), list(masks))
+        else:
+            reference.fold(weights, masks, checked)
         # Let autograd notice weights that a graph still needs.
         torch.autograd.graph.increment_version(list(weights))
 

@@ -8,6 +8,8 @@ from torch import Tensor
 
 NORM_BLOCK = 4096
 NORM_LANES = 16
+UNIT_STEPS = 256
+UNIT_ROOM = 64
 
 
 def threshold(
@@ -75,11 +77,101 @@ def ordered_sum(values: Tensor) -> Tensor:
             return values[0]
 
 
-def fold(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+def fold(weights: Sequence[Tensor], masks: Sequence[Tensor], blocks: Sequence[Sequence[int]] | None = None) -> None:
     """Zero what the masks drop, in place."""
+    if blocks is not None:
+        units, masks = masks, [torch.empty_like(weight, dtype=torch.bool) for weight in weights]
+        expand(units, blocks, masks)
     with torch.no_grad():
         for weight, mask in zip(weights, masks, strict=True):
             weight.masked_fill_(~mask, 0)
+
+
+def expand(unit_masks: Sequence[Tensor], blocks: Sequence[Sequence[int]], masks: Sequence[Tensor]) -> None:
+    """Repeat each unit over its block."""
+    for units, block, mask in zip(unit_masks, blocks, masks, strict=True):
+        for dim, size in enumerate(block):
+            units = units.repeat_interleave(size, dim).narrow(dim, 0, mask.shape[dim])
+        mask.copy_(units)
+
+
+def unit_scores(
+    tensors: Sequence[Tensor], blocks: Sequence[Sequence[int]], *, p: float | None = 1.0, reduction: str = "sum"
+) -> list[Tensor]:
+    """Reduce each unit in float64, dimension by dimension, the first one first; sums as `_sum_along` orders them.
+
+    Dimensions from the third on that the block covers are taken as one, as the height and width of a kernel are. So
+    no sum runs over channels and kernel positions at once: it is in order whichever of them is innermost in memory.
+    """
+    scores = []
+    for tensor, block in zip(tensors, blocks, strict=True):
+        values = tensor.detach().double()
+        values = values if p is None else values.abs()
+        if reduction == "max":
+            for dim, size in enumerate(block):
+                values = _tiles(values, dim, size, -math.inf).amax(dim + 1)
+            values = _power(values, p)
+        else:
+            values = _power(values, p)
+            shape, sizes = list(values.shape), list(block)
+            for dim in range(values.dim() - 1, 2, -1):
+                if all(sizes[d] >= shape[d] for d in (dim - 1, dim)):
+                    shape[dim - 1 : dim + 1] = [shape[dim - 1] * shape[dim]]
+                    sizes[dim - 1 : dim + 1] = [shape[dim - 1]]
+            values = values.reshape(shape)
+            for dim, size in enumerate(sizes):
+                values = _sum_along(values, dim, size)
+            values = values.reshape([-(-size // step) for size, step in zip(tensor.shape, block, strict=True)])
+        if reduction == "mean":
+            values = values / _elements_of_units(tensor, block)
+        values = torch.where(values.isnan(), math.nan, values + 0.0)
+        scores.append(values if tensor.dtype in (torch.float64, torch.bool) else values.float())
+    return scores
+
+
+def _elements_of_units(tensor: Tensor, block: Sequence[int]) -> Tensor:
+    """Count the elements that each unit really has."""
+    counts = torch.ones((), dtype=torch.float64, device=tensor.device)
+    for size, step in zip(tensor.shape, block, strict=True):
+        along = (size - torch.arange(0, size, step, device=tensor.device)).clamp(max=step)
+        counts = counts.unsqueeze(-1) * along
+    return counts
+
+
+def _power(values: Tensor, p: float | None) -> Tensor:
+    if p is None or p == 1:
+        return values
+    return values * values if p == 2 else values.pow(p)
+
+
+def _tiles(values: Tensor, dim: int, size: int, fill: float = 0.0) -> Tensor:
+    """Split a dimension into [tiles, size], filled up at the end."""
+    missing = -values.shape[dim] % size
+    padding = values.new_full((*values.shape[:dim], missing, *values.shape[dim + 1 :]), fill)
+    whole = torch.cat([values, padding], dim)
+    return whole.reshape(*values.shape[:dim], whole.shape[dim] // size, size, *values.shape[dim + 1 :])
+
+
+def _sum_along(values: Tensor, dim: int, size: int) -> Tensor:
+    """Sum the units of a dimension, which are of this size.
+
+    A unit is cut into pieces of 256 steps of `lanes` elements. In a piece, lane j adds elements j, j + lanes, ...
+    one after the other, starting from zero, and the lanes are added in halves, as in `ordered_sum`. The sums of the
+    pieces are a unit again, summed in the same way until one number is left. There are 16 lanes, or one where the
+    later dimensions have 64 elements or more: then those fill the lanes of a processor.
+    """
+    lanes = NORM_LANES if math.prod(values.shape[dim + 1 :]) < UNIT_ROOM else 1
+    values = _tiles(values, dim, size)
+    while values.shape[dim + 1] > 1:
+        steps = min(UNIT_STEPS, -(-values.shape[dim + 1] // lanes))
+        pieces = _tiles(_tiles(values, dim + 1, steps * lanes), dim + 2, lanes)
+        values = torch.zeros_like(pieces.select(dim + 2, 0))
+        for step in range(steps):
+            values = values + pieces.select(dim + 2, step)
+        while values.shape[dim + 2] > 1:
+            values = torch.add(*values.chunk(2, dim + 2))
+        values = values.squeeze(dim + 2)
+    return values.squeeze(dim + 1)
 
 
 def count_zeros(tensors: Sequence[Tensor]) -> Tensor:
