@@ -8,6 +8,7 @@ from pyprune.ops.fold import fold
 from pyprune.ops.gate import bernoulli_gate, check_gate_shape, check_hard_concrete, hard_concrete_gate
 from pyprune.ops.gate_noise import gate_noise
 from pyprune.ops.gate_penalty import gate_penalty
+from pyprune.ops.group_masks import group_masks
 from pyprune.ops.norms import norms
 from pyprune.ops.threshold import threshold
 from pyprune.ops.unit_scores import unit_scores
@@ -24,6 +25,7 @@ __all__ = [
     "fold",
     "gate_noise",
     "gate_penalty",
+    "group_masks",
     "hard_concrete_gate",
     "norms",
     "threshold",

@@ -34,6 +34,37 @@ def threshold(
     return masks, nonfinite
 
 
+def group_masks(
+    weights: Sequence[Tensor],
+    sizes: Sequence[int],
+    kept: Sequence[int],
+    *,
+    row_dims: Sequence[int],
+    factors: Sequence[Tensor | None],
+    bases: Sequence[Tensor | None],
+) -> tuple[list[Tensor], Tensor]:
+    """Sort each group, drop its smallest; what the base drops sorts below all, what pads a row below that."""
+    masks = []
+    for index, weight in enumerate(weights):
+        shape, dims, base, factor = weight.shape, row_dims[index], bases[index], factors[index]
+        columns = shape[dims:].numel()
+        score = weight.detach().abs().to(torch.promote_types(weight.dtype, torch.float32))
+        if factor is not None:
+            usable = torch.where((factor >= 0) & factor.isfinite(), factor, 0)
+            score = score * usable.view(shape[dims:])
+        if base is not None:
+            score = torch.where(base, score, -1)
+        size = min(sizes[index], max(columns, 1))
+        rows = score.reshape(shape[:dims].numel(), columns)
+        padded = torch.nn.functional.pad(rows, (0, -columns % size), value=-2.0)
+        groups = padded.view(len(rows), -(-columns // size), size)
+        going = groups.sort(dim=2, stable=True).indices[..., : max(size - kept[index], 0)]
+        mask = torch.ones_like(groups, dtype=torch.bool).scatter_(2, going, False)
+        mask = mask.flatten(1)[:, :columns].reshape(shape)
+        masks.append(mask if base is None else mask & base)
+    return masks, torch.stack([(~weight.isfinite()).sum() for weight in weights])
+
+
 def norms(tensors: Sequence[Tensor]) -> Tensor:
     """Root of the sum of squares in float64, with the order of additions that `ordered_sum` fixes.
 
