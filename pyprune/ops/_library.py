@@ -80,7 +80,7 @@ def check_masks(masks: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
 
 
 def check_bases(bases: Sequence[Tensor | None], weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
-    """Raise unless there is a bool base or None per weight, of its shape and device, apart from the masks to write."""
+    """Raise unless each weight has None or a bool base, of its shape and device, apart from the masks to write."""
     if len(bases) != len(weights):
         raise ValueError(f"got {len(bases)} bases for {len(weights)} weights; give a base or None per weight")
     written = {mask.untyped_storage().data_ptr() for mask in masks if mask.numel() and mask.device.type != "meta"}

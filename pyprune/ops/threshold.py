@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyprune.ops import reference
 from pyprune.ops._library import WEIGHT_DTYPES, check_bases, check_masks, check_tensors
-from pyprune.ops.norms import norms
+from pyprune.ops.norms import inverse_norms
 
 
 @torch.no_grad()
@@ -89,8 +89,7 @@ def threshold(
         return [], torch.empty(0, dtype=torch.int64)
     if bases is not None:
         if normalize:
-            finite = torch.finfo(torch.float64)
-            scales = norms(weights).clamp(min=finite.tiny, max=finite.max).reciprocal()
+            scales = inverse_norms(weights)
         found, nonfinite = reference.threshold(weights, removed, scales=scales, bases=bases)
         for mask, one in zip(masks, found, strict=True):
             mask.copy_(one)
@@ -99,8 +98,7 @@ def threshold(
         nonfinite = torch.ops.pyprune.normalized_threshold(list(weights), counts[0], list(masks))
     else:
         if normalize:
-            finite = torch.finfo(torch.float64)
-            scales = norms(weights).clamp(min=finite.tiny, max=finite.max).reciprocal()
+            scales = inverse_norms(weights)
         nonfinite = torch.ops.pyprune.threshold(list(weights), scales, counts, list(masks))
     # Let autograd notice masks that a graph still needs.
     torch.autograd.graph.increment_version(list(masks))
