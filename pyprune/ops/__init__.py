@@ -1,7 +1,7 @@
 """The operators: the only users of ``torch.ops.pyprune``."""
 
 from pyprune.ops._blocks import unit_shape
-from pyprune.ops._library import CUDA_KERNELS_LOADED, CUDA_PROBLEM, WEIGHT_DTYPES
+from pyprune.ops._library import CUDA_KERNELS_LOADED, CUDA_PROBLEM, WEIGHT_DTYPES, check_bases
 from pyprune.ops.count_zeros import count_zeros
 from pyprune.ops.expand import expand
 from pyprune.ops.fold import fold
@@ -9,7 +9,7 @@ from pyprune.ops.gate import bernoulli_gate, check_gate_shape, check_hard_concre
 from pyprune.ops.gate_noise import gate_noise
 from pyprune.ops.gate_penalty import gate_penalty
 from pyprune.ops.group_masks import group_masks
-from pyprune.ops.norms import norms
+from pyprune.ops.norms import inverse_norms, norms
 from pyprune.ops.threshold import threshold
 from pyprune.ops.unit_scores import unit_scores
 
@@ -18,6 +18,7 @@ __all__ = [
     "CUDA_PROBLEM",
     "WEIGHT_DTYPES",
     "bernoulli_gate",
+    "check_bases",
     "check_gate_shape",
     "check_hard_concrete",
     "count_zeros",
@@ -27,6 +28,7 @@ __all__ = [
     "gate_penalty",
     "group_masks",
     "hard_concrete_gate",
+    "inverse_norms",
     "norms",
     "threshold",
     "unit_scores",

@@ -337,3 +337,15 @@ def test_threshold_of_nothing():
     masks, nonfinite = ops.threshold([torch.empty(0, 3)], 0)
     assert masks[0].shape == (0, 3)
     assert nonfinite.tolist() == [0]
+
+
+def test_threshold_refuses_bad_bases():
+    weight, base = torch.randn(4), torch.ones(4, dtype=torch.bool)
+    with pytest.raises(ValueError, match="2 bases for 1 weights"):
+        ops.threshold([weight], 1, bases=[base, None])
+    with pytest.raises(TypeError, match="float32"):
+        ops.threshold([weight], 1, bases=[weight])
+    with pytest.raises(ValueError, match="must agree"):
+        ops.threshold([weight], 1, bases=[base[:3]])
+    with pytest.raises(ValueError, match="shares memory"):
+        ops.threshold([weight], 1, bases=[base], masks=[base.view(4)])
