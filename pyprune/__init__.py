@@ -1,7 +1,8 @@
 """Prune PyTorch models with fused C++ and CUDA mask kernels, and end with a plain model."""
 
-from pyprune._batch_norm import Dataset, batch_norm_adaptation
+from pyprune._batch_norm import batch_norm_adaptation
 from pyprune._build_info import build_info
+from pyprune._calibrate import calibrate
 from pyprune._config import get_config, load_from_config
 from pyprune._losses import L0Loss, LagrangianLoss, RBLoss
 from pyprune._optimizer import check_optimizer, gate_parameters, weight_parameters
@@ -14,14 +15,17 @@ from pyprune._schedulers import (
 )
 from pyprune._statistics import ModelPruningStatistic, TensorPruningStatistic, pruning_statistic
 from pyprune._strip import StripFormat, strip
+from pyprune.batches import Dataset
+from pyprune.calibration import Calibration
 from pyprune.gates import HardConcreteGate, StochasticGate
 from pyprune.ignored_scope import IgnoredScope
-from pyprune.methods import PruneMode
+from pyprune.methods import Method, PruneMode
 from pyprune.passes import one_gate_sample
 
 __version__ = build_info()["pyprune"]
 
 __all__ = [
+    "Calibration",
     "Dataset",
     "ExponentialMagnitudePruningScheduler",
     "ExponentialRBPruningScheduler",
@@ -29,6 +33,7 @@ __all__ = [
     "IgnoredScope",
     "L0Loss",
     "LagrangianLoss",
+    "Method",
     "ModelPruningStatistic",
     "MultiStepMagnitudePruningScheduler",
     "MultiStepRBPruningScheduler",
@@ -40,6 +45,7 @@ __all__ = [
     "__version__",
     "batch_norm_adaptation",
     "build_info",
+    "calibrate",
     "check_optimizer",
     "gate_parameters",
     "get_config",

@@ -1,72 +1,14 @@
 """Adapt BatchNorm statistics to the weights that are left."""
 
-from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyprune.attachments import check_module
+from pyprune.batches import Dataset, batches_of
 from pyprune.calibration import check_initialized, evaluating, forward
-
-
-class Dataset:
-    """Batches for calibration: any iterable, and a function that turns an item into the input of the model.
-
-    Args:
-        data_source: a DataLoader, another iterable of batches, or a map-style dataset of them (``__getitem__`` and
-            ``__len__``).
-        transform_func: takes an item and returns the model's input (drops the labels, moves it to the device):
-            a dict becomes keyword arguments, a tuple positional ones, anything else the one argument.
-
-    Example:
-        >>> dataset = Dataset([("image", "label")], lambda item: item[0])
-        >>> list(dataset.get_inference_data())
-        ['image']
-    """
-
-    def __init__(self, data_source: Iterable[Any], transform_func: Callable[[Any], Any] | None = None) -> None:
-        if not isinstance(data_source, Iterable) and not (
-            hasattr(data_source, "__getitem__") and hasattr(data_source, "__len__")
-        ):
-            raise TypeError(
-                f"data_source is a {type(data_source).__name__}; give a DataLoader or another iterable, or a "
-                "dataset with __getitem__ and __len__"
-            )
-        if transform_func is not None and not callable(transform_func):
-            raise TypeError(f"transform_func is a {type(transform_func).__name__}; give a function or None")
-        self._data_source = data_source
-        self._transform_func = transform_func
-
-    def get_data(self, indices: Iterable[int] | None = None) -> Iterator[Any]:
-        """Yield the items as the source gives them, all or those at ``indices``, in the source's order."""
-        source = self._data_source
-        # Python would ask a map-style dataset for one item after the other until it raises IndexError.
-        items = source if isinstance(source, Iterable) else (source[index] for index in range(len(source)))
-        if indices is None:
-            yield from items
-            return
-        chosen = set(indices)
-        for index, item in enumerate(islice(items, max(chosen, default=-1) + 1)):
-            if index in chosen:
-                yield item
-
-    def get_inference_data(self, indices: Iterable[int] | None = None) -> Iterator[Any]:
-        """Yield the transformed items, ready to be given to the model."""
-        for item in self.get_data(indices):
-            yield item if self._transform_func is None else self._transform_func(item)
-
-    def get_length(self) -> int | None:
-        """Return the number of items, or None if the source does not know."""
-        try:
-            return len(self._data_source)  # type: ignore[arg-type]
-        except TypeError:
-            return None
-
-    def get_batch_size(self) -> int | None:
-        """Return the ``batch_size`` of the source, or None if it has none."""
-        return getattr(self._data_source, "batch_size", None)
 
 
 def batch_norm_adaptation(
@@ -111,10 +53,7 @@ def batch_norm_adaptation(
     """
     check_module(model)
     check_initialized(model)
-    if num_iterations is not None and (isinstance(num_iterations, bool) or not isinstance(num_iterations, int)):
-        raise TypeError(f"num_iterations is {num_iterations!r}; give a number of batches, or None for all")
-    if num_iterations is not None and num_iterations < 1:
-        raise ValueError(f"num_iterations is {num_iterations}; give at least 1, or None for all batches")
+    batches = batches_of(calibration_dataset, num_iterations, "BatchNorm adaptation")
     norms = [norm for norm in model.modules() if isinstance(norm, _BatchNorm) and norm.running_mean is not None]
     if not norms:
         raise ValueError(
@@ -123,7 +62,6 @@ def batch_norm_adaptation(
         )
     if any(buffer.is_inference() for norm in norms for buffer in norm.buffers()):
         raise ValueError("the statistics were made under torch.inference_mode; build or load the model outside it")
-    dataset = calibration_dataset if isinstance(calibration_dataset, Dataset) else Dataset(calibration_dataset)
     saved = [(norm, norm.momentum, [(buffer, buffer.clone()) for buffer in norm.buffers()]) for norm in norms]
     try:
         with evaluating(model, training=norms):
@@ -131,7 +69,8 @@ def batch_norm_adaptation(
                 for norm in norms:
                     norm.reset_running_stats()
                     norm.momentum = None  # a cumulative average
-            _forward_all(model, dataset, num_iterations)
+            for batch in batches:
+                forward(model, batch)
     except BaseException:
         for _, _, buffers in saved:
             for buffer, value in buffers:
@@ -141,29 +80,3 @@ def batch_norm_adaptation(
         for norm, momentum, _ in saved:
             norm.momentum = momentum
     return model
-
-
-def _forward_all(model: nn.Module, dataset: Dataset, num_iterations: int | None) -> None:
-    # Imported here: `import pyprune` must cost little.
-    from rich.console import Console
-    from rich.progress import Progress
-
-    batches = islice(dataset.get_inference_data(), num_iterations)
-    known = [count for count in (dataset.get_length(), num_iterations) if count is not None]
-    console = Console(stderr=True)
-    empty = True
-    with Progress(console=console, disable=not console.is_terminal) as progress:
-        for batch in progress.track(batches, min(known, default=None), description="BatchNorm adaptation"):
-            plain_list = isinstance(batch, list) and dataset._transform_func is None
-            if plain_list and len(batch) == 1:
-                batch = batch[0]
-            elif plain_list:
-                raise ValueError(
-                    f"a calibration batch is a list of {len(batch)}, which does not say what the model takes. "
-                    "Wrap the loader: pyprune.Dataset(loader, transform_func=lambda batch: batch[0]) drops the "
-                    "labels; return a tuple for several positional arguments, a dict for keyword arguments"
-                )
-            forward(model, batch)
-            empty = False
-    if empty:
-        raise ValueError("the calibration dataset gave no batch; a generator, for one, can be read only once")

@@ -9,7 +9,7 @@ from torch import nn
 
 from pyprune.attachments import Attachment, check_module
 from pyprune.gates import HardConcreteGate, StochasticGate
-from pyprune.masks import Mask
+from pyprune.masks import FollowingMask, Mask
 from pyprune.passes import attach_and_share
 from pyprune.targets import Target, all_parameters, attachments_of, check_prunable
 
@@ -35,8 +35,10 @@ def get_config(model: nn.Module) -> dict[str, Any]:
     gates: list[dict[str, Any]] = []
     for target, attachment in attachments_of(model).items():
         entry = {"names": [owner.name for owner in target.owners], "shape": list(target.parameter.shape)}
-        if isinstance(attachment, Mask):
-            masks.append(entry)
+        if isinstance(attachment, FollowingMask):
+            masks.append(entry | {"follows": attachment.follows})
+        elif isinstance(attachment, Mask):
+            masks.append(entry | ({} if attachment.unit is None else {"unit": list(attachment.unit)}))
         elif isinstance(attachment, StochasticGate):
             gates.append(entry | _describe(target, attachment))
     return {"version": _VERSION, "masks": masks, "gates": gates}
@@ -90,7 +92,15 @@ def _describe(target: Target, gate: StochasticGate) -> dict[str, Any]:
 
 
 def _mask(entry: Mapping[str, Any], weight: nn.Parameter) -> Attachment:
-    return Mask(torch.ones_like(weight, dtype=torch.bool))
+    all_kept, unit, follows = torch.ones_like(weight, dtype=torch.bool), entry.get("unit"), entry.get("follows")
+    if follows is not None:
+        return FollowingMask(all_kept, str(follows))
+    if unit is None:
+        return Mask(all_kept)
+    if len(unit) != weight.dim() or not all(isinstance(size, int) and size > 0 for size in unit):
+        names = ", ".join(entry["names"])
+        raise ValueError(f"config has units of {unit!r} for {names}; give the dict that get_config returned")
+    return Mask(all_kept, tuple(unit))
 
 
 def _gate(entry: Mapping[str, Any], weight: nn.Parameter) -> Attachment:

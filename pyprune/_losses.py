@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from pyprune import ops
+from pyprune.allocation import check_ratio
 from pyprune.attachments import check_module
 from pyprune.flops import flop_costs
 from pyprune.gates import HardConcreteGate, StochasticGate, gates_of
-from pyprune.methods import check_ratio
 
 
 @dataclass(frozen=True)

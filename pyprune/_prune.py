@@ -1,24 +1,35 @@
 """Put masks or gates on a model, and compute masks anew."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pyprune.allocation import Allocation, Amount, check_ratio
 from pyprune.attachments import Attachment
+from pyprune.attention import find_attention
+from pyprune.calibration import Calibration
+from pyprune.competitors import Competitor, Member, Weight
+from pyprune.contests import hold_contest
+from pyprune.following import new_followers, norms_after, update_followers
 from pyprune.gates import HardConcreteGate, StochasticGate
 from pyprune.ignored_scope import IgnoredScope
-from pyprune.masks import Mask, attach_masks
-from pyprune.methods import PruneMode, check_mode, check_ratio, global_magnitude, local_magnitude
+from pyprune.importance import Importance
+from pyprune.masks import Mask, NewMask, attach_masks
+from pyprune.methods import METHODS, Method, PruneMode, check_amount, check_mode
 from pyprune.passes import attach_and_share
-from pyprune.targets import Target, attachments_of, check_prunable, find_targets
+from pyprune.scope import group_of
+from pyprune.targets import (
+    Target,
+    attachments_of,
+    channel_dims,
+    check_prunable,
+    find_targets,
+    output_layers,
+)
 
-_MAGNITUDE = {
-    PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL: local_magnitude,
-    PruneMode.UNSTRUCTURED_MAGNITUDE_GLOBAL: global_magnitude,
-}
 _GATES = {
     PruneMode.UNSTRUCTURED_REGULARIZATION_BASED: StochasticGate,
     PruneMode.UNSTRUCTURED_HARD_CONCRETE: HardConcreteGate,
@@ -28,20 +39,26 @@ _GATES = {
 @torch.inference_mode(False)  # masks made under inference_mode could not be trained with
 def prune(
     model: nn.Module,
-    mode: PruneMode | str,
+    mode: PruneMode | str | Method,
     *,
-    ratio: float | None = None,
+    ratio: float | Mapping[str, float] | None = None,
     ignored_scope: IgnoredScope | None = None,
     examples_inputs: Any = None,
+    calibration: Calibration | None = None,
+    allocation: Allocation = "uniform",
+    min_ratio: float | Mapping[str, float] = 0.0,
+    max_ratio: float | Mapping[str, float] = 1.0,
+    from_remaining: bool = False,
+    zero_dead_channels: bool = False,
     same_on_all_ranks: bool = False,
 ) -> nn.Module:
-    """Mask the weights of least magnitude, or put learned gates on all weights, in place; return the model.
+    """Mask the weights that matter least, or put learned gates on all weights, in place; return the model.
 
-    In the magnitude modes exactly ``min(floor(ratio * n + 0.5), n - 1)`` elements go: of every tensor of n elements
-    in local mode, of the n elements of all tensors together in global mode. Of equals, the one in the first tensor,
-    and there the one with the lowest index, goes first. The masks are computed from the raw weights at every call,
-    and a weight under a mask keeps its value (momentum and weight decay still move it): what was dropped can come
-    back. A tensor that a later call ignores keeps the mask it has.
+    A `Method` says how weights are chosen, and the magnitude modes are the names of two. Of n units that compete
+    (elements, blocks, channels, heads) exactly ``min(floor(ratio * n + 0.5), n - 1)`` go. Of equals, the one in the
+    first tensor, and there the one with the lowest index, goes first. The masks are computed from the raw weights at
+    every call, and a weight under a mask keeps its value (momentum and weight decay still move it): what was dropped
+    can come back. A tensor that a later call ignores keeps the mask it has.
 
     In the modes UNSTRUCTURED_REGULARIZATION_BASED and UNSTRUCTURED_HARD_CONCRETE every element gets a gate
     (`StochasticGate`, `HardConcreteGate`). Its float32 logit is a parameter of the model (`gate_parameters`) and
@@ -57,17 +74,30 @@ def prune(
 
     Args:
         model: the model. Its weights stay the same `Parameter` objects, now under ``parametrizations``.
-        mode: a `PruneMode` or its name.
-        ratio: fraction of the elements to remove, in [0, 1). Not for gates: a loss has it, and here it only warns.
+        mode: a `Method`, a `PruneMode` or its name.
+        ratio: fraction of the units to remove, in [0, 1). Where weights do not compete with each other, also a dict
+            of such fractions by name or regular expression of weights or of modules above them, or by groups; what
+            it does not name loses nothing. Not for N:M, whose ratio is 1 - keep / of. For gates a loss has it, and
+            here it only warns.
         ignored_scope: weights to leave out.
         examples_inputs: a tensor, a tuple of positional or a dict of keyword arguments for the model. If given,
-            one forward pass also finds weights that are bare parameters.
+            one forward pass also finds weights that are bare parameters, and the BatchNorm after each layer.
+        calibration: what `calibrate` gathered, for an importance that needs it.
+        allocation: how one ratio becomes one for each tensor, within scope tensor or row: "uniform", or "erk", by
+            which thin layers keep more (Evci et al. 2020).
+        min_ratio, max_ratio: fraction of its units that each tensor loses at least, and at most, while it competes
+            with others; or a dict, as for ``ratio``. What a limit changes is made up for by the other tensors.
+        from_remaining: choose only among what is still kept, and take ``ratio`` as one of that.
+        zero_dead_channels: mask the bias of an output channel without weights too, and its scale and shift in the
+            BatchNorm that follows (which takes ``examples_inputs``), so that it is really zero. Later calls, with or
+            without this, keep those masks in step.
         same_on_all_ranks: as in `StochasticGate`; for new gates. Masks have no noise, and it only warns.
 
     Raises:
-        TypeError, ValueError: for arguments out of range, weights that cannot be pruned, NaN or infinity in a
-            weight, weights that carry a mask or gate of another kind, new gates in DistributedDataParallel, and, in
-            global mode, weights on several devices. The model is then as it was.
+        TypeError, ValueError: for arguments that are out of range or do not fit the model or each other, weights that
+            cannot be pruned, NaN or infinity in a weight or score, weights that carry a mask or gate of another
+            kind, new gates in DistributedDataParallel, and weights on several devices that compete with each other.
+            The model is then as it was.
 
     Papers: Han et al. 2015, "Learning both Weights and Connections for Efficient Neural Networks"; Kozlov et
     al. 2020, "Neural Network Compression Framework for fast model inference".
@@ -78,28 +108,30 @@ def prune(
         >>> _ = linear.weight.data.copy_(torch.tensor([[1.0, -2.0], [3.0, 4.0]]))
         >>> prune(linear, PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL, ratio=0.5).weight.tolist()
         [[0.0, 0.0], [3.0, 4.0]]
+
+        Half of the filters of each convolution, those with the smallest L2 norm:
+
+        >>> from pyprune import Method, granularity, importance, scope
+        >>> method = Method(importance.magnitude(p=2), granularity.channel("out"), scope.tensor())
+        >>> conv = prune(nn.Conv2d(3, 8, 3), method, ratio=0.5)
+        >>> int((conv.weight == 0).all(dim=(1, 2, 3)).sum())
+        4
     """
-    mode = check_mode(mode)
-    if mode in _MAGNITUDE:
-        fraction = check_ratio(ratio)
-        targets = find_targets(model, ignored_scope, examples_inputs)
-        _check_kind(targets, Mask)
-        if same_on_all_ranks:
-            warnings.warn(f"same_on_all_ranks does nothing in mode {mode.value}: masks have no noise", stacklevel=3)
-        _mask(targets, mode, fraction)
-        return model
-    if ratio is not None:
-        check_ratio(ratio)
-    targets = find_targets(model, ignored_scope, examples_inputs)
-    _check_kind(targets, _GATES[mode])
-    _check_finite(targets)
-    if ratio is not None:
-        warnings.warn(
-            f"ratio does nothing in mode {mode.value}: the target belongs to RBLoss or LagrangianLoss",
-            stacklevel=3,  # past the decorator
-        )
-    gates = [(target.owners, target.attachment or _new_gate(target, mode, same_on_all_ranks)) for target in targets]
-    attach_and_share(model, gates)
+    mode, method = _method_of(mode)
+    amount = Amount(ratio, allocation, min_ratio, max_ratio, from_remaining)
+    if method is None:
+        return _put_gates(model, mode, amount, ignored_scope, examples_inputs, same_on_all_ranks)
+    amount = check_amount(method, amount)
+    targets = _entrants(method, find_targets(model, ignored_scope, examples_inputs))
+    _check_kind(targets, Mask)
+    if same_on_all_ranks:
+        warnings.warn(f"same_on_all_ranks does nothing in mode {mode}: masks have no noise", stacklevel=3)
+    statistics = _statistics(model, method.importance, targets, calibration, examples_inputs)
+    masks = _choose(method, amount, [target for target in targets if target in statistics], statistics)
+    chosen = [target for target, _, _ in masks]
+    followers = new_followers(model, chosen, examples_inputs) if zero_dead_channels else []
+    attach_masks((NewMask(target.owners, mask, unit) for target, mask, unit in masks), followers)
+    update_followers(model)
     return model
 
 
@@ -122,61 +154,170 @@ def update_masks(model: nn.Module, mode: PruneMode | str, ratio: float) -> None:
         12
     """
     mode = check_mode(mode)
-    if mode not in _MAGNITUDE:
-        raise ValueError(
-            f"mode is {mode.value}; masks are computed by {', '.join(known.value for known in _MAGNITUDE)}"
-        )
-    fraction = check_ratio(ratio)
+    if mode not in METHODS:
+        raise ValueError(f"mode is {mode.value}; masks are computed by {', '.join(known.value for known in METHODS)}")
+    amount = check_amount(METHODS[mode], Amount(ratio))
     targets = masked_targets(model)
     for target in targets:
         check_prunable(target)
-    _mask(targets, mode, fraction)
+    masks = _choose(METHODS[mode], amount, targets, {})
+    attach_masks(NewMask(target.owners, mask, unit) for target, mask, unit in masks)
+    update_followers(model)
 
 
 def masked_targets(model: nn.Module) -> list[Target]:
     """Return the weights that carry masks; raise ValueError if there are none."""
-    targets = [target for target, found in attachments_of(model).items() if isinstance(found, Mask)]
+    found = attachments_of(model).items()
+    targets = [target for target, attachment in found if isinstance(attachment, Mask) and attachment.on_target]
     if not targets:
         raise ValueError(f"{type(model).__name__} carries no masks; call pyprune.prune in a magnitude mode first")
     return targets
 
 
-def _mask(targets: Sequence[Target], mode: PruneMode, fraction: float) -> None:
-    devices = dict.fromkeys(target.parameter.device for target in targets)
-    if mode is PruneMode.UNSTRUCTURED_MAGNITUDE_GLOBAL and len(devices) > 1:
-        raise ValueError(
-            f"the weights are on {', '.join(map(str, devices))}; in global mode they compete with each other "
-            "and must be on one device. Move the model, or use UNSTRUCTURED_MAGNITUDE_LOCAL"
+def _method_of(mode: PruneMode | str | Method) -> tuple[str, Method | None]:
+    """Return the method, or None if the mode means gates, and its name for messages."""
+    if isinstance(mode, Method):
+        return mode.importance.name, mode
+    member = check_mode(mode)
+    return member.value, METHODS.get(member)
+
+
+# ---- masks ----
+
+
+def _entrants(method: Method, targets: Sequence[Target]) -> list[Target]:
+    """Leave out the targets that the groups of a scope do not name."""
+    if method.scope.name != "group":
+        return list(targets)
+    groups = {target: group_of(method.scope, target.name) for target in targets}
+    for name, _ in method.scope.groups:
+        if name not in groups.values():
+            raise ValueError(
+                f"group {name!r} matches no weight; there are {', '.join(target.name for target in targets[:8])} ..."
+            )
+    return [target for target, name in groups.items() if name is not None]
+
+
+def _statistics(
+    model: nn.Module, importance: Importance, targets: Sequence[Target], calibration: object, inputs: Any
+) -> dict[Target, Tensor | None]:
+    """Return the statistic of each target that the importance can score."""
+    if importance.needs in ("none", "norm scale") and calibration is not None:
+        raise ValueError(f"importance {importance.name} takes no calibration; leave it out")
+    if importance.needs == "norm scale":
+        return dict(_norm_scales(model, targets, inputs))
+    if importance.name == "given":
+        return dict(_given(importance, targets))
+    if importance.needs == "none":
+        return dict.fromkeys(targets)
+    if not isinstance(calibration, Calibration):
+        raise TypeError(
+            f"importance {importance.name} needs statistics, and calibration is {calibration!r:.80}; give "
+            "calibration=pyprune.calibrate(model, dataset, importance, ...)"
         )
-    masks = _finite_masks(targets, _MAGNITUDE[mode], fraction)
-    attach_masks((target.owners, mask) for target, mask in masks.items())
+    if (calibration.statistic, calibration.options) != (importance.needs, importance.options):
+        raise ValueError(
+            f"calibration has {calibration.statistic}, and importance {importance.name} needs {importance.needs} "
+            "with the same options; calibrate with this importance"
+        )
+    missing = [target.name for target in targets if target.name not in calibration.tensors]
+    if missing:
+        raise ValueError(f"calibration lacks {', '.join(missing)}; calibrate with the same ignored_scope")
+    return {target: calibration.tensors[target.name].to(target.parameter.device) for target in targets}
 
 
-def _finite_masks(
-    targets: Sequence[Target],
-    method: Callable[[Sequence[Tensor], float], tuple[list[Tensor], Tensor]],
-    fraction: float,
-) -> dict[Target, Tensor]:
-    """Return new masks; raise if a weight is not finite."""
-    masks: dict[Target, Tensor] = {}
-    nonfinite: dict[str, int] = {}
-    for device in dict.fromkeys(target.parameter.device for target in targets):
-        group = [target for target in targets if target.parameter.device == device]
-        new_masks, counts = method([target.parameter for target in group], fraction)
-        masks.update(zip(group, new_masks, strict=True))
-        nonfinite.update(zip([target.name for target in group], counts.tolist(), strict=True))
-    bad = [f"{count} in {name}" for name, count in nonfinite.items() if count]
+def _given(importance: Importance, targets: Sequence[Target]) -> dict[Target, Tensor]:
+    scores = importance.options[0]
+    assert isinstance(scores, Mapping)
+    missing = [target.name for target in targets if not isinstance(scores.get(target.name), Tensor)]
+    unknown = sorted(set(scores) - {target.name for target in targets})
+    if missing or unknown:
+        raise ValueError(
+            f"the scores have no tensor for {', '.join(missing) or 'none'}, and unknown names "
+            f"{', '.join(unknown) or 'none'}; give one for each weight that is pruned, and name the others in "
+            "ignored_scope"
+        )
+    return {target: scores[target.name] for target in targets}
+
+
+def _norm_scales(model: nn.Module, targets: Sequence[Target], inputs: Any) -> dict[Target, Tensor]:
+    if inputs is None:
+        raise ValueError(
+            "batch_norm_scale must know which BatchNorm follows which layer; give examples_inputs, for one forward "
+            "pass"
+        )
+    layers = {layer: target for target in targets for layer in output_layers(target)}
+    norms = norms_after(model, layers, inputs)
+    scales = {layers[layer]: norm.weight.detach() for layer, norm in norms.items() if norm.weight is not None}
+    if not scales:
+        raise ValueError(f"no layer of {type(model).__name__} is followed by a BatchNorm with a scale")
+    return scales
+
+
+def _choose(
+    method: Method, amount: Amount, targets: Sequence[Target], statistics: Mapping[Target, Tensor | None]
+) -> list[tuple[Target, Tensor, tuple[int, ...] | None]]:
+    """Return for each target its new mask and the size of its units; raise if a score is not finite."""
+    competitors = _competitors(method, targets, statistics)
+    by_name = {target.name: target for target in targets}
+    chosen: list[tuple[Target, Tensor, tuple[int, ...] | None]] = []
+    bad: list[str] = []
+    for together in _by_device(method, competitors):
+        outcome = hold_contest(method, together, amount)
+        members = [member for competitor in together for member in competitor.members]
+        units = [None if method.granularity.name == "element" else member.block for member in members]
+        names = [member.weight.name for member in members]
+        chosen += [(by_name[name], mask, unit) for name, mask, unit in zip(names, outcome.masks, units, strict=True)]
+        counts = zip(together, outcome.nonfinite, strict=True)
+        bad += [f"{count} in {competitor.name}" for competitor, count in counts if count]
     if bad:
-        raise ValueError(f"NaN or infinite weights: {', '.join(bad)}. Repair them, or name them in ignored_scope")
-    return masks
+        what = "weights" if method.importance.power is not None else f"scores by {method.importance.name}"
+        raise ValueError(f"NaN or infinite {what}: {', '.join(bad)}. Repair them, or name them in ignored_scope")
+    return chosen
 
 
-def _check_finite(targets: Sequence[Target]) -> None:
-    """Raise if a weight is not finite, which is found while masks that drop nothing are made."""
-    _finite_masks(targets, local_magnitude, 0.0)
+def _competitors(
+    method: Method, targets: Sequence[Target], statistics: Mapping[Target, Tensor | None]
+) -> list[Competitor]:
+    def weight_of(target: Target) -> Weight:
+        out_dim, in_dim = channel_dims(target)
+        carried = target.attachment
+        return Weight(
+            target.name,
+            target.parameter,
+            out_dim,
+            in_dim,
+            carried.mask if isinstance(carried, Mask) else None,
+            statistics.get(target),
+        )
+
+    heads = method.granularity.heads
+    if heads is None:
+        weights = [weight_of(target) for target in targets]
+        return [Competitor(w.name, (Member(w, method.granularity.block_of(w)),)) for w in weights]
+    return [
+        Competitor(name, tuple(Member(weight_of(target), block, stacked) for target, block, stacked in parts))
+        for name, parts in find_attention(targets, heads).items()
+    ]
 
 
-def _check_kind(targets: Sequence[Target], kind: type[Attachment]) -> None:
+def _by_device(method: Method, competitors: Sequence[Competitor]) -> list[list[Competitor]]:
+    """Split what does not compete by device; raise if what does is on several."""
+    devices: dict[torch.device, list[Competitor]] = {}
+    for competitor in competitors:
+        places = {member.weight.values.device for member in competitor.members}
+        if len(places) > 1:
+            raise ValueError(f"the weights of {competitor.name} are on several devices; move them to one")
+        devices.setdefault(places.pop(), []).append(competitor)
+    if method.scope.name in ("model", "group") and len(devices) > 1:
+        raise ValueError(
+            f"the weights are on {', '.join(map(str, devices))}; they compete with each other and must be on one "
+            "device. Move the model, or use a local mode (UNSTRUCTURED_MAGNITUDE_LOCAL, scope.tensor())"
+        )
+    return list(devices.values())
+
+
+def _check_kind(targets: Iterable[Target], kind: type[Attachment]) -> None:
     for target in targets:
         if target.attachment is not None and type(target.attachment) is not kind:
             raise ValueError(
@@ -185,6 +326,33 @@ def _check_kind(targets: Sequence[Target], kind: type[Attachment]) -> None:
             )
 
 
-def _new_gate(target: Target, mode: PruneMode, same_on_all_ranks: bool) -> StochasticGate:
+# ---- gates ----
+
+
+def _put_gates(
+    model: nn.Module,
+    name: str,
+    amount: Amount,
+    ignored_scope: IgnoredScope | None,
+    examples_inputs: Any,
+    same_on_all_ranks: bool,
+) -> nn.Module:
+    kind = _GATES[PruneMode(name)]
+    if amount.ratio is not None:
+        check_ratio(amount.ratio)
+    targets = find_targets(model, ignored_scope, examples_inputs)
+    _check_kind(targets, kind)
+    # Masks that drop nothing are made, and what is not finite is found on the way.
+    _choose(METHODS[PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL], Amount(0.0), targets, {})
+    if amount.ratio is not None:
+        warnings.warn(
+            f"ratio does nothing in mode {name}: the target belongs to RBLoss or LagrangianLoss", stacklevel=4
+        )
+    gates = [(target.owners, target.attachment or _new_gate(target, kind, same_on_all_ranks)) for target in targets]
+    attach_and_share(model, gates)
+    return model
+
+
+def _new_gate(target: Target, kind: type[StochasticGate], same_on_all_ranks: bool) -> StochasticGate:
     weight = target.parameter
-    return _GATES[mode](weight.shape, same_on_all_ranks=same_on_all_ranks, device=weight.device)
+    return kind(weight.shape, same_on_all_ranks=same_on_all_ranks, device=weight.device)

@@ -10,11 +10,10 @@ from torch import nn
 
 from pyprune._losses import RBLoss
 from pyprune._prune import masked_targets, update_masks
+from pyprune.allocation import check_ratio
 from pyprune.attachments import check_module
-from pyprune.methods import PruneMode, check_mode, check_ratio
+from pyprune.methods import METHODS, PruneMode, check_mode
 from pyprune.schedules import check_epoch, exponential, multi_step
-
-_MAGNITUDE_MODES = (PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL, PruneMode.UNSTRUCTURED_MAGNITUDE_GLOBAL)
 
 
 class _Scheduler(ABC):
@@ -70,7 +69,7 @@ class _MagnitudeScheduler(_Scheduler):
     def __init__(self, model: nn.Module, mode: PruneMode | str, schedule: Callable[[int], float]) -> None:
         check_module(model)
         self._mode = check_mode(mode)
-        if self._mode not in _MAGNITUDE_MODES:
+        if self._mode not in METHODS:
             raise ValueError(
                 f"mode is {self._mode.value}, but only magnitude masks are set to a ratio; learned gates are drawn "
                 "to one by a loss: schedule an RBLoss, or give LagrangianLoss warmup_steps"

@@ -1,6 +1,7 @@
 """Report how much of a model is pruned."""
 
 import io
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,11 +16,13 @@ from pyprune.targets import Target, all_parameters, attachments_of, check_readab
 
 @dataclass(frozen=True)
 class TensorPruningStatistic:
-    """How much of one weight is pruned."""
+    """How much of one weight is pruned; units are what was removed as one, down to single elements."""
 
     tensor_name: str
     shape: tuple[int, ...]
     pruned_ratio: float
+    units: int
+    pruned_units: int
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,14 @@ class ModelPruningStatistic:
         table.add_column("weight", "all of these\nall parameters of the model", overflow="fold")
         table.add_column("shape", justify="right")
         table.add_column("pruned", f"{self.pruning_ratio:.2%}\n{self.global_pruning_ratio:.2%}", justify="right")
+        units, pruned_units = (
+            sum(getattr(one, name) for one in self.pruned_tensors) for name in ("units", "pruned_units")
+        )
+        table.add_column("units pruned", f"{pruned_units:,} of {units:,}", justify="right")
         for tensor in self.pruned_tensors:
             # Text, because a name with brackets in it is no markup.
-            table.add_row(Text(tensor.tensor_name), " x ".join(map(str, tensor.shape)), f"{tensor.pruned_ratio:.2%}")
+            name, shape = Text(tensor.tensor_name), " x ".join(map(str, tensor.shape))
+            table.add_row(name, shape, f"{tensor.pruned_ratio:.2%}", f"{tensor.pruned_units:,} of {tensor.units:,}")
         # As wide as the table needs, and never coloured: the text may go anywhere.
         console = Console(file=io.StringIO(), width=1000, color_system=None)
         with console.capture() as capture:
@@ -73,7 +81,9 @@ def pruning_statistic(
 
     Returns:
         ``pruning_ratio``: zeros / elements of the listed weights; ``global_pruning_ratio``: the same zeros /
-        elements of all parameters of the model; ``pruned_tensors``: name, shape and ratio of each. 0.0 of nothing.
+        elements of all parameters of the model; ``pruned_tensors``: name, shape and ratio of each, how many units
+        it has (blocks, channels or heads, as `prune` cut it; else elements), and how many of these have no weight
+        left. 0.0 of nothing.
 
     Raises:
         TypeError, ValueError: for wrong arguments, or, without masks and gates, if the zeros of a weight cannot be
@@ -99,9 +109,13 @@ def pruning_statistic(
         elif isinstance(target.attachment, StochasticGate):
             counted[target] = target.attachment.values()
     zeros = _count(counted)
+    units = {target: (target.parameter.numel(), zeros[target]) for target in counted} | _count_units(counted)
     tensors = tuple(
         TensorPruningStatistic(
-            target.name, tuple(target.parameter.shape), _ratio(zeros[target], target.parameter.numel())
+            target.name,
+            tuple(target.parameter.shape),
+            _ratio(zeros[target], target.parameter.numel()),
+            *units[target],
         )
         for target in counted
     )
@@ -122,6 +136,22 @@ def _count(tensors: dict[Target, Tensor]) -> dict[Target, int]:
             # A gate may stand for several elements.
             zeros[target] = count * (target.parameter.numel() // max(1, tensors[target].numel()))
     return zeros
+
+
+def _count_units(targets: Iterable[Target]) -> dict[Target, tuple[int, int]]:
+    """Count the units of weights that were not cut into elements, and those of them that are gone."""
+    cut: dict[Target, tuple[Tensor, tuple[int, ...]]] = {}
+    for target in targets:
+        if isinstance(target.attachment, Mask) and target.attachment.unit is not None:
+            cut[target] = (target.attachment.mask, target.attachment.unit)
+    counts: dict[Target, tuple[int, int]] = {}
+    for device in {mask.device for mask, _ in cut.values()}:
+        group = {target: pair for target, pair in cut.items() if pair[0].device == device}
+        masks, blocks = zip(*group.values(), strict=True)
+        kept = ops.unit_scores(masks, blocks, p=None, reduction="max")
+        for target, units, gone in zip(group, kept, ops.count_zeros(kept).tolist(), strict=True):
+            counts[target] = (units.numel(), gone)
+    return counts
 
 
 def _ratio(part: int, whole: int) -> float:

@@ -19,6 +19,9 @@ _ORDER = "_dense_parameter_names"
 class Attachment(nn.Module):
     """What can sit on a weight: a module that takes it and returns a tensor of the same shape and dtype."""
 
+    # Whether what it sits on is pruned for its own sake, and so a target.
+    on_target = True
+
 
 @dataclass(frozen=True, eq=False)
 class Owner:

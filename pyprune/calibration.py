@@ -1,12 +1,32 @@
-"""Forward passes that look at a model and leave it as it was."""
+"""Forward passes that look at a model and leave it as it was, and what they found."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+
+from pyprune.importance import Statistic
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What `calibrate` gathered: one float32 tensor for each weight, by its name.
+
+    Args:
+        statistic: what it is.
+        options: what it depends on besides the data; see `pyprune.importance.Importance`.
+        tensors: the statistics, on the devices of the weights.
+        num_batches: how many batches they are from.
+    """
+
+    statistic: Statistic
+    options: tuple[object, ...]
+    tensors: Mapping[str, Tensor]
+    num_batches: int
 
 
 def forward(model: nn.Module, inputs: Any) -> Any:

@@ -1,6 +1,7 @@
 """Masks: what magnitude pruning puts on weights."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,10 @@ class Mask(Attachment):
 
     ``where``, not a product: a dropped infinity must give 0, not NaN.
 
+    Args:
+        mask: True = kept.
+        unit: how large what goes as one is along each dimension of the weight; None for single elements.
+
     Example:
         >>> Mask(torch.tensor([True, False]))(torch.tensor([1.0, torch.inf])).tolist()
         [1.0, 0.0]
@@ -21,9 +26,10 @@ class Mask(Attachment):
 
     mask: Tensor
 
-    def __init__(self, mask: Tensor) -> None:
+    def __init__(self, mask: Tensor, unit: tuple[int, ...] | None = None) -> None:
         super().__init__()
         self.register_buffer("mask", mask)
+        self.unit = unit
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight with zeros where the mask is False."""
@@ -36,31 +42,56 @@ class Mask(Attachment):
         return self
 
 
-def attach_masks(masks: Iterable[tuple[Sequence[Owner], Tensor]]) -> None:
-    """Put each mask on all owners of one parameter; change nothing if one of them refuses.
+class FollowingMask(Mask):
+    """The mask of a bias or a BatchNorm parameter: drops what belongs to dead output channels of a weight.
+
+    Args:
+        mask: True = kept.
+        follows: the name of that weight in the dense model.
+    """
+
+    on_target = False
+
+    def __init__(self, mask: Tensor, follows: str) -> None:
+        super().__init__(mask)
+        self.follows = follows
+
+
+@dataclass(frozen=True, eq=False)
+class NewMask:
+    """A mask to be, for all owners of one parameter; ``unit`` as in `Mask`."""
+
+    owners: Sequence[Owner]
+    mask: Tensor
+    unit: tuple[int, ...] | None = None
+
+
+def attach_masks(masks: Iterable[NewMask], followers: Iterable[tuple[Sequence[Owner], FollowingMask]] = ()) -> None:
+    """Put each mask on all its owners, and new followers on theirs; change nothing if one of them refuses.
 
     Where a `Mask` is there already it is kept, and updated in place, so that nothing is recompiled.
 
     Example:
         >>> linear = torch.nn.Linear(2, 2)
-        >>> attach_masks([([Owner("weight", linear, "weight")], torch.eye(2, dtype=torch.bool))])
+        >>> attach_masks([NewMask([Owner("weight", linear, "weight")], torch.eye(2, dtype=torch.bool))])
         >>> bool(linear.weight[0, 1] == 0)
         True
     """
-    updates: list[tuple[Mask, Tensor]] = []
+    updates: list[tuple[Mask, NewMask]] = []
     attachments: list[tuple[Sequence[Owner], Mask]] = []
-    for owners, mask in masks:
-        shared = cast(Mask | None, shared_attachment(owners))
+    for new in masks:
+        shared = cast(Mask | None, shared_attachment(new.owners))
         if shared is not None:
             # Checked before the first is written, so that no copy of the old masks is needed.
-            if mask.shape != shared.mask.shape or shared.mask.is_inference():
+            if new.mask.shape != shared.mask.shape or shared.mask.is_inference():
                 raise ValueError(
-                    f"a mask of shape {tuple(shared.mask.shape)} cannot take one of {tuple(mask.shape)}, or it was "
-                    "loaded under torch.inference_mode; load the state_dict outside it"
+                    f"a mask of shape {tuple(shared.mask.shape)} cannot take one of {tuple(new.mask.shape)}, or it "
+                    "was loaded under torch.inference_mode; load the state_dict outside it"
                 )
-            updates.append((shared, mask))
-        attachments.append((owners, shared or Mask(mask)))
-    attach(attachments)
+            updates.append((shared, new))
+        attachments.append((new.owners, shared or Mask(new.mask, new.unit)))
+    attach([*attachments, *followers])
     with torch.no_grad():
-        for shared, mask in updates:
-            shared.mask.copy_(mask)
+        for shared, new in updates:
+            shared.mask.copy_(new.mask)
+            shared.unit = new.unit

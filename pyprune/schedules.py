@@ -4,7 +4,7 @@ import math
 import numbers
 from collections.abc import Mapping
 
-from pyprune.methods import check_ratio
+from pyprune.allocation import check_ratio
 
 
 def multi_step(epoch: int, steps: Mapping[int, float]) -> float:

@@ -134,7 +134,28 @@ def _choose(model: nn.Module, survey: _Survey, examples_inputs: Any) -> list[Tar
         target
         for target in survey.parameters
         if not any(survey.ignored(owner.name) for owner in target.owners)
-        and (target.parameter in used or target.attachment is not None or target.is_among(layer_names))
+        and (target.parameter in used or _is_attached_to(target) or target.is_among(layer_names))
+    ]
+
+
+def _is_attached_to(target: Target) -> bool:
+    return target.attachment is not None and target.attachment.on_target
+
+
+def channel_dims(target: Target) -> tuple[int, int]:
+    """Return which dimension of a weight counts output channels, and which input channels (of a group)."""
+    if target.parameter.dim() < 2:
+        return 0, 0
+    transposed = any(isinstance(owner.module, nn.modules.conv._ConvTransposeNd) for owner in target.owners)
+    return (1, 0) if transposed else (0, 1)
+
+
+def output_layers(target: Target) -> list[nn.Module]:
+    """Return the linear and convolution layers that have the weight, whose outputs are its output channels."""
+    return [
+        owner.module
+        for owner in target.owners
+        if isinstance(owner.module, (nn.Linear, nn.modules.conv._ConvNd)) and owner.attribute == "weight"
     ]
 
 

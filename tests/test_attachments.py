@@ -7,7 +7,7 @@ from torch.nn.utils import parametrize
 
 import pyprune
 from pyprune.attachments import Attachment, Owner, attach, dense_modules, dense_parameters, detach, shared_attachment
-from pyprune.masks import attach_masks
+from pyprune.masks import NewMask, attach_masks
 
 LOCAL, GLOBAL = pyprune.PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL, pyprune.PruneMode.UNSTRUCTURED_MAGNITUDE_GLOBAL
 
@@ -45,7 +45,7 @@ def test_attach_and_detach_reach_a_module_with_two_names():
     model = nn.ModuleDict({"one": shared, "two": shared})
     owners = [owner for owner, _ in dense_parameters(model) if owner.attribute == "weight"]
     assert [owner.name for owner in owners] == ["one.weight", "two.weight"]
-    attach_masks([(owners, torch.eye(3, dtype=torch.bool))])
+    attach_masks([NewMask(owners, torch.eye(3, dtype=torch.bool))])
     assert len(shared.parametrizations.weight) == 1
     assert int(shared.weight.count_nonzero()) == 3
     detach(owners)
@@ -56,7 +56,9 @@ def test_attach_and_detach_reach_a_module_with_two_names():
 def test_detach_of_one_mask_leaves_the_others(recurrent):
     lstm = recurrent.model.lstm
     owners = [Owner(name, lstm, name) for name in ("weight_ih_l0", "weight_hh_l1")]
-    attach_masks(([owner], torch.zeros_like(getattr(lstm, owner.attribute), dtype=torch.bool)) for owner in owners)
+    attach_masks(
+        NewMask([owner], torch.zeros_like(getattr(lstm, owner.attribute), dtype=torch.bool)) for owner in owners
+    )
     detach(owners[:1])
     assert shared_attachment(owners[:1]) is None
     assert shared_attachment(owners) is owners[1].attachment

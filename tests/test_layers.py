@@ -17,11 +17,21 @@ FLOORS = {
     "_build_info": 1,
     "capped": 2,
     "lamp": 2,
+    "allocation": 2,
+    "competitors": 2,
+    "contests": 2,
+    "granularity": 2,
+    "importance": 2,
     "methods": 2,
+    "scope": 2,
+    "scores": 2,
     "ignored_scope": 2,
     "memory": 2,
     "schedules": 2,
     "attachments": 3,
+    "attention": 3,
+    "batches": 3,
+    "following": 3,
     "calibration": 3,
     "flops": 3,
     "gates": 3,
@@ -31,6 +41,7 @@ FLOORS = {
     "targets": 3,
     "tracing": 3,
     "_batch_norm": 4,
+    "_calibrate": 4,
     "_config": 4,
     "_losses": 4,
     "_optimizer": 4,
@@ -41,7 +52,7 @@ FLOORS = {
     "__init__": 6,
 }
 # What floor 2 computes with; it never sees a module.
-PURE = {"capped", "lamp", "methods", "ignored_scope", "memory", "schedules"}
+PURE = {name for name, floor in FLOORS.items() if floor == 2}
 
 
 def sources():

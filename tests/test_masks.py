@@ -7,7 +7,7 @@ from torch import nn
 
 import pyprune
 from pyprune.attachments import Owner, dense_parameters
-from pyprune.masks import Mask, attach_masks
+from pyprune.masks import Mask, NewMask, attach_masks
 from pyprune.targets import find_targets
 from tests.conftest import Case, masks_of
 
@@ -260,12 +260,12 @@ def test_attach_updates_no_mask_when_one_cannot_be():
     first, second = nn.Linear(2, 2), nn.Linear(2, 2)
     owners = [[Owner("weight", linear, "weight")] for linear in (first, second)]
     eye = torch.eye(2, dtype=torch.bool)
-    attach_masks((places, eye.clone()) for places in owners)
+    attach_masks(NewMask(places, eye.clone()) for places in owners)
     with pytest.raises(ValueError, match=r"shape \(2, 2\) cannot take one of \(3,\)"):
-        attach_masks([(owners[0], ~eye), (owners[1], torch.ones(3, dtype=torch.bool))])
+        attach_masks([NewMask(owners[0], ~eye), NewMask(owners[1], torch.ones(3, dtype=torch.bool))])
     with torch.inference_mode():
         second.parametrizations.weight[0].mask = eye.clone()
     with pytest.raises(ValueError, match="inference_mode"):
-        attach_masks([(owners[0], ~eye), (owners[1], ~eye)])
+        attach_masks([NewMask(owners[0], ~eye), NewMask(owners[1], ~eye)])
     assert torch.equal(owners[0][0].attachment.mask, eye)
     assert torch.equal(owners[1][0].attachment.mask, eye)

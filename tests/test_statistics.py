@@ -23,7 +23,11 @@ def test_pruning_statistic_counts_mask_zeros_exactly(case):
         sum(zeros.values()) / parameters,
         tuple(
             TensorPruningStatistic(
-                target.name, tuple(target.parameter.shape), zeros[target.name] / target.parameter.numel()
+                target.name,
+                tuple(target.parameter.shape),
+                zeros[target.name] / target.parameter.numel(),
+                units=target.parameter.numel(),
+                pruned_units=zeros[target.name],
             )
             for target in targets
         ),
@@ -103,6 +107,8 @@ def test_pruning_statistic_becomes_json(cnn):
         "tensor_name": "conv1.weight",
         "shape": [4, 1, 3, 3],
         "pruned_ratio": 0.5,
+        "units": 36,
+        "pruned_units": 18,
     }
     assert values["global_pruning_ratio"] == statistic.global_pruning_ratio
 
@@ -110,10 +116,12 @@ def test_pruning_statistic_becomes_json(cnn):
 def test_model_pruning_statistic_prints_a_table():
     name = "encoder.layers.0." * 12 + "weight"
     statistic = ModelPruningStatistic(
-        0.5, 0.25, (TensorPruningStatistic(name, (30, 20), 0.875), TensorPruningStatistic("[b]x", (), 0.0))
+        0.5,
+        0.25,
+        (TensorPruningStatistic(name, (30, 20), 0.875, 30, 26), TensorPruningStatistic("[b]x", (), 0.0, 1, 0)),
     )
     lines = str(statistic).splitlines()
-    assert any(name in line and "30 x 20" in line and "87.50%" in line for line in lines)
+    assert any(all(text in line for text in (name, "30 x 20", "87.50%", "26 of 30")) for line in lines)
     assert any("[b]x" in line and "0.00%" in line for line in lines)
     assert any("50.00%" in line for line in lines)
     assert any("25.00%" in line for line in lines)
@@ -150,4 +158,4 @@ def test_pruning_statistic_counts_all_weights_of_a_gate():
     torch.nn.utils.parametrize.register_parametrization(model, "weight", gate)
     gate.logits.data[0, :3] = -1
     (tensor,) = pruning_statistic(model).pruned_tensors
-    assert tensor == TensorPruningStatistic("weight", (4, 6), 0.25)
+    assert tensor == TensorPruningStatistic("weight", (4, 6), 0.25, 24, 6)

@@ -1,0 +1,301 @@
+"""Gather what an importance asks for from real batches."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from pyprune.attachments import check_module
+from pyprune.batches import Dataset, batches_of
+from pyprune.calibration import Calibration, check_initialized, evaluating, forward, untouched
+from pyprune.ignored_scope import IgnoredScope
+from pyprune.importance import Importance
+from pyprune.methods import Method
+from pyprune.targets import Target, channel_dims, find_targets, output_layers
+
+
+@torch.inference_mode(False)
+def calibrate(
+    model: nn.Module,
+    dataset: Dataset | Iterable[Any],
+    importance: Importance | Method,
+    *,
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+    num_batches: int | None = None,
+    ignored_scope: IgnoredScope | None = None,
+    examples_inputs: Any = None,
+) -> Calibration:
+    """Run batches through the model, and keep of each weight only the statistic that an importance is computed from.
+
+    For gradients ``loss_fn`` runs the model; the gradient is that of the weight in use, so it is not zero where a
+    mask drops a weight. Activations need no loss. All modules run in evaluation mode. Training flags,
+    ``requires_grad``, ``grad``, buffers and torch's random numbers are as before in the end.
+
+    Args:
+        model: the model, on the device of the data.
+        dataset: a `Dataset`, or an iterable of batches. Without ``loss_fn`` they are inputs of the model, as in
+            `batch_norm_adaptation`.
+        importance: what the statistic is for, or a `Method` with it.
+        loss_fn: takes the model and a batch, and returns the loss, a tensor with one element:
+            ``lambda model, batch: cross_entropy(model(batch[0]), batch[1])``.
+        num_batches: how many batches to use; all if None or if there are fewer.
+        ignored_scope: weights to leave out.
+        examples_inputs: as in `prune`; finds bare parameters, for gradients.
+
+    Returns:
+        What `prune` takes as ``calibration``.
+
+    Raises:
+        TypeError, ValueError: for wrong arguments, an importance that needs no calibration, a layer whose activations
+            cannot be seen, no batch, or a statistic that is not finite. The model is then as it was.
+
+    Example:
+        >>> from pyprune import Method, importance, prune, scope
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> wanda = Method(importance.wanda(), scope=scope.n_of_m(keep=2, of=4))
+        >>> calibration = calibrate(model, [torch.randn(16, 4)], wanda)
+        >>> _ = prune(model, wanda, calibration=calibration)
+        >>> int(model[0].weight.count_nonzero())
+        16
+    """
+    check_module(model)
+    check_initialized(model)
+    rule = _check_importance(importance)
+    batches = batches_of(dataset, num_batches, "Calibration", checked=loss_fn is None)
+    targets = find_targets(model, ignored_scope, examples_inputs)
+    if rule.needs in ("gradient", "squared gradient", "momentum"):
+        if not callable(loss_fn):
+            raise TypeError(
+                f"importance {rule.name} needs gradients, and loss_fn is {loss_fn!r}; give a function of the model "
+                "and a batch that returns the loss"
+            )
+        gathered = _Gradients(rule, targets)
+        run = cast(Callable[[nn.Module, Any], Any], partial(gathered.run, loss_fn))
+    elif loss_fn is not None:
+        raise ValueError(f"importance {rule.name} needs activations, and no loss_fn; leave it out")
+    else:
+        gathered = _Activations(rule, targets)  # type: ignore[assignment]
+        run = forward
+    count = 0
+    with untouched(model), evaluating(model), gathered.watching():
+        for batch in batches:
+            run(model, batch)
+            count += 1
+    tensors = {target.name: gathered.result(target, count) for target in targets}
+    _check_finite(tensors)
+    return Calibration(rule.needs, rule.options, tensors, count)
+
+
+def _check_importance(importance: Importance | Method) -> Importance:
+    rule = importance.importance if isinstance(importance, Method) else importance
+    if not isinstance(rule, Importance):
+        raise TypeError(f"importance is a {type(rule).__name__}; give one of pyprune.importance, or a Method")
+    if rule.needs == "none":
+        raise ValueError(f"importance {rule.name} needs no calibration; call prune without it")
+    if rule.needs == "norm scale":
+        raise ValueError(f"importance {rule.name} needs no data; give examples_inputs to prune instead")
+    return rule
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if bad:
+        raise ValueError(
+            f"the statistics of {', '.join(bad)} are NaN or infinite: the loss or an activation is. Check the batches"
+        )
+
+
+class _Gradients:
+    """Means of gradients or of their squares, or momentum of |w g|, in float32."""
+
+    def __init__(self, rule: Importance, targets: list[Target]) -> None:
+        self.rule = rule
+        self.targets = targets
+        self.sums = {t: torch.zeros_like(t.parameter, dtype=_wide(t), requires_grad=False) for t in targets}
+        self.in_use: dict[Target, list[Tensor]] = {}
+        self.is_recurrent = any(isinstance(owner.module, nn.RNNBase) for t in targets for owner in t.owners)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Let all targets have gradients, and see what masks make of the weights."""
+        frozen = [target.parameter for target in self.targets if not target.parameter.requires_grad]
+        hooks: list[RemovableHandle] = []
+        try:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+            for target in self.targets:
+                if target.attachment is not None:
+                    hooks.append(target.attachment.register_forward_hook(partial(self._see, target)))
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+
+    def _see(self, target: Target, attachment: nn.Module, args: Any, output: Tensor) -> None:
+        self.in_use.setdefault(target, []).append(output)
+
+    def run(self, loss_fn: Callable[[nn.Module, Any], Tensor], model: nn.Module, batch: Any) -> None:
+        self.in_use.clear()
+        # cuDNN has no backward pass for recurrent layers in evaluation mode.
+        with torch.enable_grad(), torch.backends.cudnn.flags(enabled=not self.is_recurrent):
+            loss = loss_fn(model, batch)
+            if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+                raise ValueError(f"loss_fn returned {loss!r:.80}; it must be a loss with one element and a gradient")
+            # Masked weights have no gradient where the mask is False, what the layers use has.
+            tensors = [(t, used) for t in self.targets for used in self.in_use.get(t, [t.parameter])]
+            gradients = torch.autograd.grad(loss.sum(), [used for _, used in tensors], allow_unused=True)
+        self.in_use.clear()
+        total: dict[Target, Tensor] = {}
+        for (target, _), gradient in zip(tensors, gradients, strict=True):
+            if gradient is not None:
+                wide = gradient.to(_wide(target))
+                total[target] = total[target] + wide if target in total else wide
+        for target, gradient in total.items():
+            self._add(target, gradient)
+
+    def _add(self, target: Target, gradient: Tensor) -> None:
+        if self.rule.needs == "momentum":
+            decay, scale = cast(tuple[float, float], self.rule.options)
+            weight = target.parameter.detach().to(gradient.dtype)
+            self.sums[target].mul_(decay).add_((weight * gradient).abs_(), alpha=scale)
+        elif self.rule.needs == "gradient":
+            self.sums[target] += gradient
+        else:
+            self.sums[target].addcmul_(gradient, gradient)
+
+    def result(self, target: Target, count: int) -> Tensor:
+        return self.sums[target] if self.rule.needs == "momentum" else self.sums[target] / count
+
+
+class _Activations:
+    """Norms of the inputs of layers, or figures of their outputs: one number for each channel."""
+
+    def __init__(self, rule: Importance, targets: list[Target]) -> None:
+        self.rule = rule
+        self.layers: dict[Target, list[tuple[nn.Module, str]]] = {}
+        self.sums: dict[Target, Tensor] = {}
+        self.counts: dict[Target, int] = {}
+        problems = []
+        for target in targets:
+            self.layers[target] = self._visible(target)
+            if not self.layers[target]:
+                problems.append(target.name)
+        if problems:
+            raise ValueError(
+                f"the activations of {', '.join(problems)} cannot be seen from outside of its layer; name it in "
+                "ignored_scope, here and in prune"
+            )
+
+    def _visible(self, target: Target) -> list[tuple[nn.Module, str]]:
+        layers = [(layer, "input") for layer in output_layers(target)]
+        if self.rule.needs == "input norm" and not layers:
+            for owner in target.owners:
+                kind = _recurrent_input(owner.module, owner.attribute)
+                layers += [] if kind is None else [(owner.module, kind)]
+        return layers
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        hooks = [
+            layer.register_forward_hook(partial(self._see, target, kind), with_kwargs=True)
+            for target, layers in self.layers.items()
+            for layer, kind in layers
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _see(
+        self, target: Target, kind: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        if self.rule.needs == "input norm":
+            figures = _input_squares(kind, layer, args, kwargs, output)
+            self.counts[target] = 1
+        else:
+            activation = cast(Callable[[Tensor], Tensor], self.rule.options[0])
+            channels = activation(_channels(layer, output))
+            figures = ((channels == 0) if self.rule.needs == "zero outputs" else channels).sum(1, dtype=torch.float64)
+            self.counts[target] = self.counts.get(target, 0) + channels.shape[1]
+        self.sums[target] = self.sums[target] + figures if target in self.sums else figures
+
+    def result(self, target: Target, count: int) -> Tensor:
+        sums = self.sums.get(target)
+        if sums is None:
+            raise ValueError(f"no batch went through the layer of {target.name}; name it in ignored_scope")
+        if self.rule.needs != "input norm":
+            return (sums / max(1, self.counts[target])).to(_wide(target))
+        out_dim, in_dim = channel_dims(target)
+        shape = [1] * target.parameter.dim()
+        shape[in_dim] = sums.shape[-1]
+        if sums.dim() > 1:  # each group of outputs has inputs of its own
+            shape[out_dim] = target.parameter.shape[out_dim]
+            sums = sums.repeat_interleave(shape[out_dim] // len(sums), dim=0)
+        return sums.sqrt().reshape(shape).to(_wide(target))
+
+
+def _recurrent_input(module: nn.Module, attribute: str) -> str | None:
+    """Say what a weight of a recurrent layer multiplies, if it can be seen: inputs of the first layer, or states."""
+    if isinstance(module, nn.RNNCellBase):
+        return "input" if attribute == "weight_ih" else "state"
+    if isinstance(module, nn.RNNBase) and module.proj_size == 0 and module.num_layers == 1:
+        if attribute.startswith("weight_ih"):
+            return "input"
+        if attribute.startswith("weight_hh"):
+            return "backward states" if attribute.endswith("_reverse") else "states"
+    return None
+
+
+def _input_squares(
+    kind: str, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+) -> Tensor:
+    """Sum the squares of what a weight multiplies, for each input channel; a row for each group of a convolution."""
+    given = args[0] if args else kwargs["input"]
+    if kind == "input":
+        sums = _sum_squares(layer, given)
+        grouped = isinstance(layer, nn.modules.conv._ConvNd) and not _is_transposed(layer) and layer.groups > 1
+        return sums.reshape(cast(int, layer.groups), -1) if grouped else sums
+    first = args[1] if len(args) > 1 else kwargs.get("hx")
+    first = first[0] if isinstance(first, tuple) else first
+    direction, size = int(kind == "backward states"), cast(int, layer.hidden_size)
+    if kind == "state":  # a cell; without a state it begins with zeros
+        return _sum_squares(layer, first) if first is not None else given.new_zeros(size, dtype=torch.float64)
+    # A layer: all states but the last, and the first one; outputs are the states of both directions side by side.
+    states, last = output
+    last = last[0] if isinstance(last, tuple) else last
+    sums = _sum_squares(layer, states)[direction * size : (direction + 1) * size] - _sum_squares(
+        layer, last[direction]
+    )
+    sums = sums if first is None else sums + _sum_squares(layer, first[direction])
+    return sums.clamp(min=0)
+
+
+def _sum_squares(layer: nn.Module, tensor: Any) -> Tensor:
+    channels = _channels(layer, tensor.data if isinstance(tensor, nn.utils.rnn.PackedSequence) else tensor)
+    wide = torch.float64 if channels.dtype == torch.float64 else torch.float32
+    norms: Tensor = torch.linalg.vector_norm(channels, dim=1, dtype=wide)
+    return norms.double().square()
+
+
+def _channels(layer: nn.Module, tensor: Any) -> Tensor:
+    """Return activations as a matrix with a row for each channel."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"a {type(layer).__name__} has a {type(tensor).__name__} where a tensor was expected")
+    # The positions of a convolution come after its channels; a sample may come without a batch.
+    positions = layer.weight.dim() - 2 if isinstance(layer, nn.modules.conv._ConvNd) else 0
+    return tensor.detach().movedim(-1 - positions, 0).flatten(1)
+
+
+def _is_transposed(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.modules.conv._ConvTransposeNd)
+
+
+def _wide(target: Target) -> torch.dtype:
+    return torch.float64 if target.parameter.dtype == torch.float64 else torch.float32

@@ -1,0 +1,162 @@
+"""How many of the units go: what a ratio means, and how it is shared out among weights."""
+
+import difflib
+import math
+import numbers
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Allocation = Literal["uniform", "erk"]
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much is asked for: what `prune` got.
+
+    Args:
+        ratio: fraction of the units to remove; or such a fraction by names or patterns of weights, or by groups;
+            None for N:M.
+        allocation: how one ratio becomes one for each weight.
+        min_ratio, max_ratio: what at least and at most goes of each weight.
+        from_remaining: whether the ratio is one of the units that are still kept.
+    """
+
+    ratio: float | Mapping[str, float] | None = None
+    allocation: Allocation = "uniform"
+    min_ratio: float | Mapping[str, float] = 0.0
+    max_ratio: float | Mapping[str, float] = 1.0
+    from_remaining: bool = False
+
+    @property
+    def is_capped(self) -> bool:
+        """Whether there are limits for single weights."""
+        return self.min_ratio != 0 or self.max_ratio != 1
+
+
+def check_ratio(ratio: object, name: str = "ratio") -> float:
+    """Return ``ratio``, the fraction to remove, as a float in [0, 1).
+
+    Raises:
+        TypeError: if it is not a real number (a bool is not one).
+        ValueError: if it is NaN, negative, or 1 and beyond.
+
+    Example:
+        >>> check_ratio(0)
+        0.0
+    """
+    if isinstance(ratio, bool) or not isinstance(ratio, numbers.Real):
+        raise TypeError(f"{name} is {ratio!r}; give the fraction of the weights to remove, a number in [0, 1)")
+    value = float(ratio)
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} is {ratio}; it is the fraction of the weights to remove, and must be in [0, 1)")
+    return value
+
+
+def removed_count(n: int, ratio: float) -> int:
+    """Return how many of n competing units go: min(floor(ratio * n + 0.5), n - 1), and 0 of none.
+
+    Example:
+        >>> [removed_count(n, 0.5) for n in (0, 1, 2, 3, 10)]
+        [0, 0, 1, 2, 5]
+    """
+    return max(0, min(math.floor(ratio * n + 0.5), n - 1))
+
+
+def by_name(values: float | Mapping[str, float], names: Sequence[str], otherwise: float) -> list[float]:
+    """Return one value for each name: the same for all, or that of the rule that names it.
+
+    Args:
+        values: a number, or numbers by rules: the name of a weight, or of a module above it, or a regular expression
+            that matches such a name from start to end. A name goes before a pattern, the longest first; of patterns
+            the first in the dict counts.
+        names: what the rules are about.
+        otherwise: the value of what no rule names.
+
+    Raises:
+        ValueError: if a rule matches nothing.
+
+    Example:
+        >>> by_name({"fc": 0.9, r"conv\\d\\.weight": 0.5}, ["conv1.weight", "fc.weight", "head.weight"], 0.0)
+        [0.5, 0.9, 0.0]
+    """
+    if not isinstance(values, Mapping):
+        return [values] * len(names)
+    matched: dict[str, str] = {}
+    for name in names:
+        rule = matching_rule(name, list(values))
+        if rule is not None:
+            matched[name] = rule
+    for rule in values:
+        if not any(matches(rule, name) for name in names):
+            nearest = ", ".join(difflib.get_close_matches(rule, names, n=3, cutoff=0.0))
+            raise ValueError(f"{rule!r} matches no weight that is pruned (nearest: {nearest}); correct it")
+    return [values[matched[name]] if name in matched else otherwise for name in names]
+
+
+def matching_rule(name: str, rules: Sequence[str]) -> str | None:
+    """Return the rule that counts for a weight, or None."""
+    above = _and_above(name)
+    exact = [prefix for prefix in above if prefix in rules]
+    return next((rule for rule in (*exact, *rules) if matches(rule, name)), None)
+
+
+def matches(rule: str, name: str) -> bool:
+    """Whether a rule names a weight, or a module above it.
+
+    Raises:
+        ValueError: if it is neither a name nor a regular expression.
+    """
+    above = _and_above(name)
+    if rule in above:
+        return True
+    try:
+        pattern = re.compile(rule)
+    except re.error as error:
+        raise ValueError(f"{rule!r} is neither a name of a weight nor a regular expression: {error}") from error
+    return any(pattern.fullmatch(prefix) for prefix in above)
+
+
+def _and_above(name: str) -> list[str]:
+    """Return the name and those of the modules above it, the longest first."""
+    parts = name.split(".")
+    return [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+
+
+def erk(shapes: Sequence[Sequence[int]], ratio: float) -> list[float]:
+    """Return a ratio for each weight, such that thin layers keep more: the Erdos-Renyi-Kernel allocation.
+
+    The density of a weight is in proportion to (sum of its sizes) / (product of its sizes), at most 1, and all
+    together keep 1 - ratio of the elements.
+
+    Papers: Mocanu et al. 2018, "Scalable training of artificial neural networks with adaptive sparse connectivity";
+    Evci et al. 2020, "Rigging the Lottery: Making All Tickets Winners".
+
+    Example:
+        >>> [round(ratio, 3) for ratio in erk([(10, 10), (100, 100)], 0.5)]
+        [0.0, 0.505]
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+    raw = [sum(shape) / size if size else 0.0 for shape, size in zip(shapes, sizes, strict=True)]
+    dense: set[int] = set()
+    while True:
+        kept = (1 - ratio) * sum(sizes) - sum(sizes[i] for i in dense)
+        rest = sum(raw[i] * sizes[i] for i in range(len(sizes)) if i not in dense)
+        epsilon = kept / rest if rest else 0.0
+        full = {i for i in range(len(sizes)) if i not in dense and epsilon * raw[i] > 1}
+        if not full:
+            break
+        dense |= full
+    return [0.0 if i in dense else 1 - epsilon * raw[i] for i in range(len(sizes))]
+
+
+def limits(n: int, min_ratio: float, max_ratio: float) -> tuple[int, int]:
+    """Return the smallest and the largest number of n units that these ratios allow to go.
+
+    Example:
+        >>> limits(10, 0.25, 0.75)
+        (3, 7)
+    """
+    # Products like 0.07 * 100 are off by a rounding error, which must not count as a unit.
+    return math.ceil(round(min_ratio * n, 6)), math.floor(round(max_ratio * n, 6))

@@ -1,0 +1,114 @@
+"""What competes: the units of weights, in pure tensors and numbers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from pyprune import ops
+
+Reduction = Literal["sum", "mean", "max"]
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """A weight as floor 2 sees it.
+
+    Args:
+        name: its name in the dense model.
+        values: the raw weight.
+        out_dim, in_dim: which dimension counts output channels, and which input channels (of one group).
+        base: bool tensor of the same shape, False where the weight is pruned already and stays so; or None.
+        statistic: what calibration measured for it, or None.
+    """
+
+    name: str
+    values: Tensor
+    out_dim: int = 0
+    in_dim: int = 1
+    base: Tensor | None = None
+    statistic: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """A weight that units lie in. Its blocks tile it; ``parts`` projections are stacked in its first dimension."""
+
+    weight: Weight
+    block: tuple[int, ...]
+    parts: int = 1
+
+    @property
+    def unit_shape(self) -> tuple[int, ...]:
+        """How many blocks there are along each dimension."""
+        return tuple(-(-size // part) for size, part in zip(self.weight.values.shape, self.block, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Competitor:
+    """Units that are masked together: those of one weight, or heads, which have blocks in several weights."""
+
+    name: str
+    members: tuple[Member, ...]
+
+    @property
+    def weight(self) -> Weight:
+        """The weight, or the first of several."""
+        return self.members[0].weight
+
+    @property
+    def is_one_weight(self) -> bool:
+        """Whether the units lie in one weight, so that they keep its dimensions."""
+        return len(self.members) == 1 and self.members[0].parts == 1
+
+    @property
+    def unit_shape(self) -> tuple[int, ...]:
+        """The shape of the scores; heads are a vector."""
+        first = self.members[0]
+        if self.is_one_weight:
+            return first.unit_shape
+        return (first.unit_shape[0] * first.unit_shape[1] // first.parts,)
+
+
+def reduce_units(
+    competitors: Sequence[Competitor], tensors: Sequence[Tensor], p: float | None, how: Reduction
+) -> list[Tensor]:
+    """Reduce |x|^p (of x itself if ``p`` is None) over every unit.
+
+    Args:
+        competitors: whose units.
+        tensors: one for each member of each competitor, of the shape of its weight.
+        p: the power, or None.
+        how: "sum", "mean" or "max".
+
+    Returns:
+        For each competitor a tensor of its unit shape.
+    """
+    members = [member for competitor in competitors for member in competitor.members]
+    blocks = [member.block for member in members]
+    # The blocks of a head are of different sizes, so their means are no mean over the head.
+    whole = all(competitor.is_one_weight for competitor in competitors)
+    parts = iter(ops.unit_scores(tensors, blocks, p=p, reduction=how if whole or how == "max" else "sum"))
+    if whole:
+        return list(parts)
+    reduced = []
+    for competitor in competitors:
+        stacked = [next(parts).reshape(member.parts, -1) for member in competitor.members]
+        joined = stacked[0].new_tensor(0.0)
+        for one in stacked:
+            joined = one.amax(0).maximum(joined) if how == "max" else joined + one.sum(0)
+        elements = sum(member.weight.values.numel() for member in competitor.members)
+        reduced.append(joined * (joined.numel() / elements) if how == "mean" else joined)
+    return reduced
+
+
+def spread_units(competitors: Sequence[Competitor], unit_masks: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+    """Write the mask of each unit into ``masks``, one for each member of each competitor, element by element."""
+    spread, blocks = [], []
+    for competitor, unit_mask in zip(competitors, unit_masks, strict=True):
+        for member in competitor.members:
+            stacked = unit_mask.flatten().repeat(member.parts)
+            spread.append(stacked.reshape(member.unit_shape))
+            blocks.append(member.block)
+    ops.expand(spread, blocks, masks)

@@ -1,0 +1,264 @@
+"""Which units stay: the contests of each scope, decided by the kernels."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pyprune import ops
+from pyprune.allocation import Amount, by_name, erk, limits, matching_rule, removed_count
+from pyprune.capped import capped_threshold
+from pyprune.competitors import Competitor, reduce_units, spread_units
+from pyprune.lamp import lamp_removed
+from pyprune.methods import Method
+from pyprune.scope import group_of
+from pyprune.scores import is_magnitude_of_elements, keys, keys_in_rows
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What stays: a mask (True = kept) for each member of each competitor, in order.
+
+    ``nonfinite`` says of each competitor how many scores are NaN or infinite; if any is, the masks mean nothing.
+    """
+
+    masks: list[Tensor]
+    nonfinite: list[int]
+
+
+@torch.no_grad()
+def hold_contest(method: Method, competitors: Sequence[Competitor], amount: Amount) -> Outcome:
+    """Choose the units of the competitors that stay.
+
+    Args:
+        method: how.
+        competitors: whose units; on one device where they compete with each other.
+        amount: how much goes, from `pyprune.methods.check_amount`.
+
+    Raises:
+        TypeError, ValueError: for an amount, a rule or scores that do not fit these weights.
+
+    Example:
+        >>> from pyprune.competitors import Member, Weight
+        >>> from pyprune.methods import METHODS, PruneMode
+        >>> weights = [Weight("a", torch.tensor([3.0, -1.0])), Weight("b", torch.tensor([0.1, 0.2]))]
+        >>> competitors = [Competitor(weight.name, (Member(weight, (1,)),)) for weight in weights]
+        >>> outcome = hold_contest(METHODS[PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL], competitors, Amount(0.5))
+        >>> [mask.tolist() for mask in outcome.masks]
+        [[True, False], [False, True]]
+    """
+    bases = _unit_bases(method, competitors) if amount.from_remaining else [None] * len(competitors)
+    units = _HOLD[method.scope.name](_Contest(method, competitors, bases, amount))
+    if method.granularity.name == "element":
+        return units
+    members = [member for competitor in competitors for member in competitor.members]
+    masks = [torch.empty_like(member.weight.values, dtype=torch.bool) for member in members]
+    spread_units(competitors, units.masks, masks)
+    return Outcome(masks, units.nonfinite)
+
+
+@dataclass(frozen=True)
+class _Contest:
+    """What competes; the outcome has a mask of units for each competitor."""
+
+    method: Method
+    competitors: Sequence[Competitor]
+    bases: Sequence[Tensor | None]  # of units
+    amount: Amount
+
+    @property
+    def names(self) -> list[str]:
+        return [competitor.name for competitor in self.competitors]
+
+    @property
+    def sizes(self) -> list[int]:
+        return [torch.Size(competitor.unit_shape).numel() for competitor in self.competitors]
+
+    @property
+    def known_bases(self) -> Sequence[Tensor | None] | None:
+        return self.bases if any(base is not None for base in self.bases) else None
+
+    def subset(self, chosen: Sequence[int]) -> "_Contest":
+        return replace(self, competitors=[self.competitors[i] for i in chosen], bases=[self.bases[i] for i in chosen])
+
+    def ratios(self) -> list[float]:
+        """Return the ratio of each competitor."""
+        ratio = self.amount.ratio
+        assert ratio is not None
+        if self.amount.allocation == "erk" and not isinstance(ratio, Mapping):
+            return erk([tuple(competitor.weight.values.shape) for competitor in self.competitors], ratio)
+        return by_name(ratio, self.names, 0.0)
+
+    def dropped(self) -> list[int]:
+        """Return how many units of each competitor are pruned already."""
+        there = [(i, base) for i, base in enumerate(self.bases) if base is not None]
+        counts = [0] * len(self.bases)
+        if there:
+            for (i, _), count in zip(there, ops.count_zeros([base for _, base in there]).tolist(), strict=True):
+                counts[i] = count
+        return counts
+
+
+def _outcome(masks_and_counts: tuple[list[Tensor], Tensor]) -> Outcome:
+    masks, nonfinite = masks_and_counts
+    return Outcome(masks, nonfinite.tolist())
+
+
+def _among_all(contest: _Contest) -> Outcome:
+    method, amount, sizes, dropped = contest.method, contest.amount, contest.sizes, contest.dropped()
+    assert isinstance(amount.ratio, float)
+    gone = sum(dropped)
+    removed = gone + removed_count(sum(sizes) - gone, amount.ratio)
+    bases = contest.known_bases
+    is_lamp = method.importance.normalize == "lamp" and is_magnitude_of_elements(method)
+    if is_lamp and method.importance.power == 1 and bases is None and not amount.is_capped:
+        # Within a weight LAMP orders like |w|, so the weights' counts are all there is to find.
+        weights = [competitor.weight.values for competitor in contest.competitors]
+        return _outcome(ops.threshold(weights, lamp_removed(weights, removed)))
+    key = keys(method, contest.competitors, compared=True)
+    if not amount.is_capped:
+        return _outcome(ops.threshold(key.tensors, removed, scales=key.scales, normalize=key.normalize, bases=bases))
+    low, high = (by_name(amount.min_ratio, contest.names, 0.0), by_name(amount.max_ratio, contest.names, 1.0))
+    bounds = [limits(size, *ratios) for size, *ratios in zip(sizes, low, high, strict=True)]
+    return _outcome(
+        capped_threshold(
+            key.tensors,
+            removed,
+            # What was pruned before stays so, whatever the caps say.
+            least=[max(least, gone) for (least, _), gone in zip(bounds, dropped, strict=True)],
+            most=[max(most, gone) for (_, most), gone in zip(bounds, dropped, strict=True)],
+            scales=key.scales,
+            normalize=key.normalize,
+            bases=bases,
+        )
+    )
+
+
+def _in_groups(contest: _Contest) -> Outcome:
+    amount = contest.amount
+    assert amount.ratio is not None
+    sets: dict[str, list[int]] = {}
+    for i, name in enumerate(contest.names):
+        sets.setdefault(group_of(contest.method.scope, name) or "", []).append(i)
+    ratios = by_name(amount.ratio, list(sets), 0.0)
+    masks: dict[int, Tensor] = {}
+    nonfinite: dict[int, int] = {}
+    for chosen, ratio in zip(sets.values(), ratios, strict=True):
+        part = contest.subset(chosen)
+        low, high = _of(amount.min_ratio, part.names), _of(amount.max_ratio, part.names)
+        outcome = _among_all(replace(part, amount=replace(amount, ratio=ratio, min_ratio=low, max_ratio=high)))
+        masks.update(zip(chosen, outcome.masks, strict=True))
+        nonfinite.update(zip(chosen, outcome.nonfinite, strict=True))
+    order = range(len(contest.competitors))
+    return Outcome([masks[i] for i in order], [nonfinite[i] for i in order])
+
+
+def _of(values: float | Mapping[str, float], names: Sequence[str]) -> float | Mapping[str, float]:
+    """Leave out rules about other weights."""
+    if not isinstance(values, Mapping):
+        return values
+    used = {matching_rule(name, list(values)) for name in names}
+    return {rule: value for rule, value in values.items() if rule in used}
+
+
+def _by_tensor(contest: _Contest) -> Outcome:
+    removed = [
+        dropped + removed_count(size - dropped, ratio)
+        for size, ratio, dropped in zip(contest.sizes, contest.ratios(), contest.dropped(), strict=True)
+    ]
+    key = keys(contest.method, contest.competitors, compared=False)
+    return _outcome(ops.threshold(key.tensors, removed, bases=contest.known_bases))
+
+
+def _by_row(contest: _Contest) -> Outcome:
+    sizes, kept = [], []
+    for competitor, base, ratio in zip(contest.competitors, contest.bases, contest.ratios(), strict=True):
+        shape = competitor.unit_shape
+        columns = torch.Size(shape).numel() // max(1, shape[competitor.weight.out_dim] if len(shape) > 1 else 1)
+        left = columns if base is None else _left_in_rows(base, competitor)
+        sizes.append(max(1, columns))
+        kept.append(left - removed_count(left, ratio))
+    return _in_rows(contest, sizes, kept, neighbours_are_inputs=False)
+
+
+def _left_in_rows(base: Tensor, competitor: Competitor) -> int:
+    left = _outputs_first(base, competitor).flatten(1).sum(1) if base.dim() > 1 else base.sum().reshape(1)
+    if left.numel() and left.min() != left.max():
+        raise ValueError(
+            f"the rows of {competitor.name} have from {int(left.min())} to {int(left.max())} units left, and scope "
+            "row with from_remaining needs equally many; use scope.tensor(), or from_remaining=False"
+        )
+    return int(left.max()) if left.numel() else 0
+
+
+def _n_of_m(contest: _Contest) -> Outcome:
+    count, scope = len(contest.competitors), contest.method.scope
+    return _in_rows(contest, [scope.of] * count, [scope.keep] * count, neighbours_are_inputs=True)
+
+
+def _outputs_first(tensor: Tensor, competitor: Competitor) -> Tensor:
+    return tensor.movedim(competitor.weight.out_dim, 0)
+
+
+def _in_rows(contest: _Contest, sizes: list[int], kept: list[int], *, neighbours_are_inputs: bool) -> Outcome:
+    """Keep ``kept`` of each ``sizes`` neighbours of a row: all units of an output, or only its input channels."""
+
+    def in_rows(tensor: Tensor, competitor: Competitor) -> Tensor:
+        if tensor.dim() < 2:
+            return tensor.reshape(-1)
+        return (
+            tensor.movedim(competitor.weight.in_dim, -1)
+            if neighbours_are_inputs
+            else _outputs_first(tensor, competitor)
+        )
+
+    def per_column(factor: Tensor, competitor: Competitor) -> Tensor:
+        shape = list(competitor.weight.values.shape)
+        if neighbours_are_inputs or len(shape) < 2:
+            return factor.flatten()
+        shape[competitor.weight.out_dim] = 1
+        return _outputs_first(factor.expand(shape), competitor).flatten()
+
+    pairs = contest.competitors
+    key = keys_in_rows(contest.method, pairs)
+    masks = [torch.empty_like(tensor, dtype=torch.bool) for tensor in key.tensors]
+    views = [in_rows(tensor, competitor) for tensor, competitor in zip(key.tensors, pairs, strict=True)]
+    factors = [
+        None if f is None else per_column(f, c)
+        for f, c in zip(key.factors or [None] * len(pairs), pairs, strict=True)
+    ]
+    bases = [None if base is None else in_rows(base, c) for base, c in zip(contest.bases, pairs, strict=True)]
+    _, nonfinite = ops.group_masks(
+        views,
+        sizes,
+        kept,
+        row_dims=[view.dim() - 1 if neighbours_are_inputs else min(1, view.dim() - 1) for view in views],
+        factors=factors,
+        bases=bases,
+        masks=[in_rows(mask, competitor) for mask, competitor in zip(masks, pairs, strict=True)],
+    )
+    return _outcome((masks, nonfinite))
+
+
+_HOLD: Mapping[str, Callable[[_Contest], Outcome]] = {
+    "model": _among_all,
+    "tensor": _by_tensor,
+    "row": _by_row,
+    "n_of_m": _n_of_m,
+    "group": _in_groups,
+}
+
+
+def _unit_bases(method: Method, competitors: Sequence[Competitor]) -> list[Tensor | None]:
+    """Say which units are still kept, in part at least; None for competitors that carry no masks."""
+    if method.granularity.name == "element":
+        return [competitor.weight.base for competitor in competitors]
+    masked = [c for c in competitors if any(member.weight.base is not None for member in c.members)]
+    tensors = [
+        torch.ones_like(member.weight.values, dtype=torch.bool) if member.weight.base is None else member.weight.base
+        for competitor in masked
+        for member in competitor.members
+    ]
+    kept = dict(zip(map(id, masked), reduce_units(masked, tensors, None, "max"), strict=True))
+    return [kept[id(competitor)] > 0 if id(competitor) in kept else None for competitor in competitors]
