@@ -13,6 +13,10 @@ STABLE_TORCH_LIBRARY(pyprune, m) {
   // L2 norm of each tensor, accumulated in float64 in a fixed order: float64 [n].
   m.def("norms(Tensor[] tensors) -> Tensor");
 
+  // Per block of each tensor the sum (reduction 0), mean (1) or maximum (2) of |x|^p, or of x without p. `blocks` has
+  // the sizes of the first tensor's blocks, then the second's. float64 for float64 and bool, float32 for the others.
+  m.def("unit_scores(Tensor[] tensors, int[] blocks, float? p, int reduction) -> Tensor[]");
+
   // weights[i][~masks[i]] = 0, in place.
   m.def("fold(Tensor(a!)[] weights, Tensor[] masks) -> ()");
 

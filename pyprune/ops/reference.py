@@ -197,15 +197,17 @@ def _tiles(values: Tensor, dim: int, size: int, fill: float = 0.0) -> Tensor:
 def _sum_along(values: Tensor, dim: int, size: int) -> Tensor:
     """Sum the units of a dimension, which are of this size.
 
-    A unit is cut into pieces of 256 steps of `lanes` elements. In a piece, lane j adds elements j, j + lanes, ...
-    one after the other, starting from zero, and the lanes are added in halves, as in `ordered_sum`. The sums of the
-    pieces are a unit again, summed in the same way until one number is left. There are 16 lanes, or one where the
-    later dimensions have 64 elements or more: then those fill the lanes of a processor.
+    Elements are shared by lanes: lane j adds elements j, j + lanes, ... one after the other, starting from zero, and the
+    lanes are added in halves, as in `ordered_sum`. No lane adds more than 256: what has more elements is cut into
+    pieces, whose sums are summed in the same way until one number is left. There are 16 lanes; but only one for up to
+    16 elements, and where the later dimensions have 64 elements or more, which fill the lanes of a processor too.
     """
-    lanes = NORM_LANES if math.prod(values.shape[dim + 1 :]) < UNIT_ROOM else 1
+    behind = math.prod(values.shape[dim + 1 :])
     values = _tiles(values, dim, size)
     while values.shape[dim + 1] > 1:
-        steps = min(UNIT_STEPS, -(-values.shape[dim + 1] // lanes))
+        count = values.shape[dim + 1]
+        lanes = 1 if count <= NORM_LANES or behind >= UNIT_ROOM else NORM_LANES
+        steps = min(UNIT_STEPS, -(-count // lanes))
         pieces = _tiles(_tiles(values, dim + 1, steps * lanes), dim + 2, lanes)
         values = torch.zeros_like(pieces.select(dim + 2, 0))
         for step in range(steps):

@@ -7,8 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from pyprune.ops import reference
-from pyprune.ops._blocks import check_blocks
+from pyprune.ops._blocks import check_blocks, unit_shape
 from pyprune.ops._library import WEIGHT_DTYPES, check_tensors
 
 Reduction = Literal["sum", "mean", "max"]
@@ -60,4 +59,20 @@ def unit_scores(
         raise ValueError(f"p is {p!r}; give a positive finite power, or None for the elements with their sign")
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction is {reduction!r}; allowed are {', '.join(get_args(Reduction))}")
-    return reference.unit_scores(tensors, checked, p=p, reduction=reduction)
+    if not tensors:
+        return []
+    sizes = [size for block in checked for size in block]
+    scores: list[Tensor] = torch.ops.pyprune.unit_scores(list(tensors), sizes, p, get_args(Reduction).index(reduction))
+    return scores
+
+
+def _fake(tensors: list[Tensor], blocks: list[int], p: float | None, reduction: int) -> list[Tensor]:
+    scores = []
+    for tensor in tensors:
+        block, blocks = blocks[: tensor.dim()], blocks[tensor.dim() :]
+        dtype = torch.float64 if tensor.dtype in (torch.float64, torch.bool) else torch.float32
+        scores.append(tensor.new_empty(unit_shape(tensor.shape, block), dtype=dtype))
+    return scores
+
+
+torch.library.register_fake("pyprune::unit_scores", _fake)

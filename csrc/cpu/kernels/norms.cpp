@@ -9,22 +9,6 @@ namespace {
 #if defined(__AVX512F__)
 
 template <class Type>
-__m512d load8(const typename Type::Item* x);
-template <>
-__m512d load8<Float32>(const float* x) {
-  return _mm512_cvtps_pd(_mm256_loadu_ps(x));
-}
-template <>
-__m512d load8<Float16>(const uint16_t* x) {
-  return _mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
-}
-template <>
-__m512d load8<BFloat16>(const uint16_t* x) {
-  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
-  return _mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16)));
-}
-
-template <class Type>
 double squares_of_block(const typename Type::Item* x) {
   __m512d low = _mm512_setzero_pd(), high = low;
   for (int64_t i = 0; i < kNormBlock; i += kNormLanes) {

@@ -18,6 +18,8 @@ namespace {
 typedef double Double4 __attribute__((vector_size(32)));
 typedef float Float4 __attribute__((vector_size(16)));
 typedef uint32_t Uint4x32 __attribute__((vector_size(16)));
+typedef int32_t Int4x32 __attribute__((vector_size(16)));
+typedef uint8_t Uint4x8 __attribute__((vector_size(4)));
 typedef uint16_t Uint4x16 __attribute__((vector_size(8)));
 
 template <class Vector>
@@ -26,6 +28,12 @@ inline Vector load(const void* from) {
   std::memcpy(&v, from, sizeof(v));
   return v;
 }
+
+#if defined(__AVX512F__)
+typedef double Double8 __attribute__((vector_size(64)));
+template <class Type>
+Double8 load8(const typename Type::Item* x);
+#endif
 
 struct Float64 {
   using Item = double;
@@ -64,6 +72,39 @@ struct Float16 {
   }
   static double load1(const Item* x) { return float16_to_float(*x); }
 };
+
+// False and true as 0 and 1.
+struct Bool {
+  using Item = uint8_t;
+  static Double4 load4(const Item* x) {
+    return __builtin_convertvector(__builtin_convertvector(load<Uint4x8>(x), Int4x32), Double4);
+  }
+  static double load1(const Item* x) { return *x; }
+};
+
+#if defined(__AVX512F__)
+template <>
+inline Double8 load8<Float64>(const double* x) {
+  return _mm512_loadu_pd(x);
+}
+template <>
+inline Double8 load8<Float32>(const float* x) {
+  return _mm512_cvtps_pd(_mm256_loadu_ps(x));
+}
+template <>
+inline Double8 load8<Float16>(const uint16_t* x) {
+  return _mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
+}
+template <>
+inline Double8 load8<BFloat16>(const uint16_t* x) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+  return _mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16)));
+}
+template <>
+inline Double8 load8<Bool>(const uint8_t* x) {
+  return _mm512_cvtepi32_pd(_mm256_cvtepu8_epi32(_mm_loadu_si64(x)));
+}
+#endif
 
 inline double add_lanes(double* lanes) {
   for (int64_t half = kNormLanes / 2; half > 0; half /= 2) {
