@@ -10,6 +10,13 @@ STABLE_TORCH_LIBRARY(pyprune, m) {
   // elsewhere, threshold takes norms.
   m.def("normalized_threshold(Tensor[] weights, int removed, Tensor(a!)[] masks) -> Tensor");
 
+  // Masks that keep the kept[i] largest of each sizes[i] neighbours in a row of weight i, whose first row_dims[i]
+  // dimensions say which row. Score: |w|, or |w| * factors[i][column]; where bases[i] is False nothing stays. Returns
+  // non-finite counts, int64 [n].
+  m.def(
+      "group_masks(Tensor[] weights, int[] sizes, int[] kept, int[] row_dims, Tensor?[] factors, Tensor?[] bases, "
+      "Tensor(a!)[] masks) -> Tensor");
+
   // L2 norm of each tensor, accumulated in float64 in a fixed order: float64 [n].
   m.def("norms(Tensor[] tensors) -> Tensor");
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyprune.ops import reference
 from pyprune.ops._library import WEIGHT_DTYPES, check_masks, check_tensors
 
 
@@ -80,9 +79,9 @@ def group_masks(
     check_masks(masks, weights)
     if not weights:
         return [], torch.empty(0, dtype=torch.int64)
-    found, nonfinite = reference.group_masks(weights, sizes, kept, row_dims=row_dims, factors=factors, bases=bases)
-    for mask, one in zip(masks, found, strict=True):
-        mask.copy_(one)
+    nonfinite = torch.ops.pyprune.group_masks(list(weights), sizes, kept, row_dims, factors, bases, list(masks))
+    # Let autograd notice masks that a graph still needs.
+    torch.autograd.graph.increment_version(list(masks))
     return list(masks), nonfinite
 
 
@@ -136,3 +135,18 @@ def _one_or_none_per_weight(
                 f"{weight.device}, where its weight is"
             )
     return list(tensors)
+
+
+def _fake(
+    weights: list[Tensor],
+    sizes: list[int],
+    kept: list[int],
+    row_dims: list[int],
+    factors: list[Tensor | None],
+    bases: list[Tensor | None],
+    masks: list[Tensor],
+) -> Tensor:
+    return weights[0].new_empty(len(weights), dtype=torch.int64)
+
+
+torch.library.register_fake("pyprune::group_masks", _fake)
