@@ -148,7 +148,7 @@ def erk(shapes: Sequence[Sequence[int]], ratio: float) -> list[float]:
         if not full:
             break
         dense |= full
-    return [0.0 if i in dense else 1 - epsilon * raw[i] for i in range(len(sizes))]
+    return [0.0 if i in dense or not sizes[i] else max(0.0, 1 - epsilon * raw[i]) for i in range(len(sizes))]
 
 
 def limits(n: int, min_ratio: float, max_ratio: float) -> tuple[int, int]:

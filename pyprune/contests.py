@@ -119,20 +119,41 @@ def _among_all(contest: _Contest) -> Outcome:
     key = keys(method, contest.competitors, compared=True)
     if not amount.is_capped:
         return _outcome(ops.threshold(key.tensors, removed, scales=key.scales, normalize=key.normalize, bases=bases))
-    low, high = (by_name(amount.min_ratio, contest.names, 0.0), by_name(amount.max_ratio, contest.names, 1.0))
-    bounds = [limits(size, *ratios) for size, *ratios in zip(sizes, low, high, strict=True)]
+    bounds = _bounds(contest, sizes, dropped, removed)
     return _outcome(
         capped_threshold(
             key.tensors,
             removed,
-            # What was pruned before stays so, whatever the caps say.
-            least=[max(least, gone) for (least, _), gone in zip(bounds, dropped, strict=True)],
-            most=[max(most, gone) for (_, most), gone in zip(bounds, dropped, strict=True)],
+            least=[least for least, _ in bounds],
+            most=[most for _, most in bounds],
             scales=key.scales,
             normalize=key.normalize,
             bases=bases,
         )
     )
+
+
+def _bounds(contest: _Contest, sizes: Sequence[int], dropped: Sequence[int], removed: int) -> list[tuple[int, int]]:
+    """Return how many units of each competitor must go at least, and may at most."""
+    low = by_name(contest.amount.min_ratio, contest.names, 0.0)
+    high = by_name(contest.amount.max_ratio, contest.names, 1.0)
+    bounds = []
+    for name, size, gone, min_ratio, max_ratio in zip(contest.names, sizes, dropped, low, high, strict=True):
+        least, most = limits(size, min_ratio, max_ratio)
+        if least > most:
+            raise ValueError(
+                f"no number of the {size} units of {name} is at least min_ratio {min_ratio} and at most max_ratio "
+                f"{max_ratio} of them; give limits further apart"
+            )
+        # What was pruned before stays so, whatever the limits say.
+        bounds.append((max(least, gone), max(most, gone)))
+    fewest, all_most = sum(least for least, _ in bounds), sum(most for _, most in bounds)
+    if not fewest <= removed <= all_most:
+        raise ValueError(
+            f"{removed} of {sum(sizes)} units are to go, but min_ratio and max_ratio allow {fewest} to {all_most}; "
+            "give another ratio, or other limits"
+        )
+    return bounds
 
 
 def _in_groups(contest: _Contest) -> Outcome:

@@ -104,7 +104,9 @@ def gradient(normalize: Normalization = "none") -> Importance:
         >>> gradient().score(torch.ones(2), torch.tensor([-3.0, 1.0])).tolist()
         [3.0, 1.0]
     """
-    return Importance("gradient", lambda weight, g: g.abs(), "elements", "gradient", None, normalize)
+    return Importance(
+        "gradient", lambda weight, g: g.abs(), "elements", "gradient", None, _check_normalization(normalize)
+    )
 
 
 def snip(normalize: Normalization = "none") -> Importance:
@@ -116,7 +118,14 @@ def snip(normalize: Normalization = "none") -> Importance:
         >>> snip().score(torch.tensor([2.0, -1.0]), torch.tensor([-3.0, 1.0])).tolist()
         [6.0, 1.0]
     """
-    return Importance("snip", lambda weight, g: (_wide(weight) * g).abs(), "elements", "gradient", None, normalize)
+    return Importance(
+        "snip",
+        lambda weight, g: (_wide(weight) * g).abs(),
+        "elements",
+        "gradient",
+        None,
+        _check_normalization(normalize),
+    )
 
 
 def snip_momentum(decay: float = 0.9, scale: float = 1.0, normalize: Normalization = "none") -> Importance:
@@ -127,7 +136,16 @@ def snip_momentum(decay: float = 0.9, scale: float = 1.0, normalize: Normalizati
         1.899999976158142
     """
     options = (_positive("decay", decay), _positive("scale", scale))
-    return Importance("snip_momentum", lambda weight, s: s, "elements", "momentum", None, normalize, False, options)
+    return Importance(
+        "snip_momentum",
+        lambda weight, s: s,
+        "elements",
+        "momentum",
+        None,
+        _check_normalization(normalize),
+        False,
+        options,
+    )
 
 
 def taylor(normalize: Normalization = "none") -> Importance:
@@ -139,7 +157,9 @@ def taylor(normalize: Normalization = "none") -> Importance:
         >>> taylor().score(torch.tensor([2.0, -1.0]), torch.tensor([9.0, 1.0])).tolist()  # squares of g
         [36.0, 1.0]
     """
-    return Importance("taylor", _weighted_square, "elements", "squared gradient", None, normalize)
+    return Importance(
+        "taylor", _weighted_square, "elements", "squared gradient", None, _check_normalization(normalize)
+    )
 
 
 def fisher(damp: float = 0.0, normalize: Normalization = "none") -> Importance:
@@ -159,7 +179,7 @@ def fisher(damp: float = 0.0, normalize: Normalization = "none") -> Importance:
     def score(weight: Tensor, squares: Tensor) -> Tensor:
         return _weighted_square(weight, squares + added) / 2
 
-    return Importance("fisher", score, "elements", "squared gradient", None, normalize)
+    return Importance("fisher", score, "elements", "squared gradient", None, _check_normalization(normalize))
 
 
 def wanda(normalize: Normalization = "none") -> Importance:
@@ -215,7 +235,9 @@ def apoz(activation: Callable[[Tensor], Tensor] = torch.relu) -> Importance:
         >>> apoz().score(torch.ones(2, 1), torch.tensor([0.25, 1.0])).tolist()
         [0.75, 0.0]
     """
-    return Importance("apoz", lambda _, zeros: 1 - zeros, "channels", "zero outputs", options=(activation,))
+    return Importance(
+        "apoz", lambda _, zeros: 1 - zeros, "channels", "zero outputs", options=(_function(activation),)
+    )
 
 
 def mean_activation(activation: Callable[[Tensor], Tensor] = torch.relu) -> Importance:
@@ -228,7 +250,12 @@ def mean_activation(activation: Callable[[Tensor], Tensor] = torch.relu) -> Impo
         [0.25, 1.0]
     """
     return Importance(
-        "mean_activation", lambda _, mean: mean, "channels", "mean output", signed=True, options=(activation,)
+        "mean_activation",
+        lambda _, mean: mean,
+        "channels",
+        "mean output",
+        signed=True,
+        options=(_function(activation),),
     )
 
 
@@ -241,9 +268,8 @@ def custom(function: Callable[[Tensor], Tensor], name: str = "custom") -> Import
         >>> custom(lambda weight: -weight).score(torch.tensor([1.0, 2.0]), None).tolist()
         [-1.0, -2.0]
     """
-    if not callable(function):
-        raise TypeError(f"function is a {type(function).__name__}; give a function of a weight, or an importance")
-    return Importance(name, lambda weight, _: function(weight), signed=True)
+    score = _function(function)
+    return Importance(name, lambda weight, _: score(weight), signed=True)
 
 
 def given(scores: Mapping[str, Tensor]) -> Importance:
@@ -333,6 +359,12 @@ def _positive(name: str, value: float, *, zero: bool = False) -> float:
             f"{name} is {value}; give a {'finite number, 0 or more' if zero else 'positive, finite number'}"
         )
     return float(value)
+
+
+def _function(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    if not callable(function):
+        raise TypeError(f"{function!r:.80} is a {type(function).__name__}; give a function of a tensor")
+    return function
 
 
 def _check_normalization(how: Normalization) -> Normalization:

@@ -197,8 +197,8 @@ def _tiles(values: Tensor, dim: int, size: int, fill: float = 0.0) -> Tensor:
 def _sum_along(values: Tensor, dim: int, size: int) -> Tensor:
     """Sum the units of a dimension, which are of this size.
 
-    Elements are shared by lanes: lane j adds elements j, j + lanes, ... one after the other, starting from zero, and the
-    lanes are added in halves, as in `ordered_sum`. No lane adds more than 256: what has more elements is cut into
+    Elements are shared by lanes: lane j adds elements j, j + lanes, ... one after the other, starting from zero, and
+    the lanes are added in halves, as in `ordered_sum`. No lane adds more than 256: what has more elements is cut into
     pieces, whose sums are summed in the same way until one number is left. There are 16 lanes; but only one for up to
     16 elements, and where the later dimensions have 64 elements or more, which fill the lanes of a processor too.
     """

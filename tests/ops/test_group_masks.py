@@ -3,11 +3,9 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
-from pyprune import _C, ops
+from pyprune import ops
 from pyprune.ops import reference
 from tests.ops.cases import DTYPES, KINDS, adversarial, layouts
 
