@@ -58,7 +58,7 @@ def capped_threshold(
         scales = ops.inverse_norms(weights)
 
     def threshold(chosen: list[bool], count: int | list[int]) -> tuple[Tensor, Tensor]:
-        """Write the masks of some weights; the others become empty, so that the order of all scores stays as it is."""
+        """Write the masks of some weights; the others become empty, so that the order of scores stays as it is."""
 
         def some(tensors: Sequence[Tensor]) -> list[Tensor]:
             return [one if here else one.new_empty(0) for one, here in zip(tensors, chosen, strict=True)]
@@ -102,7 +102,9 @@ def _limits(
 ) -> tuple[list[int], list[int]]:
     """Return what each weight loses at least and at most, with what its base lacks, or raise if that cannot be."""
     if not len(least) == len(most) == len(weights):
-        raise ValueError(f"got {len(least)} least and {len(most)} most for {len(weights)} weights; give one per weight")
+        raise ValueError(
+            f"got {len(least)} least and {len(most)} most for {len(weights)} weights; give one per weight"
+        )
     low = [operator.index(count) for count in least]
     high = [min(operator.index(count), weight.numel()) for count, weight in zip(most, weights, strict=True)]
     for i, (at_least, at_most) in enumerate(zip(low, high, strict=True)):
@@ -118,14 +120,14 @@ def _limits(
         for i, lacks in enumerate(lacking):
             if lacks > high[i]:
                 raise ValueError(
-                    f"bases[{i}] lacks {lacks} elements, and most[{i}] is {most[i]}; what a base lacks is removed, so "
+                    f"bases[{i}] lacks {lacks} elements, and most[{i}] is {most[i]}; what a base lacks is removed: "
                     f"allow {lacks} or more"
                 )
         low = [max(at_least, lacks) for at_least, lacks in zip(low, lacking, strict=True)]
         reason = "least, or what the bases lack,"
     if not sum(low) <= removed <= sum(high):
         raise ValueError(
-            f"removed is {removed}, but {reason} comes to {sum(low)} in all, and most (or the size of the weights) to "
-            f"{sum(high)}; give a number between these, or other caps"
+            f"removed is {removed}, but {reason} comes to {sum(low)} in all, and most (or the size of the weights) "
+            f"to {sum(high)}; give a number between these, or other caps"
         )
     return low, high

@@ -127,7 +127,7 @@ def test_capped_threshold_refuses_caps_that_cannot_be_met():
         capped_threshold(weights, 5, least=[5, 0], most=[9, 3])
     with pytest.raises(ValueError, match="removed is 3, but least comes to 4"):
         capped_threshold(weights, 3, least=[2, 2], most=[4, 3])
-    with pytest.raises(ValueError, match="most .* to 4"):
+    with pytest.raises(ValueError, match=r"most .* to 4"):
         capped_threshold(weights, 5, least=[0, 0], most=[2, 2])
     with pytest.raises(ValueError, match="one per weight"):
         capped_threshold(weights, 5, least=[0], most=[2, 2])
