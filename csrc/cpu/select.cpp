@@ -55,7 +55,7 @@ class Selection {
  public:
   explicit Selection(const Competition& competition)
       : competition_(competition),
-        sweeper_(competition.weights, competition.masks),
+        sweeper_(competition.weights, competition.masks, competition.bases),
         squares_(competition.normalize ? competition.weights : std::vector<Strided>()) {
     const bool scaled = competition.normalize || !competition.scales.empty();
     for (size_t i = 0; i < competition.weights.size(); ++i) {
@@ -75,7 +75,7 @@ class Selection {
     if (competition_.normalize && select_with_estimated_norms()) {
       return sweeper_.nonfinite();
     }
-    BracketSearch search(competition_.weights, scores_, competition_.removed);
+    BracketSearch search = new_search();
     for (bool first = true;; first = false) {
       sweeper_.clear();
       const Bracket wide = search.next();
@@ -85,6 +85,9 @@ class Selection {
         return sweeper_.nonfinite();
       }
       Places places = places_in(plan.bracket);
+      if (plan.bracket.last == kLacking && places.going <= 0) {
+        return sweeper_.nonfinite();  // the bases alone lack as many: all that they have was kept
+      }
       if (places.going < 0) {
         search.too_high(plan.bracket);
       } else if (places.going > places.inside) {
@@ -97,6 +100,10 @@ class Selection {
   }
 
  private:
+  BracketSearch new_search() const {
+    return BracketSearch(competition_.weights, competition_.bases, scores_, competition_.removed);
+  }
+
   // ---- norms ----
 
   // Takes the norms first, which reads all weights.
@@ -118,7 +125,7 @@ class Selection {
       return false;
     }
     set_scales([&](size_t weight) { return estimate.norms[weight]; });
-    const Bracket wide = BracketSearch(competition_.weights, scores_, competition_.removed).next();
+    const Bracket wide = new_search().next();
     if (wide.one_score()) {
       measure_norms(Which::kRest);  // a crowd must not be set aside, but only counted, and that takes exact scores
       return false;
