@@ -12,6 +12,8 @@
 // A bracket can be one score wide, when many weights share it (half types, weights that are already zero). Then
 // candidates are only counted: the counts say which pieces lose all of them, and only one piece is walked.
 //
+// What a base lacks goes before all scores: the sweep counts it as below every bracket.
+//
 // Scores that are divided by norms need no second read either. The probes tell the norms within some error, by which
 // the bracket is made wider for each weight, and the sweep sums the squares. In the end the norms are exact, and so
 // are the scores of the candidates.
@@ -256,6 +258,9 @@ class Selection {
       const Swept& swept = sweeper_.swept()[i];
       places.going -= sweeper_.pieces()[i].count - swept.above;
       places.inside += swept.bits == nullptr ? swept.candidates : 0;
+    }
+    if (bracket.below == kLacking) {
+      places.going = std::max<int64_t>(places.going, 0);  // bases that lack more than must go take nothing else along
     }
     places.keys = std::move(keys.inside);
     return places;
