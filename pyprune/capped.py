@@ -58,7 +58,7 @@ def capped_threshold(
         scales = ops.inverse_norms(weights)
 
     def threshold(chosen: list[bool], count: int | list[int]) -> tuple[Tensor, Tensor]:
-        """Write the masks of some weights; the others become empty, so that the order of all stays."""
+        """Write the masks of some weights; the others become empty, so that the order of scores stays as it is."""
 
         def some(tensors: Sequence[Tensor]) -> list[Tensor]:
             return [one if here else one.new_empty(0) for one, here in zip(tensors, chosen, strict=True)]
@@ -120,8 +120,8 @@ def _limits(
         for i, lacks in enumerate(lacking):
             if lacks > high[i]:
                 raise ValueError(
-                    f"bases[{i}] lacks {lacks} elements, and most[{i}] is {most[i]}; what a base lacks is removed, "
-                    f"so allow {lacks} or more"
+                    f"bases[{i}] lacks {lacks} elements, and most[{i}] is {most[i]}; what a base lacks is removed: "
+                    f"allow {lacks} or more"
                 )
         low = [max(at_least, lacks) for at_least, lacks in zip(low, lacking, strict=True)]
         reason = "least, or what the bases lack,"

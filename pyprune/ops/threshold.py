@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyprune.ops import reference
 from pyprune.ops._library import WEIGHT_DTYPES, check_bases, check_masks, check_tensors
 from pyprune.ops.norms import inverse_norms
 
@@ -87,19 +86,13 @@ def threshold(
         check_bases(bases, weights, masks)
     if not weights:
         return [], torch.empty(0, dtype=torch.int64)
-    if bases is not None:
-        if normalize:
-            scales = inverse_norms(weights)
-        found, nonfinite = reference.threshold(weights, removed, scales=scales, bases=bases)
-        for mask, one in zip(masks, found, strict=True):
-            mask.copy_(one)
-        return list(masks), nonfinite
+    starts = [] if bases is None else list(bases)
     if normalize and _in_one_read(weights, removed):
-        nonfinite = torch.ops.pyprune.normalized_threshold(list(weights), counts[0], list(masks))
+        nonfinite = torch.ops.pyprune.normalized_threshold(list(weights), counts[0], list(masks), starts)
     else:
         if normalize:
             scales = inverse_norms(weights)
-        nonfinite = torch.ops.pyprune.threshold(list(weights), scales, counts, list(masks))
+        nonfinite = torch.ops.pyprune.threshold(list(weights), scales, counts, list(masks), starts)
     # Let autograd notice masks that a graph still needs.
     torch.autograd.graph.increment_version(list(masks))
     return list(masks), nonfinite
@@ -110,11 +103,17 @@ def _in_one_read(weights: Sequence[Tensor], removed: int | Sequence[int]) -> boo
     return together and all(weight.is_cpu and weight.dtype != torch.float64 for weight in weights)
 
 
-def _fake(weights: list[Tensor], scales: Tensor | None, removed: list[int], masks: list[Tensor]) -> Tensor:
+def _fake(
+    weights: list[Tensor],
+    scales: Tensor | None,
+    removed: list[int],
+    masks: list[Tensor],
+    bases: list[Tensor | None],
+) -> Tensor:
     return weights[0].new_empty(len(weights), dtype=torch.int64)
 
 
-def _fake_normalized(weights: list[Tensor], removed: int, masks: list[Tensor]) -> Tensor:
+def _fake_normalized(weights: list[Tensor], removed: int, masks: list[Tensor], bases: list[Tensor | None]) -> Tensor:
     return weights[0].new_empty(len(weights), dtype=torch.int64)
 
 
