@@ -1,75 +1,85 @@
 #include "group_masks.h"
 
 #include <type_traits>
+#include <utility>
 
 #include "group_ranks.h"
 #include "row_select.h"
 #include "rows.h"
+#include "transpose.h"
 
 namespace pyprune::PYPRUNE_CAPABILITY {
 namespace {
 
-// Copies element (row, column) of some groups to out[place in the group * kLanes + lane], lanes being the rows of the
-// first group, of the second, and so on.
-template <class T>
-void pack(const T* from, const Steps& steps, int64_t size, int64_t groups, int64_t rows, T* out) {
-  const int64_t group_step = size * steps.column;
-  if (steps.row == 1 && rows == 9) {  // 3x3 convolutions: short runs want a length that the compiler knows
-    for (int64_t i = 0; i < size; ++i) {
-      for (int64_t g = 0; g < groups; ++g) {
-        __builtin_memcpy(out + i * kLanes + g * 9, from + g * group_step + i * steps.column, 9 * sizeof(T));
-      }
+// Some groups of `size` side by side: lanes are the rows of the first group, of the second, and so on.
+struct LaneTile {
+  int64_t size, groups, rows;
+  Steps steps;
+  int64_t group_step;
+
+  LaneTile(const Steps& all, int64_t size, int64_t groups, int64_t rows)
+      : size(size), groups(groups), rows(rows), steps(all), group_step(size * all.column) {
+    if (rows == 1) {  // then groups are rows as well
+      std::swap(this->groups, this->rows);
+      steps.row = group_step;
     }
-    return;
   }
-  if (steps.column == 1) {
-    for (int64_t g = 0; g < groups; ++g) {
-      for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t i = 0; i < size; ++i) {
-          out[i * kLanes + g * rows + r] = from[g * group_step + r * steps.row + i];
-        }
-      }
-    }
-    return;
-  }
-  for (int64_t i = 0; i < size; ++i) {
-    for (int64_t g = 0; g < groups; ++g) {
-      const T* const first = from + g * group_step + i * steps.column;
-      for (int64_t r = 0; r < rows; ++r) {
-        out[i * kLanes + g * rows + r] = first[r * steps.row];
+};
+
+// Calls move(element of the tensor, place in the lanes, count) for runs of rows that are next to each other. The
+// compiler knows the length of those of 3x3 convolutions.
+template <class T, class Move>
+void for_each_run(T* tensor, const LaneTile& tile, const Move& move) {
+  for (int64_t i = 0; i < tile.size; ++i) {
+    for (int64_t g = 0; g < tile.groups; ++g) {
+      T* const first = tensor + g * tile.group_step + i * tile.steps.column;
+      const int64_t place = i * kLanes + g * tile.rows;
+      if (tile.rows == 9) {
+        move(first, place, std::integral_constant<int64_t, 9>());
+      } else {
+        move(first, place, tile.rows);
       }
     }
   }
 }
 
+// Copies element i of lane l to out[i * kLanes + l].
+template <class T>
+void pack(const T* from, const LaneTile& tile, T* out) {
+  const auto [row_step, column_step] = tile.steps;
+  if (column_step == 1 && row_step != 0) {
+    for (int64_t g = 0; g < tile.groups; ++g) {
+      transpose(from + g * tile.group_step, row_step, tile.rows, tile.size, out + g * tile.rows, kLanes);
+    }
+  } else if (row_step == 1) {
+    for_each_run(from, tile, [&](const T* first, int64_t place, auto count) {
+      __builtin_memcpy(out + place, first, count * sizeof(T));
+    });
+  } else {
+    for_each_run(from, tile, [&, step = row_step](const T* first, int64_t place, auto count) {
+      for (int64_t r = 0; r < count; ++r) {
+        out[place + r] = first[r * step];
+      }
+    });
+  }
+}
+
 // The way back.
-void unpack(const uint8_t* from, const Steps& steps, int64_t size, int64_t groups, int64_t rows, uint8_t* to) {
-  const int64_t group_step = size * steps.column;
-  if (steps.row == 1 && rows == 9) {
-    for (int64_t i = 0; i < size; ++i) {
-      for (int64_t g = 0; g < groups; ++g) {
-        __builtin_memcpy(to + g * group_step + i * steps.column, from + i * kLanes + g * 9, 9);
-      }
+void unpack(const uint8_t* from, const LaneTile& tile, uint8_t* to) {
+  const auto [row_step, column_step] = tile.steps;
+  if (column_step == 1) {
+    for (int64_t g = 0; g < tile.groups; ++g) {
+      transpose(from + g * tile.rows, kLanes, tile.size, tile.rows, to + g * tile.group_step, row_step);
     }
-    return;
-  }
-  if (steps.column == 1) {
-    for (int64_t g = 0; g < groups; ++g) {
-      for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t i = 0; i < size; ++i) {
-          to[g * group_step + r * steps.row + i] = from[i * kLanes + g * rows + r];
-        }
+  } else if (row_step == 1) {
+    for_each_run(to, tile,
+                 [&](uint8_t* first, int64_t place, auto count) { __builtin_memcpy(first, from + place, count); });
+  } else {
+    for_each_run(to, tile, [&, step = row_step](uint8_t* first, int64_t place, auto count) {
+      for (int64_t r = 0; r < count; ++r) {
+        first[r * step] = from[place + r];
       }
-    }
-    return;
-  }
-  for (int64_t i = 0; i < size; ++i) {
-    for (int64_t g = 0; g < groups; ++g) {
-      uint8_t* const first = to + g * group_step + i * steps.column;
-      for (int64_t r = 0; r < rows; ++r) {
-        first[r * steps.row] = from[i * kLanes + g * rows + r];
-      }
-    }
+    });
   }
 }
 
@@ -107,26 +117,34 @@ struct Masker {
   }
 
  private:
-  void make_keys(const Bits* x, const Real* factor, const uint8_t* base, int64_t count, Key* __restrict to) {
+  // Returns the largest magnitude.
+  Bits make_keys(const Bits* x, const Real* factor, const uint8_t* base, int64_t count, Key* __restrict to) {
+    const auto write = [&](const auto& key) {
+      Bits largest = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        const Bits magnitude = x[i] & kMagnitude<Bits>;
+        largest = magnitude > largest ? magnitude : largest;
+        to[i] = key(i);
+      }
+      return largest;
+    };
+    const auto write_all = [&](const auto& key) {
+      // A key of -1, without a branch.
+      return base == nullptr ? write(key) : write([&](int64_t i) { return key(i) | -Key{base[i] == 0}; });
+    };
     if (factor == nullptr) {
-      for (int64_t i = 0; i < count; ++i) {
-        to[i] = static_cast<Key>(x[i] & kMagnitude<Bits>);
-      }
-    } else if constexpr (sizeof(Bits) == 8) {
-      const double* const values = reinterpret_cast<const double*>(x);
-      for (int64_t i = 0; i < count; ++i) {
-        to[i] = std::bit_cast<Key>(values[i] * factor[i]) & kMagnitude<uint64_t>;
-      }
-    } else if constexpr (sizeof(Key) == 4) {
-      const float* const values = widened(tile.dtype, x, count, room.widened);
-      for (int64_t i = 0; i < count; ++i) {
-        to[i] = std::bit_cast<Key>(values[i] * factor[i]) & kMagnitude<uint32_t>;
-      }
+      return write_all([&](int64_t i) { return static_cast<Key>(x[i] & kMagnitude<Bits>); });
     }
-    if (base != nullptr) {
-      for (int64_t i = 0; i < count; ++i) {
-        to[i] = base[i] != 0 ? to[i] : Key{-1};
+    if constexpr (sizeof(Key) == 2) {
+      return 0;  // products have more bits
+    } else {
+      const Real* values = reinterpret_cast<const Real*>(x);
+      if constexpr (sizeof(Key) == 4) {
+        values = widened(tile.dtype, x, count, room.widened);
       }
+      return write_all([&](int64_t i) {
+        return static_cast<Key>(std::bit_cast<Key>(values[i] * factor[i]) & kMagnitude<std::make_unsigned_t<Key>>);
+      });
     }
   }
 
@@ -166,10 +184,10 @@ struct Masker {
       for (int64_t start = 0; start < columns; start += kGroupPiece) {
         const int64_t count = columns - start < kGroupPiece ? columns - start : kGroupPiece;
         const uint8_t* const base = tile.base == nullptr ? nullptr : tile.base + row * tile.base_steps.row + start;
-        make_keys(x + start, factors == nullptr ? nullptr : factors + start, base, count, keys);
+        const Real* const factor = factors == nullptr ? nullptr : factors + start;
+        count_nonfinite(x + start, count, make_keys(x + start, factor, base, count, keys));
         Key largest = 0;
         rank_run<Key, kSize>(keys, Key{-1}, count, tile.kept, mask + start, largest);
-        count_nonfinite(x + start, count, largest_of(x + start, count));
       }
     }
   }
@@ -189,32 +207,34 @@ struct Masker {
 
   void rank_lanes_at(int64_t row, int64_t rows, int64_t column, int64_t size, int64_t groups) {
     const auto at = [&](const Steps& steps) { return row * steps.row + column * steps.column; };
+    const auto lanes_of = [&](const Steps& steps) { return LaneTile(steps, size, groups, rows); };
     const int64_t lanes = groups * rows, count = size * kLanes;
     Bits* const x = reinterpret_cast<Bits*>(room.weights);
     if (lanes < kLanes) {
       __builtin_memset(x, 0, count * sizeof(Bits));
     }
-    pack(weight + at(tile.weight_steps), tile.weight_steps, size, groups, rows, x);
+    pack(weight + at(tile.weight_steps), lanes_of(tile.weight_steps), x);
     Real* factor = nullptr;
     if (factors != nullptr) {
       factor = reinterpret_cast<Real*>(room.factors);
-      pack(factors + column, Steps{0, 1}, size, groups, rows, factor);
+      pack(factors + column, lanes_of({0, 1}), factor);
     }
     uint8_t* base = nullptr;
     if (tile.base != nullptr) {
       base = room.base;
-      pack(tile.base + at(tile.base_steps), tile.base_steps, size, groups, rows, base);
+      pack(tile.base + at(tile.base_steps), lanes_of(tile.base_steps), base);
     }
-    make_keys(x, factor, base, count, keys);
-    count_nonfinite(x, count, largest_of(x, count));
+    count_nonfinite(x, count, make_keys(x, factor, base, count, keys));
     if (size == 4) {
       rank_lanes<Key, 4>(keys, size, lanes, tile.kept, room.mask);
     } else if (size == 8) {
       rank_lanes<Key, 8>(keys, size, lanes, tile.kept, room.mask);
+    } else if (size == 16) {
+      rank_lanes<Key, 16>(keys, size, lanes, tile.kept, room.mask);
     } else {
       rank_lanes<Key, 0>(keys, size, lanes, tile.kept, room.mask);
     }
-    unpack(room.mask, tile.mask_steps, size, groups, rows, tile.mask + at(tile.mask_steps));
+    unpack(room.mask, lanes_of(tile.mask_steps), tile.mask + at(tile.mask_steps));
   }
 
   // --- longer groups

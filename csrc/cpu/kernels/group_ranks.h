@@ -29,9 +29,11 @@ void rank_lanes(const Key* keys, int64_t size, int64_t lanes, int64_t kept, uint
     for (int64_t j = 0; j < count; ++j) {
       const Vector mine = key(j);
       Vector beats{};
+#pragma GCC unroll 8
       for (int64_t i = 0; i < j; ++i) {
         beats += key(i) > mine;
       }
+#pragma GCC unroll 8
       for (int64_t i = j + 1; i < count; ++i) {
         beats += key(i) >= mine;
       }
