@@ -5,6 +5,7 @@
 
 #include "../check.h"
 #include "strided.h"
+#include "unit_pattern.h"
 
 namespace pyprune {
 
@@ -18,6 +19,23 @@ inline std::vector<Strided> strided_of(const std::vector<torch::stable::Tensor>&
   result.reserve(tensors.size());
   for (const auto& tensor : tensors) {
     result.push_back(strided_of(tensor));
+  }
+  return result;
+}
+
+// The masks of the units of tensors, which are then viewed as flat where they are dense; `blocks` has the sizes of
+// the first tensor's units, then the second's.
+inline std::vector<UnitPattern> patterns_of(const std::vector<torch::stable::Tensor>& tensors,
+                                            std::vector<Strided>& views,
+                                            const std::vector<torch::stable::Tensor>& unit_masks,
+                                            const std::vector<int64_t>& blocks) {
+  check_unit_masks(unit_masks, tensors, blocks);
+  std::vector<UnitPattern> result;
+  const int64_t* block = blocks.data();
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    result.emplace_back(views[i], tensors[i].sizes().data(), tensors[i].strides().data(), block, tensors[i].dim(),
+                        static_cast<const uint8_t*>(unit_masks[i].const_data_ptr()), unit_masks[i].strides().data());
+    block += tensors[i].dim();
   }
   return result;
 }
