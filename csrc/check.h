@@ -52,4 +52,19 @@ inline void check_bases(const std::vector<std::optional<torch::stable::Tensor>>&
   }
 }
 
+// One mask per unit; `blocks` has the sizes of the first tensor's units, then the second's.
+inline void check_unit_masks(const std::vector<torch::stable::Tensor>& unit_masks,
+                             const std::vector<torch::stable::Tensor>& tensors, const std::vector<int64_t>& blocks) {
+  STD_TORCH_CHECK(unit_masks.size() == tensors.size(), "expected one mask of units per tensor");
+  size_t at = 0;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    STD_TORCH_CHECK(dtype_of(unit_masks[i]) == Dtype::kBool, "masks must be bool");
+    bool fit = unit_masks[i].dim() == tensors[i].dim() && at + tensors[i].dim() <= blocks.size();
+    for (int64_t d = 0; fit && d < tensors[i].dim(); ++d, ++at) {
+      fit = blocks[at] > 0 && unit_masks[i].size(d) == (tensors[i].size(d) + blocks[at] - 1) / blocks[at];
+    }
+    STD_TORCH_CHECK(fit, "mask of units and blocks differ in shape");
+  }
+}
+
 }  // namespace pyprune

@@ -27,6 +27,11 @@ STABLE_TORCH_LIBRARY(pyprune, m) {
 
   // weights[i][~masks[i]] = 0, in place.
   m.def("fold(Tensor(a!)[] weights, Tensor[] masks) -> ()");
+  // The same with a mask for each unit. `blocks` as for unit_scores.
+  m.def("fold_units(Tensor(a!)[] weights, Tensor[] unit_masks, int[] blocks) -> ()");
+
+  // masks[i] = unit_masks[i], each repeated over its unit.
+  m.def("expand(Tensor[] unit_masks, int[] blocks, Tensor(a!)[] masks) -> ()");
 
   // Number of elements equal to zero (False for bool) in each tensor: int64 [n].
   m.def("count_zeros(Tensor[] tensors) -> Tensor");

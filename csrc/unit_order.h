@@ -1,7 +1,7 @@
 // The order in which the elements of a unit are added: the same on CPU and GPU, and in pyprune/ops/reference.py,
-// because masks depend on the last bit of a score. Dimension by dimension, the first one first. Along a dimension, lane
-// j adds elements j, j + lanes, ..., at most 256 of them, and the lanes are added in halves; what has more elements is
-// cut into pieces, whose sums are added in the same way.
+// because masks depend on the last bit of a score. Dimension by dimension, the first one first. Along a dimension,
+// lane j adds elements j, j + lanes, ..., at most 256 of them, and the lanes are added in halves; what has more
+// elements is cut into pieces, whose sums are added in the same way.
 #pragma once
 
 #include <cstdint>

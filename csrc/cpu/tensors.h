@@ -8,6 +8,7 @@
 
 #include "../check.h"
 #include "strided.h"
+#include "unit_pattern.h"
 
 namespace pyprune {
 
@@ -30,6 +31,23 @@ inline std::vector<std::optional<Strided>> strided_of(
   std::vector<std::optional<Strided>> result;
   for (const auto& tensor : tensors) {
     result.push_back(tensor.has_value() ? std::optional(strided_of(*tensor)) : std::nullopt);
+  }
+  return result;
+}
+
+// The masks of the units of tensors, which are then viewed as flat where they are dense; `blocks` has the sizes of
+// the first tensor's units, then the second's.
+inline std::vector<UnitPattern> patterns_of(const std::vector<torch::stable::Tensor>& tensors,
+                                            std::vector<Strided>& views,
+                                            const std::vector<torch::stable::Tensor>& unit_masks,
+                                            const std::vector<int64_t>& blocks) {
+  check_unit_masks(unit_masks, tensors, blocks);
+  std::vector<UnitPattern> result;
+  const int64_t* block = blocks.data();
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    result.emplace_back(views[i], tensors[i].sizes().data(), tensors[i].strides().data(), block, tensors[i].dim(),
+                        static_cast<const uint8_t*>(unit_masks[i].const_data_ptr()), unit_masks[i].strides().data());
+    block += tensors[i].dim();
   }
   return result;
 }

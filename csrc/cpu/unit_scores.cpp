@@ -53,9 +53,8 @@ std::vector<Tensor> unit_scores(const std::vector<Tensor> tensors, const std::ve
   share_tasks(static_cast<int64_t>(tasks.size()), elements_of(views), [&](int64_t task, int64_t worker) {
     tasks[task].sums.add(tasks[task].first, tasks[task].count, rooms[worker]);
   });
-  share_tasks(static_cast<int64_t>(rest.size()), elements_of(views) / kUnitSteps, [&](int64_t task, int64_t worker) {
-    rest[task].sums.finish(rest[task].first, rooms[worker]);
-  });
+  share_tasks(static_cast<int64_t>(rest.size()), elements_of(views) / kUnitSteps,
+              [&](int64_t task, int64_t worker) { rest[task].sums.finish(rest[task].first, rooms[worker]); });
   return results;
 }
 

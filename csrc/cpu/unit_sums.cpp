@@ -18,8 +18,8 @@ double* with_room(std::vector<double>& room, int64_t count) {
 }
 
 // [before][size][inside] to [before][units][inside], where later dimensions have `behind` elements.
-void sum_along(const void* data, Dtype dtype, const UnitTerm& term, int64_t before, const UnitDim& dim, int64_t behind,
-               int64_t inside, double* out) {
+void sum_along(const void* data, Dtype dtype, const UnitTerm& term, int64_t before, const UnitDim& dim,
+               int64_t behind, int64_t inside, double* out) {
   const auto kernel = PYPRUNE_KERNEL(sum_units);
   const char* x = static_cast<const char*>(data);
   const int64_t row = inside * item_size(dtype);

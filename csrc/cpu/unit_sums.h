@@ -41,9 +41,9 @@ class UnitSums {
   bool mean_, wide_;
   char* out_;
 
-  UnitDim rows_;                   // the first dimension that is summed, taken together with those before it if it can
-  std::vector<UnitDim> later_;     // those after it
-  std::vector<size_t> in_memory_;  // how rows_ (0) and later_ (1, ...) are nested in memory, outermost first
+  UnitDim rows_;                // the first dimension that is summed, taken together with those before it if it can
+  std::vector<UnitDim> later_;  // those after it
+  std::vector<size_t> in_memory_;    // how rows_ (0) and later_ (1, ...) are nested in memory, outermost first
   int64_t outer_, behind_, inside_;  // elements of the dimensions before rows_, after it, inside it in memory
   int64_t tiles_;                    // blocks of rows
   int64_t scores_of_tile_ = 1;

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyprune.ops import reference
 from pyprune.ops._blocks import check_blocks
 from pyprune.ops._library import WEIGHT_DTYPES, check_masks, check_tensors, check_unit_masks
 
@@ -39,7 +38,7 @@ def fold(weights: Sequence[Tensor], masks: Sequence[Tensor], blocks: Sequence[Se
         if blocks is None:
             torch.ops.pyprune.fold(list(weights), list(masks))
         else:
-            reference.fold(weights, masks, checked)
+            torch.ops.pyprune.fold_units(list(weights), list(masks), [size for block in checked for size in block])
         # Let autograd notice weights that a graph still needs.
         torch.autograd.graph.increment_version(list(weights))
 
@@ -48,4 +47,9 @@ def _fake(weights: list[Tensor], masks: list[Tensor]) -> None:
     return None
 
 
+def _fake_units(weights: list[Tensor], unit_masks: list[Tensor], blocks: list[int]) -> None:
+    return None
+
+
 torch.library.register_fake("pyprune::fold", _fake)
+torch.library.register_fake("pyprune::fold_units", _fake_units)

@@ -6,7 +6,7 @@
 
 #include "../../norm_order.h"
 #include "../half.h"
-#if defined(__F16C__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -19,8 +19,6 @@ typedef double Double4 __attribute__((vector_size(32)));
 typedef float Float4 __attribute__((vector_size(16)));
 typedef uint32_t Uint4x32 __attribute__((vector_size(16)));
 typedef int32_t Int4x32 __attribute__((vector_size(16)));
-typedef uint8_t Uint4x8 __attribute__((vector_size(4)));
-typedef uint16_t Uint4x16 __attribute__((vector_size(8)));
 
 template <class Vector>
 inline Vector load(const void* from) {
@@ -28,6 +26,37 @@ inline Vector load(const void* from) {
   std::memcpy(&v, from, sizeof(v));
   return v;
 }
+
+// Conversions of four, each one instruction, which g++ 12 does not find by itself.
+#if defined(__AVX__)
+inline Double4 widened(Float4 v) {
+  return _mm256_cvtps_pd(v);
+}
+inline Uint4x32 widened(const uint16_t* x) {
+  return std::bit_cast<Uint4x32>(_mm_cvtepu16_epi32(_mm_loadu_si64(x)));
+}
+inline Int4x32 widened(const uint8_t* x) {
+  return std::bit_cast<Int4x32>(_mm_cvtepu8_epi32(_mm_loadu_si32(x)));
+}
+inline Double4 widened(Int4x32 v) {
+  return _mm256_cvtepi32_pd(std::bit_cast<__m128i>(v));
+}
+#else
+typedef uint16_t Uint4x16 __attribute__((vector_size(8)));
+typedef uint8_t Uint4x8 __attribute__((vector_size(4)));
+inline Double4 widened(Float4 v) {
+  return __builtin_convertvector(v, Double4);
+}
+inline Uint4x32 widened(const uint16_t* x) {
+  return __builtin_convertvector(load<Uint4x16>(x), Uint4x32);
+}
+inline Int4x32 widened(const uint8_t* x) {
+  return __builtin_convertvector(load<Uint4x8>(x), Int4x32);
+}
+inline Double4 widened(Int4x32 v) {
+  return __builtin_convertvector(v, Double4);
+}
+#endif
 
 #if defined(__AVX512F__)
 typedef double Double8 __attribute__((vector_size(64)));
@@ -43,16 +72,13 @@ struct Float64 {
 
 struct Float32 {
   using Item = float;
-  static Double4 load4(const Item* x) { return __builtin_convertvector(load<Float4>(x), Double4); }
+  static Double4 load4(const Item* x) { return widened(load<Float4>(x)); }
   static double load1(const Item* x) { return *x; }
 };
 
 struct BFloat16 {
   using Item = uint16_t;
-  static Double4 load4(const Item* x) {
-    const Uint4x32 wide = __builtin_convertvector(load<Uint4x16>(x), Uint4x32) << 16;
-    return __builtin_convertvector(std::bit_cast<Float4>(wide), Double4);
-  }
+  static Double4 load4(const Item* x) { return widened(std::bit_cast<Float4>(widened(x) << 16)); }
   static double load1(const Item* x) { return bfloat16_to_float(*x); }
 };
 
@@ -61,7 +87,7 @@ struct Float16 {
   static Double4 load4(const Item* x) {
 #if defined(__F16C__)
     const __m128 wide = _mm_cvtph_ps(_mm_loadu_si64(x));
-    return __builtin_convertvector(std::bit_cast<Float4>(wide), Double4);
+    return widened(std::bit_cast<Float4>(wide));
 #else
     Double4 wide;
     for (int i = 0; i < 4; ++i) {
@@ -76,9 +102,7 @@ struct Float16 {
 // False and true as 0 and 1.
 struct Bool {
   using Item = uint8_t;
-  static Double4 load4(const Item* x) {
-    return __builtin_convertvector(__builtin_convertvector(load<Uint4x8>(x), Int4x32), Double4);
-  }
+  static Double4 load4(const Item* x) { return widened(widened(x)); }
   static double load1(const Item* x) { return *x; }
 };
 

@@ -73,46 +73,72 @@ inline Wide nothing() {
 
 // --- the loops
 
-// acc[j] = join(acc[j], term(x[r * n + j])) for r in order; acc need not be set if `fresh`.
-template <class Type, class Term, class Join, int kVectors>
-inline void add_strip(const typename Type::Item* x, int64_t rows, int64_t n, bool fresh, const Term& term, double* acc) {
+// acc[j] = join(acc[j], term(x[r * n + j])) for r in order, where kRows, if not 0, is how many rows there are. acc
+// need not be set if `fresh`.
+template <class Type, class Term, class Join, int kVectors, int kRows>
+inline void add_strip(const typename Type::Item* x, int64_t rows, int64_t n, bool fresh, const Term& term,
+                      double* acc) {
   Wide sums[kVectors];
   for (int v = 0; v < kVectors; ++v) {
     sums[v] = fresh ? nothing<Join>() : load<Wide>(acc + v * kWide);
   }
-  for (int64_t r = 0; r < rows; ++r, x += n) {
+  for (int64_t r = 0; r < (kRows > 0 ? kRows : rows); ++r, x += n) {
     for (int v = 0; v < kVectors; ++v) {
       sums[v] = Join::join(sums[v], term(load_wide<Type>(x + v * kWide)));
     }
   }
-  std::memcpy(acc, sums, sizeof(sums));
+  for (int v = 0; v < kVectors; ++v) {
+    std::memcpy(acc + v * kWide, &sums[v], sizeof(Wide));
+  }
 }
 
+// Short rows side by side look like no stream to the processor: what comes after them, `group` bytes, is fetched by
+// hand, into the first-level cache if it is large enough.
+inline void fetch(const char* next, size_t bytes, size_t group) {
+  for (size_t i = 0; i < bytes; i += 64) {
+    if (group <= 8192) {
+      __builtin_prefetch(next + i, 0, 3);
+    } else {
+      __builtin_prefetch(next + i, 0, 2);
+    }
+  }
+}
+
+template <class Type, class Term, class Join, int kRows>
+inline void add_columns(const typename Type::Item* x, int64_t rows, int64_t n, bool fresh, const Term& term,
+                        double* acc) {
+  constexpr int kStrip = 16 / kWide;
+  int64_t j = 0;
+  for (; j + 16 <= n; j += 16) {
+    if constexpr (kRows > 0) {
+      fetch(reinterpret_cast<const char*>(x + kRows * (n + j)), kRows * 16 * sizeof(*x), kRows * n * sizeof(*x));
+    }
+    add_strip<Type, Term, Join, kStrip, kRows>(x + j, rows, n, fresh, term, acc + j);
+  }
+  for (; j + kWide <= n; j += kWide) {
+    add_strip<Type, Term, Join, 1, kRows>(x + j, rows, n, fresh, term, acc + j);
+  }
+  for (; j < n; ++j) {
+    double sum = fresh ? Join::kNothing : acc[j];
+    for (int64_t r = 0; r < rows; ++r) {
+      sum = Join::join(sum, term(Type::load1(x + r * n + j)));
+    }
+    acc[j] = sum;
+  }
+}
+
+// Long rows are read a few at a time, from one end to the other, as memory likes it; short ones all together.
 template <class Type, class Term, class Join>
 void add_rows(const typename Type::Item* x, int64_t rows, int64_t n, bool fresh, const Term& term, double* acc) {
-  constexpr int kStrip = 16 / kWide;
-  // Long rows are read four at a time, from one end to the other, as memory likes it.
-  const int64_t group = n <= 4 * 16 ? std::max<int64_t>(rows, 1) : 4;
-  do {
-    const int64_t now = std::min(group, rows);
-    int64_t j = 0;
-    for (; j + kStrip * kWide <= n; j += kStrip * kWide) {
-      add_strip<Type, Term, Join, kStrip>(x + j, now, n, fresh, term, acc + j);
+  constexpr int64_t kGroup = 4;
+  if (n > 64) {
+    for (; rows >= kGroup; rows -= kGroup, x += kGroup * n, fresh = false) {
+      add_columns<Type, Term, Join, kGroup>(x, kGroup, n, fresh, term, acc);
     }
-    for (; j + kWide <= n; j += kWide) {
-      add_strip<Type, Term, Join, 1>(x + j, now, n, fresh, term, acc + j);
-    }
-    for (; j < n; ++j) {
-      double sum = fresh ? Join::kNothing : acc[j];
-      for (int64_t r = 0; r < now; ++r) {
-        sum = Join::join(sum, term(Type::load1(x + r * n + j)));
-      }
-      acc[j] = sum;
-    }
-    rows -= now;
-    x += now * n;
-    fresh = false;
-  } while (rows > 0);
+  }
+  if (rows > 0 || fresh) {
+    add_columns<Type, Term, Join, 0>(x, rows, n, fresh, term, acc);
+  }
 }
 
 // Sixteen lanes, each with `behind` accumulators, side by side as the elements are.
@@ -135,6 +161,23 @@ void add_by_lanes(const typename Type::Item* x, int64_t rows, int64_t behind, co
 // Runs of `rows` neighbours, several at a time, so that no sum waits for the one before.
 template <class Type, class Term, class Join>
 void add_runs(const typename Type::Item* x, int64_t rows, int64_t count, const Term& term, double* out) {
+  if (rows == 4) {  // four runs are turned into four vectors of their first, second, ... elements
+    for (; count >= 4; count -= 4, x += 16, out += 4) {
+      const Double4 a = Type::load4(x), b = Type::load4(x + 4), c = Type::load4(x + 8), d = Type::load4(x + 12);
+      const Double4 ab_even = __builtin_shufflevector(a, b, 0, 4, 2, 6),
+                    ab_odd = __builtin_shufflevector(a, b, 1, 5, 3, 7);
+      const Double4 cd_even = __builtin_shufflevector(c, d, 0, 4, 2, 6),
+                    cd_odd = __builtin_shufflevector(c, d, 1, 5, 3, 7);
+      const Double4 elements[4] = {
+          __builtin_shufflevector(ab_even, cd_even, 0, 1, 4, 5), __builtin_shufflevector(ab_odd, cd_odd, 0, 1, 4, 5),
+          __builtin_shufflevector(ab_even, cd_even, 2, 3, 6, 7), __builtin_shufflevector(ab_odd, cd_odd, 2, 3, 6, 7)};
+      Double4 sums = Double4{} + Join::kNothing;
+      for (const Double4& element : elements) {
+        sums = Join::join(sums, term(element));
+      }
+      std::memcpy(out, &sums, sizeof(sums));
+    }
+  }
   constexpr int kTogether = 8;
   for (; count >= kTogether; count -= kTogether, x += kTogether * rows, out += kTogether) {
     double sums[kTogether];
