@@ -1,5 +1,8 @@
 """The methods: torch's classes, with masks and hooks of our own."""
 
+import copy
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,7 +11,7 @@ from torch.nn.utils import prune as torch_prune
 
 from pyprune.torch_prune.amount import channel_count, count
 from pyprune.torch_prune.choice import channel_norms, without_channels, without_smallest
-from pyprune.torch_prune.state import attach, detach, hook_keys, parts, show_product
+from pyprune.torch_prune.state import attach, copy_product, detach, hook_keys, parts, show_product
 
 
 class BasePruningMethod(torch_prune.BasePruningMethod):
@@ -31,9 +34,26 @@ class BasePruningMethod(torch_prune.BasePruningMethod):
         tensor([[0., 1., 0., 1.]])
     """
 
+    _module: Callable[[], nn.Module | None] | None = None  # a weak reference; for deepcopy alone
+
     def __call__(self, module: nn.Module, inputs: object) -> None:
         """Multiply parameter and mask before a forward pass."""
+        if not torch.compiler.is_compiling() and self._module is None:  # the hook was loaded
+            self._module = weakref.ref(module)
         show_product(module, self._tensor_name, self.apply_mask(module))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_module"}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Copy the hook; if its module is being copied, also what it multiplies, which comes later in the module."""
+        copied = memo[id(self)] = object.__new__(type(self))
+        vars(copied).update(copy.deepcopy(self.__getstate__(), memo))
+        module = self._module and self._module()
+        if module is not None and id(module) in memo:
+            copied._module = weakref.ref(memo[id(module)])
+            copy_product(module, self._tensor_name, memo)
+        return copied
 
     @classmethod
     def apply(
@@ -90,7 +110,7 @@ class PruningContainer(torch_prune.PruningContainer, BasePruningMethod):
         if takes_smallest(method):
             base = default_mask == 1
             (kept,) = without_smallest([t], count(method.amount, int(base.sum())), [base])
-            return kept.to(t.dtype)
+            return default_mask.to(t.dtype, copy=True).masked_fill_(~kept, 0)
         mask: Tensor = super().compute_mask(t, default_mask)  # type: ignore[no-untyped-call]
         return mask
 
@@ -110,7 +130,7 @@ class RandomUnstructured(torch_prune.RandomUnstructured, BasePruningMethod):  # 
             return default_mask.clone()
         noise = torch.rand(t.shape, dtype=torch.float64 if t.dtype == torch.float64 else None, device=t.device)
         (kept,) = without_smallest([1 - noise], removed)  # the original takes the largest
-        return default_mask.masked_fill(~kept, 0)
+        return default_mask.clone().masked_fill_(~kept, 0)
 
 
 class L1Unstructured(torch_prune.L1Unstructured, BasePruningMethod):  # type: ignore[misc]
@@ -119,7 +139,7 @@ class L1Unstructured(torch_prune.L1Unstructured, BasePruningMethod):  # type: ig
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
         """Return the default mask without so many elements, of all."""
         (kept,) = without_smallest([t], count(self.amount, t.numel()))
-        return default_mask.masked_fill(~kept, 0)
+        return default_mask.clone().masked_fill_(~kept, 0)
 
 
 class RandomStructured(torch_prune.RandomStructured, BasePruningMethod):  # type: ignore[misc]

@@ -1,7 +1,7 @@
 """What pruning leaves in a module."""
 
 import copy
-from functools import partial
+import weakref
 from typing import Any
 
 import torch
@@ -87,6 +87,7 @@ def attach(module: nn.Module, name: str, hook: Any, mask: Tensor, product: Tenso
     if type(module) is NonDynamicallyQuantizableLinear:
         module.__class__ = OutProjection
     show_product(module, name, product)
+    hook._module = weakref.ref(module)
     if keys:
         module._forward_pre_hooks[keys[0]] = hook
     else:
@@ -95,23 +96,16 @@ def attach(module: nn.Module, name: str, hook: Any, mask: Tensor, product: Tenso
 
 def show_product(module: nn.Module, name: str, product: Tensor) -> None:
     """Let ``module.<name>`` be the product of parameter and mask."""
-    if isinstance(module, OutProjection):
-        return
-    if product.requires_grad and not torch.compiler.is_compiling():
-        _make_copyable(product, getattr(module, name + "_orig"), getattr(module, name + "_mask"))
-    setattr(module, name, product)
+    if not isinstance(module, OutProjection):
+        setattr(module, name, product)
 
 
-def _make_copyable(product: Tensor, orig: Tensor, mask: Tensor) -> None:
-    """Let deepcopy, which refuses results of autograd, multiply the copies of both factors."""
-    product.__deepcopy__ = partial(_copied_product, orig, mask)  # type: ignore[method-assign]
-
-
-def _copied_product(orig: Tensor, mask: Tensor, memo: dict[int, Any]) -> Tensor:
-    orig, mask = copy.deepcopy(orig, memo), copy.deepcopy(mask, memo)
-    product = mask.to(orig) * orig
-    _make_copyable(product, orig, mask)
-    return product
+def copy_product(module: nn.Module, name: str, memo: dict[int, Any]) -> None:
+    """Give deepcopy, which refuses what autograd made, the product of the copies of parameter and mask."""
+    product = vars(module).get(name)
+    if product is not None and not product.is_leaf:
+        mask, orig = (copy.deepcopy(getattr(module, name + end), memo) for end in ("_mask", "_orig"))
+        memo[id(product)] = mask.to(orig) * orig
 
 
 def detach(module: nn.Module, hook: torch_prune.BasePruningMethod) -> None:
