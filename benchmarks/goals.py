@@ -13,6 +13,7 @@ from bench_count import COUNT
 from bench_fold import FOLD
 from bench_masks import LOCAL, NORMALISED, RAW
 from bench_rb_loss import LOSS
+from bench_torch_prune import ONCE
 
 Row = dict[str, Any]  # one way in one case, as run.py writes it
 FP32, BF16 = ("float32",), ("bfloat16",)
@@ -21,12 +22,16 @@ BOTH = FP32 + BF16
 
 @dataclass(frozen=True)
 class Goal:
-    """How many times faster than peers our first way is to be at least, and how many times its floor at most."""
+    """How many times faster than peers our first way is to be at least, and how many times its floor at most.
+
+    And what fraction of a peer's memory it may take.
+    """
 
     group: str
     dtypes: tuple[str, ...] = FP32
     peers: dict[str, float] = field(default_factory=dict)
     floor: tuple[float, float] | None = None  # on ResNet-50, and on all others
+    memory: dict[str, float] = field(default_factory=dict)
 
 
 GOALS = [
@@ -35,6 +40,7 @@ GOALS = [
     Goal(NORMALISED, FP32, {"NNCF": 50}, (2.2, 1.7)),
     Goal(LOCAL, BOTH, {"kthvalue per tensor": 40}, (2.6, 1.9)),
     Goal(FOLD, BOTH, {"torch._foreach_mul_, bool masks": 2}, (1.2, 1.2)),
+    Goal(ONCE, FP32, {"torch.nn.utils.prune": 100}, memory={"torch.nn.utils.prune": 0.25}),
     Goal(COUNT, BOTH, {"torch.count_nonzero": 5, "(mask == 0).sum()": 100}, (1.1, 1.1)),
     Goal("Bernoulli gates, one tensor", FP32, {"NNCF, eager": 15, "NNCF, compiled": 10}, (1.3, 1.3)),
     Goal("hard-concrete gates, one tensor", FP32, {"torch, eager": 15, "torch, compiled": 6}, (1.6, 1.6)),
@@ -115,10 +121,17 @@ def judge(goal: Goal, rows: list[Row]) -> Iterator[Verdict]:
     for peer, factor in goal.peers.items():
         wanted = f"at least {factor:g} x"
         for row in ours:
-            theirs = next((other for other in rows if same(other, row, ("group",)) and other["way"] == peer), None)
+            theirs = way_beside(row, peer, rows)
             if theirs is not None:
                 times = median(theirs) / median(row)
                 yield Verdict(goal.group, peer, wanted, row["model"], row["dtype"], times, factor, at_least=True)
+    for peer, fraction in goal.memory.items():
+        wanted = f"at most {fraction:g} x"
+        for row in ours:
+            theirs = way_beside(row, peer, rows)
+            if theirs is not None and theirs["memory_mib"]:
+                part = row["memory_mib"] / theirs["memory_mib"]
+                yield Verdict(goal.group, f"memory of {peer}", wanted, row["model"], row["dtype"], part, fraction)
     if goal.floor is not None:
         small, large = goal.floor
         wanted = f"at most {small:g} x" + (f", beyond ResNet-50 {large:g} x" if large != small else "")
@@ -126,6 +139,10 @@ def judge(goal: Goal, rows: list[Row]) -> Iterator[Verdict]:
             limit = small if row["model"] == "resnet50" else large
             times = beside_floor(row)
             yield Verdict(goal.group, "floor", wanted, row["model"], row["dtype"], times, limit)
+
+
+def way_beside(row: Row, name: str, rows: list[Row]) -> Row | None:
+    return next((other for other in rows if same(other, row, ("group",)) and other["way"] == name), None)
 
 
 def same(one: Row, other: Row, also: tuple[str, ...]) -> bool:

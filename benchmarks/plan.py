@@ -11,6 +11,7 @@ import bench_gates
 import bench_growth
 import bench_masks
 import bench_rb_loss
+import bench_torch_prune
 import bench_training
 from shapes import DTYPES, SIZES, Case
 
@@ -18,6 +19,7 @@ JOBS: dict[str, ModuleType] = {
     "masks": bench_masks,
     "fold": bench_fold,
     "count": bench_count,
+    "torch_prune": bench_torch_prune,
     "gates": bench_gates,
     "rb_loss": bench_rb_loss,
     "training": bench_training,
@@ -61,6 +63,7 @@ def accepts(job: str, model: str, dtype: str) -> bool:
 
 BENCH = [
     Slice(LISTS_JOBS, ("resnet50", "bert"), BOTH),
+    Slice(("torch_prune",), ("resnet50", "bert")),
     Slice(("gates",), ("resnet50",)),
     Slice(("rb_loss",), ("resnet50", "bert")),
     Slice(("training",), ("convnet", "transformer")),
@@ -68,7 +71,7 @@ BENCH = [
     Slice(("growth",), ("1M", "4M", "16M", "64M")),
 ]
 QUICK = [
-    Slice((*LISTS_JOBS, "gates", "rb_loss", "capability"), ("resnet50",)),
+    Slice((*LISTS_JOBS, "torch_prune", "gates", "rb_loss", "capability"), ("resnet50",)),
     Slice(("training",), ("convnet",)),
     Slice(("growth",), ("1M", "4M", "16M")),
 ]
@@ -77,6 +80,7 @@ QUICK = [
 FULL = [
     Slice(LISTS_JOBS, ("resnet50", "bert"), BOTH, peers="all"),
     Slice(LISTS_JOBS, ("llama",), BOTH, peers="all"),
+    Slice(("torch_prune",), ("resnet50", "bert"), BOTH, peers="all"),
     Slice(("masks",), ("resnet50", "bert"), ratios=(0.5, 0.9, 0.99)),
     Slice(("masks",), ("llama",), ratios=(0.5, 0.9, 0.99), peers="none"),
     Slice(("masks",), ("resnet50", "bert"), BOTH, weights=ADVERSARIAL, peers="none"),

@@ -28,6 +28,7 @@ LABELS = {
     "floor": "beside its floor",
     "worst weights": "on the worst weights",
     "extra memory": "memory it takes",
+    "memory of torch.nn.utils.prune": "memory, beside theirs",
 }
 Column = tuple[str, str]  # model and dtype
 

@@ -31,6 +31,7 @@ extra MiB       resident memory at its peak, without what existed and what is re
 masks           floor: ops.threshold with nothing to remove, which finds no threshold; new masks pay for fresh memory
 whole call      also puts the masks on layers, and NNCF traces a call of the model to find them. Elsewhere NNCF
                 chooses masks anew, into those that are there
+torch_prune     memory: of the state too, which is twice the weights
 gates           floor: reads weight and logit, writes; reads these and a gradient, writes two. One tensor: as many
                 gates as the model has weights; our outputs exist, unless it says fresh
 compiled        under torch.compile; the time to compile is left out

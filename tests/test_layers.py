@@ -48,6 +48,7 @@ FLOORS = {
     "_prune": 4,
     "_statistics": 4,
     "_strip": 4,
+    "torch_prune": 4,
     "_schedulers": 5,
     "__init__": 6,
 }

@@ -1,0 +1,126 @@
+"""What pruning leaves in a module."""
+
+import copy
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils import prune as torch_prune
+
+from pyprune.memory import prefer_huge_pages
+
+
+class Product(torch.autograd.Function):
+    """Mask times parameter, into memory that is quick to write for the first time."""
+
+    @staticmethod
+    def forward(ctx: Any, orig: Tensor, mask: Tensor) -> Tensor:
+        """Multiply."""
+        ctx.save_for_backward(mask)
+        return torch.mul(mask, orig, out=prefer_huge_pages(torch.empty_like(orig)))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Mask the gradient."""
+        (mask,) = ctx.saved_tensors
+        return grad * mask, None
+
+
+class OutProjection(NonDynamicallyQuantizableLinear):
+    """The output projection of attention while it is pruned: what is pruned is made when it is read."""
+
+    def __getattr__(self, name: str) -> Any:
+        mask = self.__dict__.get("_buffers", {}).get(name + "_mask")
+        if mask is None:
+            return super().__getattr__(name)
+        orig = getattr(self, name + "_orig")
+        return mask.to(orig.dtype) * orig
+
+
+def hook_keys(module: nn.Module, name: str) -> list[int]:
+    """Return where the hook of a parameter is: nowhere, or in one place."""
+    return [
+        key
+        for key, hook in module._forward_pre_hooks.items()
+        if isinstance(hook, torch_prune.BasePruningMethod) and hook._tensor_name == name
+    ]
+
+
+def parts(module: nn.Module, name: str) -> tuple[nn.Parameter, Tensor | None]:
+    """Return the parameter itself, and the mask that it has already."""
+    if hook_keys(module, name):
+        return getattr(module, name + "_orig"), getattr(module, name + "_mask")
+    orig = getattr(module, name)
+    if not isinstance(orig, nn.Parameter):
+        raise TypeError(f"{name} of {type(module).__name__} is a {type(orig).__name__}; give the name of a parameter")
+    return orig, None
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    hooks = module._forward_pre_hooks.values()
+    return [hook for hook in hooks if isinstance(hook, torch_prune.BasePruningMethod)]
+
+
+def _parameter_order(module: nn.Module) -> tuple[str, ...]:
+    """Name the parameters in the order they had before any was pruned; hooks of torch do not know it."""
+    known = (hook._parameter_order for hook in _hooks(module) if hasattr(hook, "_parameter_order"))
+    return next(known, tuple(module._parameters))
+
+
+def attach(module: nn.Module, name: str, hook: Any, mask: Tensor, product: Tensor | None = None) -> None:
+    """Give a module what pruning needs, or nothing if that fails."""
+    keys = hook_keys(module, name)
+    parameters, buffers = dict(module._parameters), dict(module._buffers)
+    try:
+        if not keys:
+            hook._parameter_order = _parameter_order(module)
+            module.register_parameter(name + "_orig", module._parameters[name])
+            del module._parameters[name]
+        module.register_buffer(name + "_mask", mask)
+        product = hook.apply_mask(module) if product is None else product
+    except BaseException:
+        _replace(module._parameters, parameters)
+        _replace(module._buffers, buffers)
+        raise
+    if type(module) is NonDynamicallyQuantizableLinear:
+        module.__class__ = OutProjection
+    show_product(module, name, product)
+    hook._module = weakref.ref(module)
+    if keys:
+        module._forward_pre_hooks[keys[0]] = hook
+    else:
+        module.register_forward_pre_hook(hook)
+
+
+def show_product(module: nn.Module, name: str, product: Tensor) -> None:
+    """Let ``module.<name>`` be the product of parameter and mask."""
+    if not isinstance(module, OutProjection):
+        setattr(module, name, product)
+
+
+def copy_product(module: nn.Module, name: str, memo: dict[int, Any]) -> None:
+    """Give deepcopy, which refuses what autograd made, the product of the copies of parameter and mask."""
+    product = vars(module).get(name)
+    if product is not None and not product.is_leaf:
+        mask, orig = (copy.deepcopy(getattr(module, name + end), memo) for end in ("_mask", "_orig"))
+        memo[id(product)] = mask.to(orig) * orig
+
+
+def detach(module: nn.Module, hook: torch_prune.BasePruningMethod) -> None:
+    """Undo what `attach` did, but for the values and for the hook itself."""
+    order = {name: place for place, name in enumerate(getattr(hook, "_parameter_order", ()))}
+    projection = isinstance(module, OutProjection)
+    if projection:
+        module.__class__ = NonDynamicallyQuantizableLinear
+    torch_prune.BasePruningMethod.remove(hook, module)
+    if projection and len(_hooks(module)) > 1:
+        module.__class__ = OutProjection
+    names = sorted(module._parameters, key=lambda name: order.get(name.removesuffix("_orig"), len(order)))
+    _replace(module._parameters, {name: module._parameters[name] for name in names})
+
+
+def _replace(table: dict[str, Any], entries: dict[str, Any]) -> None:
+    table.clear()
+    table.update(entries)
