@@ -6,7 +6,7 @@ from peers import cat_kthvalue
 from shapes import SIZES, Case
 
 from pyprune import ops
-from pyprune.methods import removed_count
+from pyprune.allocation import removed_count
 
 MODELS = ("tiny", *SIZES)
 GROWTH = "growth of global masks"

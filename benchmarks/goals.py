@@ -11,6 +11,7 @@ from typing import Any
 from bench_capability import CAPABILITY
 from bench_count import COUNT
 from bench_fold import FOLD
+from bench_geometric_median import GEOMETRIC_MEDIAN
 from bench_masks import LOCAL, NORMALISED, RAW
 from bench_rb_loss import LOSS
 from bench_torch_prune import ONCE
@@ -46,6 +47,7 @@ GOALS = [
     Goal("hard-concrete gates, one tensor", FP32, {"torch, eager": 15, "torch, compiled": 6}, (1.6, 1.6)),
     Goal("Bernoulli gates, tensor by tensor", FP32, {"NNCF, eager": 8, "NNCF, compiled": 5}),
     Goal("hard-concrete gates, tensor by tensor", FP32, {"torch, eager": 8, "torch, compiled": 5}),
+    Goal(GEOMETRIC_MEDIAN, FP32, {"NNI, filter by filter": 20}),
     Goal(LOSS, FP32, {"NNCF, eager": 6, "NNCF, compiled": 2.5}, (1.5, 1.5)),
 ]  # fmt: skip
 JUDGED = ("resnet50", "bert", "llama")

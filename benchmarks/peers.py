@@ -49,6 +49,11 @@ def nncf_formula(weights: list[Tensor], ratio: float) -> list[Tensor]:
     return [weight.abs() / weight.norm(2) > bound for weight in weights]
 
 
+def distance_sums_filter_by_filter(filters: Tensor) -> Tensor:
+    """Compute what NNI's FPGM pruner scores filters by, as it does: one filter after the other."""
+    return torch.stack([(filters - one).norm(2, dim=1).sum() for one in filters])
+
+
 def kthvalue_per_tensor(weights: list[Tensor], removed: list[int]) -> list[Tensor]:
     scores = [weight.abs() for weight in weights]
     bounds = [score.flatten().kthvalue(max(count, 1)).values for score, count in zip(scores, removed, strict=True)]

@@ -8,6 +8,7 @@ import bench_capability
 import bench_count
 import bench_fold
 import bench_gates
+import bench_geometric_median
 import bench_growth
 import bench_masks
 import bench_rb_loss
@@ -20,6 +21,7 @@ JOBS: dict[str, ModuleType] = {
     "fold": bench_fold,
     "count": bench_count,
     "torch_prune": bench_torch_prune,
+    "geometric_median": bench_geometric_median,
     "gates": bench_gates,
     "rb_loss": bench_rb_loss,
     "training": bench_training,
@@ -62,6 +64,7 @@ def accepts(job: str, model: str, dtype: str) -> bool:
 
 
 BENCH = [
+    Slice(("geometric_median",), ("resnet50",)),
     Slice(LISTS_JOBS, ("resnet50", "bert"), BOTH),
     Slice(("torch_prune",), ("resnet50", "bert")),
     Slice(("gates",), ("resnet50",)),
@@ -71,6 +74,7 @@ BENCH = [
     Slice(("growth",), ("1M", "4M", "16M", "64M")),
 ]
 QUICK = [
+    Slice(("geometric_median",), ("tiny",)),
     Slice((*LISTS_JOBS, "torch_prune", "gates", "rb_loss", "capability"), ("resnet50",)),
     Slice(("training",), ("convnet",)),
     Slice(("growth",), ("1M", "4M", "16M")),
@@ -78,6 +82,7 @@ QUICK = [
 # Not all combinations, which would take days: one axis is varied at a time, and peers run where they say something
 # new. What needs over 20 GB or many minutes is left out, and says so in its place.
 FULL = [
+    Slice(("geometric_median",), ("resnet50",)),
     Slice(LISTS_JOBS, ("resnet50", "bert"), BOTH, peers="all"),
     Slice(LISTS_JOBS, ("llama",), BOTH, peers="all"),
     Slice(("torch_prune",), ("resnet50", "bert"), BOTH, peers="all"),
