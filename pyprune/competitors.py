@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from pyprune import ops
@@ -95,9 +96,8 @@ def reduce_units(
     reduced = []
     for competitor in competitors:
         stacked = [next(parts).reshape(member.parts, -1) for member in competitor.members]
-        joined = stacked[0].new_tensor(0.0)
-        for one in stacked:
-            joined = one.amax(0).maximum(joined) if how == "max" else joined + one.sum(0)
+        rows = torch.cat(stacked)
+        joined = rows.amax(0) if how == "max" else rows.sum(0)
         elements = sum(member.weight.values.numel() for member in competitor.members)
         reduced.append(joined * (joined.numel() / elements) if how == "mean" else joined)
     return reduced

@@ -90,15 +90,13 @@ def new_followers(
 def update_followers(model: nn.Module) -> None:
     """Set the masks of biases and BatchNorm parameters to what the masks of the weights have become."""
     attached = attachments_of(model)
-    alive = {
-        target.name: channels_alive(target, mask.mask)
-        for target, mask in attached.items()
-        if isinstance(mask, Mask) and not isinstance(mask, FollowingMask)
-    }
+    by_name = {target.name: target for target in attached}
     with torch.no_grad():
-        for mask in attached.values():
-            if isinstance(mask, FollowingMask) and mask.follows in alive:
-                mask.mask.copy_(alive[mask.follows])
+        for follower in attached.values():
+            followed = by_name.get(follower.follows) if isinstance(follower, FollowingMask) else None
+            carried = None if followed is None else attached[followed]
+            if followed is not None and isinstance(carried, Mask):
+                cast(FollowingMask, follower).mask.copy_(channels_alive(followed, carried.mask))
 
 
 def channels_alive(target: Target, mask: Tensor) -> Tensor:

@@ -107,3 +107,26 @@ def test_heads_that_do_not_fit_the_weights_are_refused(numbers, words, unchanged
     with pytest.raises(ValueError, match=words):
         pyprune.prune(model, heads_method(*numbers), ratio=0.5)
     before.check()
+
+
+def test_heads_go_one_by_one_among_the_remaining():
+    model = nn.Sequential(Grouped(), Grouped())
+    pyprune.prune(model, heads_method(4, 2), ratio=0.25)
+    pyprune.prune(model, heads_method(4, 2), ratio=0.34, from_remaining=True)
+    statistic = pyprune.pruning_statistic(model).pruned_tensors
+    assert sum(tensor.pruned_units for tensor in statistic) == 4 * 2
+
+
+def test_heads_by_their_largest_score_may_be_negative():
+    model = Grouped()
+    method = Method(lambda weight: -weight.abs(), granularity.head(4, 2, reduction="max"), scope.tensor())
+    with torch.no_grad():
+        for weight in (
+            model.q_proj.weight[:6],
+            model.k_proj.weight[:3],
+            model.v_proj.weight[:3],
+            model.o_proj.weight[:, :6],
+        ):
+            weight += torch.sign(weight)  # the largest of -|w| is now lower
+    pyprune.prune(model, method, ratio=0.5)
+    assert (model.k_proj.weight == 0).all(1).tolist() == [True] * 3 + [False] * 3

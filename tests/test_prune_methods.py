@@ -286,3 +286,26 @@ def test_a_compiled_model_is_not_compiled_again_for_another_method(cnn):
         pyprune.prune(cnn.model, method, ratio=ratio)
         torch.testing.assert_close(compiled(cnn.inputs), cnn.model(cnn.inputs))
     assert compilations == 1
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("among", ["model", "tensor", "row", "1:4"])
+@pytest.mark.parametrize("cut", ["element", "out", "in"])
+def test_methods_take_weights_without_elements_and_vectors(among, cut):
+    if cut == "out" and among in ("row", "1:4"):
+        return
+
+    class Vectors(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vector, self.empty = nn.Parameter(torch.randn(6)), nn.Linear(0, 3)
+
+        def forward(self, x):
+            return x @ self.vector
+
+    model = Vectors()
+    ratio = None if among == "1:4" else 0.5
+    pyprune.prune(
+        model, Method(importance.magnitude(), CUTS[cut], SCOPES[among]), ratio=ratio, examples_inputs=torch.ones(6)
+    )
+    assert pyprune.pruning_statistic(model).pruned_tensors[0].pruned_units == (4 if ratio is None else 3)
