@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from pyprune.activations import but_channels, input_squares, recurrent_input
 from pyprune.attachments import check_module
 from pyprune.batches import Dataset, batches_of
 from pyprune.calibration import Calibration, check_initialized, evaluating, forward, untouched
@@ -196,7 +197,7 @@ class _Activations:
         layers = [(layer, "input") for layer in output_layers(target)]
         if self.rule.needs == "input norm" and not layers:
             for owner in target.owners:
-                kind = _recurrent_input(owner.module, owner.attribute)
+                kind = recurrent_input(owner.module, owner.attribute)
                 layers += [] if kind is None else [(owner.module, kind)]
         return layers
 
@@ -217,13 +218,14 @@ class _Activations:
         self, target: Target, kind: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         if self.rule.needs == "input norm":
-            figures = _input_squares(kind, layer, args, kwargs, output)
+            figures = input_squares(kind, layer, args, kwargs, output)
             self.counts[target] = 1
         else:
             activation = cast(Callable[[Tensor], Tensor], self.rule.options[0])
-            channels = activation(_channels(layer, output))
-            figures = ((channels == 0) if self.rule.needs == "zero outputs" else channels).sum(1, dtype=torch.float64)
-            self.counts[target] = self.counts.get(target, 0) + channels.shape[1]
+            seen, others = but_channels(layer, output)
+            seen = activation(seen)
+            figures = ((seen == 0) if self.rule.needs == "zero outputs" else seen).sum(others, dtype=torch.float64)
+            self.counts[target] = self.counts.get(target, 0) + seen.numel() // max(1, figures.numel())
         self.sums[target] = self.sums[target] + figures if target in self.sums else figures
 
     def result(self, target: Target, count: int) -> Tensor:
@@ -239,62 +241,6 @@ class _Activations:
             shape[out_dim] = target.parameter.shape[out_dim]
             sums = sums.repeat_interleave(shape[out_dim] // len(sums), dim=0)
         return sums.sqrt().reshape(shape).to(_wide(target))
-
-
-def _recurrent_input(module: nn.Module, attribute: str) -> str | None:
-    """Say what a weight of a recurrent layer multiplies, if it can be seen: inputs of the first layer, or states."""
-    if isinstance(module, nn.RNNCellBase):
-        return "input" if attribute == "weight_ih" else "state"
-    if isinstance(module, nn.RNNBase) and module.proj_size == 0 and module.num_layers == 1:
-        if attribute.startswith("weight_ih"):
-            return "input"
-        if attribute.startswith("weight_hh"):
-            return "backward states" if attribute.endswith("_reverse") else "states"
-    return None
-
-
-def _input_squares(
-    kind: str, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
-) -> Tensor:
-    """Sum the squares of what a weight multiplies, for each input channel; a row for each group of a convolution."""
-    given = args[0] if args else kwargs["input"]
-    if kind == "input":
-        sums = _sum_squares(layer, given)
-        grouped = isinstance(layer, nn.modules.conv._ConvNd) and not _is_transposed(layer) and layer.groups > 1
-        return sums.reshape(cast(int, layer.groups), -1) if grouped else sums
-    first = args[1] if len(args) > 1 else kwargs.get("hx")
-    first = first[0] if isinstance(first, tuple) else first
-    direction, size = int(kind == "backward states"), cast(int, layer.hidden_size)
-    if kind == "state":  # a cell; without a state it begins with zeros
-        return _sum_squares(layer, first) if first is not None else given.new_zeros(size, dtype=torch.float64)
-    # A layer: all states but the last, and the first one; outputs are the states of both directions side by side.
-    states, last = output
-    last = last[0] if isinstance(last, tuple) else last
-    sums = _sum_squares(layer, states)[direction * size : (direction + 1) * size] - _sum_squares(
-        layer, last[direction]
-    )
-    sums = sums if first is None else sums + _sum_squares(layer, first[direction])
-    return sums.clamp(min=0)
-
-
-def _sum_squares(layer: nn.Module, tensor: Any) -> Tensor:
-    channels = _channels(layer, tensor.data if isinstance(tensor, nn.utils.rnn.PackedSequence) else tensor)
-    wide = torch.float64 if channels.dtype == torch.float64 else torch.float32
-    norms: Tensor = torch.linalg.vector_norm(channels, dim=1, dtype=wide)
-    return norms.double().square()
-
-
-def _channels(layer: nn.Module, tensor: Any) -> Tensor:
-    """Return activations as a matrix with a row for each channel."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"a {type(layer).__name__} has a {type(tensor).__name__} where a tensor was expected")
-    # The positions of a convolution come after its channels; a sample may come without a batch.
-    positions = layer.weight.dim() - 2 if isinstance(layer, nn.modules.conv._ConvNd) else 0
-    return tensor.detach().movedim(-1 - positions, 0).flatten(1)
-
-
-def _is_transposed(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.modules.conv._ConvTransposeNd)
 
 
 def _wide(target: Target) -> torch.dtype:

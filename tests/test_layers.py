@@ -28,6 +28,7 @@ FLOORS = {
     "ignored_scope": 2,
     "memory": 2,
     "schedules": 2,
+    "activations": 3,
     "attachments": 3,
     "attention": 3,
     "batches": 3,
