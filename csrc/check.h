@@ -5,6 +5,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <optional>
+#include <vector>
+
 #include "dtype.h"
 
 namespace pyprune {
@@ -34,6 +37,18 @@ inline void check_masks(const std::vector<torch::stable::Tensor>& masks,
   for (size_t i = 0; i < weights.size(); ++i) {
     STD_TORCH_CHECK(dtype_of(masks[i]) == Dtype::kBool, "masks must be bool");
     STD_TORCH_CHECK(weights[i].sizes().vec() == masks[i].sizes().vec(), "mask and weight differ in shape");
+  }
+}
+
+// No bases, or for each weight one or none.
+inline void check_bases(const std::vector<std::optional<torch::stable::Tensor>>& bases,
+                        const std::vector<torch::stable::Tensor>& weights) {
+  STD_TORCH_CHECK(bases.empty() || bases.size() == weights.size(), "expected a base or none per weight");
+  for (size_t i = 0; i < bases.size(); ++i) {
+    if (bases[i].has_value()) {
+      STD_TORCH_CHECK(dtype_of(*bases[i]) == Dtype::kBool, "bases must be bool");
+      STD_TORCH_CHECK(weights[i].sizes().vec() == bases[i]->sizes().vec(), "base and weight differ in shape");
+    }
   }
 }
 

@@ -3,12 +3,13 @@
 
 STABLE_TORCH_LIBRARY(pyprune, m) {
   // Masks that drop exactly the removed[0] smallest scores of all weights together, or, with one count per
-  // weight, the removed[i] smallest of each. Score: |w|, or |w| * scales[i]. Returns non-finite counts, int64 [n].
-  m.def("threshold(Tensor[] weights, Tensor? scales, int[] removed, Tensor(a!)[] masks) -> Tensor");
+  // weight, the removed[i] smallest of each. Score: |w|, or |w| * scales[i]. bases, if not empty: what is False in
+  // one goes first and is never kept. Returns non-finite counts, int64 [n].
+  m.def("threshold(Tensor[] weights, Tensor? scales, int[] removed, Tensor(a!)[] masks, Tensor?[] bases) -> Tensor");
 
   // The same of all weights together with the score |w| / ||w||_2, read once. For the CPU, and not for float64:
   // elsewhere, threshold takes norms.
-  m.def("normalized_threshold(Tensor[] weights, int removed, Tensor(a!)[] masks) -> Tensor");
+  m.def("normalized_threshold(Tensor[] weights, int removed, Tensor(a!)[] masks, Tensor?[] bases) -> Tensor");
 
   // L2 norm of each tensor, accumulated in float64 in a fixed order: float64 [n].
   m.def("norms(Tensor[] tensors) -> Tensor");

@@ -15,6 +15,8 @@ FLOORS = {
     "_C": 0,
     "ops": 1,
     "_build_info": 1,
+    "capped": 2,
+    "lamp": 2,
     "methods": 2,
     "ignored_scope": 2,
     "memory": 2,
@@ -40,7 +42,7 @@ FLOORS = {
     "__init__": 6,
 }
 # What floor 2 computes with; it never sees a module.
-PURE = {"methods", "ignored_scope", "memory", "schedules"}
+PURE = {"capped", "lamp", "methods", "ignored_scope", "memory", "schedules"}
 
 
 def sources():

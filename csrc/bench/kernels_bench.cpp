@@ -50,7 +50,7 @@ void add_masks() {
       const uint32_t* const data = reinterpret_cast<const uint32_t*>(x.get());
       blocks(count, kChunk, [&](int64_t start, int64_t size) {
         // Magnitudes around 1, the bracket as wide as a sample leaves it: about one in 500.
-        sweep(data + start, mask.get() + start, size, {0x3f7fc000, 0x3f800000, 0x3f804000}, bits.get(),
+        sweep(data + start, nullptr, mask.get() + start, size, {0x3f7fc000, 0x3f800000, 0x3f804000}, bits.get(),
               positions.get(), {});
       });
     };

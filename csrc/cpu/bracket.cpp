@@ -22,6 +22,15 @@ constexpr double kSpread = 4.0;  // only the probes are swept in so wide a brack
 constexpr double kWidestSpread = 1000;
 constexpr int kPatience = 8;  // proposals before everything that is still possible becomes a candidate
 
+// What bases lack is never set aside: it is left out of a bracket that has scores too.
+Bracket apart(Bracket bracket) {
+  if (bracket.last > kLacking) {
+    bracket.below = std::max(bracket.below, kLacking);
+    bracket.middle = std::max(bracket.middle, kLacking);
+  }
+  return bracket;
+}
+
 // A fixed scramble: the place within a stratum must not follow a pattern that the weights could have too.
 uint64_t scramble(uint64_t x) {
   x = (x + 0x9e3779b97f4a7c15) * 0xbf58476d1ce4e5b9;
@@ -37,8 +46,14 @@ int64_t sample_size(int64_t total) {
 
 }  // namespace
 
-BracketSearch::BracketSearch(const std::vector<Strided>& weights, const std::vector<Score>& scores, int64_t removed)
-    : weights_(weights), scores_(scores), spread_(kSpread), last_(Score::infinity_key(scores[0].wide)) {
+BracketSearch::BracketSearch(const std::vector<Strided>& weights, const std::vector<std::optional<Strided>>& bases,
+                             const std::vector<Score>& scores, int64_t removed)
+    : weights_(weights),
+      bases_(bases),
+      scores_(scores),
+      spread_(kSpread),
+      below_(bases.empty() ? kLacking : kLacking - 1),
+      last_(Score::infinity_key(scores[0].wide)) {
   int64_t total = 0;
   for (const Strided& weight : weights) {
     ends_.push_back(total += weight.numel);
@@ -93,13 +108,21 @@ void BracketSearch::draw(int64_t start, int64_t count, size_t& tensor) {
   const auto element = [&](size_t of, int64_t flat) {
     return weights_[of].at(flat - ends_[of] + weights_[of].numel);
   };
+  const auto base_of = [&](size_t of, int64_t flat) -> const char* {
+    const bool based = !bases_.empty() && bases_[of].has_value();
+    return based ? bases_[of]->at(flat - ends_[of] + weights_[of].numel) : nullptr;
+  };
   int64_t drawn[kInFlight];
   const size_t first_tensor = tensor_of(begin_of(start));
   for (int64_t i = 0; i < count; ++i) {
     const int64_t begin = begin_of(start + i), end = begin_of(start + i + 1) - kNeighbours + 1;
     const uint64_t random = scramble(seed_ << 40 | static_cast<uint64_t>(start + i)) >> 32;
     drawn[i] = begin + static_cast<int64_t>(random * static_cast<uint64_t>(end - begin) >> 32);
-    __builtin_prefetch(element(tensor_of(drawn[i]), drawn[i]));
+    const size_t of = tensor_of(drawn[i]);
+    __builtin_prefetch(element(of, drawn[i]));
+    if (const char* const byte = base_of(of, drawn[i])) {
+      __builtin_prefetch(byte);
+    }
   }
   tensor = first_tensor;
   for (int64_t i = 0; i < count * kNeighbours; ++i) {
@@ -107,7 +130,8 @@ void BracketSearch::draw(int64_t start, int64_t count, size_t& tensor) {
     const Score& score = scores_[tensor_of(flat)];
     by_bits(score.dtype, [&]<class T>(T) {
       const T bits = *reinterpret_cast<const T*>(element(tensor, flat)) & kMagnitude<T>;
-      sample_[start * kNeighbours + i] = score.key(bits);
+      const char* const byte = base_of(tensor, flat);
+      sample_[start * kNeighbours + i] = byte == nullptr || *byte != 0 ? score.key(bits) : kLacking;
     });
   }
 }
@@ -134,13 +158,13 @@ Bracket BracketSearch::next() {
       const int64_t middle = sampled(std::min(static_cast<int64_t>(rank_), size - 1));
       const int64_t end = last >= size ? last_ : std::min(last_, sampled(std::max<int64_t>(last, 0)));
       if (below < end) {
-        return without_crowds({below, std::clamp(middle, below, end), end}, 2 * half);
+        return without_crowds(apart({below, std::clamp(middle, below, end), end}), 2 * half);
       }
       spread_ *= 4;
       draw_sample();
     }
   }
-  return {below_, below_, last_};
+  return apart({below_, below_, last_});
 }
 
 // An end of the bracket that very many weights share would make all of them candidates. If it is the likeliest score,

@@ -3,12 +3,16 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "score.h"
 #include "strided.h"
 
 namespace pyprune {
+
+// The key of all elements that a base lacks, below all scores. Either a bracket has this key alone, or it has not.
+constexpr int64_t kLacking = -1;
 
 // The keys above `below` and up to `last`; the one looked for is probably near `middle` (below <= middle <= last).
 struct Bracket {
@@ -19,7 +23,8 @@ struct Bracket {
 class BracketSearch {
  public:
   // Looks for the `removed`-th smallest score (0 < removed < number of elements).
-  BracketSearch(const std::vector<Strided>& weights, const std::vector<Score>& scores, int64_t removed);
+  BracketSearch(const std::vector<Strided>& weights, const std::vector<std::optional<Strided>>& bases,
+                const std::vector<Score>& scores, int64_t removed);
 
   // A bracket within what is still possible; of one score, or without a sample, its middle is `below`. After a few
   // misses it is all that is still possible.
@@ -35,6 +40,7 @@ class BracketSearch {
   Bracket without_crowds(Bracket bracket, double expected) const;
 
   const std::vector<Strided>& weights_;
+  const std::vector<std::optional<Strided>>& bases_;  // empty, or one or none for each weight
   const std::vector<Score>& scores_;
   std::vector<int64_t> ends_;    // flat index behind each weight, all weights in a row
   std::vector<int64_t> sample_;  // keys; empty for few weights, which are all candidates
@@ -44,8 +50,8 @@ class BracketSearch {
   double spread_;                // half-width of the bracket, in such deviations
   uint64_t seed_ = 0;            // a sample that misled is drawn anew from other places
   int proposals_ = 0;
-  int64_t below_ = -1;  // the score looked for is above this
-  int64_t last_;        // and not above this
+  int64_t below_;  // the score looked for is above this
+  int64_t last_;   // and not above this
 };
 
 // Tests only: moves every estimate of where the score lies by this many standard deviations, so that the sweep

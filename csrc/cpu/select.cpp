@@ -12,6 +12,8 @@
 // A bracket can be one score wide, when many weights share it (half types, weights that are already zero). Then
 // candidates are only counted: the counts say which pieces lose all of them, and only one piece is walked.
 //
+// What a base lacks goes before all scores: the sweep counts it as below every bracket.
+//
 // Scores that are divided by norms need no second read either. The probes tell the norms within some error, by which
 // the bracket is made wider for each weight, and the sweep sums the squares. In the end the norms are exact, and so
 // are the scores of the candidates.
@@ -55,7 +57,7 @@ class Selection {
  public:
   explicit Selection(const Competition& competition)
       : competition_(competition),
-        sweeper_(competition.weights, competition.masks),
+        sweeper_(competition.weights, competition.masks, competition.bases),
         squares_(competition.normalize ? competition.weights : std::vector<Strided>()) {
     const bool scaled = competition.normalize || !competition.scales.empty();
     for (size_t i = 0; i < competition.weights.size(); ++i) {
@@ -75,7 +77,7 @@ class Selection {
     if (competition_.normalize && select_with_estimated_norms()) {
       return sweeper_.nonfinite();
     }
-    BracketSearch search(competition_.weights, scores_, competition_.removed);
+    BracketSearch search = new_search();
     for (bool first = true;; first = false) {
       sweeper_.clear();
       const Bracket wide = search.next();
@@ -85,6 +87,9 @@ class Selection {
         return sweeper_.nonfinite();
       }
       Places places = places_in(plan.bracket);
+      if (plan.bracket.last == kLacking && places.going <= 0) {
+        return sweeper_.nonfinite();  // the bases alone lack as many: all that they have was kept
+      }
       if (places.going < 0) {
         search.too_high(plan.bracket);
       } else if (places.going > places.inside) {
@@ -97,6 +102,10 @@ class Selection {
   }
 
  private:
+  BracketSearch new_search() const {
+    return BracketSearch(competition_.weights, competition_.bases, scores_, competition_.removed);
+  }
+
   // ---- norms ----
 
   // Takes the norms first, which reads all weights.
@@ -118,7 +127,7 @@ class Selection {
       return false;
     }
     set_scales([&](size_t weight) { return estimate.norms[weight]; });
-    const Bracket wide = BracketSearch(competition_.weights, scores_, competition_.removed).next();
+    const Bracket wide = new_search().next();
     if (wide.one_score()) {
       measure_norms(Which::kRest);  // a crowd must not be set aside, but only counted, and that takes exact scores
       return false;
@@ -249,6 +258,9 @@ class Selection {
       const Swept& swept = sweeper_.swept()[i];
       places.going -= sweeper_.pieces()[i].count - swept.above;
       places.inside += swept.bits == nullptr ? swept.candidates : 0;
+    }
+    if (bracket.below == kLacking) {
+      places.going = std::max<int64_t>(places.going, 0);  // bases that lack more than must go take nothing else along
     }
     places.keys = std::move(keys.inside);
     return places;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "strided.h"
@@ -12,8 +13,9 @@ namespace pyprune {
 struct Competition {
   std::vector<Strided> weights;
   std::vector<Strided> masks;
-  std::vector<double> scales;  // empty: the score is |w|
-  bool normalize = false;      // the score is |w| / ||w||_2; there are no scales, and nothing is wide
+  std::vector<std::optional<Strided>> bases;  // what one lacks goes before all others; empty, or without one: nothing
+  std::vector<double> scales;                 // empty: the score is |w|
+  bool normalize = false;                     // the score is |w| / ||w||_2; there are no scales, and nothing is wide
   bool wide = false;
   int64_t removed = 0;
 };

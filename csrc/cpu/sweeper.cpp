@@ -12,23 +12,24 @@ namespace {
 constexpr int64_t kProbe = kNormBlock;
 static_assert(kProbe % kNormBlock == 0, "sums of squares are made of whole blocks");
 
-Sweep sweep_run(const uint16_t* x, uint8_t* mask, int64_t n, const Bounds& bounds, uint16_t* bits, uint16_t* at,
-                const Errands& errands) {
-  return PYPRUNE_KERNEL(sweep16)(x, mask, n, bounds, bits, at, errands);
+Sweep sweep_run(const uint16_t* x, const uint8_t* base, uint8_t* mask, int64_t n, const Bounds& bounds,
+                uint16_t* bits, uint16_t* at, const Errands& errands) {
+  return PYPRUNE_KERNEL(sweep16)(x, base, mask, n, bounds, bits, at, errands);
 }
-Sweep sweep_run(const uint32_t* x, uint8_t* mask, int64_t n, const Bounds& bounds, uint32_t* bits, uint16_t* at,
-                const Errands& errands) {
-  return PYPRUNE_KERNEL(sweep32)(x, mask, n, bounds, bits, at, errands);
+Sweep sweep_run(const uint32_t* x, const uint8_t* base, uint8_t* mask, int64_t n, const Bounds& bounds,
+                uint32_t* bits, uint16_t* at, const Errands& errands) {
+  return PYPRUNE_KERNEL(sweep32)(x, base, mask, n, bounds, bits, at, errands);
 }
-Sweep sweep_run(const uint64_t* x, uint8_t* mask, int64_t n, const Bounds& bounds, uint64_t* bits, uint16_t* at,
-                const Errands& errands) {
-  return PYPRUNE_KERNEL(sweep64)(x, mask, n, bounds, bits, at, errands);
+Sweep sweep_run(const uint64_t* x, const uint8_t* base, uint8_t* mask, int64_t n, const Bounds& bounds,
+                uint64_t* bits, uint16_t* at, const Errands& errands) {
+  return PYPRUNE_KERNEL(sweep64)(x, base, mask, n, bounds, bits, at, errands);
 }
 
 }  // namespace
 
-Sweeper::Sweeper(const std::vector<Strided>& weights, const std::vector<Strided>& masks)
-    : weights_(weights), masks_(masks) {
+Sweeper::Sweeper(const std::vector<Strided>& weights, const std::vector<Strided>& masks,
+                 const std::vector<std::optional<Strided>>& bases)
+    : weights_(weights), masks_(masks), bases_(bases) {
   for (const Chunk& chunk : chunks_of(weights)) {
     const int64_t probe = chunk.count <= 2 * kProbe ? chunk.count : kProbe;
     probes_.push_back(pieces_.size());
@@ -62,7 +63,7 @@ void Sweeper::sweep(Which which, const std::function<Bounds(size_t)>& bounds_of,
   share_pieces(which, [&](size_t index, Worker& worker) {
     const Piece& piece = pieces_[index];
     Swept& swept = swept_[index];
-    with_runs(piece, worker, [&]<class T>(const T* x, uint8_t* mask) {
+    with_runs(piece, worker, [&]<class T>(const T* x, const uint8_t* base, uint8_t* mask) {
       T* bits = nullptr;
       uint16_t* positions = nullptr;
       if (store) {
@@ -72,7 +73,7 @@ void Sweeper::sweep(Which which, const std::function<Bounds(size_t)>& bounds_of,
       const Bounds bounds = bounds_of(index);
       const Errands errands{squares != nullptr ? squares->room(piece) : nullptr, weights_[piece.tensor].dtype,
                             piece.probe ? next_probe(index) : nullptr};
-      const Sweep found = sweep_run(x, mask, piece.count, bounds, bits, positions, errands);
+      const Sweep found = sweep_run(x, base, mask, piece.count, bounds, bits, positions, errands);
       if (store) {
         worker.bits.keep(found.candidates * sizeof(T));
         worker.positions.keep(found.candidates * sizeof(uint16_t));
@@ -115,12 +116,12 @@ void Sweeper::rewrite(size_t index, int64_t going) {
   const bool all = going == swept_[index].candidates;
   const int64_t middle = all ? bounds.high : bounds.low;
   Worker worker;
-  with_runs(pieces_[index], worker, [&]<class T>(const T* x, uint8_t* mask) {
+  with_runs(pieces_[index], worker, [&]<class T>(const T* x, const uint8_t* base, uint8_t* mask) {
     const int64_t count = pieces_[index].count;
-    sweep_run(x, mask, count, {middle, middle, middle}, nullptr, nullptr, {});
+    sweep_run(x, base, mask, count, {middle, middle, middle}, nullptr, nullptr, {});
     for (int64_t i = 0; i < count && !all && going > 0; ++i) {
       const int64_t magnitude = static_cast<int64_t>(x[i] & kMagnitude<T>);
-      if (bounds.low < magnitude && magnitude <= bounds.high) {
+      if (bounds.low < magnitude && magnitude <= bounds.high && (base == nullptr || base[i] != 0)) {
         mask[i] = 0;
         --going;
       }
@@ -174,14 +175,21 @@ void Sweeper::correct(size_t index, int64_t low, int64_t high, int64_t going) {
   });
 }
 
-// Calls visit with the weight bits of a piece in a row, and with room for its mask in a row, which is put into place.
+// Calls visit with the weight bits and the base of a piece in a row, and with room for its mask in a row, which is
+// put into place.
 template <class Visit>
 void Sweeper::with_runs(const Piece& piece, Worker& worker, const Visit& visit) {
   const Strided &weight = weights_[piece.tensor], &mask = masks_[piece.tensor];
   const char* row = weight.in_a_row(piece.start, piece.count, worker.weight_room);
   char* mask_row = mask.to_write(piece.start, piece.count, worker.mask_room);
-  by_bits(weight.dtype,
-          [&]<class T>(T) { visit(reinterpret_cast<const T*>(row), reinterpret_cast<uint8_t*>(mask_row)); });
+  const char* base_row = nullptr;
+  if (!bases_.empty() && bases_[piece.tensor].has_value()) {
+    base_row = bases_[piece.tensor]->in_a_row(piece.start, piece.count, worker.base_room);
+  }
+  by_bits(weight.dtype, [&]<class T>(T) {
+    visit(reinterpret_cast<const T*>(row), reinterpret_cast<const uint8_t*>(base_row),
+          reinterpret_cast<uint8_t*>(mask_row));
+  });
   if (!mask.contiguous()) {
     mask.scatter(piece.start, piece.count, mask_row);
   }

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <vector>
 
 #include "arena.h"
@@ -27,7 +28,7 @@ struct Piece : Chunk {
 // What is known of a piece.
 struct Swept {
   Bounds bounds{};
-  int64_t above = 0;       // elements above bounds.low
+  int64_t above = 0;       // elements above bounds.low, none of which its base lacks
   int64_t candidates = 0;  // of these, not above bounds.high
   int64_t nonfinite = 0;
   const void* bits = nullptr;  // magnitudes of the candidates, in order; null if they were only counted
@@ -38,7 +39,9 @@ enum class Which { kAll, kProbes, kRest };
 
 class Sweeper {
  public:
-  Sweeper(const std::vector<Strided>& weights, const std::vector<Strided>& masks);
+  // `bases` is empty, or has one for some weights: what it lacks lies below all bounds.
+  Sweeper(const std::vector<Strided>& weights, const std::vector<Strided>& masks,
+          const std::vector<std::optional<Strided>>& bases);
 
   // In the order of the list.
   const std::vector<Piece>& pieces() const { return pieces_; }
@@ -64,7 +67,7 @@ class Sweeper {
   // What a thread needs to itself.
   struct Worker {
     Arena bits, positions;
-    Room weight_room, mask_room;  // for weights and masks that are not contiguous
+    Room weight_room, mask_room, base_room;  // for tensors that are not contiguous
   };
 
   void share_pieces(Which which, const std::function<void(size_t piece, Worker& worker)>& body);
@@ -74,6 +77,7 @@ class Sweeper {
 
   const std::vector<Strided>& weights_;
   const std::vector<Strided>& masks_;
+  const std::vector<std::optional<Strided>>& bases_;
   std::vector<Piece> pieces_;
   std::vector<size_t> probes_, rest_;
   int64_t probe_elements_ = 0;

@@ -3,6 +3,9 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
+#include <vector>
+
 #include "../check.h"
 #include "strided.h"
 
@@ -18,6 +21,15 @@ inline std::vector<Strided> strided_of(const std::vector<torch::stable::Tensor>&
   result.reserve(tensors.size());
   for (const auto& tensor : tensors) {
     result.push_back(strided_of(tensor));
+  }
+  return result;
+}
+
+inline std::vector<std::optional<Strided>> strided_of(
+    const std::vector<std::optional<torch::stable::Tensor>>& tensors) {
+  std::vector<std::optional<Strided>> result;
+  for (const auto& tensor : tensors) {
+    result.push_back(tensor.has_value() ? std::optional(strided_of(*tensor)) : std::nullopt);
   }
   return result;
 }

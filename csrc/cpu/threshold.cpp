@@ -45,14 +45,15 @@ Tensor counts_of(const std::vector<int64_t>& counts) {
 }
 
 Tensor threshold(const std::vector<Tensor> weights, std::optional<Tensor> scales, const std::vector<int64_t> removed,
-                 const std::vector<Tensor> masks) {
+                 const std::vector<Tensor> masks, const std::vector<std::optional<Tensor>> bases) {
   const KeepDenormals exact;
   check_weights(weights);
   check_masks(masks, weights);
+  check_bases(bases, weights);
   const size_t n = weights.size();
   STD_TORCH_CHECK(removed.size() == 1 || removed.size() == n, "expected one count, or one per weight");
   const std::vector<double> factors = scales_of(scales, n);
-  Competition all{strided_of(weights), strided_of(masks), factors};
+  Competition all{strided_of(weights), strided_of(masks), strided_of(bases), factors};
   all.wide = std::ranges::any_of(all.weights, is_float64);
   const int64_t total = elements_of(all.weights);
   for (size_t i = 0; i < removed.size(); ++i) {
@@ -65,7 +66,10 @@ Tensor threshold(const std::vector<Tensor> weights, std::optional<Tensor> scales
   }
   std::vector<int64_t> nonfinite(n);
   const auto select_one = [&](int64_t i) {
-    Competition one{{all.weights[i]}, {all.masks[i]}, {}, false, all.wide, removed[i]};
+    Competition one{{all.weights[i]}, {all.masks[i]}, {}, {}, false, all.wide, removed[i]};
+    if (!all.bases.empty() && all.bases[i].has_value()) {
+      one.bases = {all.bases[i]};
+    }
     if (!factors.empty()) {
       one.scales = {factors[i]};
     }
@@ -86,11 +90,13 @@ Tensor threshold(const std::vector<Tensor> weights, std::optional<Tensor> scales
   return counts_of(nonfinite);
 }
 
-Tensor normalized_threshold(const std::vector<Tensor> weights, int64_t removed, const std::vector<Tensor> masks) {
+Tensor normalized_threshold(const std::vector<Tensor> weights, int64_t removed, const std::vector<Tensor> masks,
+                            const std::vector<std::optional<Tensor>> bases) {
   const KeepDenormals exact;
   check_weights(weights);
   check_masks(masks, weights);
-  Competition all{strided_of(weights), strided_of(masks), {}, true};
+  check_bases(bases, weights);
+  Competition all{strided_of(weights), strided_of(masks), strided_of(bases), {}, true};
   all.removed = removed;
   const int64_t total = elements_of(all.weights);
   STD_TORCH_CHECK(std::ranges::none_of(all.weights, is_float64), "squares of float64 can leave its range: use norms");

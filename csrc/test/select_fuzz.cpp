@@ -1,4 +1,4 @@
-// The selection of the threshold on random lists of tensors, against a stable sort: every dtype, layout, scale,
+// The selection of the threshold on random lists of tensors, against a stable sort: every dtype, layout, scale, base,
 // thread count and capability, and values that are hard to part. Meant to run under sanitizers.
 //
 //   select_fuzz [seconds [seed]]    a failure names its seed; `select_fuzz 0 <seed>` repeats that round
@@ -83,22 +83,30 @@ struct Magnitudes {
   }
 };
 
-// A weight with its mask, and the memory of both.
+// A weight with its mask and its base, and the memory of all.
 struct Case {
   Dtype dtype;
-  Layout layout, mask_layout;
+  Layout layout, mask_layout, base_layout;
   std::vector<char> weight;  // no longer than needed, so that a sanitizer sees each step beyond the end
-  std::vector<uint8_t> mask;
+  std::vector<uint8_t> mask, base;
 
   Case(Dtype dtype_, const std::array<int64_t, 3>& sizes)
       : dtype(dtype_),
         layout(sizes),
         mask_layout(sizes),
+        base_layout(sizes),
         weight(layout.extent * item_size(dtype)),
-        mask(mask_layout.extent) {
+        mask(mask_layout.extent),
+        base(base_layout.extent) {
     const Magnitudes magnitudes(dtype);
     for (int64_t i = 0; i < layout.numel; ++i) {
       write(i, magnitudes.draw(dtype) | (random_bits() & 1) << (8 * item_size(dtype) - 1));
+    }
+  }
+  // Of `of` elements the base lacks `lacking`, on average; it may be any byte but zero where it lacks none.
+  void draw_base(int64_t lacking, int64_t of) {
+    for (int64_t i = 0; i < layout.numel; ++i) {
+      base[base_layout.at(i)] = random_between(1, of) <= lacking ? 0 : any_of<uint8_t>({1, 1, 255});
     }
   }
   char* element(int64_t flat) { return weight.data() + layout.at(flat) * item_size(dtype); }
@@ -138,6 +146,8 @@ void test_round() {
   }
   const bool scaled = one_in(2);
   competition.normalize = !scaled && !competition.wide && one_in(2);
+  const bool based = one_in(2);
+  int64_t lacking = 0;  // elements, in all bases
   std::vector<double> scores;
   std::vector<int64_t> nonfinite;
   for (Case& one : cases) {
@@ -151,16 +161,27 @@ void test_round() {
       scale = 1 / std::max(norm_of(competition.weights.back()), std::numeric_limits<double>::min());
     }
     nonfinite.push_back(0);
+    const bool has_base = based && !one_in(4);
+    if (has_base) {
+      one.draw_base(any_of<int64_t>({0, 1, 50, 99, 100}), 100);
+    }
+    if (based) {
+      competition.bases.push_back(has_base ? std::optional(one.base_layout.view(one.base.data(), Dtype::kBool))
+                                           : std::nullopt);
+    }
     for (int64_t i = 0; i < one.layout.numel; ++i) {
       const double weight = std::fabs(value_of(one.dtype, one.read(i))), score = weight * scale;
-      scores.push_back(competition.wide ? score : static_cast<float>(score));
+      const bool lacks = has_base && one.base[one.base_layout.at(i)] == 0;
+      lacking += lacks;
+      scores.push_back(lacks ? -1 : competition.wide ? score : static_cast<float>(score));
       nonfinite.back() += !std::isfinite(weight);
     }
   }
   // With such weights the masks are of no use, and whoever asked for them is told.
   const bool usable = std::ranges::count(nonfinite, 0) == std::ssize(nonfinite);
   const int64_t count = scores.size();
-  competition.removed = any_of({random_between(0, count), count, count / 2, std::min<int64_t>(count, 1)});
+  competition.removed = any_of({random_between(0, count), random_between(lacking, count), lacking, count, count / 2,
+                                std::min<int64_t>(count, 1)});
   std::vector<size_t> order(count);
   std::iota(order.begin(), order.end(), size_t{0});
   if (usable) {
@@ -169,6 +190,9 @@ void test_round() {
   std::vector<uint8_t> expected(count, 1);
   for (int64_t i = 0; i < competition.removed; ++i) {
     expected[order[i]] = 0;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    expected[i] = expected[i] != 0 && scores[i] != -1;
   }
   set_thread_count(random_between(1, 4));
   shift_bracket(any_of({0.0, 0.0, -10.0, 10.0}));  // a bracket that misses, too

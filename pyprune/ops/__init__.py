@@ -1,12 +1,12 @@
 """The operators: the only users of ``torch.ops.pyprune``."""
 
-from pyprune.ops._library import CUDA_KERNELS_LOADED, CUDA_PROBLEM, WEIGHT_DTYPES
+from pyprune.ops._library import CUDA_KERNELS_LOADED, CUDA_PROBLEM, WEIGHT_DTYPES, check_bases
 from pyprune.ops.count_zeros import count_zeros
 from pyprune.ops.fold import fold
 from pyprune.ops.gate import bernoulli_gate, check_gate_shape, check_hard_concrete, hard_concrete_gate
 from pyprune.ops.gate_noise import gate_noise
 from pyprune.ops.gate_penalty import gate_penalty
-from pyprune.ops.norms import norms
+from pyprune.ops.norms import inverse_norms, norms
 from pyprune.ops.threshold import threshold
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "CUDA_PROBLEM",
     "WEIGHT_DTYPES",
     "bernoulli_gate",
+    "check_bases",
     "check_gate_shape",
     "check_hard_concrete",
     "count_zeros",
@@ -21,6 +22,7 @@ __all__ = [
     "gate_noise",
     "gate_penalty",
     "hard_concrete_gate",
+    "inverse_norms",
     "norms",
     "threshold",
 ]

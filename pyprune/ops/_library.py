@@ -79,6 +79,28 @@ def check_masks(masks: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
         check_not_expanded(mask, f"masks[{index}]")
 
 
+def check_bases(bases: Sequence[Tensor | None], weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+    """Raise unless each weight has None or a bool base, of its shape and device, apart from the masks to write."""
+    if len(bases) != len(weights):
+        raise ValueError(f"got {len(bases)} bases for {len(weights)} weights; give a base or None per weight")
+    written = {mask.untyped_storage().data_ptr() for mask in masks if mask.numel() and mask.device.type != "meta"}
+    for index, (base, weight) in enumerate(zip(bases, weights, strict=True)):
+        if base is None:
+            continue
+        if base.dtype is not torch.bool or base.layout is not torch.strided:
+            raise TypeError(f"bases[{index}] is {base.dtype} with layout {base.layout}; give a dense bool tensor")
+        if base.shape != weight.shape or base.device != weight.device:
+            raise ValueError(
+                f"bases[{index}] is {tuple(base.shape)} on {base.device}, its weight {tuple(weight.shape)} "
+                f"on {weight.device}; they must agree"
+            )
+        if base.numel() and base.untyped_storage().data_ptr() in written:
+            raise ValueError(
+                f"bases[{index}] shares memory with a mask that is to be written; give masks of their own, and copy "
+                "them into the bases afterwards"
+            )
+
+
 def check_not_expanded(tensor: Tensor, name: str) -> None:
     """Raise if elements of a tensor that is to be written share memory."""
     strides = zip(tensor.shape, tensor.stride(), strict=True)

@@ -30,6 +30,17 @@ def norms(tensors: Sequence[Tensor]) -> Tensor:
     return result
 
 
+def inverse_norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Return 1 / norm of each tensor, finite and positive also where all elements are zero: scales for `threshold`.
+
+    Example:
+        >>> inverse_norms([torch.tensor([3.0, 4.0])]).tolist()
+        [0.2]
+    """
+    limits = torch.finfo(torch.float64)
+    return norms(tensors).clamp(min=limits.tiny, max=limits.max).reciprocal()
+
+
 def _fake(tensors: list[Tensor]) -> Tensor:
     return tensors[0].new_empty(len(tensors), dtype=torch.float64)
 

@@ -11,14 +11,24 @@ NORM_LANES = 16
 
 
 def threshold(
-    weights: Sequence[Tensor], removed: int | Sequence[int], *, scales: Tensor | None = None
+    weights: Sequence[Tensor],
+    removed: int | Sequence[int],
+    *,
+    scales: Tensor | None = None,
+    bases: Sequence[Tensor | None] | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Sort all scores, drop the smallest; a stable sort makes the lowest (tensor, flat index) of equals go first."""
+    """Sort all scores, drop the smallest; a stable sort makes the lowest (tensor, flat index) of equals go first.
+
+    What a base lacks has a score below all others, and is never kept.
+    """
+    bases = [None] * len(weights) if bases is None else bases
     wide = torch.float64 if any(weight.dtype == torch.float64 for weight in weights) else torch.float32
     scores = []
     for index, weight in enumerate(weights):
-        score = weight.detach().abs().double().flatten()
-        scores.append((score if scales is None else score * scales[index]).to(wide))
+        score = weight.detach().abs().double()
+        score = (score if scales is None else score * scales[index]).to(wide)
+        base = bases[index]
+        scores.append((score if base is None else torch.where(base, score, -1)).flatten())
     groups = [torch.cat(scores)] if isinstance(removed, int) else scores
     counts = [removed] if isinstance(removed, int) else removed
     kept = []
@@ -28,6 +38,7 @@ def threshold(
         kept.append(mask)
     flat = torch.split(torch.cat(kept), [weight.numel() for weight in weights])
     masks = [mask.reshape(weight.shape) for mask, weight in zip(flat, weights, strict=True)]
+    masks = [mask if base is None else mask & base for mask, base in zip(masks, bases, strict=True)]
     nonfinite = torch.stack([(~weight.isfinite()).sum() for weight in weights])
     return masks, nonfinite
 

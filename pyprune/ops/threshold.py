@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyprune.ops._library import WEIGHT_DTYPES, check_masks, check_tensors
-from pyprune.ops.norms import norms
+from pyprune.ops._library import WEIGHT_DTYPES, check_bases, check_masks, check_tensors
+from pyprune.ops.norms import inverse_norms
 
 
 @torch.no_grad()
@@ -18,6 +18,7 @@ def threshold(
     scales: Tensor | None = None,
     normalize: bool = False,
     masks: Sequence[Tensor] | None = None,
+    bases: Sequence[Tensor | None] | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """Mask out exactly the smallest scores |w|, |w| * scale, or |w| / ||w||_2, of a list of weights.
 
@@ -26,13 +27,19 @@ def threshold(
     of the weights is float64). Ties go lowest (tensor, flat index) first, so the count is exact and the masks are
     the same bits on every device and for any number of threads.
 
+    Scores that were computed elsewhere are passed in place of the weights; they must not be negative.
+
     Args:
         weights: float32, float64, float16 or bfloat16 tensors on one device, any strides.
-        removed: how many elements to drop, in all or of each weight.
+        removed: how many elements to drop, in all or of each weight, those that the bases lack included.
         scales: float64 tensor of shape [len(weights)], positive and finite, on the weights' device.
         normalize: divide by the norm of each weight, as ``scales=1 / norms(weights)`` does, but on the CPU without
             reading the weights a second time (unless one is float64). An all-zero weight has scores of zero.
         masks: bool tensors to write, shaped like the weights; new ones (with the weights' layout) if None.
+        bases: masks to prune further, shaped like the weights; None in place of one that keeps everything. Where a
+            base is False the element goes before all others, whatever its score, and is never kept: if `removed` is
+            less than the number of those, just those go. Norms are those of the whole weight all the same.
+            A base must not share memory with a mask that is written.
 
     Returns:
         The masks (True = kept), and an int64 tensor of shape [len(weights)] that counts the NaN and infinite elements
@@ -46,6 +53,12 @@ def threshold(
         >>> masks, bad = threshold([torch.tensor([3.0, -1.0]), torch.tensor([2.0, 0.5])], removed=2)
         >>> [mask.tolist() for mask in masks]
         [[True, False], [True, False]]
+
+        Half of what is left of a weight that was pruned before:
+
+        >>> (mask,), _ = threshold([torch.arange(6.0)], removed=4, bases=[torch.arange(6) % 3 > 0])
+        >>> mask.tolist()
+        [False, False, False, False, True, True]
     """
     check_tensors(weights, "weights", WEIGHT_DTYPES)
     sizes = [weight.numel() for weight in weights]
@@ -69,15 +82,17 @@ def threshold(
     if masks is None:
         masks = [torch.empty_like(weight, dtype=torch.bool) for weight in weights]
     check_masks(masks, weights)
+    if bases is not None:
+        check_bases(bases, weights, masks)
     if not weights:
         return [], torch.empty(0, dtype=torch.int64)
+    starts = [] if bases is None else list(bases)
     if normalize and _in_one_read(weights, removed):
-        nonfinite = torch.ops.pyprune.normalized_threshold(list(weights), counts[0], list(masks))
+        nonfinite = torch.ops.pyprune.normalized_threshold(list(weights), counts[0], list(masks), starts)
     else:
         if normalize:
-            finite = torch.finfo(torch.float64)
-            scales = norms(weights).clamp(min=finite.tiny, max=finite.max).reciprocal()
-        nonfinite = torch.ops.pyprune.threshold(list(weights), scales, counts, list(masks))
+            scales = inverse_norms(weights)
+        nonfinite = torch.ops.pyprune.threshold(list(weights), scales, counts, list(masks), starts)
     # Let autograd notice masks that a graph still needs.
     torch.autograd.graph.increment_version(list(masks))
     return list(masks), nonfinite
@@ -88,11 +103,17 @@ def _in_one_read(weights: Sequence[Tensor], removed: int | Sequence[int]) -> boo
     return together and all(weight.is_cpu and weight.dtype != torch.float64 for weight in weights)
 
 
-def _fake(weights: list[Tensor], scales: Tensor | None, removed: list[int], masks: list[Tensor]) -> Tensor:
+def _fake(
+    weights: list[Tensor],
+    scales: Tensor | None,
+    removed: list[int],
+    masks: list[Tensor],
+    bases: list[Tensor | None],
+) -> Tensor:
     return weights[0].new_empty(len(weights), dtype=torch.int64)
 
 
-def _fake_normalized(weights: list[Tensor], removed: int, masks: list[Tensor]) -> Tensor:
+def _fake_normalized(weights: list[Tensor], removed: int, masks: list[Tensor], bases: list[Tensor | None]) -> Tensor:
     return weights[0].new_empty(len(weights), dtype=torch.int64)
 
 

@@ -111,4 +111,5 @@ def test_threshold_normalizes_each_weight_by_itself(device):
 def test_normalized_threshold_passes_opcheck():
     weights = [torch.randn(4, 5), torch.randn(7)]
     masks = [torch.ones_like(weight, dtype=torch.bool) for weight in weights]
-    torch.library.opcheck(torch.ops.pyprune.normalized_threshold, (weights, 10, masks))
+    for bases in ([], [torch.rand(4, 5) < 0.5, None]):
+        torch.library.opcheck(torch.ops.pyprune.normalized_threshold, (weights, 10, masks, bases))

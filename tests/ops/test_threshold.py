@@ -238,10 +238,13 @@ def test_operators_guard_what_the_python_layer_promises(device):
     weight, mask = torch.randn(4, device=device), torch.ones(4, dtype=torch.bool, device=device)
     for removed in ([5], [-1], [1, 1]):
         with pytest.raises(RuntimeError):
-            torch.ops.pyprune.threshold([weight], None, removed, [mask])
+            torch.ops.pyprune.threshold([weight], None, removed, [mask], [])
     for operator, arguments in (
-        (torch.ops.pyprune.threshold, ([mask], None, [1], [mask])),
-        (torch.ops.pyprune.threshold, ([weight], None, [1], [mask[:3]])),
+        (torch.ops.pyprune.threshold, ([mask], None, [1], [mask], [])),
+        (torch.ops.pyprune.threshold, ([weight], None, [1], [mask[:3]], [])),
+        (torch.ops.pyprune.threshold, ([weight], None, [1], [mask], [None, None])),
+        (torch.ops.pyprune.threshold, ([weight], None, [1], [mask], [mask[:3]])),
+        (torch.ops.pyprune.threshold, ([weight], None, [1], [mask], [weight])),
         (torch.ops.pyprune.norms, ([mask],)),
         (torch.ops.pyprune.fold, ([mask], [mask])),
         (torch.ops.pyprune.fold, ([weight], [mask, mask])),
@@ -304,8 +307,9 @@ def test_threshold_passes_opcheck(device):
     weights = [torch.randn(30, 4, device=device), torch.randn(7, device=device)]
     masks = [torch.empty_like(weight, dtype=torch.bool) for weight in weights]
     scales = torch.ones(2, dtype=torch.float64, device=device)
-    torch.library.opcheck(torch.ops.pyprune.threshold, (weights, scales, [20], masks))
-    torch.library.opcheck(torch.ops.pyprune.threshold, (weights, None, [20, 3], masks))
+    bases = [torch.rand(30, 4, device=device) < 0.5, None]
+    torch.library.opcheck(torch.ops.pyprune.threshold, (weights, scales, [20], masks, []))
+    torch.library.opcheck(torch.ops.pyprune.threshold, (weights, None, [20, 3], masks, bases))
 
 
 def test_threshold_refuses_bad_input():

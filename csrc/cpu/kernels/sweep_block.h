@@ -1,4 +1,5 @@
 // One step of the sweep, 64 elements: Block<T>::step writes 64 mask bytes (|x| > middle) and returns two bit masks.
+// With a base, what it lacks is not kept, and not above the low bound.
 // The widest instruction set that the file is compiled for decides how; without any, HasBlock<T> is false.
 #pragma once
 
@@ -12,13 +13,13 @@ namespace pyprune::PYPRUNE_CAPABILITY {
 namespace {
 
 struct Above {
-  uint64_t low, high;  // bit i: element i is above the low, the high bound
+  uint64_t low, high;  // bit i: element i is above the low, the high bound (of `high`, also if the base lacks it)
 };
 
 template <class T>
 constexpr bool kHasBlock = false;
 
-// Without instructions for it, step(x, mask, stream) is missing, and no step is made.
+// Without instructions for it, step is missing, and no step is made.
 template <class T>
 struct Block {
   Block(int64_t, int64_t, int64_t) {}
@@ -40,6 +41,10 @@ constexpr bool kHasBlock<uint32_t> = true;
 
 #if defined(__AVX512BW__)
 
+inline uint64_t nonzero(const uint8_t* bytes) {
+  const __m512i v = _mm512_loadu_si512(bytes);
+  return _mm512_test_epi8_mask(v, v);
+}
 inline void store_mask(uint8_t* mask, uint64_t keep, bool stream) {
   const __m512i bytes = _mm512_maskz_set1_epi8(keep, 1);
   if (stream) {
@@ -56,7 +61,8 @@ struct Block<uint32_t> {
       : lo(_mm512_set1_epi32(static_cast<int>(low))),
         mid(_mm512_set1_epi32(static_cast<int>(middle))),
         hi(_mm512_set1_epi32(static_cast<int>(high))) {}
-  Above step(const uint32_t* x, uint8_t* mask, bool stream) {
+  template <bool kBased>
+  Above step(const uint32_t* x, const uint8_t* base, uint8_t* mask, bool stream) {
     Above above{0, 0};
     uint64_t keep = 0;
     for (int part = 0; part < 4; ++part) {
@@ -65,6 +71,11 @@ struct Block<uint32_t> {
       keep |= static_cast<uint64_t>(_mm512_cmpgt_epi32_mask(v, mid)) << (16 * part);
       above.high |= static_cast<uint64_t>(_mm512_cmpgt_epi32_mask(v, hi)) << (16 * part);
       largest = _mm512_max_epi32(largest, v);
+    }
+    if constexpr (kBased) {
+      const uint64_t competing = nonzero(base);
+      above.low &= competing;
+      keep &= competing;
     }
     store_mask(mask, keep, stream);
     return above;
@@ -79,7 +90,8 @@ struct Block<uint16_t> {
       : lo(_mm512_set1_epi16(static_cast<short>(low))),
         mid(_mm512_set1_epi16(static_cast<short>(middle))),
         hi(_mm512_set1_epi16(static_cast<short>(high))) {}
-  Above step(const uint16_t* x, uint8_t* mask, bool stream) {
+  template <bool kBased>
+  Above step(const uint16_t* x, const uint8_t* base, uint8_t* mask, bool stream) {
     Above above{0, 0};
     uint64_t keep = 0;
     for (int part = 0; part < 2; ++part) {
@@ -88,6 +100,11 @@ struct Block<uint16_t> {
       keep |= static_cast<uint64_t>(_mm512_cmpgt_epi16_mask(v, mid)) << (32 * part);
       above.high |= static_cast<uint64_t>(_mm512_cmpgt_epi16_mask(v, hi)) << (32 * part);
       largest = _mm512_max_epi16(largest, v);
+    }
+    if constexpr (kBased) {
+      const uint64_t competing = nonzero(base);
+      above.low &= competing;
+      keep &= competing;
     }
     store_mask(mask, keep, stream);
     return above;
@@ -136,6 +153,9 @@ inline Vector bytes_of(Vector a, Vector b, Vector c, Vector d) {
 inline Vector bytes_of(Vector a, Vector b) {
   return _mm256_permute4x64_epi64(_mm256_packs_epi16(a, b), 0b11011000);
 }
+inline Vector where_nonzero(const uint8_t* base, Vector bytes) {
+  return _mm256_andnot_si256(_mm256_cmpeq_epi8(load(base), _mm256_setzero_si256()), bytes);
+}
 inline uint64_t bits_of(Vector bytes) {
   return static_cast<uint32_t>(_mm256_movemask_epi8(bytes));
 }
@@ -182,6 +202,9 @@ inline Vector bytes_of(Vector a, Vector b, Vector c, Vector d) {
 inline Vector bytes_of(Vector a, Vector b) {
   return _mm_packs_epi16(a, b);
 }
+inline Vector where_nonzero(const uint8_t* base, Vector bytes) {
+  return _mm_andnot_si128(_mm_cmpeq_epi8(load(base), _mm_setzero_si128()), bytes);
+}
 inline uint64_t bits_of(Vector bytes) {
   return static_cast<uint32_t>(_mm_movemask_epi8(bytes));
 }
@@ -212,7 +235,8 @@ struct Block<uint32_t> {
   Vector lo, mid, hi, largest = set32(0);
   Block(int64_t low, int64_t middle, int64_t high)
       : lo(set32(static_cast<int>(low))), mid(set32(static_cast<int>(middle))), hi(set32(static_cast<int>(high))) {}
-  Above step(const uint32_t* x, uint8_t* mask, bool stream) {
+  template <bool kBased>
+  Above step(const uint32_t* x, const uint8_t* base, uint8_t* mask, bool stream) {
     Above above{0, 0};
     constexpr int kWidth = sizeof(Vector);  // elements that make one vector of mask bytes
     for (int part = 0; part < 64; part += kWidth) {
@@ -221,9 +245,13 @@ struct Block<uint32_t> {
         v[i] = both(load(x + part + i * kWidth / 4), set32(0x7fffffff));
         largest = larger32(largest, v[i]);
       }
-      const Vector low = bytes_of(above32(v[0], lo), above32(v[1], lo), above32(v[2], lo), above32(v[3], lo));
-      const Vector keep = bytes_of(above32(v[0], mid), above32(v[1], mid), above32(v[2], mid), above32(v[3], mid));
+      Vector low = bytes_of(above32(v[0], lo), above32(v[1], lo), above32(v[2], lo), above32(v[3], lo));
+      Vector keep = bytes_of(above32(v[0], mid), above32(v[1], mid), above32(v[2], mid), above32(v[3], mid));
       const Vector high = bytes_of(above32(v[0], hi), above32(v[1], hi), above32(v[2], hi), above32(v[3], hi));
+      if constexpr (kBased) {
+        low = where_nonzero(base + part, low);
+        keep = where_nonzero(base + part, keep);
+      }
       store_mask(mask + part, keep, stream);
       above.low |= bits_of(low) << part;
       above.high |= bits_of(high) << part;
@@ -240,15 +268,20 @@ struct Block<uint16_t> {
       : lo(set16(static_cast<short>(low))),
         mid(set16(static_cast<short>(middle))),
         hi(set16(static_cast<short>(high))) {}
-  Above step(const uint16_t* x, uint8_t* mask, bool stream) {
+  template <bool kBased>
+  Above step(const uint16_t* x, const uint8_t* base, uint8_t* mask, bool stream) {
     Above above{0, 0};
     constexpr int kWidth = sizeof(Vector);
     for (int part = 0; part < 64; part += kWidth) {
       const Vector a = both(load(x + part), set16(0x7fff)), b = both(load(x + part + kWidth / 2), set16(0x7fff));
       largest = larger16(largest, larger16(a, b));
-      const Vector low = bytes_of(above16(a, lo), above16(b, lo));
-      const Vector keep = bytes_of(above16(a, mid), above16(b, mid));
+      Vector low = bytes_of(above16(a, lo), above16(b, lo));
+      Vector keep = bytes_of(above16(a, mid), above16(b, mid));
       const Vector high = bytes_of(above16(a, hi), above16(b, hi));
+      if constexpr (kBased) {
+        low = where_nonzero(base + part, low);
+        keep = where_nonzero(base + part, keep);
+      }
       store_mask(mask + part, keep, stream);
       above.low |= bits_of(low) << part;
       above.high |= bits_of(high) << part;

@@ -8,9 +8,9 @@ namespace {
 
 // What is left when whole blocks are done, and everything where there are no blocks. Sums in the elements' own width,
 // so that the compiler can vectorise the loop over 64 of them.
-template <class T, bool kStore>
-void sweep_plain(const T* x, uint8_t* mask, int64_t begin, int64_t end, const Bounds& bounds, T* bits,
-                 uint16_t* positions, Sweep& result) {
+template <class T, bool kStore, bool kBased>
+void sweep_plain(const T* x, const uint8_t* base, uint8_t* mask, int64_t begin, int64_t end, const Bounds& bounds,
+                 T* bits, uint16_t* positions, Sweep& result) {
   const auto [low, middle, high] = bounds;
   // Bounds moved up by one, so that the comparison needs no sign: they may be -1.
   const T lo = static_cast<T>(low) + T{1}, mid = static_cast<T>(middle) + T{1}, hi = static_cast<T>(high) + T{1};
@@ -20,8 +20,9 @@ void sweep_plain(const T* x, uint8_t* mask, int64_t begin, int64_t end, const Bo
     T above_low = 0, inside = 0;
     for (int64_t i = start; i < stop; ++i) {
       const T magnitude = x[i] & kMagnitude<T>;
-      const T above = magnitude + T{1} > lo;
-      mask[i] = static_cast<uint8_t>(magnitude + T{1} > mid);
+      const bool competes = !kBased || base[i] != 0;
+      const T above = static_cast<T>((magnitude + T{1} > lo) & competes);
+      mask[i] = static_cast<uint8_t>((magnitude + T{1} > mid) & competes);
       above_low += above;
       inside += above & static_cast<T>(magnitude + T{1} <= hi);
       largest = magnitude > largest ? magnitude : largest;
@@ -29,7 +30,7 @@ void sweep_plain(const T* x, uint8_t* mask, int64_t begin, int64_t end, const Bo
     if (kStore && inside != 0) {
       for (int64_t i = start; i < stop; ++i) {
         const int64_t magnitude = static_cast<int64_t>(x[i] & kMagnitude<T>);
-        if (magnitude > low && magnitude <= high) {
+        if (magnitude > low && magnitude <= high && (!kBased || base[i] != 0)) {
           bits[result.candidates] = static_cast<T>(magnitude);
           positions[result.candidates++] = static_cast<uint16_t>(i);
         }
@@ -43,15 +44,15 @@ void sweep_plain(const T* x, uint8_t* mask, int64_t begin, int64_t end, const Bo
 }
 
 // Whole steps of 64 elements; returns where the rest begins.
-template <class T, bool kStore>
-int64_t sweep_steps(Block<T>& block, const T* x, uint8_t* mask, int64_t count, bool stream, const char* fetch,
-                    T* bits, uint16_t* positions, Sweep& result) {
+template <class T, bool kStore, bool kBased>
+int64_t sweep_steps(Block<T>& block, const T* x, const uint8_t* base, uint8_t* mask, int64_t count, bool stream,
+                    const char* fetch, T* bits, uint16_t* positions, Sweep& result) {
   int64_t done = 0;
   for (; done + 64 <= count; done += 64) {
     for (size_t line = 0; fetch != nullptr && line < sizeof(T); ++line) {
       __builtin_prefetch(fetch + done * sizeof(T) + line * 64);
     }
-    const Above above = block.step(x + done, mask + done, stream);
+    const Above above = block.template step<kBased>(x + done, kBased ? base + done : nullptr, mask + done, stream);
     result.above += __builtin_popcountll(above.low);
     uint64_t inside = above.low & ~above.high;
     if constexpr (kStore) {
@@ -67,9 +68,9 @@ int64_t sweep_steps(Block<T>& block, const T* x, uint8_t* mask, int64_t count, b
   return done;
 }
 
-template <class T, bool kStore>
-Sweep sweep_as(const T* x, uint8_t* mask, int64_t count, const Bounds& bounds, T* bits, uint16_t* positions,
-               const Errands& errands) {
+template <class T, bool kStore, bool kBased>
+Sweep sweep_as(const T* x, const uint8_t* base, uint8_t* mask, int64_t count, const Bounds& bounds, T* bits,
+               uint16_t* positions, const Errands& errands) {
   Sweep result;
   Block<T> block(bounds.low, bounds.middle, bounds.high);
   // A mask is read again long after it has left the cache: streaming saves reading its lines first.
@@ -77,9 +78,9 @@ Sweep sweep_as(const T* x, uint8_t* mask, int64_t count, const Bounds& bounds, T
   int64_t done = 0;
   if constexpr (kHasBlock<T>) {
     const char* const fetch = static_cast<const char*>(errands.fetch);
-    done = sweep_steps<T, kStore>(block, x, mask, count, stream, fetch, bits, positions, result);
+    done = sweep_steps<T, kStore, kBased>(block, x, base, mask, count, stream, fetch, bits, positions, result);
   }
-  sweep_plain<T, kStore>(x, mask, done, count, bounds, bits, positions, result);
+  sweep_plain<T, kStore, kBased>(x, base, mask, done, count, bounds, bits, positions, result);
   if (errands.squares != nullptr) {
     sum_squares(x, errands.dtype, count, 1.0, errands.squares);  // from the second-level cache
   }
@@ -93,27 +94,31 @@ Sweep sweep_as(const T* x, uint8_t* mask, int64_t count, const Bounds& bounds, T
 }
 
 template <class T>
-Sweep sweep(const T* x, uint8_t* mask, int64_t count, const Bounds& bounds, T* bits, uint16_t* positions,
-            const Errands& errands) {
-  return bits != nullptr ? sweep_as<T, true>(x, mask, count, bounds, bits, positions, errands)
-                         : sweep_as<T, false>(x, mask, count, bounds, nullptr, nullptr, errands);
+Sweep sweep(const T* x, const uint8_t* base, uint8_t* mask, int64_t count, const Bounds& bounds, T* bits,
+            uint16_t* positions, const Errands& errands) {
+  if (bits == nullptr) {
+    return base != nullptr ? sweep_as<T, false, true>(x, base, mask, count, bounds, nullptr, nullptr, errands)
+                           : sweep_as<T, false, false>(x, nullptr, mask, count, bounds, nullptr, nullptr, errands);
+  }
+  return base != nullptr ? sweep_as<T, true, true>(x, base, mask, count, bounds, bits, positions, errands)
+                         : sweep_as<T, true, false>(x, nullptr, mask, count, bounds, bits, positions, errands);
 }
 
 }  // namespace
 
-Sweep sweep16(const uint16_t* x, uint8_t* mask, int64_t count, const Bounds& bounds, uint16_t* bits,
-              uint16_t* positions, const Errands& errands) {
-  return sweep(x, mask, count, bounds, bits, positions, errands);
+Sweep sweep16(const uint16_t* x, const uint8_t* base, uint8_t* mask, int64_t count, const Bounds& bounds,
+              uint16_t* bits, uint16_t* positions, const Errands& errands) {
+  return sweep(x, base, mask, count, bounds, bits, positions, errands);
 }
 
-Sweep sweep32(const uint32_t* x, uint8_t* mask, int64_t count, const Bounds& bounds, uint32_t* bits,
-              uint16_t* positions, const Errands& errands) {
-  return sweep(x, mask, count, bounds, bits, positions, errands);
+Sweep sweep32(const uint32_t* x, const uint8_t* base, uint8_t* mask, int64_t count, const Bounds& bounds,
+              uint32_t* bits, uint16_t* positions, const Errands& errands) {
+  return sweep(x, base, mask, count, bounds, bits, positions, errands);
 }
 
-Sweep sweep64(const uint64_t* x, uint8_t* mask, int64_t count, const Bounds& bounds, uint64_t* bits,
-              uint16_t* positions, const Errands& errands) {
-  return sweep(x, mask, count, bounds, bits, positions, errands);
+Sweep sweep64(const uint64_t* x, const uint8_t* base, uint8_t* mask, int64_t count, const Bounds& bounds,
+              uint64_t* bits, uint16_t* positions, const Errands& errands) {
+  return sweep(x, base, mask, count, bounds, bits, positions, errands);
 }
 
 }  // namespace pyprune::PYPRUNE_CAPABILITY

@@ -2,8 +2,9 @@
 //
 //   mask[i] = |x[i]| > middle        candidates: low < |x[i]| <= high
 //
-// Magnitudes compare as their bits, signed, so that a bound of -1 lies below zero. One read of x and one write of
-// mask per element (item size + 1 bytes). `count` is at most 65536.
+// Magnitudes compare as their bits, signed, so that a bound of -1 lies below zero. Where the byte of a base is zero,
+// the element lies below all bounds. One read of x and of the base, if it is not null, and one write of mask per
+// element (item size + 1 or + 2 bytes). `count` is at most 65536.
 #pragma once
 
 #include <cstdint>
@@ -35,12 +36,12 @@ struct Errands {
 
 // With `bits` and `positions` (room for `count` + 1 each) candidates are also stored, in order; with null they are
 // counted.
-#define PYPRUNE_DECLARE_SWEEP                                                                          \
-  Sweep sweep16(const uint16_t* x, uint8_t* mask, int64_t count, const Bounds& bounds, uint16_t* bits, \
-                uint16_t* positions, const Errands& errands);                                          \
-  Sweep sweep32(const uint32_t* x, uint8_t* mask, int64_t count, const Bounds& bounds, uint32_t* bits, \
-                uint16_t* positions, const Errands& errands);                                          \
-  Sweep sweep64(const uint64_t* x, uint8_t* mask, int64_t count, const Bounds& bounds, uint64_t* bits, \
-                uint16_t* positions, const Errands& errands);
+#define PYPRUNE_DECLARE_SWEEP                                                                               \
+  Sweep sweep16(const uint16_t* x, const uint8_t* base, uint8_t* mask, int64_t count, const Bounds& bounds, \
+                uint16_t* bits, uint16_t* positions, const Errands& errands);                               \
+  Sweep sweep32(const uint32_t* x, const uint8_t* base, uint8_t* mask, int64_t count, const Bounds& bounds, \
+                uint32_t* bits, uint16_t* positions, const Errands& errands);                               \
+  Sweep sweep64(const uint64_t* x, const uint8_t* base, uint8_t* mask, int64_t count, const Bounds& bounds, \
+                uint64_t* bits, uint16_t* positions, const Errands& errands);
 
 PYPRUNE_FOR_EACH_CAPABILITY(PYPRUNE_DECLARE_SWEEP)
