@@ -24,8 +24,8 @@ are the same. What differs from the original:
   before anything changes; for `global_unstructured`, no parameters or the same twice are a ValueError.
 
 The same as there: of importance scores the magnitude counts; NaN and infinity count as largest and are kept; between
-``optimizer.step()`` and the next forward pass, ``module.weight`` is that of the last one; tied parameters are pruned
-one by one; a bias is not pruned with its channel.
+``optimizer.step()`` or ``load_state_dict`` and the next forward pass, ``module.weight`` is that of the last one; tied
+parameters are pruned one by one; a bias is not pruned with its channel.
 """
 
 from collections.abc import Iterable, Sequence

@@ -10,23 +10,18 @@ from pyprune import ops
 from pyprune.memory import prefer_huge_pages
 
 
-def without_smallest(scores: Sequence[Tensor], removed: int, bases: Sequence[Tensor | None] = ()) -> list[Tensor]:
+def without_smallest(
+    scores: Sequence[Tensor], removed: int, bases: Sequence[Tensor | None] | None = None
+) -> list[Tensor]:
     """Return bool masks without the smallest magnitudes; where a base is False, nothing competes or is kept."""
     scores = [_real(score.detach()).to(scores[0].device) for score in scores]
-    if any(base is not None for base in bases):
-        # To be `ops.threshold(bases=...)`, which needs no copies.
-        competing = [score if base is None else score[base] for score, base in zip(scores, bases, strict=True)]
-        kept = without_smallest(competing, removed)
-        whole = [torch.zeros_like(score, dtype=torch.bool) for score in scores]
-        for mask, base, one in zip(whole, bases, kept, strict=True):
-            mask[... if base is None else base] = one
-        return whole
+    removed += sum(ops.count_zeros([base for base in bases or () if base is not None]).tolist())
     sizes = [score.numel() for score in scores]
     joined = prefer_huge_pages(torch.empty(sum(sizes), dtype=torch.bool, device=scores[0].device))
     masks = [mask.view(score.shape) for mask, score in zip(torch.split(joined, sizes), scores, strict=True)]
-    _, nonfinite = ops.threshold(scores, removed, masks=masks)
+    _, nonfinite = ops.threshold(scores, removed, masks=masks, bases=bases)
     if nonfinite.any():
-        ops.threshold([_finite(score) for score in scores], removed, masks=masks)
+        ops.threshold([_finite(score) for score in scores], removed, masks=masks, bases=bases)
     return masks
 
 
