@@ -66,7 +66,7 @@ class Dataset:
 def batches_of(
     data: Dataset | Iterable[Any], count: int | None, description: str, *, checked: bool = True
 ) -> Iterator[Any]:
-    """Yield at most ``count`` batches, under a progress bar if stderr is a terminal.
+    """Yield at most ``count`` batches, under a progress bar if there are several and stderr is a terminal.
 
     Args:
         data: a `Dataset`, or what can be made into one.
@@ -93,11 +93,12 @@ def _tracked(dataset: Dataset, count: int | None, description: str, checked: boo
     from rich.progress import Progress
 
     known = [number for number in (dataset.get_length(), count) if number is not None]
+    most = min(known, default=None)
     console = Console(stderr=True)
     empty = True
-    with Progress(console=console, disable=not console.is_terminal) as progress:
+    with Progress(console=console, disable=most == 1 or not console.is_terminal) as progress:
         batches = islice(dataset.get_inference_data(), count)
-        for batch in progress.track(batches, min(known, default=None), description=description):
+        for batch in progress.track(batches, most, description=description):
             if checked and isinstance(batch, list):
                 if len(batch) > 1:
                     raise ValueError(

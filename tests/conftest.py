@@ -13,8 +13,9 @@ from pyprune.masks import Mask
 from pyprune.targets import Target, attachments_of
 from tests.devices import DEVICES
 
-# gpu.sh runs the tests where the benchmarks are not beside them.
-collect_ignore = [] if (Path(__file__).parent.parent / "benchmarks").is_dir() else ["test_benchmarks.py"]
+# gpu.sh runs the tests where these are not beside them.
+ROOT = Path(__file__).parent.parent
+collect_ignore = [f"test_{name}.py" for name in ("benchmarks", "examples") if not (ROOT / name).is_dir()]
 
 
 class ConvNet(nn.Module):

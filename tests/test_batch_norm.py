@@ -135,11 +135,11 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_batch_norm_adaptation_shows_progress_on_a_terminal_only(cnn, monkeypatch):
+def test_batch_norm_adaptation_shows_progress_of_several_batches_on_a_terminal(cnn, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
-    for stream, shows in ((io.StringIO(), False), (Terminal(), True)):
+    for stream, count, shows in ((io.StringIO(), 3, False), (Terminal(), 3, True), (Terminal(), 1, False)):
         monkeypatch.setattr(sys, "stderr", stream)
-        batch_norm_adaptation(cnn.model, batches(cnn.model))
+        batch_norm_adaptation(cnn.model, batches(cnn.model, count))
         assert ("BatchNorm adaptation" in stream.getvalue()) is shows
 
 
