@@ -8,6 +8,7 @@ import bench_capability
 import bench_count
 import bench_fold
 import bench_gates
+import bench_groups
 import bench_growth
 import bench_masks
 import bench_rb_loss
@@ -16,6 +17,7 @@ from shapes import DTYPES, SIZES, Case
 
 JOBS: dict[str, ModuleType] = {
     "masks": bench_masks,
+    "groups": bench_groups,
     "fold": bench_fold,
     "count": bench_count,
     "gates": bench_gates,
@@ -61,6 +63,7 @@ def accepts(job: str, model: str, dtype: str) -> bool:
 
 BENCH = [
     Slice(LISTS_JOBS, ("resnet50", "bert"), BOTH),
+    Slice(("groups",), ("resnet50", "bert"), BOTH),
     Slice(("gates",), ("resnet50",)),
     Slice(("rb_loss",), ("resnet50", "bert")),
     Slice(("training",), ("convnet", "transformer")),
@@ -68,7 +71,7 @@ BENCH = [
     Slice(("growth",), ("1M", "4M", "16M", "64M")),
 ]
 QUICK = [
-    Slice((*LISTS_JOBS, "gates", "rb_loss", "capability"), ("resnet50",)),
+    Slice((*LISTS_JOBS, "groups", "gates", "rb_loss", "capability"), ("resnet50",)),
     Slice(("training",), ("convnet",)),
     Slice(("growth",), ("1M", "4M", "16M")),
 ]
@@ -77,6 +80,8 @@ QUICK = [
 FULL = [
     Slice(LISTS_JOBS, ("resnet50", "bert"), BOTH, peers="all"),
     Slice(LISTS_JOBS, ("llama",), BOTH, peers="all"),
+    Slice(("groups",), ("resnet50", "bert"), BOTH, peers="all"),
+    Slice(("groups",), ("resnet50", "bert"), BOTH, threads=(1,), peers="none"),
     Slice(("masks",), ("resnet50", "bert"), ratios=(0.5, 0.9, 0.99)),
     Slice(("masks",), ("llama",), ratios=(0.5, 0.9, 0.99), peers="none"),
     Slice(("masks",), ("resnet50", "bert"), BOTH, weights=ADVERSARIAL, peers="none"),
