@@ -83,7 +83,7 @@ def ways(case: Case) -> list[Way]:
     floor = Way(
         "masks by group",
         "floor: read weights, write masks",
-        lambda: ops.threshold(weights, 0, masks=masks),
-        moved=sum(weight.nbytes for weight in weights) + case.count,
+        lambda: ops.threshold(as_drawn, 0, masks=far_masks),
+        moved=sum(weight.nbytes for weight in as_drawn) + case.count,
     )
     return with_floor(floor, [way for pattern in PATTERNS for way in of_pattern(*pattern)] + rows)
