@@ -12,6 +12,7 @@ from bench_capability import CAPABILITY
 from bench_count import COUNT
 from bench_fold import FOLD
 from bench_geometric_median import GEOMETRIC_MEDIAN
+from bench_groups import PATTERNS, ROWS, group_of
 from bench_masks import LOCAL, NORMALISED, RAW
 from bench_rb_loss import LOSS
 from bench_torch_prune import ONCE
@@ -40,6 +41,11 @@ GOALS = [
     Goal(RAW, BF16, {"torch.nn.utils.prune": 500, "torch.cat + kthvalue": 70}, (2.5, 1.5)),
     Goal(NORMALISED, FP32, {"NNCF": 50}, (2.2, 1.7)),
     Goal(LOCAL, BOTH, {"kthvalue per tensor": 40}, (2.6, 1.9)),
+    *(
+        Goal(group_of(*pattern), BOTH, {"topk per group": 20, "argsort per group": 20}, (1.4, 1.4))
+        for pattern in PATTERNS
+    ),
+    Goal(ROWS, BOTH, {"sort per row": 20}),
     Goal(FOLD, BOTH, {"torch._foreach_mul_, bool masks": 2}, (1.2, 1.2)),
     Goal(ONCE, FP32, {"torch.nn.utils.prune": 100}, memory={"torch.nn.utils.prune": 0.25}),
     Goal(COUNT, BOTH, {"torch.count_nonzero": 5, "(mask == 0).sum()": 100}, (1.1, 1.1)),

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 EPSILON = 1e-6
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
@@ -58,6 +59,47 @@ def kthvalue_per_tensor(weights: list[Tensor], removed: list[int]) -> list[Tenso
     scores = [weight.abs() for weight in weights]
     bounds = [score.flatten().kthvalue(max(count, 1)).values for score, count in zip(scores, removed, strict=True)]
     return [score > bound for score, bound in zip(scores, bounds, strict=True)]
+
+
+def groups_of(weight: Tensor, size: int) -> Tensor:
+    """Return the magnitudes, a group in each row; the last dimension is filled up with zeros."""
+    return pad(weight.abs(), (0, -weight.shape[-1] % size)).reshape(-1, size)
+
+
+def without_padding(mask: Tensor, weight: Tensor) -> Tensor:
+    return mask.view(*weight.shape[:-1], -1)[..., : weight.shape[-1]]
+
+
+def topk_groups(weights: list[Tensor], kept: int, size: int) -> list[Tensor]:
+    """Keep the largest of each group, as SparseML and torchao's masks do."""
+    masks = []
+    for weight in weights:
+        groups = groups_of(weight, size)
+        mask = torch.zeros_like(groups, dtype=torch.bool)
+        masks.append(without_padding(mask.scatter_(1, groups.topk(kept, dim=1).indices, True), weight))
+    return masks
+
+
+def argsort_groups(weights: list[Tensor], kept: int, size: int) -> list[Tensor]:
+    """Drop the smallest of each group, in the order of a sort."""
+    masks = []
+    for weight in weights:
+        groups = groups_of(weight, size)
+        mask = torch.ones_like(groups, dtype=torch.bool)
+        going = groups.argsort(dim=1)[:, : size - kept]
+        masks.append(without_padding(mask.scatter_(1, going, False), weight))
+    return masks
+
+
+def sort_rows(weights: list[Tensor], norms: list[Tensor], removed: list[int]) -> list[Tensor]:
+    """Drop the smallest |w| * norm of each row, as Wanda does."""
+    masks = []
+    for weight, norm, count in zip(weights, norms, removed, strict=True):
+        scores = weight.flatten(1).abs() * norm
+        mask = torch.ones_like(scores, dtype=torch.bool)
+        mask.scatter_(1, scores.sort(dim=1, stable=True).indices[:, :count], False)
+        masks.append(mask.view(weight.shape))
+    return masks
 
 
 class Threshold(torch.autograd.Function):

@@ -9,6 +9,7 @@ import bench_count
 import bench_fold
 import bench_gates
 import bench_geometric_median
+import bench_groups
 import bench_growth
 import bench_masks
 import bench_rb_loss
@@ -18,6 +19,7 @@ from shapes import DTYPES, SIZES, Case
 
 JOBS: dict[str, ModuleType] = {
     "masks": bench_masks,
+    "groups": bench_groups,
     "fold": bench_fold,
     "count": bench_count,
     "torch_prune": bench_torch_prune,
@@ -67,6 +69,7 @@ BENCH = [
     Slice(("geometric_median",), ("resnet50",)),
     Slice(LISTS_JOBS, ("resnet50", "bert"), BOTH),
     Slice(("torch_prune",), ("resnet50", "bert")),
+    Slice(("groups",), ("resnet50", "bert"), BOTH),
     Slice(("gates",), ("resnet50",)),
     Slice(("rb_loss",), ("resnet50", "bert")),
     Slice(("training",), ("convnet", "transformer")),
@@ -75,7 +78,7 @@ BENCH = [
 ]
 QUICK = [
     Slice(("geometric_median",), ("tiny",)),
-    Slice((*LISTS_JOBS, "torch_prune", "gates", "rb_loss", "capability"), ("resnet50",)),
+    Slice((*LISTS_JOBS, "torch_prune", "groups", "gates", "rb_loss", "capability"), ("resnet50",)),
     Slice(("training",), ("convnet",)),
     Slice(("growth",), ("1M", "4M", "16M")),
 ]
@@ -86,6 +89,8 @@ FULL = [
     Slice(LISTS_JOBS, ("resnet50", "bert"), BOTH, peers="all"),
     Slice(LISTS_JOBS, ("llama",), BOTH, peers="all"),
     Slice(("torch_prune",), ("resnet50", "bert"), BOTH, peers="all"),
+    Slice(("groups",), ("resnet50", "bert"), BOTH, peers="all"),
+    Slice(("groups",), ("resnet50", "bert"), BOTH, threads=(1,), peers="none"),
     Slice(("masks",), ("resnet50", "bert"), ratios=(0.5, 0.9, 0.99)),
     Slice(("masks",), ("llama",), ratios=(0.5, 0.9, 0.99), peers="none"),
     Slice(("masks",), ("resnet50", "bert"), BOTH, weights=ADVERSARIAL, peers="none"),

@@ -29,6 +29,8 @@ quartiles       of the samples that the median is of
 extra MiB       resident memory at its peak, without what existed and what is returned (masks: a byte per weight)
 (formula)       stands in for a library that is not installed, or for what that does not offer
 masks           floor: ops.threshold with nothing to remove, which finds no threshold; new masks pay for fresh memory
+N:M             along the input channels, which channels_last has next to each other; where torch's default layout is
+                measured beside it, they are not
 whole call      also puts the masks on layers, and NNCF traces a call of the model to find them. Elsewhere NNCF
                 chooses masks anew, into those that are there
 torch_prune     memory: of the state too, which is twice the weights

@@ -2,6 +2,7 @@
 // test-cpp).
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <numeric>
 
 #include "../cpu/gate_segments.h"
@@ -9,6 +10,7 @@
 #include "../cpu/kernels/fold.h"
 #include "../cpu/kernels/gate.h"
 #include "../cpu/kernels/gate_penalty.h"
+#include "../cpu/kernels/group_masks.h"
 #include "../cpu/kernels/norms.h"
 #include "../cpu/score.h"
 #include "check.h"
@@ -119,6 +121,59 @@ void test_segments(const std::vector<int64_t>& weight_sizes, const std::vector<i
   }
 }
 
+// Masks of groups as a stable sort gives them. `apart`: rows are next to each other, columns are not.
+template <class Bits>
+void test_groups(Dtype dtype, int64_t rows, int64_t columns, int64_t size, bool apart, bool with_factors,
+                 bool with_base) {
+  using Real = std::conditional_t<sizeof(Bits) == 8, double, float>;
+  const std::vector<Bits> weights = random_weights<Bits>(dtype, rows * columns);
+  std::vector<Real> factors(columns);
+  std::ranges::generate(factors, [] { return static_cast<Real>(random_between(0, 3)); });
+  std::vector<uint8_t> base(rows * columns), mask(rows * columns);
+  std::ranges::generate(base, [] { return static_cast<uint8_t>(random_between(0, 3) != 0); });
+  const Steps steps = apart ? Steps{1, rows} : Steps{columns, 1};
+  const int64_t kept = random_between(0, size);
+  GroupTile tile{dtype,
+                 weights.data(),
+                 with_base ? base.data() : nullptr,
+                 mask.data(),
+                 steps,
+                 steps,
+                 steps,
+                 with_factors ? factors.data() : nullptr,
+                 rows,
+                 columns,
+                 size,
+                 kept};
+  const auto room = std::make_unique<GroupRoom>();
+  std::vector<uint64_t> row_keys(std::min({size, columns, kRowInCache}));
+  room->row_keys = row_keys.data();
+  with_each_capability([&] {
+    std::ranges::fill(mask, uint8_t{2});
+    EXPECT(PYPRUNE_KERNEL(mask_groups)(tile, *room) == 0);
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t first = 0; first < columns; first += size) {
+        const int64_t count = std::min(size, columns - first);
+        const auto place = [&](int64_t i) { return row * steps.row + (first + i) * steps.column; };
+        std::vector<double> scores(count);
+        for (int64_t i = 0; i < count; ++i) {
+          const Real magnitude = static_cast<Real>(std::fabs(value_of(dtype, weights[place(i)])));
+          scores[i] = with_base && base[place(i)] == 0 ? -1
+                      : with_factors                   ? static_cast<Real>(magnitude * factors[first + i])
+                                                       : magnitude;
+        }
+        std::vector<int64_t> order(count);
+        std::iota(order.begin(), order.end(), int64_t{0});
+        std::ranges::stable_sort(order, {}, [&](int64_t i) { return scores[i]; });
+        for (int64_t rank = 0; rank < count; ++rank) {
+          const bool stays = rank >= count - kept && scores[order[rank]] >= 0;
+          EXPECT(mask[place(order[rank])] == stays);
+        }
+      }
+    }
+  });
+}
+
 template <class Visit>
 void by_size(Dtype dtype, const Visit& visit) {
   by_bits(dtype, [&](auto zero) { visit(zero); });
@@ -142,6 +197,24 @@ void run() {
         }
       }
     }
+  }
+  for (const Dtype dtype : kFloats) {
+    by_size(dtype, [&]<class Bits>(Bits) {
+      for (const int64_t size : {1, 2, 4, 5, 8, 16, 33, 64}) {
+        for (const int64_t columns : {1, 7, 64, 200, 1003}) {
+          for (const int option : {0, 1, 2, 3, 4, 5, 6, 7}) {
+            test_groups<Bits>(dtype, option % 3 == 0 ? 9 : 70, columns, size, option & 1, option & 2, option & 4);
+          }
+        }
+      }
+      for (const int64_t size : {65, 100, 1000, 5000}) {
+        for (const int64_t columns : {64, 1003, 70'000}) {
+          for (const int option : {0, 1, 2, 3}) {
+            test_groups<Bits>(dtype, 2, columns, columns > 5000 ? columns : size, false, option & 1, option & 2);
+          }
+        }
+      }
+    });
   }
   test_segments({64, 3, 7, 7}, {64, 1, 1, 1});
   test_segments({64, 30, 3, 3}, {1, 30, 1, 1});

@@ -60,6 +60,8 @@ def test_operators_never_wait_for_the_device():
         masks, _ = ops.threshold(weights, 100_000, scales=ops.norms(weights).reciprocal())
         ops.count_zeros(masks)
         ops.fold(weights, masks)
+        for size in (4, 8, 50, 400):
+            ops.group_masks(weights[:1], size, 2, factors=[torch.ones(400, device="cuda")], bases=masks[:1])
         seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cuda")
         for gate in GATES:
             for tensors in gates:
@@ -156,6 +158,22 @@ def test_lists_are_the_same_bits_as_on_the_cpu(dtype):
     ops.fold(theirs, on_cuda(masks))
     ops.fold(weights, masks)
     assert_same_bits([*theirs, ops.count_zeros(theirs)], [*weights, ops.count_zeros(weights)])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_group_masks_of_lists_are_the_same_bits_as_on_the_cpu(kind):
+    weights = [adversarial((300, 1030), kind, dtype, seed) for seed, dtype in enumerate(DTYPES)]
+    weights += [adversarial((40, 50, 3, 3), kind, torch.float32).movedim(1, -1)]
+    row_dims = [1] * len(DTYPES) + [3]
+    bases = [None, *(weight.abs() > 0.3 for weight in weights[1:])]
+    factors = [None, torch.rand(1030, dtype=torch.float64), *(torch.rand(1030) for _ in DTYPES[2:]), torch.rand(50)]
+    on_device = [[None if one is None else one.cuda() for one in some] for some in (factors, bases)]
+    for size, kept in ((4, 2), (8, 5), (12, 3), (64, 32), (1030, 515)):
+        masks, nonfinite = ops.group_masks(weights, size, kept, row_dims=row_dims, factors=factors, bases=bases)
+        found, counts = ops.group_masks(
+            on_cuda(weights), size, kept, row_dims=row_dims, factors=on_device[0], bases=on_device[1]
+        )
+        assert_same_bits([*found, counts], [*masks, nonfinite])
 
 
 # Crowds at the threshold, at one end of the bracket and at both; scores in order, so that candidates lie together.

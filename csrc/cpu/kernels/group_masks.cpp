@@ -104,11 +104,7 @@ struct Masker {
     const int64_t whole = tile.columns / tile.size * tile.size;
     const bool in_rows = tile.weight_steps.column == 1 && tile.mask_steps.column == 1 &&
                          (tile.base == nullptr || tile.base_steps.column == 1);
-    if (kRanksInRegisters && in_rows && tile.size == 4) {
-      rank_in_registers<4>(whole);
-    } else if (kRanksInRegisters && in_rows && tile.size == 8) {
-      rank_in_registers<8>(whole);
-    } else {
+    if (!in_rows || !(rank_in_registers<4>(whole) || rank_in_registers<8>(whole))) {
       rank_in_lanes(0, tile.size, whole / tile.size);
     }
     if (whole < tile.columns) {
@@ -170,8 +166,20 @@ struct Masker {
   // --- groups of up to kRankedSize
   // ----------------------------------------------------------------------------------
 
+  // If there is a way for groups of this size, ranks those in the first columns.
   template <int kSize>
-  void rank_in_registers(int64_t columns) {
+  bool rank_in_registers(int64_t columns) {
+    if constexpr (kRanksInRegisters<Key, kSize>) {
+      if (tile.size == kSize) {
+        rank_rows<kSize>(columns);
+        return true;
+      }
+    }
+    return false;
+  }
+
+  template <int kSize>
+  void rank_rows(int64_t columns) {
     for (int64_t row = 0; row < tile.rows; ++row) {
       const Bits* const x = weight + row * tile.weight_steps.row;
       uint8_t* const mask = tile.mask + row * tile.mask_steps.row;

@@ -46,8 +46,11 @@ void rank_lanes(const Key* keys, int64_t size, int64_t lanes, int64_t kept, uint
 // --- groups of 4 and 8 one after the other
 // ---------------------------------------------------------------------------
 
+// A vector holds whole groups. SSE2 alone has no instruction that turns 8 halves.
+template <class Key, int kSize>
+constexpr bool kRanksInRegisters = kSize * sizeof(Key) <= kVectorBytes && (kSize == 4 || kVectorBytes > 16);
+
 #if defined(__AVX512BW__)
-constexpr bool kRanksInRegisters = true;
 
 // Tables for turning each group of kSize by kTurn: lane j gets element (j + kTurn) % kSize of its group.
 template <class Key, int kSize, int kTurn>
@@ -181,10 +184,62 @@ void rank_run(const Key* keys, Key magnitude, int64_t count, int64_t kept, uint8
 }
 
 #else
-constexpr bool kRanksInRegisters = false;
+
+// Of the groups of kSize in a vector: -1 for what stays, 0 for what goes.
+template <class Key, int kSize>
+auto rank_vector(typename Lanes<Key>::Vector keys, Key kept) {
+  using Vector = typename Lanes<Key>::Vector;
+  const auto count_turn = [&]<int kTurn>(Vector& beats) {
+    Vector from{}, back{}, ties{};
+    for (int lane = 0; lane < Lanes<Key>::kWidth; ++lane) {
+      const int place = lane % kSize, group = lane - place;
+      from[lane] = static_cast<Key>(group + (place + kTurn) % kSize);
+      back[lane] = static_cast<Key>(group + (place + kSize - kTurn) % kSize);
+      ties[lane] = place + kTurn < kSize;  // what comes has the higher place, and wins
+    }
+    const Vector beaten = __builtin_shuffle(keys, from) > keys - ties;
+    beats += beaten;
+    if constexpr (2 * kTurn != kSize) {
+      beats += ~__builtin_shuffle(beaten, back);
+    }
+  };
+  Vector beats{};
+  count_turn.template operator()<1>(beats);
+  count_turn.template operator()<2>(beats);
+  if constexpr (kSize == 8) {
+    count_turn.template operator()<3>(beats);
+    count_turn.template operator()<4>(beats);
+  }
+  const Vector beats_at_most = Vector{} - kept;
+  return (beats > beats_at_most) & (keys >= 0);
+}
 
 template <class Key, int kSize>
-void rank_run(const Key*, Key, int64_t, int64_t, uint8_t*, Key&) {}
+void rank_run(const Key* keys, Key magnitude, int64_t count, int64_t kept, uint8_t* mask, Key& largest) {
+  using Vector = typename Lanes<Key>::Vector;
+  using Bytes = typename Lanes<Key>::Bytes;
+  constexpr int kWidth = Lanes<Key>::kWidth;
+  Vector top{};
+  const auto step = [&](const Key* from) {
+    const Vector v = Lanes<Key>::load(from) & magnitude;
+    top = v > top ? v : top;
+    return __builtin_convertvector(rank_vector<Key, kSize>(v, static_cast<Key>(kept)), Bytes) & 1;
+  };
+  int64_t done = 0;
+  for (; done + kWidth <= count; done += kWidth) {
+    const Bytes bytes = step(keys + done);
+    __builtin_memcpy(mask + done, &bytes, sizeof(bytes));
+  }
+  if (done < count) {
+    Key rest[kWidth] = {};
+    __builtin_memcpy(rest, keys + done, (count - done) * sizeof(Key));
+    const Bytes bytes = step(rest);
+    __builtin_memcpy(mask + done, &bytes, count - done);
+  }
+  for (int lane = 0; lane < kWidth; ++lane) {
+    largest = top[lane] > largest ? top[lane] : largest;
+  }
+}
 #endif
 
 }  // namespace
