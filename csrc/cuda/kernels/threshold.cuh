@@ -12,6 +12,10 @@
 // another sweep writes the masks. The same is done from the start where every tensor competes for itself, and for
 // lists with float64.
 //
+// What a base lacks goes before all scores: the sample takes it for the lowest score, the sweep counts it as below
+// the bracket, and the radix select leaves it out. A base is one byte more to read per element, each time the weights
+// are.
+//
 // Moves per element of b bytes: b + 1, and about a tenth of that for the sample and the candidates (of 1e9 weights
 // 0.9 % are candidates, 8 bytes each, written once and read 5 times); plus b for each element of a tile that is
 // settled. By radix select alone: (digits + 1) * b + 1 with 3 digits for float32 (or with scales), 2 for half types,
@@ -96,6 +100,7 @@ struct ThresholdPlan {
 struct ThresholdMemory {
   Search* search;
   Count* histograms;
+  int64_t* lacking;  // of each group: what its bases lack
   uint32_t* narrow_histogram;
   Ties* ties;
   Bounds* bounds;
@@ -112,6 +117,7 @@ struct ThresholdMemory {
     };
     take(search, 1);
     take(histograms, plan.groups << plan.digit_bits);
+    take(lacking, plan.groups);
     take(narrow_histogram, plan.sampled ? 1 << kNarrowBits : 0);
     zero_bytes = used;
     take(ties, plan.groups);
@@ -180,11 +186,11 @@ class ThresholdLaunches {
     for (int top = plan_.key_bits(); top > plan_.zeros;) {
       const int bits = std::min(plan_.digit_bits, top - plan_.zeros);
       top -= bits;
-      const Digit digit{top, bits, top == plan_.zeros};
+      const Digit digit{top, bits, top + bits == plan_.key_bits(), top == plan_.zeros};
       launch(&histogram_kernel<Scores>, blocks_, kThreads, stream_, table_, scores_, digit, wanted, memory_.ties,
-             memory_.histograms);
+             memory_.histograms, memory_.lacking);
       launch(&select_kernel<Scores>, group_blocks(), kThreads, stream_, table_, scores_, plan_.groups, digit, wanted,
-             memory_.ties, memory_.histograms, memory_.bounds);
+             memory_.ties, memory_.histograms, memory_.lacking, memory_.bounds);
     }
   }
 
