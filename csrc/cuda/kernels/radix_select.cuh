@@ -72,8 +72,9 @@ __device__ __noinline__ int64_t count_digits(const TableRow& row, const Layout* 
   return lacking;
 }
 
-// Adds to histograms[group << bits | digit] and, with the first digit, to lacking[group].
-template <typename Scores>
+// Adds to histograms[group << bits | digit] and, with the first digit, to lacking[group]. With kAnyBased some rows
+// have a base.
+template <typename Scores, bool kAnyBased>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     histogram_kernel(TensorTable table, Scores scores, Digit digit, const int* wanted, const Ties* ties,
                      Count* histograms, int64_t* lacking) {
@@ -86,15 +87,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     const Run run = run_at(table, tile, tiles.end);
     const TableRow& row = table.rows[run.tensor];
     const int64_t group = scores.group(run.tensor);
-    const bool based = row.base != nullptr, any_order = row.dense && !based;
-    const Layout* const layout = any_order ? nullptr : layout_of(table, row);
+    const bool based = kAnyBased && row.base != nullptr;
+    const Layout* const layout = row.dense && !based ? nullptr : layout_of(table, row);
     int64_t lacks = 0;
     with_weight_type<Scores::kWide>(row.dtype, [&](auto type) {
       const auto count = [&](auto has_base) {
         lacks = count_digits<decltype(type), Scores, decltype(has_base)::value>(
             row, layout, run, scores.scale(run.tensor), ties[group].key, digit, bins);
       };
-      based ? count(std::true_type{}) : count(std::false_type{});
+      based ? count(std::bool_constant<kAnyBased>{}) : count(std::false_type{});
     });
     if (based && digit.first) add_block_total(lacks, &lacking[group]);
     tile = run.next_tile;

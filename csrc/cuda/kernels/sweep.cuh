@@ -15,8 +15,9 @@ namespace pyprune {
 namespace {
 
 constexpr int kWarpsPerBlock = kThreads / 32;
-constexpr int kSweepBlocks = 3;  // per multiprocessor: with registers for 4, loads would wait for each other
-constexpr int kWaiting = 128;    // candidates of a warp, of which each lane can add one at a time
+template <bool kAnyBased>
+constexpr int kSweepBlocks = kAnyBased ? 2 : 3;  // per multiprocessor: with more, registers would not hold all loads
+constexpr int kWaiting = 128;                    // candidates of a warp, of which each lane can add one at a time
 
 template <typename Bits>
 constexpr int kStep = sizeof(Bits) == 2 ? 8 : 4;  // neighbours that a lane takes at once
@@ -235,8 +236,9 @@ __device__ __noinline__ RunCounts sweep_run(const TableRow& row, const Layout* l
   return counts;
 }
 
-template <typename Scores>
-__global__ void __launch_bounds__(kThreads, kSweepBlocks)
+// With kAnyBased some rows have a base.
+template <typename Scores, bool kAnyBased>
+__global__ void __launch_bounds__(kThreads, kSweepBlocks<kAnyBased>)
     sweep_kernel(TensorTable table, Scores scores, const Bounds* bounds, const int* wanted, Found found,
                  int64_t elements, int64_t removed, Ties* ties) {
   if (wanted != nullptr && *wanted == 0) return;
@@ -255,7 +257,7 @@ __global__ void __launch_bounds__(kThreads, kSweepBlocks)
             row, layout_of(table, row), run, bounds[run.tensor], scores, scores.scale(run.tensor), found.ties + tile,
             found, waiting[Scores::kWide ? 0 : warp]);
       };
-      row.base == nullptr ? sweep(std::false_type{}) : sweep(std::true_type{});
+      kAnyBased&& row.base != nullptr ? sweep(std::bool_constant<kAnyBased>{}) : sweep(std::false_type{});
     });
     kept += counts.kept;
     low_ties += counts.low_ties;

@@ -50,7 +50,7 @@ constexpr int kMostPositionBits = 33;                   // beside a key of 31 bi
 // What a call takes, as the shapes and dtypes decide it.
 struct ThresholdPlan {
   int64_t elements = 0, groups, removed;
-  bool scaled, wide = false;
+  bool scaled, wide = false, based = false;
   int zeros = 16;  // low bits of a float32 key: bfloat16 leaves 16 zero, float16 13
   int digit_bits = kDigitBits;
   bool sampled;
@@ -67,6 +67,7 @@ struct ThresholdPlan {
       elements += row.numel;
       bytes += row.numel * item_size(row.dtype);
       wide = wide || row.dtype == Dtype::kFloat64;
+      based = based || row.base != nullptr;
       if (row.dtype != Dtype::kBFloat16) zeros = std::min(zeros, row.dtype == Dtype::kFloat16 ? 13 : 0);
     }
     if (wide || scaled) zeros = 0;
@@ -187,8 +188,9 @@ class ThresholdLaunches {
       const int bits = std::min(plan_.digit_bits, top - plan_.zeros);
       top -= bits;
       const Digit digit{top, bits, top + bits == plan_.key_bits(), top == plan_.zeros};
-      launch(&histogram_kernel<Scores>, blocks_, kThreads, stream_, table_, scores_, digit, wanted, memory_.ties,
-             memory_.histograms, memory_.lacking);
+      const auto histogram = plan_.based ? &histogram_kernel<Scores, true> : &histogram_kernel<Scores, false>;
+      launch(histogram, blocks_, kThreads, stream_, table_, scores_, digit, wanted, memory_.ties, memory_.histograms,
+             memory_.lacking);
       launch(&select_kernel<Scores>, group_blocks(), kThreads, stream_, table_, scores_, plan_.groups, digit, wanted,
              memory_.ties, memory_.histograms, memory_.lacking, memory_.bounds);
     }
@@ -196,8 +198,10 @@ class ThresholdLaunches {
 
   void sweep(const int* wanted, Search* search, int64_t* nonfinite) const {
     const Found found{memory_.tile_ties, nonfinite, search, memory_.candidates, plan_.room, plan_.position_bits};
-    launch(&sweep_kernel<Scores>, blocks_for(table_.tiles, kSweepBlocks), kThreads, stream_, table_, scores_,
-           memory_.bounds, wanted, found, plan_.elements, plan_.removed, memory_.ties);
+    const auto kernel = plan_.based ? &sweep_kernel<Scores, true> : &sweep_kernel<Scores, false>;
+    const int per_multiprocessor = plan_.based ? kSweepBlocks<true> : kSweepBlocks<false>;
+    launch(kernel, blocks_for(table_.tiles, per_multiprocessor), kThreads, stream_, table_, scores_, memory_.bounds,
+           wanted, found, plan_.elements, plan_.removed, memory_.ties);
   }
 
   void settle_ties() const {
