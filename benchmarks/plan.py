@@ -11,11 +11,13 @@ import bench_gates
 import bench_growth
 import bench_masks
 import bench_rb_loss
+import bench_remaining
 import bench_training
 from shapes import DTYPES, SIZES, Case
 
 JOBS: dict[str, ModuleType] = {
     "masks": bench_masks,
+    "remaining": bench_remaining,
     "fold": bench_fold,
     "count": bench_count,
     "gates": bench_gates,
@@ -25,7 +27,7 @@ JOBS: dict[str, ModuleType] = {
     "growth": bench_growth,
 }
 PEERS = ("none", "quick", "all")
-LISTS_JOBS = ("masks", "fold", "count")
+LISTS_JOBS = ("masks", "remaining", "fold", "count")
 BOTH = tuple(DTYPES)
 ADVERSARIAL = ("equal", "two-values", "sorted", "heavy-tailed", "one-binade")
 
