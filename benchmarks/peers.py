@@ -102,6 +102,38 @@ def sort_rows(weights: list[Tensor], norms: list[Tensor], removed: list[int]) ->
     return masks
 
 
+def cat_kthvalue_of_remaining(weights: list[Tensor], bases: list[Tensor], removed: int) -> list[Tensor]:
+    """Take the k-th of what is left, as torch.nn.utils.prune takes its topk."""
+    left = torch.cat([weight[base].abs() for weight, base in zip(weights, bases, strict=True)])
+    lacking = sum(weight.numel() for weight in weights) - left.numel()
+    bound = left.kthvalue(removed - lacking).values
+    return [(weight.abs() > bound) & base for weight, base in zip(weights, bases, strict=True)]
+
+
+def nni_capped(weights: list[Tensor], removed: int, most: list[int]) -> list[Tensor]:
+    """Let only as many of each tensor compete as it may lose; the global mode of NNI's pruners does that."""
+    scores = [weight.abs().flatten().topk(cap, largest=False) for weight, cap in zip(weights, most, strict=True)]
+    going = torch.cat([score.values for score in scores]).topk(removed, largest=False, sorted=False).indices
+    goes = torch.zeros(sum(most), dtype=torch.bool)
+    goes[going] = True
+    masks = [torch.ones_like(weight, dtype=torch.bool) for weight in weights]
+    for mask, score, some in zip(masks, scores, goes.split(most), strict=True):
+        mask.view(-1)[score.indices[some]] = False
+    return masks
+
+
+def lamp_kthvalue(weights: list[Tensor], removed: int) -> list[Tensor]:
+    """Sort each tensor, divide each square by the sum of it and all behind it, and cut all scores at once."""
+    scores = []
+    for weight in weights:
+        squares, order = weight.float().square().flatten().sort()
+        score = torch.empty_like(squares)
+        score[order] = squares / squares.flip(0).cumsum(0).flip(0)
+        scores.append(score.view(weight.shape))
+    bound = torch.cat([score.flatten() for score in scores]).kthvalue(removed).values
+    return [score > bound for score in scores]
+
+
 class Threshold(torch.autograd.Function):
     """Compare with 1/2; the gradient goes straight through."""
 

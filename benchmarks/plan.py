@@ -14,12 +14,14 @@ import bench_growth
 import bench_masks
 import bench_rb_loss
 import bench_torch_prune
+import bench_remaining
 import bench_training
 from shapes import DTYPES, SIZES, Case
 
 JOBS: dict[str, ModuleType] = {
     "masks": bench_masks,
     "groups": bench_groups,
+    "remaining": bench_remaining,
     "fold": bench_fold,
     "count": bench_count,
     "torch_prune": bench_torch_prune,
@@ -31,7 +33,7 @@ JOBS: dict[str, ModuleType] = {
     "growth": bench_growth,
 }
 PEERS = ("none", "quick", "all")
-LISTS_JOBS = ("masks", "fold", "count")
+LISTS_JOBS = ("masks", "remaining", "fold", "count")
 BOTH = tuple(DTYPES)
 ADVERSARIAL = ("equal", "two-values", "sorted", "heavy-tailed", "one-binade")
 

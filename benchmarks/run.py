@@ -28,6 +28,8 @@ x pyprune       medians, beside our first way in the same part
 quartiles       of the samples that the median is of
 extra MiB       resident memory at its peak, without what existed and what is returned (masks: a byte per weight)
 (formula)       stands in for a library that is not installed, or for what that does not offer
+remaining       half of the masks' zeros are there before; caps: no weight may lose more than 75 %, which half of
+                them would, because every other weight is three times as large
 masks           floor: ops.threshold with nothing to remove, which finds no threshold; new masks pay for fresh memory
 N:M             along the input channels, which channels_last has next to each other; where torch's default layout is
                 measured beside it, they are not

@@ -3,8 +3,9 @@
 
 STABLE_TORCH_LIBRARY(pyprune, m) {
   // Masks that drop exactly the removed[0] smallest scores of all weights together, or, with one count per
-  // weight, the removed[i] smallest of each. Score: |w|, or |w| * scales[i]. bases, if not empty: what is False in
-  // one goes first and is never kept. Returns non-finite counts, int64 [n].
+  // weight, the removed[i] smallest of each. Score: |w|, or |w| * scales[i]. bases are empty or one or none per
+  // weight: what is False in one goes first and is never kept; on CUDA it is laid out as its mask. Returns non-finite
+  // counts, int64 [n].
   m.def("threshold(Tensor[] weights, Tensor? scales, int[] removed, Tensor(a!)[] masks, Tensor?[] bases) -> Tensor");
 
   // The same of all weights together with the score |w| / ||w||_2, read once. For the CPU, and not for float64:

@@ -11,6 +11,8 @@ import torch
 from shapes import DISTRIBUTIONS, DTYPES, Case
 
 from pyprune import ops
+from pyprune.capped import capped_threshold
+from pyprune.lamp import lamp_removed
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -148,6 +150,21 @@ def test_peers_choose_the_masks_that_we_choose(ratio):
     removed = int((sum(sizes) - 1) * ratio) + 1  # as NNCF counts
     normalised, _ = ops.threshold(weights, removed, scales=ops.norms(weights).reciprocal())
     assert all(map(torch.equal, peers.nncf_formula(weights, ratio), normalised))
+
+
+def test_peers_choose_the_masks_that_we_choose_under_conditions():
+    weights = [weight * (1 + 2 * (i % 2)) for i, weight in enumerate(Case("tiny").draw())]
+    sizes = [weight.numel() for weight in weights]
+    removed, most = int(0.7 * sum(sizes)), [int(0.75 * size) for size in sizes]
+    bases, _ = ops.threshold(weights, removed // 2)
+    ours, _ = ops.threshold(weights, removed, bases=bases)
+    assert all(map(torch.equal, peers.cat_kthvalue_of_remaining(weights, bases, removed), ours))
+    capped, _ = capped_threshold(weights, removed, least=[0] * len(sizes), most=most)
+    assert all(map(torch.equal, peers.nni_capped(weights, removed, most), capped))
+    lamp, _ = ops.threshold(weights, lamp_removed(weights, removed))
+    theirs = peers.lamp_kthvalue(weights, removed)  # in float32: a few of its sums are off
+    differ = sum(int((one != other).sum()) for one, other in zip(theirs, lamp, strict=True))
+    assert differ < 1e-3 * sum(sizes)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,11 +6,13 @@ namespace pyprune {
 namespace {
 
 Tensor threshold(const std::vector<Tensor>& weights, const std::optional<Tensor>& scales,
-                 const std::vector<int64_t>& removed, const std::vector<Tensor>& masks) {
+                 const std::vector<int64_t>& removed, const std::vector<Tensor>& masks,
+                 const std::vector<std::optional<Tensor>>& bases) {
   const int64_t count = static_cast<int64_t>(weights.size());
   const int64_t groups = static_cast<int64_t>(removed.size());
   STD_TORCH_CHECK(count > 0, "threshold needs at least one weight");
   check_masks(masks, weights);
+  check_bases(bases, weights);
   STD_TORCH_CHECK(groups == 1 || groups == count, "threshold needs one count, or one per weight");
   const int32_t device = weights[0].get_device_index();
   int64_t total = 0;
@@ -26,7 +28,7 @@ Tensor threshold(const std::vector<Tensor>& weights, const std::optional<Tensor>
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(weights[0]);
 
-  const UploadedTable uploaded(weights, &masks, Order::kLogical, Writes::kPartners, stream);
+  const UploadedTable uploaded(weights, &masks, Order::kLogical, Writes::kPartners, stream, bases);
   Tensor nonfinite = new_vector(weights[0], count, ScalarType::Long);
   int64_t* const counts = static_cast<int64_t*>(nonfinite.mutable_data_ptr());
   fill_zero(counts, count, stream);

@@ -85,8 +85,9 @@ inline bool is_contiguous(const std::vector<Dim>& dims) {
 // Builds the table of a list of tensors (and their partners, or null) and sends it to their device.
 class UploadedTable {
  public:
+  // `bases` is empty, or has one for some tensors, laid out as their partners.
   UploadedTable(const std::vector<Tensor>& tensors, const std::vector<Tensor>* partners, Order order, Writes writes,
-                cudaStream_t stream) {
+                cudaStream_t stream, const std::vector<std::optional<Tensor>>& bases = {}) {
     std::vector<Layout> layouts;
     int64_t tiles = 0, elements = 0;
     const int32_t device = tensors[0].get_device_index();
@@ -94,6 +95,7 @@ class UploadedTable {
       const Tensor* const partner = partners == nullptr ? nullptr : &(*partners)[i];
       check(tensors[i], partner, device);
       host_rows.push_back(describe(tensors[i], partner, order, writes, layouts));
+      if (!bases.empty() && bases[i].has_value()) host_rows.back().base = base_of(*bases[i], *partner, device);
       host_rows.back().first_tile = tiles;
       host_rows.back().first_element = elements;
       tiles += tiles_of(host_rows.back());
@@ -118,6 +120,15 @@ class UploadedTable {
     }
     STD_TORCH_CHECK(partner == nullptr || partner->sizes().vec() == tensor.sizes().vec(),
                     "tensor and partner differ in shape");
+  }
+
+  static const uint8_t* base_of(const Tensor& base, const Tensor& partner, int32_t device) {
+    STD_TORCH_CHECK(base.is_cuda() && base.get_device_index() == device, "all tensors must be on one CUDA device");
+    for (int64_t d = 0; d < base.dim(); ++d) {
+      STD_TORCH_CHECK(base.size(d) <= 1 || base.stride(d) == partner.stride(d),
+                      "a base must be laid out as its mask");
+    }
+    return static_cast<const uint8_t*>(base.const_data_ptr());
   }
 
   static TableRow describe(const Tensor& tensor, const Tensor* partner, Order order, Writes writes,

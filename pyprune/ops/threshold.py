@@ -39,7 +39,8 @@ def threshold(
         bases: masks to prune further, shaped like the weights; None in place of one that keeps everything. Where a
             base is False the element goes before all others, whatever its score, and is never kept: if `removed` is
             less than the number of those, just those go. Norms are those of the whole weight all the same.
-            A base must not share memory with a mask that is written.
+            A base must not share memory with a mask that is written; on CUDA one whose layout is not that of its
+            mask is copied.
 
     Returns:
         The masks (True = kept), and an int64 tensor of shape [len(weights)] that counts the NaN and infinite elements
@@ -86,7 +87,7 @@ def threshold(
         check_bases(bases, weights, masks)
     if not weights:
         return [], torch.empty(0, dtype=torch.int64)
-    starts = [] if bases is None else list(bases)
+    starts = [] if bases is None else _laid_out(bases, masks)
     if normalize and _in_one_read(weights, removed):
         nonfinite = torch.ops.pyprune.normalized_threshold(list(weights), counts[0], list(masks), starts)
     else:
@@ -96,6 +97,16 @@ def threshold(
     # Let autograd notice masks that a graph still needs.
     torch.autograd.graph.increment_version(list(masks))
     return list(masks), nonfinite
+
+
+def _laid_out(bases: Sequence[Tensor | None], masks: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return the bases, on CUDA in the layout of the masks: there a kernel knows one place for both."""
+    result = []
+    for base, mask in zip(bases, masks, strict=True):
+        if base is not None and base.is_cuda and base.stride() != mask.stride():
+            base = torch.empty_strided(mask.shape, mask.stride(), dtype=torch.bool, device=mask.device).copy_(base)
+        result.append(base)
+    return result
 
 
 def _in_one_read(weights: Sequence[Tensor], removed: int | Sequence[int]) -> bool:

@@ -58,6 +58,7 @@ def test_operators_never_wait_for_the_device():
     torch.cuda.set_sync_debug_mode("error")
     try:
         masks, _ = ops.threshold(weights, 100_000, scales=ops.norms(weights).reciprocal())
+        ops.threshold(weights, 150_000, bases=masks)
         ops.count_zeros(masks)
         ops.fold(weights, masks)
         for size in (4, 8, 50, 400):
@@ -189,6 +190,27 @@ def test_threshold_of_adversarial_lists_is_the_same_bits_as_on_the_cpu(kind, dty
         masks, nonfinite = ops.threshold(weights, removed)
         found, counts = ops.threshold(theirs, removed)
         assert_same_bits([*found, counts], [*masks, nonfinite])
+
+
+# Less than the bases lack, just that, a little and much more; a base of another layout than its mask.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["normal", "mostly zeros", "few values", "equal"])
+def test_threshold_with_bases_is_the_same_bits_as_on_the_cpu(kind, dtype):
+    shapes = [(150_000,), (3,), (211, 190), (30, 20, 5, 5)]
+    weights = [adversarial(shape, kind, dtype, seed) for seed, shape in enumerate(shapes)]
+    generator = torch.Generator().manual_seed(0)
+    bases = [torch.rand(shape, generator=generator) < 0.6 for shape in shapes]
+    bases[1], bases[2] = None, bases[2].t().contiguous().t()
+    weights[3] = weights[3].contiguous(memory_format=torch.channels_last)
+    theirs = on_cuda(weights)
+    their_bases = [None if base is None else on_cuda([base])[0] for base in bases]
+    lacking = [0 if base is None else int((~base).sum()) for base in bases]
+    each = [(lacks + weight.numel()) // 2 for lacks, weight in zip(lacking, weights, strict=True)]
+    for removed in (sum(lacking) - 100, sum(lacking), sum(lacking) + 1, sum(each), each, lacking, [0, 0, 0, 0]):
+        for normalize in (False, True):
+            masks, nonfinite = ops.threshold(weights, removed, bases=bases, normalize=normalize)
+            found, counts = ops.threshold(theirs, removed, bases=their_bases, normalize=normalize)
+            assert_same_bits([*found, counts], [*masks, nonfinite])
 
 
 def test_threshold_of_many_tensors_is_the_same_bits_as_on_the_cpu():

@@ -30,11 +30,16 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t element = begin + static_cast<int64_t>(random * static_cast<uint64_t>(end - begin) >> 32);
   const int32_t tensor = tensor_of_element(table, element);
   const TableRow& row = table.rows[tensor];
-  const int64_t at = offsets_of(layout_of(table, row), element - row.first_element).data;
+  const Offsets at = offsets_of(layout_of(table, row), element - row.first_element);
+  if (row.base != nullptr && row.base[at.partner] == 0) {
+    sample[i] = 0;  // the lowest key there is: what a base lacks goes before all scores
+    return;
+  }
   with_weight_type<false>(row.dtype, [&](auto type) {
     using T = decltype(type);
-    sample[i] = Scores::template key<T>(static_cast<const typename T::Bits*>(row.data)[at], scores.scale(tensor)) >>
-                scores.zeros;
+    sample[i] =
+        Scores::template key<T>(static_cast<const typename T::Bits*>(row.data)[at.data], scores.scale(tensor)) >>
+        scores.zeros;
   });
 }
 

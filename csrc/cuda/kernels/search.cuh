@@ -39,8 +39,9 @@ struct Search {
   int candidate_bits;
   uint64_t provisional;  // provisional masks drop the candidates below this one
   // From the sweep.
-  Count kept, low_ties, high_ties, candidates;  // kept: all that is not below the bracket
-  int missed;                                   // the bracket missed, or there was no room for all candidates
+  // kept: all that is not below the bracket, and that no base lacks
+  Count kept, low_ties, high_ties, candidates;
+  int missed;  // the bracket missed, or there was no room for all candidates
   // Of the candidates that match `prefix`, `rank` go; open_bits of them are not known yet.
   int64_t rank;
   uint64_t prefix;
@@ -57,7 +58,11 @@ __device__ inline void decide(Search& search, Ties& ties, int64_t total, int64_t
   const int64_t candidates = static_cast<int64_t>(search.candidates);
   int64_t going = removed - (total - static_cast<int64_t>(search.kept));  // of the bracket
   const bool nothing_competes = removed == 0 || removed == total;
-  search.missed = !nothing_competes && (going <= 0 || going > low + candidates + high || candidates > room);
+  // Only what bases lack lies below the lowest score. If that is more than must go, nothing else goes.
+  const bool from_lowest = search.low_key == 0;
+  if (from_lowest && going < 0) going = 0;
+  const bool too_high = going <= 0 && !from_lowest;
+  search.missed = !nothing_competes && (too_high || going > low + candidates + high || candidates > room);
   if (search.missed) return;
   ties = {0, 0, 0, false, true};
   if (nothing_competes) return;

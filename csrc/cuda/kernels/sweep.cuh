@@ -3,7 +3,8 @@
 //
 // A warp takes a tile at a time. A lane loads 16 bytes of neighbours (32 of float64), several times before it looks
 // at any, and writes as many mask bytes; a warp's masks fill whole lines. Magnitudes compare as bits, four at a time:
-// the answers are the four bytes of a word, so they are a mask when stored and counters when added. Candidates are
+// the answers are the four bytes of a word, so they are a mask when stored and counters when added, and so is a base,
+// whose bytes are 0 or 1: what it lacks is below everything. Candidates are
 // few: they are read again, wait in shared memory until the warp has some, and are then appended to a list, in no
 // order.
 #pragma once
@@ -14,8 +15,9 @@ namespace pyprune {
 namespace {
 
 constexpr int kWarpsPerBlock = kThreads / 32;
-constexpr int kSweepBlocks = 3;  // per multiprocessor: with registers for 4, loads would wait for each other
-constexpr int kWaiting = 128;    // candidates of a warp, of which each lane can add one at a time
+template <bool kAnyBased>
+constexpr int kSweepBlocks = kAnyBased ? 2 : 3;  // per multiprocessor: with more, registers would not hold all loads
+constexpr int kWaiting = 128;                    // candidates of a warp, of which each lane can add one at a time
 
 template <typename Bits>
 constexpr int kStep = sizeof(Bits) == 2 ? 8 : 4;  // neighbours that a lane takes at once
@@ -80,7 +82,7 @@ struct RunCounts {
 
 // All lanes of a warp call with the same run, which begins and ends where tiles do; each gets its share of the
 // counts. Not inlined, so that each element type gets its own registers.
-template <typename T, typename Scores>
+template <typename T, typename Scores, bool kBased>
 __device__ __noinline__ RunCounts sweep_run(const TableRow& row, const Layout* layout, const Run& run,
                                             const Bounds& bounds, const Scores& scores, double scale, uint32_t* ties,
                                             const Found& found, uint64_t* waiting) {
@@ -94,8 +96,10 @@ __device__ __noinline__ RunCounts sweep_run(const TableRow& row, const Layout* l
   const Limit<Bits> split = static_cast<Limit<Bits>>(bounds.split);
   const Bits* const data = static_cast<const Bits*>(row.data);
   uint8_t* const mask = static_cast<uint8_t*>(row.partner);
+  const uint8_t* const base = row.base;
   const bool packs = layout == nullptr && reinterpret_cast<uintptr_t>(data) % sizeof(Step) == 0 &&
-                     reinterpret_cast<uintptr_t>(mask) % kStep<Bits> == 0;
+                     reinterpret_cast<uintptr_t>(mask) % kStep<Bits> == 0 &&
+                     (!kBased || reinterpret_cast<uintptr_t>(base) % kStep<Bits> == 0);
   const int lane = static_cast<int>(threadIdx.x) % 32;
   RunCounts counts;
   uint32_t kept = 0, lows = 0, highs = 0, not_finite = 0;  // of the tile, four counters each
@@ -128,7 +132,7 @@ __device__ __noinline__ RunCounts sweep_run(const TableRow& row, const Layout* l
       in_waiting += __popc(lanes);
     }
   };
-  // Adds four elements to the counters and, at `place`, to `chosen`; returns their masks.
+  // Adds four elements, of which some are `there`, to the counters and, at `place`, to `chosen`; returns their masks.
   const auto take = [&](const Step& step, int quad, uint32_t there, int place, uint32_t& chosen) {
     const uint32_t from_low = at_least<Bits>(step, quad, low_ties) & there;
     const uint32_t inside = from_low & ~at_least<Bits>(step, quad, above);
@@ -139,7 +143,7 @@ __device__ __noinline__ RunCounts sweep_run(const TableRow& row, const Layout* l
       highs += inside & high;
       chosen |= (inside & no_low & ~high) << place;
     }
-    return at_least<Bits>(step, quad, split);
+    return at_least<Bits>(step, quad, split) & there;
   };
   const auto look_for_nonfinite = [&](const Step& step) {
 #pragma unroll
@@ -159,8 +163,12 @@ __device__ __noinline__ RunCounts sweep_run(const TableRow& row, const Layout* l
       for (; at + kInFlight * kWarpStep <= end; at += kInFlight * kWarpStep) {
         const int64_t first = at + lane * kStep<Bits>;
         Step steps[kInFlight];
+        Pack<uint8_t, kStep<Bits>> in_base[kBased ? kInFlight : 1];
 #pragma unroll
-        for (int i = 0; i < kInFlight; ++i) steps[i] = load_pack<kStep<Bits>>(data + first + i * kWarpStep);
+        for (int i = 0; i < kInFlight; ++i) {
+          steps[i] = load_pack<kStep<Bits>>(data + first + i * kWarpStep);
+          if constexpr (kBased) in_base[i] = load_pack<kStep<Bits>>(base + first + i * kWarpStep);
+        }
         keep_loads_above();
         uint32_t chosen = 0;
 #pragma unroll
@@ -170,7 +178,8 @@ __device__ __noinline__ RunCounts sweep_run(const TableRow& row, const Layout* l
           Pack<uint8_t, kStep<Bits>> keep;
 #pragma unroll
           for (int quad = 0; quad < kQuads; ++quad) {
-            keep.words[quad] = take(steps[i], quad, kFourOnes, i * kQuads + quad, chosen);
+            const uint32_t there = kBased ? in_base[kBased ? i : 0].words[quad] : kFourOnes;
+            keep.words[quad] = take(steps[i], quad, there, i * kQuads + quad, chosen);
           }
           store_pack(mask + first + i * kWarpStep, keep);
         }
@@ -190,8 +199,9 @@ __device__ __noinline__ RunCounts sweep_run(const TableRow& row, const Layout* l
       for (int i = 0; i < 4; ++i) {
         const int64_t element = at + 32 * i + lane;
         if (element >= end) continue;
-        there |= 1u << 8 * i;
-        step.set_in_zeros(i, data[offsets_of(layout, element).data]);
+        const Offsets offsets = offsets_of(layout, element);
+        there |= (kBased ? uint32_t{base[offsets.partner]} : 1u) << 8 * i;
+        step.set_in_zeros(i, data[offsets.data]);
       }
       clear_signs<Bits>(step);
       look_for_nonfinite(step);
@@ -226,8 +236,9 @@ __device__ __noinline__ RunCounts sweep_run(const TableRow& row, const Layout* l
   return counts;
 }
 
-template <typename Scores>
-__global__ void __launch_bounds__(kThreads, kSweepBlocks)
+// With kAnyBased some rows have a base.
+template <typename Scores, bool kAnyBased>
+__global__ void __launch_bounds__(kThreads, kSweepBlocks<kAnyBased>)
     sweep_kernel(TensorTable table, Scores scores, const Bounds* bounds, const int* wanted, Found found,
                  int64_t elements, int64_t removed, Ties* ties) {
   if (wanted != nullptr && *wanted == 0) return;
@@ -241,9 +252,12 @@ __global__ void __launch_bounds__(kThreads, kSweepBlocks)
     const TableRow& row = table.rows[run.tensor];
     RunCounts counts;
     with_weight_type<Scores::kWide>(row.dtype, [&](auto type) {
-      counts = sweep_run<decltype(type), Scores>(row, layout_of(table, row), run, bounds[run.tensor], scores,
-                                                 scores.scale(run.tensor), found.ties + tile, found,
-                                                 waiting[Scores::kWide ? 0 : warp]);
+      const auto sweep = [&](auto based) {
+        counts = sweep_run<decltype(type), Scores, decltype(based)::value>(
+            row, layout_of(table, row), run, bounds[run.tensor], scores, scores.scale(run.tensor), found.ties + tile,
+            found, waiting[Scores::kWide ? 0 : warp]);
+      };
+      kAnyBased&& row.base != nullptr ? sweep(std::bool_constant<kAnyBased>{}) : sweep(std::false_type{});
     });
     kept += counts.kept;
     low_ties += counts.low_ties;

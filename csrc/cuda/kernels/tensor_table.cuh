@@ -30,6 +30,7 @@ struct Layout {
 struct TableRow {
   void* data;
   void* partner;
+  const uint8_t* base;  // null, or laid out as the partner: what it lacks goes before all else
   int64_t numel;
   int64_t first_tile;  // tiles and elements of the tensors before it
   int64_t first_element;
@@ -108,7 +109,7 @@ __device__ inline Run run_at(const TensorTable& table, int64_t tile, int64_t end
 
 struct Offsets {
   int64_t data;
-  int64_t partner;
+  int64_t partner;  // and of a base
 };
 
 template <typename Index>

@@ -12,6 +12,10 @@
 // another sweep writes the masks. The same is done from the start where every tensor competes for itself, and for
 // lists with float64.
 //
+// What a base lacks goes before all scores: the sample takes it for the lowest score, the sweep counts it as below
+// the bracket, and the radix select leaves it out. A base is one byte more to read per element, each time the weights
+// are.
+//
 // Moves per element of b bytes: b + 1, and about a tenth of that for the sample and the candidates (of 1e9 weights
 // 0.9 % are candidates, 8 bytes each, written once and read 5 times); plus b for each element of a tile that is
 // settled. By radix select alone: (digits + 1) * b + 1 with 3 digits for float32 (or with scales), 2 for half types,
@@ -46,7 +50,7 @@ constexpr int kMostPositionBits = 33;                   // beside a key of 31 bi
 // What a call takes, as the shapes and dtypes decide it.
 struct ThresholdPlan {
   int64_t elements = 0, groups, removed;
-  bool scaled, wide = false;
+  bool scaled, wide = false, based = false;
   int zeros = 16;  // low bits of a float32 key: bfloat16 leaves 16 zero, float16 13
   int digit_bits = kDigitBits;
   bool sampled;
@@ -63,6 +67,7 @@ struct ThresholdPlan {
       elements += row.numel;
       bytes += row.numel * item_size(row.dtype);
       wide = wide || row.dtype == Dtype::kFloat64;
+      based = based || row.base != nullptr;
       if (row.dtype != Dtype::kBFloat16) zeros = std::min(zeros, row.dtype == Dtype::kFloat16 ? 13 : 0);
     }
     if (wide || scaled) zeros = 0;
@@ -96,6 +101,7 @@ struct ThresholdPlan {
 struct ThresholdMemory {
   Search* search;
   Count* histograms;
+  int64_t* lacking;  // of each group: what its bases lack
   uint32_t* narrow_histogram;
   Ties* ties;
   Bounds* bounds;
@@ -112,6 +118,7 @@ struct ThresholdMemory {
     };
     take(search, 1);
     take(histograms, plan.groups << plan.digit_bits);
+    take(lacking, plan.groups);
     take(narrow_histogram, plan.sampled ? 1 << kNarrowBits : 0);
     zero_bytes = used;
     take(ties, plan.groups);
@@ -180,18 +187,21 @@ class ThresholdLaunches {
     for (int top = plan_.key_bits(); top > plan_.zeros;) {
       const int bits = std::min(plan_.digit_bits, top - plan_.zeros);
       top -= bits;
-      const Digit digit{top, bits, top == plan_.zeros};
-      launch(&histogram_kernel<Scores>, blocks_, kThreads, stream_, table_, scores_, digit, wanted, memory_.ties,
-             memory_.histograms);
+      const Digit digit{top, bits, top + bits == plan_.key_bits(), top == plan_.zeros};
+      const auto histogram = plan_.based ? &histogram_kernel<Scores, true> : &histogram_kernel<Scores, false>;
+      launch(histogram, blocks_, kThreads, stream_, table_, scores_, digit, wanted, memory_.ties, memory_.histograms,
+             memory_.lacking);
       launch(&select_kernel<Scores>, group_blocks(), kThreads, stream_, table_, scores_, plan_.groups, digit, wanted,
-             memory_.ties, memory_.histograms, memory_.bounds);
+             memory_.ties, memory_.histograms, memory_.lacking, memory_.bounds);
     }
   }
 
   void sweep(const int* wanted, Search* search, int64_t* nonfinite) const {
     const Found found{memory_.tile_ties, nonfinite, search, memory_.candidates, plan_.room, plan_.position_bits};
-    launch(&sweep_kernel<Scores>, blocks_for(table_.tiles, kSweepBlocks), kThreads, stream_, table_, scores_,
-           memory_.bounds, wanted, found, plan_.elements, plan_.removed, memory_.ties);
+    const auto kernel = plan_.based ? &sweep_kernel<Scores, true> : &sweep_kernel<Scores, false>;
+    const int per_multiprocessor = plan_.based ? kSweepBlocks<true> : kSweepBlocks<false>;
+    launch(kernel, blocks_for(table_.tiles, per_multiprocessor), kThreads, stream_, table_, scores_, memory_.bounds,
+           wanted, found, plan_.elements, plan_.removed, memory_.ties);
   }
 
   void settle_ties() const {

@@ -65,7 +65,8 @@ __device__ __noinline__ void settle_tile(const TableRow& row, const Layout* layo
     bool tie = false;
     if (at < run.end) {
       offsets = offsets_of(layout, at);
-      tie = Scores::template key<T>(data[offsets.data], scale) == key;
+      tie = Scores::template key<T>(data[offsets.data], scale) == key &&
+            (row.base == nullptr || row.base[offsets.partner] != 0);
     }
     if (alike) {
       if (tie) mask[offsets.partner] = going == 0 ? 1 : 0;
