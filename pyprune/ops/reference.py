@@ -124,8 +124,8 @@ def unit_scores(
             values = values.reshape([-(-size // step) for size, step in zip(tensor.shape, block, strict=True)])
         if reduction == "mean":
             values = values / _elements_of_units(tensor, block)
-        values = torch.where(values.isnan(), math.nan, values + 0.0)
-        scores.append(values if tensor.dtype in (torch.float64, torch.bool) else values.float())
+        values = values if tensor.dtype in (torch.float64, torch.bool) else values.float()
+        scores.append(torch.where(values.isnan(), math.nan, values + 0.0))
     return scores
 
 
@@ -155,8 +155,8 @@ def _tiles(values: Tensor, dim: int, size: int, fill: float = 0.0) -> Tensor:
 def _sum_along(values: Tensor, dim: int, size: int) -> Tensor:
     """Sum the units of a dimension, which are of this size.
 
-    Elements are shared by lanes: lane j adds elements j, j + lanes, ... one after the other, starting from zero, and the
-    lanes are added in halves, as in `ordered_sum`. No lane adds more than 256: what has more elements is cut into
+    Elements are shared by lanes: lane j adds elements j, j + lanes, ... one after the other, starting from zero, and
+    the lanes are added in halves, as in `ordered_sum`. No lane adds more than 256: what has more elements is cut into
     pieces, whose sums are summed in the same way until one number is left. There are 16 lanes; but only one for up to
     16 elements, and where the later dimensions have 64 elements or more, which fill the lanes of a processor too.
     """

@@ -62,7 +62,9 @@ def unit_scores(
     if not tensors:
         return []
     sizes = [size for block in checked for size in block]
-    scores: list[Tensor] = torch.ops.pyprune.unit_scores(list(tensors), sizes, p, get_args(Reduction).index(reduction))
+    scores: list[Tensor] = torch.ops.pyprune.unit_scores(
+        list(tensors), sizes, p, get_args(Reduction).index(reduction)
+    )
     return scores
 
 
