@@ -12,12 +12,14 @@ import bench_growth
 import bench_masks
 import bench_rb_loss
 import bench_training
+import bench_units
 from shapes import DTYPES, SIZES, Case
 
 JOBS: dict[str, ModuleType] = {
     "masks": bench_masks,
     "fold": bench_fold,
     "count": bench_count,
+    "units": bench_units,
     "gates": bench_gates,
     "rb_loss": bench_rb_loss,
     "training": bench_training,
@@ -25,7 +27,7 @@ JOBS: dict[str, ModuleType] = {
     "growth": bench_growth,
 }
 PEERS = ("none", "quick", "all")
-LISTS_JOBS = ("masks", "fold", "count")
+LISTS_JOBS = ("masks", "fold", "count", "units")
 BOTH = tuple(DTYPES)
 ADVERSARIAL = ("equal", "two-values", "sorted", "heavy-tailed", "one-binade")
 
