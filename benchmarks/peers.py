@@ -1,5 +1,6 @@
 """What pyprune's kernels are measured beside: torch's own ways, and the formulas of NNCF in plain torch."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -165,3 +166,27 @@ def nncf_rb_loss(logits: list[Tensor]) -> Tensor:
     kept = sum(Threshold.apply(torch.sigmoid(one)).sum() for one in logits)
     count = sum(one.numel() for one in logits)
     return ((kept / count - (1 - TARGET)) / P) ** 2
+
+
+def scores_of_channels(weight: Tensor, block: Sequence[int]) -> Tensor:
+    """Sum magnitudes over all dimensions that the block covers, by torch's norm."""
+    summed = [dim for dim, size in enumerate(block) if size > 1]
+    return torch.linalg.vector_norm(weight, 1, summed, keepdim=True) if summed else weight.abs()
+
+
+def scores_of_blocks(weight: Tensor, block: Sequence[int]) -> Tensor:
+    """Sum magnitudes over a view of whole blocks; zeros fill up the last ones."""
+    missing = [(0, -size % step) for size, step in zip(weight.shape, block, strict=True)]
+    if any(after for _, after in missing):
+        weight = torch.nn.functional.pad(weight, [size for pair in reversed(missing) for size in pair])
+    view = weight
+    for dim in reversed(range(weight.dim())):
+        view = view.unflatten(dim, (-1, block[dim]))
+    return view.abs().sum([2 * dim + 1 for dim in range(weight.dim())])
+
+
+def spread_units(units: Tensor, block: Sequence[int], shape: Sequence[int]) -> Tensor:
+    for dim, (step, size) in enumerate(zip(block, shape, strict=True)):
+        if step > 1:
+            units = units.repeat_interleave(step, dim).narrow(dim, 0, size)
+    return units

@@ -13,9 +13,10 @@ import bench_groups
 import bench_growth
 import bench_masks
 import bench_rb_loss
-import bench_torch_prune
 import bench_remaining
+import bench_torch_prune
 import bench_training
+import bench_units
 from shapes import DTYPES, SIZES, Case
 
 JOBS: dict[str, ModuleType] = {
@@ -26,6 +27,7 @@ JOBS: dict[str, ModuleType] = {
     "count": bench_count,
     "torch_prune": bench_torch_prune,
     "geometric_median": bench_geometric_median,
+    "units": bench_units,
     "gates": bench_gates,
     "rb_loss": bench_rb_loss,
     "training": bench_training,
@@ -33,7 +35,7 @@ JOBS: dict[str, ModuleType] = {
     "growth": bench_growth,
 }
 PEERS = ("none", "quick", "all")
-LISTS_JOBS = ("masks", "remaining", "fold", "count")
+LISTS_JOBS = ("masks", "remaining", "fold", "count", "units")
 BOTH = tuple(DTYPES)
 ADVERSARIAL = ("equal", "two-values", "sorted", "heavy-tailed", "one-binade")
 

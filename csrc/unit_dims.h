@@ -32,7 +32,7 @@ struct UnitDims {
       if (kernel && covered) {
         as_they_lie = as_they_lie && dims.back().stride == sizes[d] * strides[d];
         const int64_t size = dims.back().size * sizes[d];
-        dims.back() = {size, size, strides[d]};
+        dims.back() = {size, std::max<int64_t>(size, 1), strides[d]};
       } else {
         dims.push_back({sizes[d], std::min(block[d], std::max<int64_t>(sizes[d], 1)), strides[d]});
       }

@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import bench_units
 import goals
 import peers
 import plan
@@ -165,6 +166,21 @@ def test_peers_choose_the_masks_that_we_choose_under_conditions():
     theirs = peers.lamp_kthvalue(weights, removed)  # in float32: a few of its sums are off
     differ = sum(int((one != other).sum()) for one, other in zip(theirs, lamp, strict=True))
     assert differ < 1e-3 * sum(sizes)
+
+
+@pytest.mark.parametrize("unit", bench_units.UNITS)
+def test_peers_score_and_spread_units_as_we_do(unit):
+    weights = Case("tiny").draw()
+    shapes = [weight.shape for weight in weights]
+    blocks = bench_units.blocks_of(unit, shapes)
+    scores = ops.unit_scores(weights, blocks)
+    peer = peers.scores_of_channels if unit in bench_units.CHANNELS else peers.scores_of_blocks
+    for weight, block, score in zip(weights, blocks, scores, strict=True):
+        torch.testing.assert_close(peer(weight, block), score)
+    units = [score > score.mean() for score in scores]
+    masks = [torch.empty(shape, dtype=torch.bool) for shape in shapes]
+    ops.expand(units, blocks, masks)
+    assert all(map(torch.equal, map(peers.spread_units, units, blocks, shapes), masks))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

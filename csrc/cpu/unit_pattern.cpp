@@ -18,7 +18,7 @@ UnitPattern::UnitPattern(Strided& tensor, const int64_t* sizes, const int64_t* s
   }
   for (const int64_t d : order) {
     if (sizes[d] != 1) {
-      add({sizes[d], std::min(block[d], sizes[d]), unit_strides[d]});
+      add({sizes[d], std::min(block[d], std::max<int64_t>(1, sizes[d])), unit_strides[d]});
     }
   }
   if (dims_.empty()) {

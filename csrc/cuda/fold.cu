@@ -1,5 +1,5 @@
 #include "kernels/fold.cuh"
-#include "upload.cuh"
+#include "unit_layouts.cuh"
 
 namespace pyprune {
 namespace {
@@ -13,9 +13,16 @@ void fold(const std::vector<Tensor>& weights, const std::vector<Tensor>& masks) 
   launch_fold(uploaded.table, stream);
 }
 
+void fold_units(const std::vector<Tensor>& weights, const std::vector<Tensor>& unit_masks,
+                const std::vector<int64_t>& blocks) {
+  check_weights(weights);
+  write_unit_pattern<true>(weights, unit_masks, blocks);
+}
+
 }  // namespace
 }  // namespace pyprune
 
 STABLE_TORCH_LIBRARY_IMPL(pyprune, CUDA, m) {
   m.impl("fold", TORCH_BOX(&pyprune::fold));
+  m.impl("fold_units", TORCH_BOX(&pyprune::fold_units));
 }

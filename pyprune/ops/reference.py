@@ -166,8 +166,8 @@ def unit_scores(
             values = values.reshape([-(-size // step) for size, step in zip(tensor.shape, block, strict=True)])
         if reduction == "mean":
             values = values / _elements_of_units(tensor, block)
-        values = torch.where(values.isnan(), math.nan, values + 0.0)
-        scores.append(values if tensor.dtype in (torch.float64, torch.bool) else values.float())
+        values = values if tensor.dtype in (torch.float64, torch.bool) else values.float()
+        scores.append(torch.where(values.isnan(), math.nan, values + 0.0))
     return scores
 
 

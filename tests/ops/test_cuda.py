@@ -8,6 +8,7 @@ import torch
 from pyprune import ops
 from tests.devices import DEVICES
 from tests.ops.cases import DTYPES, KINDS, adversarial
+from tests.ops.test_unit_scores import UNITS, WAYS
 
 pytestmark = pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU")
 
@@ -63,6 +64,11 @@ def test_operators_never_wait_for_the_device():
         ops.fold(weights, masks)
         for size in (4, 8, 50, 400):
             ops.group_masks(weights[:1], size, 2, factors=[torch.ones(400, device="cuda")], bases=masks[:1])
+        blocks = [(4, 400), (1000,), (1,)]
+        scores = ops.unit_scores(weights, blocks, p=2, reduction="mean")
+        units = [score > 1 for score in scores]
+        ops.expand(units, blocks, masks)
+        ops.fold(weights, units, blocks)
         seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cuda")
         for gate in GATES:
             for tensors in gates:
@@ -175,6 +181,25 @@ def test_group_masks_of_lists_are_the_same_bits_as_on_the_cpu(kind):
             on_cuda(weights), size, kept, row_dims=row_dims, factors=on_device[0], bases=on_device[1]
         )
         assert_same_bits([*found, counts], [*masks, nonfinite])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_units_are_the_same_bits_as_on_the_cpu(dtype):
+    weights = [adversarial(shape, "normal", dtype, seed) for seed, (shape, _) in enumerate(UNITS)]
+    weights += [weight.transpose(0, 1).contiguous().transpose(0, 1) for weight in weights if weight.dim() > 1]
+    blocks = [block for _, block in UNITS] + [block for _, block in UNITS if len(block) > 1]
+    theirs = on_cuda(weights)
+    for way in WAYS:
+        scores = ops.unit_scores(weights, blocks, **way)
+        assert_same_bits(ops.unit_scores(theirs, blocks, **way), scores)
+    units = [score > score.mean() for score in scores]
+    masks = [weight > 0 for weight in weights]
+    found = on_cuda(masks)
+    ops.expand(units, blocks, masks)
+    ops.expand(on_cuda(units), blocks, found)
+    ops.fold(weights, units, blocks)
+    ops.fold(theirs, on_cuda(units), blocks)
+    assert_same_bits([*found, *theirs], [*masks, *weights])
 
 
 # Crowds at the threshold, at one end of the bracket and at both; scores in order, so that candidates lie together.

@@ -47,6 +47,37 @@ def test_fold_touches_nothing_beside_a_slice(device):
     assert storage.sum() == 100 - 8
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fold_with_blocks_matches_reference(device, dtype):
+    cases = [
+        ((70_001,), (100,)),
+        ((3, 5), (1, 5)),
+        ((), ()),
+        ((0,), (1,)),
+        ((129, 1000), (4, 1)),
+        ((64, 1000), (1, 64)),
+    ]
+    weights = [adversarial(shape, "normal", dtype, seed).to(device) for seed, (shape, _) in enumerate(cases)]
+    masks = [torch.rand(ops.unit_shape(shape, block), device=device) < 0.5 for shape, block in cases]
+    blocks = [block for _, block in cases]
+    expected = [weight.clone() for weight in weights]
+    reference.fold(expected, masks, blocks)
+    ops.fold(weights, masks, blocks)
+    for weight, want in zip(weights, expected, strict=True):
+        assert torch.equal(weight, want)
+
+
+@pytest.mark.parametrize("size", [3, 100])
+def test_fold_with_blocks_writes_plain_zeros_over_anything_and_leaves_the_rest(device, size):
+    weight = torch.full((3, size), math.nan, device=device)
+    weight[1] = -0.0
+    ops.fold([weight], [torch.tensor([[False], [True], [True]], device=device)], [(1, size)])
+    assert weight[0].tolist() == [0.0] * size
+    assert not weight[0].signbit().any()
+    assert weight[1].signbit().all()
+    assert weight[2].isnan().all()
+
+
 def test_fold_is_seen_by_autograd():
     weight = torch.randn(3, requires_grad=True)
     loss = weight.square().sum()
@@ -59,6 +90,8 @@ def test_fold_passes_opcheck(device):
     weights = [torch.randn(30, 4, device=device), torch.randn(7, device=device)]
     masks = [torch.rand(weight.shape, device=device) < 0.5 for weight in weights]
     torch.library.opcheck(torch.ops.pyprune.fold, (weights, masks))
+    units = [torch.rand(8, 2, device=device) < 0.5, torch.rand(7, device=device) < 0.5]
+    torch.library.opcheck(torch.ops.pyprune.fold_units, (weights, units, [4, 2, 1]))
 
 
 def test_fold_refuses_bad_input():
@@ -69,4 +102,6 @@ def test_fold_refuses_bad_input():
         ops.fold([weight], [])
     with pytest.raises(ValueError, match="must agree"):
         ops.fold([weight], [torch.zeros(4, dtype=torch.bool)])
+    with pytest.raises(ValueError, match=r"need \(2,\)"):
+        ops.fold([weight], [torch.zeros(3, dtype=torch.bool)], [(2,)])
     assert weight.sum() == 3

@@ -29,7 +29,12 @@ void repeat_units(const uint8_t* units, int64_t stride, int64_t count, int64_t b
     case 4: return repeat_words<uint32_t>(units, stride, count, out);
     case 8: return repeat_words<uint64_t>(units, stride, count, out);
     default:
-      for (int64_t i = 0; i < count; ++i, out += block) {
+      // Short blocks are written with one store, which the next block overwrites in part, while it stays in the row.
+      int64_t i = 0;
+      for (; block <= 16 && (count - i) * block >= 16; ++i, out += block) {
+        std::memset(out, units[i * stride], 16);
+      }
+      for (; i < count; ++i, out += block) {
         std::memset(out, units[i * stride], block);
       }
   }
