@@ -47,30 +47,42 @@ def check(weights: Sequence[Tensor], sizes, kept, *, device="cpu", row_dims=1, f
 
 
 @functools.cache
-def weights_of(kind: str, dtype: torch.dtype) -> list[Tensor]:
-    return [adversarial(shape, kind, dtype, seed) for seed, shape in enumerate(SHAPES)]
+def reference_cases(kind: str, dtype: torch.dtype):
+    """Weights of many shapes, and which arguments give which masks."""
+    weights = [adversarial(shape, kind, dtype, seed) for seed, shape in enumerate(SHAPES)]
+    count = len(weights)
+    factors = [factors_for(weight, 1) for weight in weights]
+    bases = [base_for(weight, seed) for seed, weight in enumerate(weights)]
+    none = [None] * count
+    cases = []
+    for number, (size, kept) in enumerate(GROUPS):
+        others = ((factors, none), (none, bases), (factors, bases))
+        for some_factors, some_bases in ((none, none), others[number % 3]):
+            masks, _ = reference.group_masks(
+                weights, [size] * count, [kept] * count, row_dims=[1] * count, factors=some_factors, bases=some_bases
+            )
+            cases.append((size, kept, some_factors, some_bases, masks))
+    return weights, cases
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_group_masks_matches_the_reference(kind, dtype, device):
-    weights = weights_of(kind, dtype)
-    factors = [factors_for(weight, 1) for weight in weights]
-    bases = [base_for(weight, seed) for seed, weight in enumerate(weights)]
-    for size, kept in GROUPS:
-        check(weights, size, kept, device=device)
-        check(weights, size, kept, device=device, factors=factors)
-        check(weights, size, kept, device=device, bases=bases)
-        check(weights, size, kept, device=device, factors=factors, bases=bases)
+    weights, cases = reference_cases(kind, dtype)
+    for size, kept, factors, bases, expected in cases:
+        there = [[None if one is None else one.to(device) for one in some] for some in (weights, factors, bases)]
+        masks, nonfinite = ops.group_masks(there[0], size, kept, factors=there[1], bases=there[2])
+        assert nonfinite.tolist() == [0] * len(weights)
+        assert all(torch.equal(mask.cpu(), want) for mask, want in zip(masks, expected, strict=True)), (size, kept)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("row_dims", [0, 1, 2, 3])
 def test_group_masks_takes_any_layout(dtype, row_dims, device):
-    for shape in ((6, 10, 3, 3), (4, 70, 1, 1), (2, 5, 9, 11)):
+    for shape in ((6, 10, 3, 3), (2, 5, 9, 11)):
         weight = adversarial(shape, "few values", dtype)
         variants = [*layouts(weight).values(), *(one.movedim(1, -1) for one in layouts(weight).values())]
-        for size, kept in ((4, 2), (8, 3), (7, 2), (64, 11), (99, 44)):
+        for size, kept in ((4, 2), (7, 2), (99, 44)):
             for one in variants:
                 factors, base = factors_for(one, row_dims), base_for(one)
                 there = torch.empty_strided(one.shape, one.stride(), dtype=dtype, device=device).copy_(one)
