@@ -58,12 +58,16 @@ int64_t UnitPattern::row_of(int64_t element) const {
 void UnitPattern::write(int64_t start, int64_t count, uint8_t* out) const {
   const int64_t inner = dims_.back().size;
   for (int64_t done = 0; done < count;) {
-    if (const int64_t copied = copy_from_before(start + done, done, count - done, out + done); copied > 0) {
-      done += copied;
-      continue;
+    const int64_t element = start + done, left = count - done;
+    int64_t now = copy_from_before(element, done, left, out + done);
+    if (now == 0) {
+      now = write_short_rows(element, left, out + done);
     }
-    const int64_t place = (start + done) % inner, now = std::min(inner - place, count - done);
-    write_row(units_ + row_of(start + done), place, now, out + done);
+    if (now == 0) {
+      const int64_t place = element % inner;
+      now = std::min(inner - place, left);
+      write_row(units_ + row_of(element), place, now, out + done);
+    }
     done += now;
   }
 }
@@ -85,6 +89,23 @@ int64_t UnitPattern::copy_from_before(int64_t element, int64_t done, int64_t lef
     }
   }
   return 0;
+}
+
+// The same for the rest of a dimension at once, where its units repeat short rows (a kernel's positions). Returns how
+// many elements were written.
+int64_t UnitPattern::write_short_rows(int64_t element, int64_t left, uint8_t* out) const {
+  const Dim& row = dims_.back();
+  if (dims_.size() < 2 || row.block != 1 || row.unit_stride != 1 || row.size > kShortRow) {
+    return 0;
+  }
+  const Dim& dim = dims_[dims_.size() - 2];
+  const int64_t place = element / row.size % dim.size, of_unit = dim.block * row.size;
+  if (element % row.size != 0 || place % dim.block != 0) {
+    return 0;
+  }
+  const int64_t units = std::min((dim.size - place) / dim.block, left / of_unit);
+  PYPRUNE_KERNEL(repeat_rows)(units_ + row_of(element), dim.unit_stride, units, row.size, dim.block, out);
+  return units * of_unit;
 }
 
 // Elements [start, start + count) of an innermost row.

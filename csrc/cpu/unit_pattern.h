@@ -39,11 +39,12 @@ class UnitPattern {
   struct Dim {
     int64_t size, block, unit_stride;
   };
-  static constexpr int64_t kLongRun = 64;
+  static constexpr int64_t kLongRun = 64, kShortRow = 16;
 
   void add(const Dim& dim);
   int64_t row_of(int64_t element) const;
   int64_t copy_from_before(int64_t element, int64_t done, int64_t left, uint8_t* out) const;
+  int64_t write_short_rows(int64_t element, int64_t left, uint8_t* out) const;
   void write_row(const uint8_t* units, int64_t start, int64_t count, uint8_t* out) const;
 
   const uint8_t* units_;

@@ -40,4 +40,15 @@ void repeat_units(const uint8_t* units, int64_t stride, int64_t count, int64_t b
   }
 }
 
+void repeat_rows(const uint8_t* units, int64_t stride, int64_t count, int64_t row, int64_t times, uint8_t* out) {
+  int64_t left = count * times * row;
+  for (; count > 0; --count, units += stride) {
+    uint8_t once[16] = {};
+    std::memcpy(once, units, row);
+    for (int64_t i = 0; i < times; ++i, out += row, left -= row) {
+      std::memcpy(out, once, left >= 16 ? 16 : row);
+    }
+  }
+}
+
 }  // namespace pyprune::PYPRUNE_CAPABILITY
