@@ -23,6 +23,7 @@ from pyprune.passes import attach_and_share
 from pyprune.scope import group_of
 from pyprune.targets import (
     Target,
+    all_parameters,
     attachments_of,
     channel_dims,
     check_prunable,
@@ -248,7 +249,13 @@ def _norm_scales(model: nn.Module, targets: Sequence[Target], inputs: Any) -> di
         )
     layers = {layer: target for target in targets for layer in output_layers(target)}
     norms = norms_after(model, layers, inputs)
-    scales = {layers[layer]: norm.weight.detach() for layer, norm in norms.items() if norm.weight is not None}
+    # Not norm.weight: a mask that follows dead channels may be on it, and they are to have a chance to come back.
+    raw = {
+        (owner.module, owner.attribute): target.parameter
+        for target in all_parameters(model)
+        for owner in target.owners
+    }
+    scales = {layers[layer]: raw[norm, "weight"] for layer, norm in norms.items() if (norm, "weight") in raw}
     if not scales:
         raise ValueError(f"no layer of {type(model).__name__} is followed by a BatchNorm with a scale")
     return scales

@@ -113,3 +113,13 @@ def test_zero_dead_channels_must_see_the_norms(cnn, unchanged):
     before.check()
     pyprune.prune(cnn.model.fc, FILTERS, ratio=0.5, zero_dead_channels=True)  # no norm, no inputs
     assert (cnn.model.fc.bias == 0).sum() == 2
+
+
+def test_batch_norm_scale_is_the_raw_one_under_a_mask():
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    model[1].weight.data = torch.arange(8.0, 0.0, -1.0)
+    method = Method(importance.batch_norm_scale(), granularity.channel("out"), scope.tensor())
+    for ratio in (0.9, 0.5):
+        inputs = torch.randn(2, 1, 8, 8)
+        pyprune.prune(model, method, ratio=ratio, examples_inputs=inputs, zero_dead_channels=True)
+    assert followers(model)["1.weight"].tolist() == [True] * 4 + [False] * 4
