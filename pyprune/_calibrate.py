@@ -33,9 +33,9 @@ def calibrate(
     """Run batches through the model, and keep of each weight only the statistic that an importance is computed from.
 
     For gradients ``loss_fn`` runs the model; the gradient is that of the weight in use, so it is not zero where a
-    mask drops a weight. Activations need no loss. It is the model as it is that is measured, with the masks that
-    it carries: calibrate the dense model, if masks are to be chosen from raw weights again. All modules run in evaluation mode. Training flags,
-    ``requires_grad``, ``grad``, buffers and torch's random numbers are as before in the end.
+    mask drops a weight. Activations need no loss. What is measured is the model as it is, with the masks that it
+    carries: calibrate before pruning if masks are to be chosen from raw weights. All modules run in evaluation mode.
+    Training flags, ``requires_grad``, ``grad``, buffers and torch's random numbers are as before in the end.
 
     Args:
         model: the model, on the device of the data.

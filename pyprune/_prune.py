@@ -255,7 +255,9 @@ def _norm_scales(model: nn.Module, targets: Sequence[Target], inputs: Any) -> di
         for target in all_parameters(model)
         for owner in target.owners
     }
-    scales = {layers[layer]: raw[norm, "weight"] for layer, norm in norms.items() if (norm, "weight") in raw}
+    scales: dict[Target, Tensor] = {
+        layers[layer]: raw[norm, "weight"] for layer, norm in norms.items() if (norm, "weight") in raw
+    }
     if not scales:
         raise ValueError(f"no layer of {type(model).__name__} is followed by a BatchNorm with a scale")
     return scales
