@@ -13,6 +13,7 @@ from bench_count import COUNT
 from bench_fold import FOLD
 from bench_masks import LOCAL, NORMALISED, RAW
 from bench_rb_loss import LOSS
+from bench_remaining import CAPPED, LAMP, REMAINING
 
 Row = dict[str, Any]  # one way in one case, as run.py writes it
 FP32, BF16 = ("float32",), ("bfloat16",)
@@ -34,6 +35,10 @@ GOALS = [
     Goal(RAW, BF16, {"torch.nn.utils.prune": 500, "torch.cat + kthvalue": 70}, (2.5, 1.5)),
     Goal(NORMALISED, FP32, {"NNCF": 50}, (2.2, 1.7)),
     Goal(LOCAL, BOTH, {"kthvalue per tensor": 40}, (2.6, 1.9)),
+    Goal(REMAINING, FP32, {"torch.cat + kthvalue": 70}, (1.5, 1.2)),
+    Goal(REMAINING, BF16, {"torch.cat + kthvalue": 70}, (2.5, 1.5)),
+    Goal(CAPPED, BOTH, {"NNI's formula": 50}),
+    Goal(LAMP, BOTH, {"sort per tensor + kthvalue": 10}),
     Goal(FOLD, BOTH, {"torch._foreach_mul_, bool masks": 2}, (1.2, 1.2)),
     Goal(COUNT, BOTH, {"torch.count_nonzero": 5, "(mask == 0).sum()": 100}, (1.1, 1.1)),
     Goal("Bernoulli gates, one tensor", FP32, {"NNCF, eager": 15, "NNCF, compiled": 10}, (1.3, 1.3)),
