@@ -15,6 +15,7 @@ from bench_geometric_median import GEOMETRIC_MEDIAN
 from bench_groups import PATTERNS, ROWS, group_of
 from bench_masks import LOCAL, NORMALISED, RAW
 from bench_rb_loss import LOSS
+from bench_remaining import CAPPED, LAMP, REMAINING
 from bench_torch_prune import ONCE
 from bench_units import EXPAND, FOLD_UNITS, MASKED, SCORES, UNITS
 
@@ -47,6 +48,10 @@ GOALS = [
         for pattern in PATTERNS
     ),
     Goal(ROWS, BOTH, {"sort per row": 20}),
+    Goal(REMAINING, FP32, {"torch.cat + kthvalue": 70}, (1.5, 1.2)),
+    Goal(REMAINING, BF16, {"torch.cat + kthvalue": 70}, (2.5, 1.5)),
+    Goal(CAPPED, BOTH, {"NNI's formula": 50}),
+    Goal(LAMP, BOTH, {"sort per tensor + kthvalue": 10}),
     Goal(FOLD, BOTH, {"torch._foreach_mul_, bool masks": 2}, (1.2, 1.2)),
     Goal(ONCE, FP32, {"torch.nn.utils.prune": 100}, memory={"torch.nn.utils.prune": 0.25}),
     Goal(COUNT, BOTH, {"torch.count_nonzero": 5, "(mask == 0).sum()": 100}, (1.1, 1.1)),

@@ -9,7 +9,9 @@ from torch import Tensor
 from pyprune import ops
 
 _SMALL = 8192  # elements that are sorted at once
-_WIDTH = 4.0  # standard deviations of a rank in a sample, and a little more
+_WIDTH = (
+    2.0  # of the range that is looked at: four standard deviations of a median's rank in a sample, on either side
+)
 
 
 @torch.no_grad()
@@ -54,7 +56,7 @@ def lamp_removed(weights: Sequence[Tensor], removed: int) -> list[int]:
         removed: how many elements go in all.
 
     Raises:
-        TypeError, ValueError: as `pyprune.ops.threshold` does.
+        TypeError, ValueError: as `pyprune.ops.threshold` does, and if an element is not finite.
 
     Example:
         >>> lamp_removed([torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0, 1.0, 1.0])], 3)
@@ -63,10 +65,16 @@ def lamp_removed(weights: Sequence[Tensor], removed: int) -> list[int]:
     sizes = [weight.numel() for weight in weights]
     if not 0 <= removed <= sum(sizes):
         raise ValueError(f"cannot remove {removed} of {sum(sizes)} elements; allowed are 0 to {sum(sizes)}")
+    norms = ops.norms(weights).tolist()
+    for index, norm in enumerate(norms):
+        if not math.isfinite(norm):
+            raise ValueError(
+                f"weights[{index}] has NaN or infinite elements, so LAMP cannot rank it; repair or leave out"
+            )
     samples = [_sample(weight) for weight in weights]
-    scores = [_ordered_scores(sample) for sample in samples]
     stands_for = [size / max(len(sample), 1) for size, sample in zip(sizes, samples, strict=True)]
-    guess = _first([score / factor for score, factor in zip(scores, stands_for, strict=True)], stands_for, removed)
+    scores = [_estimated_scores(*one) for one in zip(samples, norms, stands_for, strict=True)]
+    guess = _first(scores, stands_for, removed)
     width = _WIDTH
     while True:
         # The elements whose rank in their weight is in [low, high) are looked at.
@@ -95,6 +103,16 @@ def _sample(weight: Tensor) -> Tensor:
         places = torch.randint(len(flat), (size,), generator=torch.Generator().manual_seed(size))
         flat = flat[places.to(flat.device)]
     return _ascending(flat)
+
+
+def _estimated_scores(sample: Tensor, norm: float, stands_for: float) -> Tensor:
+    """Return the scores of the magnitudes in a sample of a weight with this norm.
+
+    What lies above is the rest of the norm, because a sample tells little of the few largest magnitudes.
+    """
+    squares = (sample.double() / (norm or 1.0)).square()
+    below = (squares.cumsum(0) - squares) * stands_for
+    return (squares / (1 - below).clamp(min=squares)).nan_to_num(0.0).float()
 
 
 def _ascending(values: Tensor) -> Tensor:

@@ -87,3 +87,9 @@ def test_lamp_removed_refuses_impossible_counts():
     with pytest.raises(ValueError, match="cannot remove 5 of 4"):
         lamp_removed([torch.ones(4)], 5)
     assert lamp_removed([], 0) == []
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_lamp_removed_refuses_what_is_not_finite(bad):
+    with pytest.raises(ValueError, match=r"weights\[1\] has NaN or infinite"):
+        lamp_removed([torch.ones(4), torch.tensor([1.0, bad])], 2)
