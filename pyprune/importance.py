@@ -340,7 +340,7 @@ def _distance_sums(units: Tensor) -> Tensor:
     step = max(1, 2**24 // max(1, len(rows)))
     for start in range(0, len(rows), step):
         part = rows[start : start + step]
-        distances = squares[start : start + step, None] + squares - 2 * part @ rows.T
+        distances = (squares[start : start + step, None] + squares).addmm_(part, rows.T, alpha=-2)
         own = torch.arange(len(part), device=rows.device)
         distances[own, own + start] = 0
         sums[start : start + step] = distances.clamp_(min=0).sqrt_().sum(1)
