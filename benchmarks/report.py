@@ -222,15 +222,17 @@ def draw_speed(report: dict[str, Any], path: Path) -> None:
     beside = {row["group"] for row in rows if is_peer(row)}
     ours = {row["group"]: row for row in rows if row["way"] == "pyprune" and row["group"] in beside}
     peers = {group: [row for row in rows if row["group"] == group and is_peer(row)] for group in ours}
-    learned = [group for group in ours if find(rows, group=group)["job"] in LEARNED]
-    panels = [panel for panel in ([group for group in ours if group not in learned], learned) if panel]
-    height = max(sum(len(peers[group]) + 1.6 for group in panel) for panel in panels)
+    order = sorted(ours, key=lambda group: find(rows, group=group)["job"] in LEARNED)
+    heights = [len(peers[group]) + 1.6 for group in order]
+    cut = min(range(1, len(order) + 1), key=lambda place: max(sum(heights[:place]), sum(heights[place:])))
+    panels = [panel for panel in (order[:cut], order[cut:]) if panel]
+    height = max(sum(heights[:cut]), sum(heights[cut:]))
     marks = {group: row["floor_ms"] / median(row) for group, row in ours.items() if row["floor_ms"]}
     longest = max(median(row) / median(ours[group]) for group, some in peers.items() for row in some)
     limits = (min(0.5, 0.8 * min(marks.values(), default=1)), 4 * longest)
 
-    figure = Figure(figsize=(6.4 * len(panels), 0.29 * height + 1.5), layout="constrained")
-    axes_of_panels = figure.subplots(1, len(panels), squeeze=False)[0]
+    figure = Figure(figsize=(7.2 * len(panels), 0.29 * height + 1.5), layout="constrained")
+    axes_of_panels = figure.subplots(1, len(panels), squeeze=False, gridspec_kw={"wspace": 0.1})[0]
     for axes, panel in zip(axes_of_panels, panels, strict=True):
         y = 0.0
         for group in panel:
