@@ -115,7 +115,8 @@ def _among_all(contest: _Contest) -> Outcome:
     if is_lamp and method.importance.power == 1 and bases is None and not amount.is_capped:
         # Within a weight LAMP orders like |w|, so the weights' counts are all there is to find.
         weights = [competitor.weight.values for competitor in contest.competitors]
-        return _outcome(ops.threshold(weights, lamp_removed(weights, removed)))
+        finite = bool(ops.norms(weights).isfinite().all())
+        return _outcome(ops.threshold(weights, lamp_removed(weights, removed) if finite else 0))
     key = keys(method, contest.competitors, compared=True)
     if not amount.is_capped:
         return _outcome(ops.threshold(key.tensors, removed, scales=key.scales, normalize=key.normalize, bases=bases))

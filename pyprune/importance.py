@@ -285,7 +285,7 @@ def given(scores: Mapping[str, Tensor]) -> Importance:
 
 
 def normalized(scores: Tensor, how: Normalization) -> Tensor:
-    """Make the scores of one weight comparable with those of others.
+    """Make the scores of one weight comparable with those of others; where one is not finite, some remain so.
 
     Example:
         >>> normalized(torch.tensor([1.0, 3.0]), "mean").tolist()
@@ -294,15 +294,15 @@ def normalized(scores: Tensor, how: Normalization) -> Tensor:
     if how == "none" or scores.numel() == 0:
         return scores
     if how == "lamp":
-        return lamp_scores(scores)
+        return torch.where(scores.isfinite(), lamp_scores(scores), torch.nan)
     if how == "l2":
         norm = ops.norms([scores])[0]
-        return torch.where(norm > 0, scores / norm, 0).to(scores.dtype)
+        return torch.where(norm == 0, 0, scores / norm).to(scores.dtype)
     center = scores.mean(dtype=torch.float64)
     if how == "mean":
-        return torch.where(center != 0, scores / center, 0).to(scores.dtype)
+        return torch.where(center == 0, 0, scores / center).to(scores.dtype)
     deviation = (scores - center).square().mean().sqrt()
-    return torch.where(deviation > 0, (scores - center) / deviation, 0).to(scores.dtype)
+    return torch.where(deviation == 0, 0, (scores - center) / deviation).to(scores.dtype)
 
 
 def without_signs(scores: Sequence[Tensor]) -> list[Tensor]:

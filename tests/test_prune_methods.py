@@ -309,3 +309,13 @@ def test_methods_take_weights_without_elements_and_vectors(among, cut):
         model, Method(importance.magnitude(), CUTS[cut], SCOPES[among]), ratio=ratio, examples_inputs=torch.ones(6)
     )
     assert pyprune.pruning_statistic(model).pruned_tensors[0].pruned_units == (4 if ratio is None else 3)
+
+
+@pytest.mark.parametrize("normalize", ["none", "l2", "mean", "gaussian", "lamp"])
+@pytest.mark.parametrize("cut", ["element", "out"])
+def test_weights_that_are_not_finite_are_named(cnn, unchanged, normalize, cut):
+    cnn.model.conv2.weight.data[1, 0, 0, 0] = torch.nan
+    before = unchanged(cnn.model)
+    with pytest.raises(ValueError, match=r"NaN or infinite weights: \d+ in conv2\.weight"):
+        pyprune.prune(cnn.model, Method(importance.magnitude(normalize=normalize), CUTS[cut]), ratio=0.5)
+    before.check()
