@@ -6,8 +6,10 @@
 #include "../cpu/kernels/fold.h"
 #include "../cpu/kernels/gate.h"
 #include "../cpu/kernels/gate_penalty.h"
+#include "../cpu/kernels/group_masks.h"
 #include "../cpu/kernels/norms.h"
 #include "../cpu/kernels/threshold.h"
+#include "../cpu/kernels/unit_scores.h"
 #include "../cpu/strided.h"
 #include "bench.h"
 
@@ -72,6 +74,40 @@ void add_masks() {
   });
 }
 
+void add_groups() {
+  for (const auto& [name, size, kept] :
+       {std::tuple{"2:4", 4, 2}, std::tuple{"4:8", 8, 4}, std::tuple{"8:16", 16, 8}}) {
+    add(std::string("group_masks ") + name + " float32", 5, [size, kept](int64_t count) {
+      return [size, kept, count, x = normal(count), mask = array<uint8_t>(count, 1),
+              room = std::make_unique<GroupRoom>()] {
+        blocks(count, kChunk, [&](int64_t start, int64_t part) {
+          const Steps steps{part, 1};
+          benchmark::DoNotOptimize(
+              PYPRUNE_KERNEL(mask_groups)({Dtype::kFloat32, x.get() + start, nullptr, mask.get() + start, steps,
+                                           steps, steps, nullptr, 1, part, size, kept},
+                                          *room));
+        });
+      };
+    });
+  }
+}
+
+void add_units() {
+  // Units of 4096 neighbours, and of 64 rows of 64.
+  add("unit_scores of rows float32", 4, [](int64_t count) {
+    return [count, x = normal(count), sums = array(count / 4096, 0.0)] {
+      PYPRUNE_KERNEL(sum_units)
+      (x.get(), Dtype::kFloat32, {UnitPower::kMagnitude}, 4096, 1, 16, count / 4096, sums.get());
+    };
+  });
+  add("unit_scores of columns float32", 4, [](int64_t count) {
+    return [count, x = normal(count), sums = array(count / 64, 0.0)] {
+      PYPRUNE_KERNEL(sum_units)
+      (x.get(), Dtype::kFloat32, {UnitPower::kMagnitude}, 64, 64, 1, count / 4096, sums.get());
+    };
+  });
+}
+
 void add_gates() {
   add("gate noise", 4, [](int64_t count) {
     return [count, words = array<uint32_t>(kGateBlock, 0)] {
@@ -114,6 +150,8 @@ void add_gates() {
 int main(int argc, char** argv) {
   pyprune::bench::add_copy();
   pyprune::bench::add_masks();
+  pyprune::bench::add_groups();
+  pyprune::bench::add_units();
   pyprune::bench::add_gates();
   benchmark::Initialize(&argc, argv);
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) {
