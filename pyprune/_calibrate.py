@@ -158,8 +158,11 @@ class _Gradients:
             if gradient is not None:
                 wide = gradient.to(_wide(target))
                 total[target] = total[target] + wide if target in total else wide
-        for target, gradient in total.items():
-            self._add(target, gradient)
+        for target in self.targets:
+            if target in total:
+                self._add(target, total[target])
+            elif self.rule.needs == "momentum":  # a batch that does not use a weight makes no exception for decay
+                self.sums[target].mul_(cast(float, self.rule.options[0]))
 
     def _add(self, target: Target, gradient: Tensor) -> None:
         if self.rule.needs == "momentum":
@@ -196,6 +199,8 @@ class _Activations:
 
     def _visible(self, target: Target) -> list[tuple[nn.Module, str]]:
         layers = [(layer, "input") for layer in output_layers(target)]
+        if len({isinstance(layer, nn.modules.conv._ConvTransposeNd) for layer, _ in layers}) > 1:
+            return []  # tied the other way round, it has channels of two kinds
         if self.rule.needs == "input norm" and not layers:
             for owner in target.owners:
                 kind = recurrent_input(owner.module, owner.attribute)

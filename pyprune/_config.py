@@ -1,7 +1,8 @@
 """Save which weights carry masks and gates, and put them on a fresh model so that a checkpoint fits."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,10 +34,14 @@ def get_config(model: nn.Module) -> dict[str, Any]:
     check_module(model)
     masks: list[dict[str, Any]] = []
     gates: list[dict[str, Any]] = []
-    for target, attachment in attachments_of(model).items():
+    attached = attachments_of(model)
+    followed = {attachment: target.name for target, attachment in attached.items()}
+    for target, attachment in attached.items():
         entry = {"names": [owner.name for owner in target.owners], "shape": list(target.parameter.shape)}
         if isinstance(attachment, FollowingMask):
-            masks.append(entry | {"follows": attachment.follows})
+            name = followed.get(attachment.source)
+            if name is not None:  # else the weight was stripped by itself, and there is nothing to follow
+                masks.append(entry | {"follows": name, "groups": attachment.groups})
         elif isinstance(attachment, Mask):
             masks.append(entry | ({} if attachment.unit is None else {"unit": list(attachment.unit)}))
         elif isinstance(attachment, StochasticGate):
@@ -73,12 +78,18 @@ def load_from_config(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
     for target in attachments_of(model):
         raise ValueError(f"{target.name} carries a mask or gate already; give a fresh dense model, or strip it first")
     by_name = {owner.name: target for target in all_parameters(model) for owner in target.owners}
-    attachments = []
-    for make, entries in ((_mask, masks), (_gate, gates)):
+    attachments: dict[Target, Attachment] = {}
+    followers = [entry for entry in masks if "follows" in entry]
+    for make, entries in (
+        (_mask, [entry for entry in masks if "follows" not in entry]),
+        # After those that they follow.
+        (partial(_follower, lambda name: attachments.get(by_name[name]) if name in by_name else None), followers),
+        (_gate, gates),
+    ):
         for entry in entries:
             target = _fitting(entry["names"], entry["shape"], by_name)
-            attachments.append((target.owners, make(entry, target.parameter)))
-    attach_and_share(model, attachments)
+            attachments[target] = make(entry, target.parameter)
+    attach_and_share(model, [(target.owners, attachment) for target, attachment in attachments.items()])
     return model
 
 
@@ -92,15 +103,26 @@ def _describe(target: Target, gate: StochasticGate) -> dict[str, Any]:
 
 
 def _mask(entry: Mapping[str, Any], weight: nn.Parameter) -> Attachment:
-    all_kept, unit, follows = torch.ones_like(weight, dtype=torch.bool), entry.get("unit"), entry.get("follows")
-    if follows is not None:
-        return FollowingMask(all_kept, str(follows))
+    all_kept, unit = torch.ones_like(weight, dtype=torch.bool), entry.get("unit")
     if unit is None:
         return Mask(all_kept)
     if len(unit) != weight.dim() or not all(isinstance(size, int) and size > 0 for size in unit):
         names = ", ".join(entry["names"])
         raise ValueError(f"config has units of {unit!r} for {names}; give the dict that get_config returned")
     return Mask(all_kept, tuple(unit))
+
+
+def _follower(
+    mask_of: Callable[[str], Attachment | None], entry: Mapping[str, Any], parameter: nn.Parameter
+) -> Attachment:
+    source, groups = mask_of(entry["follows"]), entry.get("groups")
+    if not isinstance(source, Mask) or not isinstance(groups, int) or source.mask.dim() < 2:
+        names = ", ".join(entry["names"])
+        raise ValueError(
+            f"config says that the mask of {names} follows {entry['follows']!r}, which has none; give the dict that "
+            "get_config returned"
+        )
+    return FollowingMask(source, groups)
 
 
 def _gate(entry: Mapping[str, Any], weight: nn.Parameter) -> Attachment:

@@ -2,17 +2,18 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyprune.allocation import Allocation, Amount, check_ratio
+from pyprune.allocation import Allocation, Amount, check_ratio, matches
 from pyprune.attachments import Attachment
-from pyprune.attention import find_attention
+from pyprune.attention import find_attention, names_of
 from pyprune.calibration import Calibration
 from pyprune.competitors import Competitor, Member, Weight
-from pyprune.contests import hold_contest
+from pyprune.contests import hold_contest, ratios_of
 from pyprune.following import new_followers, norms_after, update_followers
 from pyprune.gates import HardConcreteGate, StochasticGate
 from pyprune.ignored_scope import IgnoredScope
@@ -85,7 +86,7 @@ def prune(
             one forward pass also finds weights that are bare parameters, and the BatchNorm after each layer.
         calibration: what `calibrate` gathered, for an importance that needs it.
         allocation: how one ratio becomes one for each tensor, within scope tensor or row: "uniform", or "erk", by
-            which thin layers keep more (Evci et al. 2020).
+            which thin layers keep more (Evci et al. 2020), and all together lose that share of their weights.
         min_ratio, max_ratio: fraction of its units that each tensor loses at least, and at most, while it competes
             with others; or a dict, as for ``ratio``. What a limit changes is made up for by the other tensors.
         from_remaining: choose only among what is still kept, and take ``ratio`` as one of that.
@@ -129,9 +130,8 @@ def prune(
         warnings.warn(f"same_on_all_ranks does nothing in mode {mode}: masks have no noise", stacklevel=3)
     statistics = _statistics(model, method.importance, targets, calibration, examples_inputs)
     masks = _choose(method, amount, [target for target in targets if target in statistics], statistics)
-    chosen = [target for target, _, _ in masks]
-    followers = new_followers(model, chosen, examples_inputs) if zero_dead_channels else []
-    attach_masks((NewMask(target.owners, mask, unit) for target, mask, unit in masks), followers)
+    followers = new_followers(model, masks, examples_inputs) if zero_dead_channels else []
+    attach_masks(list(masks.values()), followers)
     update_followers(model)
     return model
 
@@ -162,7 +162,7 @@ def update_masks(model: nn.Module, mode: PruneMode | str, ratio: float) -> None:
     for target in targets:
         check_prunable(target)
     masks = _choose(METHODS[mode], amount, targets, {})
-    attach_masks(NewMask(target.owners, mask, unit) for target, mask, unit in masks)
+    attach_masks(list(masks.values()))
     update_followers(model)
 
 
@@ -187,16 +187,22 @@ def _method_of(mode: PruneMode | str | Method) -> tuple[str, Method | None]:
 
 
 def _entrants(method: Method, targets: Sequence[Target]) -> list[Target]:
-    """Leave out the targets that the groups of a scope do not name."""
+    """Leave out the targets that the groups of a scope do not name, or that heads have no part in."""
+    heads = method.granularity.heads
+    if heads is not None:
+        within = set(names_of(find_attention(targets, heads)))
+        targets = [target for target in targets if target.name in within]
     if method.scope.name != "group":
         return list(targets)
-    groups = {target: group_of(method.scope, target.name) for target in targets}
-    for name, _ in method.scope.groups:
-        if name not in groups.values():
-            raise ValueError(
-                f"group {name!r} matches no weight; there are {', '.join(target.name for target in targets[:8])} ..."
-            )
-    return [target for target, name in groups.items() if name is not None]
+    names = {target: [owner.name for owner in target.owners] for target in targets}
+    for group, rules in method.scope.groups:
+        for rule in rules:
+            if not any(matches(rule, name) for some in names.values() for name in some):
+                raise ValueError(
+                    f"{rule!r} of group {group!r} matches no weight; there are "
+                    f"{', '.join(target.name for target in targets[:8])} ..."
+                )
+    return [target for target, some in names.items() if group_of(method.scope, some) is not None]
 
 
 def _statistics(
@@ -221,24 +227,30 @@ def _statistics(
             f"calibration has {calibration.statistic}, and importance {importance.name} needs {importance.needs} "
             "with the same options; calibrate with this importance"
         )
-    missing = [target.name for target in targets if target.name not in calibration.tensors]
+    found = {target: _by_any_name(calibration.tensors, target) for target in targets}
+    missing = [target.name for target, statistic in found.items() if statistic is None]
     if missing:
         raise ValueError(f"calibration lacks {', '.join(missing)}; calibrate with the same ignored_scope")
-    return {target: calibration.tensors[target.name].to(target.parameter.device) for target in targets}
+    return {t: None if statistic is None else statistic.to(t.parameter.device) for t, statistic in found.items()}
+
+
+def _by_any_name(tensors: Mapping[str, Tensor], target: Target) -> Tensor | None:
+    return next((tensors[owner.name] for owner in target.owners if owner.name in tensors), None)
 
 
 def _given(importance: Importance, targets: Sequence[Target]) -> dict[Target, Tensor]:
     scores = importance.options[0]
     assert isinstance(scores, Mapping)
-    missing = [target.name for target in targets if not isinstance(scores.get(target.name), Tensor)]
-    unknown = sorted(set(scores) - {target.name for target in targets})
+    found = {target: _by_any_name(scores, target) for target in targets}
+    missing = [target.name for target, score in found.items() if not isinstance(score, Tensor)]
+    unknown = sorted(set(scores) - {owner.name for target in targets for owner in target.owners})
     if missing or unknown:
         raise ValueError(
             f"the scores have no tensor for {', '.join(missing) or 'none'}, and unknown names "
             f"{', '.join(unknown) or 'none'}; give one for each weight that is pruned, and name the others in "
             "ignored_scope"
         )
-    return {target: scores[target.name] for target in targets}
+    return {target: score for target, score in found.items() if score is not None}
 
 
 def _norm_scales(model: nn.Module, targets: Sequence[Target], inputs: Any) -> dict[Target, Tensor]:
@@ -265,18 +277,22 @@ def _norm_scales(model: nn.Module, targets: Sequence[Target], inputs: Any) -> di
 
 def _choose(
     method: Method, amount: Amount, targets: Sequence[Target], statistics: Mapping[Target, Tensor | None]
-) -> list[tuple[Target, Tensor, tuple[int, ...] | None]]:
-    """Return for each target its new mask and the size of its units; raise if a score is not finite."""
-    competitors = _competitors(method, targets, statistics)
+) -> dict[Target, NewMask]:
+    """Return the new mask of each target; raise if a score is not finite."""
+    competitors = _competitors(method, amount, targets, statistics)
     by_name = {target.name: target for target in targets}
-    chosen: list[tuple[Target, Tensor, tuple[int, ...] | None]] = []
+    # Ratios by name or size are about all weights, wherever they are.
+    ratios = ratios_of(method, amount, competitors)
+    chosen: dict[Target, NewMask] = {}
     bad: list[str] = []
     for together in _by_device(method, competitors):
-        outcome = hold_contest(method, together, amount)
+        part = amount if ratios is None else replace(amount, ratio={c.name: ratios[c.name] for c in together})
+        outcome = hold_contest(method, together, part)
         members = [member for competitor in together for member in competitor.members]
-        units = [None if method.granularity.name == "element" else member.block for member in members]
-        names = [member.weight.name for member in members]
-        chosen += [(by_name[name], mask, unit) for name, mask, unit in zip(names, outcome.masks, units, strict=True)]
+        for member, mask in zip(members, outcome.masks, strict=True):
+            target = by_name[member.weight.name]
+            unit = None if method.granularity.name == "element" else member.block
+            chosen[target] = NewMask(target.owners, mask, unit)
         counts = zip(together, outcome.nonfinite, strict=True)
         bad += [f"{count} in {competitor.name}" for competitor, count in counts if count]
     if bad:
@@ -286,7 +302,7 @@ def _choose(
 
 
 def _competitors(
-    method: Method, targets: Sequence[Target], statistics: Mapping[Target, Tensor | None]
+    method: Method, amount: Amount, targets: Sequence[Target], statistics: Mapping[Target, Tensor | None]
 ) -> list[Competitor]:
     def weight_of(target: Target) -> Weight:
         out_dim, in_dim = channel_dims(target)
@@ -296,8 +312,9 @@ def _competitors(
             target.parameter,
             out_dim,
             in_dim,
-            carried.mask if isinstance(carried, Mask) else None,
+            carried.mask if amount.from_remaining and isinstance(carried, Mask) else None,
             statistics.get(target),
+            tuple(owner.name for owner in target.owners),
         )
 
     heads = method.granularity.heads

@@ -82,8 +82,8 @@ def pruning_statistic(
     Returns:
         ``pruning_ratio``: zeros / elements of the listed weights; ``global_pruning_ratio``: the same zeros /
         elements of all parameters of the model; ``pruned_tensors``: name, shape and ratio of each, how many units
-        it has (blocks, channels or heads, as `prune` cut it; else elements), and how many of these have no weight
-        left. 0.0 of nothing.
+        it has (blocks, channels or heads, as `prune` cut it; else elements; heads count once for each projection
+        that is stacked in a weight), and how many of these have no weight left. 0.0 of nothing.
 
     Raises:
         TypeError, ValueError: for wrong arguments, or, without masks and gates, if the zeros of a weight cannot be

@@ -64,14 +64,16 @@ def removed_count(n: int, ratio: float) -> int:
     return max(0, min(math.floor(ratio * n + 0.5), n - 1))
 
 
-def by_name(values: float | Mapping[str, float], names: Sequence[str], otherwise: float) -> list[float]:
+def by_name(
+    values: float | Mapping[str, float], names: Sequence[str | tuple[str, ...]], otherwise: float
+) -> list[float]:
     """Return one value for each name: the same for all, or that of the rule that names it.
 
     Args:
         values: a number, or numbers by rules: the name of a weight, or of a module above it, or a regular expression
             that matches such a name from start to end. A name goes before a pattern, the longest first; of patterns
             the first in the dict counts.
-        names: what the rules are about.
+        names: what the rules are about; several of what is tied.
         otherwise: the value of what no rule names.
 
     Raises:
@@ -83,16 +85,13 @@ def by_name(values: float | Mapping[str, float], names: Sequence[str], otherwise
     """
     if not isinstance(values, Mapping):
         return [values] * len(names)
-    matched: dict[str, str] = {}
-    for name in names:
-        rule = matching_rule(name, list(values))
-        if rule is not None:
-            matched[name] = rule
+    every = [(name,) if isinstance(name, str) else name for name in names]
     for rule in values:
-        if not any(matches(rule, name) for name in names):
-            nearest = ", ".join(difflib.get_close_matches(rule, names, n=3, cutoff=0.0))
+        if not any(matches(rule, name) for some in every for name in some):
+            nearest = ", ".join(difflib.get_close_matches(rule, [some[0] for some in every], n=3, cutoff=0.0))
             raise ValueError(f"{rule!r} matches no weight that is pruned (nearest: {nearest}); correct it")
-    return [values[matched[name]] if name in matched else otherwise for name in names]
+    rules = [next(filter(None, (matching_rule(name, list(values)) for name in some)), None) for some in every]
+    return [otherwise if rule is None else values[rule] for rule in rules]
 
 
 def matching_rule(name: str, rules: Sequence[str]) -> str | None:

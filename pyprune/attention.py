@@ -1,5 +1,6 @@
 """Where the heads of a model are: which weights project queries, keys and values, and which the output."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from pyprune.granularity import Heads
@@ -32,14 +33,21 @@ def find_attention(targets: Sequence[Target], heads: Heads) -> dict[str, Parts]:
     by_name = {owner.name: target for target in targets for owner in target.owners}
     separate = _SEPARATE if heads.names is None else (_parameters(heads.names),)
     found: dict[str, Parts] = {}
+    of_layer: list[list[Target]] = []
     for names in (*separate, *(_STACKED if heads.names is None else ())):
         for first in by_name:
             if first == names[0] or first.endswith("." + names[0]):
                 layer = first[: -len(names[0])].rstrip(".")
                 members = [by_name.get(_resolve(layer, name)) for name in names]
                 chosen = [member for member in members if member is not None]
-                if len(chosen) == len(names) and layer not in found:
+                # A layer may be reached by several names, and be known by the first.
+                if len(chosen) == len(names) and not any(chosen == known for known in of_layer):
+                    of_layer.append(chosen)
                     found[layer] = _split_stacked(chosen, heads) if len(names) == 2 else _split(chosen, heads)
+    counts = Counter(target.name for chosen in of_layer for target in chosen)
+    shared = [name for name, count in counts.items() if count > 1]
+    if shared:
+        raise ValueError(f"{', '.join(shared)} is part of several attention layers; name it in ignored_scope")
     if not found:
         raise ValueError(
             "no attention layer is known by the names of its weights; give granularity.head(..., names=(query, key, "
@@ -58,7 +66,17 @@ def _resolve(layer: str, name: str) -> str:
     return f"{layer}.{name}" if layer else name
 
 
+def _check_matrices(projections: Sequence[Target]) -> None:
+    for projection in projections:
+        if projection.parameter.dim() != 2:
+            raise ValueError(
+                f"{projection.name} has {projection.parameter.dim()} dimensions, and heads are cut from linear "
+                "layers; name it in ignored_scope"
+            )
+
+
 def _split(projections: Sequence[Target], heads: Heads) -> Parts:
+    _check_matrices(projections)
     query, key, value, output = projections
     outputs = [projection.parameter.shape[0] for projection in (query, key, value)]
     units = heads.num_kv_heads
@@ -78,6 +96,7 @@ def _split(projections: Sequence[Target], heads: Heads) -> Parts:
 
 
 def _split_stacked(projections: Sequence[Target], heads: Heads) -> Parts:
+    _check_matrices(projections)
     stacked, output = projections
     rows, inputs = stacked.parameter.shape
     if heads.num_heads != heads.num_kv_heads or rows % (3 * heads.num_heads):

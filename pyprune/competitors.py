@@ -22,6 +22,7 @@ class Weight:
         out_dim, in_dim: which dimension counts output channels, and which input channels (of one group).
         base: bool tensor of the same shape, False where the weight is pruned already and stays so; or None.
         statistic: what calibration measured for it, or None.
+        names: all its names, if it is tied.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Weight:
     in_dim: int = 1
     base: Tensor | None = None
     statistic: Tensor | None = None
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +59,11 @@ class Competitor:
     def weight(self) -> Weight:
         """The weight, or the first of several."""
         return self.members[0].weight
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """By what rules may call it: every name of a tied weight; heads by that of their attention layer."""
+        return self.weight.names or (self.name,) if self.is_one_weight else (self.name,)
 
     @property
     def is_one_weight(self) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyprune import ops
-from pyprune.allocation import Amount, by_name, erk, limits, matching_rule, removed_count
+from pyprune.allocation import Amount, by_name, erk, limits, matches, removed_count
 from pyprune.capped import capped_threshold
 from pyprune.competitors import Competitor, reduce_units, spread_units
 from pyprune.lamp import lamp_removed
@@ -55,7 +55,27 @@ def hold_contest(method: Method, competitors: Sequence[Competitor], amount: Amou
     members = [member for competitor in competitors for member in competitor.members]
     masks = [torch.empty_like(member.weight.values, dtype=torch.bool) for member in members]
     spread_units(competitors, units.masks, masks)
+    for member, mask in zip(members, masks, strict=True):
+        if amount.from_remaining and member.weight.base is not None:
+            mask &= member.weight.base  # a unit that is kept may have lost elements before
     return Outcome(masks, units.nonfinite)
+
+
+def ratios_of(method: Method, amount: Amount, competitors: Sequence[Competitor]) -> dict[str, float] | None:
+    """Return the ratio of each competitor by its name, if they may have different ones and do not compete.
+
+    Raises:
+        ValueError: if a ratio is for a name that there is not.
+    """
+    if method.scope.name not in ("tensor", "row") or amount.ratio is None:
+        return None
+    if isinstance(amount.ratio, Mapping):
+        ratios = by_name(amount.ratio, [competitor.names for competitor in competitors], 0.0)
+    elif amount.allocation == "erk":
+        ratios = erk([tuple(competitor.weight.values.shape) for competitor in competitors], amount.ratio)
+    else:
+        return None
+    return dict(zip([competitor.name for competitor in competitors], ratios, strict=True))
 
 
 @dataclass(frozen=True)
@@ -68,8 +88,8 @@ class _Contest:
     amount: Amount
 
     @property
-    def names(self) -> list[str]:
-        return [competitor.name for competitor in self.competitors]
+    def names(self) -> list[tuple[str, ...]]:
+        return [competitor.names for competitor in self.competitors]
 
     @property
     def sizes(self) -> list[int]:
@@ -84,11 +104,9 @@ class _Contest:
 
     def ratios(self) -> list[float]:
         """Return the ratio of each competitor."""
-        ratio = self.amount.ratio
-        assert ratio is not None
-        if self.amount.allocation == "erk" and not isinstance(ratio, Mapping):
-            return erk([tuple(competitor.weight.values.shape) for competitor in self.competitors], ratio)
-        return by_name(ratio, self.names, 0.0)
+        known = ratios_of(self.method, self.amount, self.competitors)
+        assert known is not None or isinstance(self.amount.ratio, float)
+        return [self.amount.ratio if known is None else known[c.name] for c in self.competitors]  # type: ignore[misc]
 
     def dropped(self) -> list[int]:
         """Return how many units of each competitor are pruned already."""
@@ -139,7 +157,7 @@ def _bounds(contest: _Contest, sizes: Sequence[int], dropped: Sequence[int], rem
     low = by_name(contest.amount.min_ratio, contest.names, 0.0)
     high = by_name(contest.amount.max_ratio, contest.names, 1.0)
     bounds = []
-    for name, size, gone, min_ratio, max_ratio in zip(contest.names, sizes, dropped, low, high, strict=True):
+    for (name, *_), size, gone, min_ratio, max_ratio in zip(contest.names, sizes, dropped, low, high, strict=True):
         least, most = limits(size, min_ratio, max_ratio)
         if least > most:
             raise ValueError(
@@ -161,8 +179,10 @@ def _in_groups(contest: _Contest) -> Outcome:
     amount = contest.amount
     assert amount.ratio is not None
     sets: dict[str, list[int]] = {}
-    for i, name in enumerate(contest.names):
-        sets.setdefault(group_of(contest.method.scope, name) or "", []).append(i)
+    for i, names in enumerate(contest.names):
+        sets.setdefault(group_of(contest.method.scope, names) or "", []).append(i)
+    for values in (amount.min_ratio, amount.max_ratio):
+        by_name(values, contest.names, 0.0)  # every rule is about some weight of some group
     ratios = by_name(amount.ratio, list(sets), 0.0)
     masks: dict[int, Tensor] = {}
     nonfinite: dict[int, int] = {}
@@ -176,12 +196,13 @@ def _in_groups(contest: _Contest) -> Outcome:
     return Outcome([masks[i] for i in order], [nonfinite[i] for i in order])
 
 
-def _of(values: float | Mapping[str, float], names: Sequence[str]) -> float | Mapping[str, float]:
+def _of(values: float | Mapping[str, float], names: Sequence[tuple[str, ...]]) -> float | Mapping[str, float]:
     """Leave out rules about other weights."""
     if not isinstance(values, Mapping):
         return values
-    used = {matching_rule(name, list(values)) for name in names}
-    return {rule: value for rule, value in values.items() if rule in used}
+    return {
+        rule: value for rule, value in values.items() if any(matches(rule, name) for some in names for name in some)
+    }
 
 
 def _by_tensor(contest: _Contest) -> Outcome:

@@ -1,6 +1,7 @@
 """What disappears as one: single elements, blocks, channels, convolution kernels, attention heads.
 
-Each function returns the granularity of a `Method`. A *unit* is what it removes; the ratio counts units.
+Each function returns the granularity of a `Method`. A *unit* is what it removes; the ratio counts units. Outputs and
+inputs are those of the layer; bare parameters count as (outputs, inputs), as the weights of linear layers do.
 """
 
 from collections.abc import Callable, Sequence

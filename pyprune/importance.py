@@ -194,7 +194,10 @@ def wanda(normalize: Normalization = "none") -> Importance:
         [[1.0, 4.0, 3.0, 2.0]]
     """
     return Importance(
-        "wanda", lambda weight, norm: _wide(weight).abs() * norm, needs="input norm", normalize=normalize
+        "wanda",
+        lambda weight, norm: _wide(weight).abs() * norm,
+        needs="input norm",
+        normalize=_check_normalization(normalize),
     )
 
 

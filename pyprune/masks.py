@@ -43,18 +43,44 @@ class Mask(Attachment):
 
 
 class FollowingMask(Mask):
-    """The mask of a bias or a BatchNorm parameter: drops what belongs to dead output channels of a weight.
+    """The mask of a bias or a BatchNorm parameter: drops what belongs to dead output channels of a layer.
 
     Args:
-        mask: True = kept.
-        follows: the name of that weight in the dense model.
+        source: the mask of the layer's weight.
+        groups: 0 if the first dimension of the weight counts output channels; of a transposed convolution, whose
+            second one does, the number of groups.
     """
 
     on_target = False
 
-    def __init__(self, mask: Tensor, follows: str) -> None:
-        super().__init__(mask)
-        self.follows = follows
+    def __init__(self, source: Mask, groups: int = 0) -> None:
+        super().__init__(channels_alive(source.mask, groups))
+        # In a list: it is no submodule, and a copy of a model links to the copy.
+        self._source = [source]
+        self.groups = groups
+
+    @property
+    def source(self) -> Mask:
+        """The mask that this one follows."""
+        return self._source[0]
+
+    def update(self) -> None:
+        """Become what the source has become."""
+        with torch.no_grad():
+            self.mask.copy_(channels_alive(self.source.mask, self.groups))
+
+
+def channels_alive(mask: Tensor, groups: int = 0) -> Tensor:
+    """Say of each output channel of a layer whether it keeps a weight; ``groups`` as in `FollowingMask`.
+
+    Example:
+        >>> channels_alive(torch.tensor([[True, False], [False, False]])).tolist()
+        [True, False]
+    """
+    if groups == 0:
+        return mask.flatten(1).any(1)
+    # (inputs, outputs of a group, ...), with the inputs of one group after the other.
+    return mask.reshape(groups, mask.shape[0] // groups, mask.shape[1], -1).any(3).any(1).flatten()
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +92,16 @@ class NewMask:
     unit: tuple[int, ...] | None = None
 
 
-def attach_masks(masks: Iterable[NewMask], followers: Iterable[tuple[Sequence[Owner], FollowingMask]] = ()) -> None:
+@dataclass(frozen=True, eq=False)
+class NewFollower:
+    """A `FollowingMask` to be, of a new mask."""
+
+    owners: Sequence[Owner]
+    of: NewMask
+    groups: int
+
+
+def attach_masks(masks: Sequence[NewMask], followers: Iterable[NewFollower] = ()) -> None:
     """Put each mask on all its owners, and new followers on theirs; change nothing if one of them refuses.
 
     Where a `Mask` is there already it is kept, and updated in place, so that nothing is recompiled.
@@ -77,8 +112,8 @@ def attach_masks(masks: Iterable[NewMask], followers: Iterable[tuple[Sequence[Ow
         >>> bool(linear.weight[0, 1] == 0)
         True
     """
-    updates: list[tuple[Mask, NewMask]] = []
-    attachments: list[tuple[Sequence[Owner], Mask]] = []
+    carried: dict[NewMask, Mask] = {}
+    updates: list[NewMask] = []
     for new in masks:
         shared = cast(Mask | None, shared_attachment(new.owners))
         if shared is not None:
@@ -88,10 +123,11 @@ def attach_masks(masks: Iterable[NewMask], followers: Iterable[tuple[Sequence[Ow
                     f"a mask of shape {tuple(shared.mask.shape)} cannot take one of {tuple(new.mask.shape)}, or it "
                     "was loaded under torch.inference_mode; load the state_dict outside it"
                 )
-            updates.append((shared, new))
-        attachments.append((new.owners, shared or Mask(new.mask, new.unit)))
-    attach([*attachments, *followers])
+            updates.append(new)
+        carried[new] = shared or Mask(new.mask, new.unit)
+    following = [(follower.owners, FollowingMask(carried[follower.of], follower.groups)) for follower in followers]
+    attach([*((new.owners, mask) for new, mask in carried.items()), *following])
     with torch.no_grad():
-        for shared, new in updates:
-            shared.mask.copy_(new.mask)
-            shared.unit = new.unit
+        for new in updates:
+            carried[new].mask.copy_(new.mask)
+            carried[new].unit = new.unit

@@ -1,5 +1,6 @@
 """Pruning methods: importance x granularity x scope, and the names that some of them have."""
 
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -99,7 +100,9 @@ def check_mode(mode: PruneMode | str) -> PruneMode:
         True
     """
     if not isinstance(mode, str):
-        raise TypeError(f"mode is a {type(mode).__name__}; give a PruneMode or its name as a string, or a Method")
+        raise TypeError(
+            f"mode is a {type(mode).__name__}; give a PruneMode or its name as a string (prune also takes a Method)"
+        )
     names = [member.value for member in PruneMode]
     if mode.upper() not in names:
         raise ValueError(f"mode is {mode!r}; allowed are {', '.join(names)}")
@@ -128,6 +131,8 @@ def check_amount(method: Method, amount: Amount) -> Amount:
         raise ValueError(
             'allocation="erk" makes one ratio into one for each weight: use scope.tensor() or scope.row()'
         )
+    if amount.allocation == "erk" and amount.from_remaining:
+        raise ValueError('allocation="erk" is about all weights; leave from_remaining out, or give ratios by name')
     if amount.is_capped and scope not in ("model", "group"):
         raise ValueError(
             f"min_ratio and max_ratio bound what a weight loses to others, but in scope {scope} none compete"
@@ -135,7 +140,7 @@ def check_amount(method: Method, amount: Amount) -> Amount:
     for name in ("min_ratio", "max_ratio"):
         value = getattr(amount, name)
         for number in value.values() if isinstance(value, Mapping) else [value]:
-            if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number <= 1:
+            if isinstance(number, bool) or not isinstance(number, numbers.Real) or not 0 <= float(number) <= 1:
                 raise ValueError(f"{name} is {number!r}; give a fraction of a weight, from 0 to 1")
     if scope == "n_of_m":
         return amount

@@ -100,17 +100,21 @@ def group(groups: Mapping[str, Sequence[str]]) -> Scope:
     return Scope("group", groups=tuple((name, tuple(rules)) for name, rules in groups.items()))
 
 
-def group_of(scope: Scope, name: str) -> str | None:
-    """Return the group of a weight, or None.
+def group_of(scope: Scope, names: Sequence[str]) -> str | None:
+    """Return the group of a weight with these names, or None.
 
     Raises:
         ValueError: if it is in two.
 
     Example:
-        >>> group_of(group({"heads": ["fc"]}), "fc.weight")
+        >>> group_of(group({"heads": ["fc"]}), ["fc.weight"])
         'heads'
     """
-    found = [group_name for group_name, rules in scope.groups if any(matches(rule, name) for rule in rules)]
+    found = [
+        group_name
+        for group_name, rules in scope.groups
+        if any(matches(rule, name) for rule in rules for name in names)
+    ]
     if len(found) > 1:
-        raise ValueError(f"{name} is in the groups {' and '.join(found)}; a weight competes in one")
+        raise ValueError(f"{names[0]} is in the groups {' and '.join(found)}; a weight competes in one")
     return found[0] if found else None

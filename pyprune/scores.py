@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyprune import ops
-from pyprune.competitors import Competitor, reduce_units
+from pyprune.competitors import Competitor, Weight, reduce_units
 from pyprune.importance import normalized, random_scores, without_signs
 from pyprune.methods import Method
 
@@ -73,12 +73,11 @@ def unit_scores(method: Method, competitors: Sequence[Competitor]) -> list[Tenso
     """Return the score of every unit; for each competitor a tensor of its unit shape."""
     importance, granularity = method.importance, method.granularity
     if importance.scores_of == "channels":
-        # The other sizes of the unit shape are 1.
-        return [_scores_of_one(method, competitor).reshape(competitor.unit_shape) for competitor in competitors]
+        return [_scores_of_channels(method, competitor) for competitor in competitors]
     if importance.scores_of == "units":
         return [_scores_of_units(method, competitor) for competitor in competitors]
     if granularity.name != "element" and importance.power is not None:
-        weights = [member.weight.values for competitor in competitors for member in competitor.members]
+        weights = [_left(m.weight.values, m.weight) for competitor in competitors for m in competitor.members]
         return reduce_units(competitors, weights, importance.power, granularity.reduction)
     scores: list[Tensor | None] = [None] * len(competitors)
     to_reduce: list[int] = []
@@ -89,17 +88,30 @@ def unit_scores(method: Method, competitors: Sequence[Competitor]) -> list[Tenso
             scores[i] = found[0]
         else:
             to_reduce.append(i)
-            tensors += found
+            tensors += [_left(score, m.weight) for score, m in zip(found, competitor.members, strict=True)]
     reduced = reduce_units([competitors[i] for i in to_reduce], tensors, None, granularity.reduction)
     for i, score in zip(to_reduce, reduced, strict=True):
         scores[i] = score
     return [score for score in scores if score is not None]
 
 
-def _scores_of_one(method: Method, competitor: Competitor) -> Tensor:
-    weight = competitor.weight
-    statistic = weight.values if weight.statistic is None else weight.statistic
-    return method.importance.score(weight.values, statistic)
+def _left(scores: Tensor, weight: Weight) -> Tensor:
+    """Let what is pruned already count for nothing in its unit."""
+    return scores if weight.base is None else torch.where(weight.base, scores, 0)
+
+
+def _scores_of_channels(method: Method, competitor: Competitor) -> Tensor:
+    weight, shape = competitor.weight, competitor.unit_shape
+    assert weight.statistic is not None
+    scores = method.importance.score(weight.values, weight.statistic)
+    units = torch.Size(shape).numel()
+    if units == 0 or scores.numel() % units:
+        raise ValueError(
+            f"{weight.name} has {units} output channels, and importance {method.importance.name} {scores.numel()} "
+            "scores; name it in ignored_scope"
+        )
+    # In a grouped transposed convolution a unit is one output channel of every group. Other sizes of the shape are 1.
+    return scores.reshape(-1, units).sum(0).reshape(shape)
 
 
 def _scores_of_units(method: Method, competitor: Competitor) -> Tensor:

@@ -130,3 +130,30 @@ def test_heads_by_their_largest_score_may_be_negative():
             weight += torch.sign(weight)  # the largest of -|w| is now lower
     pyprune.prune(model, method, ratio=0.5)
     assert (model.k_proj.weight == 0).all(1).tolist() == [True] * 3 + [False] * 3
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_heads_of_a_layer_with_two_names_compete_once(seed):
+    one, other = nn.MultiheadAttention(16, 4), nn.MultiheadAttention(16, 4)
+    model = nn.ModuleList([one, other, one])
+    pyprune.prune(model, Method(importance.random(seed), granularity.head(4)), ratio=0.5)
+    dead = [(layer.out_proj.weight == 0).all(0).sum() // 4 for layer in (one, other)]
+    assert sum(dead) == 4
+
+
+def test_heads_of_a_convolution_or_of_shared_projections_are_refused():
+    convolution = nn.Sequential()
+    convolution.qkv, convolution.proj = nn.Conv2d(8, 24, 1), nn.Conv2d(8, 8, 1)
+    with pytest.raises(ValueError, match="has 4 dimensions"):
+        pyprune.prune(convolution, heads_method(2), ratio=0.5)
+    shared = nn.Sequential(Grouped(), Grouped())
+    shared[1].k_proj.weight = shared[0].k_proj.weight
+    with pytest.raises(ValueError, match=r"0\.k_proj\.weight is part of several attention layers"):
+        pyprune.prune(shared, heads_method(4, 2), ratio=0.5)
+
+
+def test_given_scores_of_heads_are_of_attention_only():
+    model = nn.Sequential(Grouped(), nn.Linear(10, 10))
+    scores = {f"0.{name}_proj.weight": getattr(model[0], f"{name}_proj").weight.abs().detach() for name in "qkvo"}
+    pyprune.prune(model, Method(importance.given(scores), granularity.head(4, 2)), ratio=0.5)
+    assert (model[0].k_proj.weight == 0).all(1).sum() == 3

@@ -160,6 +160,16 @@ def test_calibrate_looks_at_outputs(cnn, activation):
     torch.testing.assert_close(mean.tensors["conv2.weight"], seen.mean(1))
 
 
+def test_momentum_decays_when_a_batch_does_not_use_a_weight():
+    model = nn.ModuleList([nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)])
+    batches = [(0, torch.ones(1, 2)), (1, torch.ones(1, 2)), (1, torch.ones(1, 2))]
+    calibration = calibrate(
+        model, batches, importance.snip_momentum(), loss_fn=lambda model, batch: model[batch[0]](batch[1]).sum()
+    )
+    torch.testing.assert_close(calibration.tensors["0.weight"], 0.81 * model[0].weight.abs().detach())
+    torch.testing.assert_close(calibration.tensors["1.weight"], 1.9 * model[1].weight.abs().detach())
+
+
 def test_calibrate_uses_as_many_batches_as_it_is_told(cnn):
     calibration = calibrate(cnn.model, (cnn.inputs for _ in range(10)), importance.wanda(), num_batches=4)
     assert calibration.num_batches == 4

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -123,3 +125,69 @@ def test_batch_norm_scale_is_the_raw_one_under_a_mask():
         inputs = torch.randn(2, 1, 8, 8)
         pyprune.prune(model, method, ratio=ratio, examples_inputs=inputs, zero_dead_channels=True)
     assert followers(model)["1.weight"].tolist() == [True] * 4 + [False] * 4
+
+
+def test_followers_keep_in_step_under_other_names_and_in_copies():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    pyprune.prune(model, FILTERS, ratio=0.5, zero_dead_channels=True)
+    twin = copy.deepcopy(model)
+    for wrapped, inner in ((nn.Sequential(model), model), (torch.compile(twin, backend="eager"), twin)):
+        pyprune.prune(wrapped, FILTERS, ratio=0.0)
+        assert all(mask.all() for mask in followers(inner).values())
+        pyprune.prune(wrapped, FILTERS, ratio=0.25)
+        assert [int(mask.sum()) for mask in followers(inner).values()] == [3, 3]
+    pyprune.prune(model, FILTERS, ratio=0.0)
+    assert [int(mask.sum()) for mask in followers(twin).values()] == [3, 3]  # a copy follows its own weights
+    saved = pyprune.get_config(nn.Sequential(twin))
+    fresh = pyprune.load_from_config(nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))), saved)
+    pyprune.prune(fresh, FILTERS, ratio=0.5)
+    assert [int(mask.sum()) for mask in followers(fresh).values()] == [2, 2]
+    saved["masks"][1]["follows"] = "nowhere"
+    with pytest.raises(ValueError, match="follows 'nowhere', which has none"):
+        pyprune.load_from_config(nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))), saved)
+
+
+def test_a_norm_that_an_ignored_layer_shares_is_left_alone():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.norm = nn.Conv2d(1, 4, 1), nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.norm(self.a(x)) + self.norm(self.b(x))
+
+    model = Shared()
+    ignored = pyprune.IgnoredScope(names=["b"])
+    inputs = torch.randn(1, 1, 3, 3)
+    pyprune.prune(model, FILTERS, ratio=0.5, examples_inputs=inputs, zero_dead_channels=True, ignored_scope=ignored)
+    assert set(followers(model)) == {"a.bias"}
+
+
+@pytest.mark.parametrize("tokens", [4, 5])
+def test_a_norm_over_tokens_does_not_follow_channels(tokens):
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(tokens))
+    inputs = torch.randn(2, tokens, 3)
+    pyprune.prune(model, FILTERS, ratio=0.5, examples_inputs=inputs, zero_dead_channels=True)
+    assert set(followers(model)) == {"0.bias"}
+
+
+def test_a_weight_that_is_tied_the_other_way_round_is_followed_by_both_biases():
+    model = nn.ModuleList([nn.Conv2d(2, 8, 3), nn.ConvTranspose2d(8, 2, 3)])
+    model[1].weight = model[0].weight
+    pyprune.prune(model, Method(importance.magnitude()), ratio=0.9, zero_dead_channels=True)
+    mask = model[0].parametrizations.weight[0].mask
+    assert torch.equal(followers(model)["0.bias"], mask.flatten(1).any(1))
+    assert torch.equal(followers(model)["1.bias"], mask.transpose(0, 1).flatten(1).any(1))
+
+
+def test_what_cannot_be_zeroed_is_refused_before_anything_changes(unchanged):
+    plain = nn.Sequential(nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4, affine=False))
+    shared = nn.ModuleList([nn.Linear(3, 4), nn.Linear(3, 4)])
+    shared[1].bias = shared[0].bias
+    inputs = torch.randn(1, 1, 3, 3)
+    for model, words in ((plain, "no scale and shift"), (shared, r"0\.bias, 1\.bias: layers")):
+        before = unchanged(model)
+        with pytest.raises(ValueError, match=words):
+            pyprune.prune(model, FILTERS, ratio=0.5, examples_inputs=inputs if model is plain else None,
+                          zero_dead_channels=True)  # fmt: skip
+        before.check()

@@ -115,6 +115,8 @@ def test_without_signs_keeps_order_and_ties(dtypes):
         (lambda: importance.magnitude(p=math.inf), ValueError, "finite"),
         (lambda: importance.magnitude(normalize="L2"), ValueError, "allowed are none, l2"),
         (lambda: importance.taylor(normalize="L2"), ValueError, "allowed are none, l2"),
+        (lambda: importance.wanda(normalize="L2"), ValueError, "allowed are none, l2"),
+        (lambda: importance.snip_momentum(normalize="L2"), ValueError, "allowed are none, l2"),
         (lambda: importance.random(seed=-1), ValueError, "at least 0"),
         (lambda: importance.random(seed=0.5), TypeError, "give an int"),
         (lambda: importance.fisher(damp=-1), ValueError, "0 or more"),

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import pyprune
-from pyprune import Method, granularity, importance, scope
+from pyprune import Method, _prune, granularity, importance, scope
 from tests.conftest import build, masks_of
 from tests.test_attention import Grouped
 
@@ -319,3 +319,78 @@ def test_weights_that_are_not_finite_are_named(cnn, unchanged, normalize, cut):
     with pytest.raises(ValueError, match=r"NaN or infinite weights: \d+ in conv2\.weight"):
         pyprune.prune(cnn.model, Method(importance.magnitude(normalize=normalize), CUTS[cut]), ratio=0.5)
     before.check()
+
+
+def test_coarser_units_among_the_remaining_bring_nothing_back():
+    linear = nn.Linear(8, 8, bias=False)
+    pyprune.prune(linear, "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.5)
+    before = linear.weight != 0
+    with torch.no_grad():
+        left = linear.weight.abs().sum(1)
+    pyprune.prune(linear, FILTERS, ratio=0.25, from_remaining=True)
+    assert not ((linear.weight != 0) & ~before).any()
+    # What is gone already does not count for its channel.
+    assert torch.equal((linear.weight == 0).all(1).nonzero().flatten(), left.argsort()[:2].sort().values)
+
+
+def test_every_name_of_a_tied_weight_will_do():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.fc, self.head = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9)
+            self.head.weight = self.embed.weight
+
+    local = Method(importance.magnitude(), scope=scope.tensor())
+    for rule in ("head", "embed.weight", r"he.*"):
+        model = pyprune.prune(Tied(), local, ratio={rule: 0.5})
+        assert (model.head.weight == 0).sum() == 18
+    model = pyprune.prune(Tied(), ELEMENTS, ratio=0.25, max_ratio={"head.weight": 0.25})
+    assert (model.head.weight == 0).sum() <= 9
+    groups = Method(importance.magnitude(), scope=scope.group({"a": ["head"], "b": ["fc"]}))
+    model = pyprune.prune(Tied(), groups, ratio={"a": 0.5, "b": 0.25})
+    assert [int((w == 0).sum()) for w in (model.head.weight, model.fc.weight)] == [18, 4]
+    model = Tied()
+    scores = {"head.weight": torch.rand(9, 4), "fc.weight": torch.rand(4, 4)}
+    pyprune.prune(model, Method(importance.given(scores)), ratio=0.5)
+    assert (model.embed.weight != 0).any()
+
+
+def test_rules_within_groups_must_match(cnn):
+    groups = scope.group({"a": ["conv1"], "b": ["fc", "typo"]})
+    with pytest.raises(ValueError, match="'typo' of group 'b' matches no weight"):
+        pyprune.prune(cnn.model, Method(importance.magnitude(), scope=groups), ratio=0.5)
+    groups = scope.group({"a": ["conv1"], "b": ["fc"]})
+    with pytest.raises(ValueError, match="'typo' matches no weight"):
+        pyprune.prune(cnn.model, Method(importance.magnitude(), scope=groups), ratio=0.5, max_ratio={"typo": 0.1})
+    pyprune.prune(
+        cnn.model, Method(importance.magnitude(), scope=groups), ratio=0.5, max_ratio={"fc": 0.6, "conv1": 1.0}
+    )
+
+
+@pytest.mark.parametrize("options", [{"ratio": {"0": 0.5, "1": 0.3}}, {"ratio": 0.5, "allocation": "erk"}])
+def test_ratios_are_about_all_weights_on_whatever_devices(monkeypatch, options):
+    def layers():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(100, 100), nn.Linear(100, 10))
+
+    local = Method(importance.magnitude(), scope=scope.tensor())
+    expected = pyprune.pruning_statistic(pyprune.prune(layers(), local, **options))
+    monkeypatch.setattr(_prune, "_by_device", lambda method, competitors: [[one] for one in competitors])
+    assert pyprune.pruning_statistic(pyprune.prune(layers(), local, **options)) == expected
+
+
+@pytest.mark.parametrize("rule", [importance.apoz(), importance.mean_activation(), importance.batch_norm_scale()])
+def test_channels_of_a_grouped_transposed_convolution(rule):
+    model = nn.Sequential(nn.ConvTranspose2d(4, 6, 3, groups=2), nn.BatchNorm2d(6))
+    inputs = torch.randn(2, 4, 5, 5)
+    calibration = None if rule.needs == "norm scale" else pyprune.calibrate(model, [inputs], rule)
+    method = Method(rule, granularity.channel("out"), scope.tensor())
+    pyprune.prune(model, method, ratio=0.34, calibration=calibration, examples_inputs=inputs)
+    assert pyprune.pruning_statistic(model).pruned_tensors[0].pruned_units == 1  # one channel of each group
+
+
+def test_a_weight_tied_to_a_transposed_convolution_has_channels_of_two_kinds():
+    model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ConvTranspose2d(8, 2, 3))
+    model[1].weight = model[0].weight
+    with pytest.raises(ValueError, match=r"activations of 0\.weight cannot be seen"):
+        pyprune.calibrate(model, [torch.randn(1, 2, 6, 6)], importance.wanda())
