@@ -7,6 +7,8 @@
 #include <immintrin.h>
 #endif
 
+#include "store_mask.h"
+
 namespace pyprune::PYPRUNE_CAPABILITY {
 namespace {
 
@@ -32,15 +34,6 @@ struct Lanes {
 };
 
 #if defined(__AVX512BW__)
-
-inline void store_mask(uint8_t* mask, uint64_t keep, bool stream) {
-  const __m512i bytes = _mm512_maskz_set1_epi8(keep, 1);
-  if (stream) {
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(mask), bytes);
-  } else {
-    _mm512_storeu_si512(mask, bytes);
-  }
-}
 
 template <class Key>
 __m512i larger(__m512i a, __m512i b) {

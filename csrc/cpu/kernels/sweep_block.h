@@ -9,6 +9,8 @@
 #include <immintrin.h>
 #endif
 
+#include "store_mask.h"
+
 namespace pyprune::PYPRUNE_CAPABILITY {
 namespace {
 
@@ -45,15 +47,6 @@ inline uint64_t nonzero(const uint8_t* bytes) {
   const __m512i v = _mm512_loadu_si512(bytes);
   return _mm512_test_epi8_mask(v, v);
 }
-inline void store_mask(uint8_t* mask, uint64_t keep, bool stream) {
-  const __m512i bytes = _mm512_maskz_set1_epi8(keep, 1);
-  if (stream) {
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(mask), bytes);
-  } else {
-    _mm512_storeu_si512(mask, bytes);
-  }
-}
-
 template <>
 struct Block<uint32_t> {
   __m512i lo, mid, hi, largest = _mm512_setzero_si512();
