@@ -44,10 +44,10 @@ test-cpp: $(VENV)/built  ## Run the kernels without torch, under sanitizers (ARG
 lint: $(VENV)/built  ## Format check, lint and types, over all files
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pre-commit run --all-files --show-diff-on-failure
 
-bench: $(VENV)/built  ## Measure every job beside the other ways and its floor: five minutes (ARGS="masks --model bert")
+bench: $(VENV)/built  ## Measure every job beside the other ways and its floor: about ten minutes (ARGS="masks --model bert")
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
-bench-full: $(PEERS)/installed  ## Measure everything, also beside NNCF itself, and write the README's figures: 45 minutes
+bench-full: $(PEERS)/installed  ## Measure everything, also beside NNCF itself, and write the README's figures: over an hour
 	$(PEERS)/bin/python benchmarks/run.py --full --json benchmarks/results/cpu.json $(ARGS)
 	$(MAKE) bench-report
 

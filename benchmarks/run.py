@@ -1,7 +1,7 @@
 """Time pyprune's kernels beside other libraries and beside the speed of the memory.
 
-All ways of a job run in one process, in turns; medians are compared. Without options it takes about five minutes and
-7 GB of memory on two cores; --full about 45 minutes and 17 GB.
+All ways of a job run in one process, in turns; medians are compared. Without options it takes about ten minutes and
+7 GB of memory on two cores; --full over an hour and 17 GB.
 """
 
 import argparse
