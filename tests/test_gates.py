@@ -204,6 +204,8 @@ def _train(rank, world, store, same, results):
             optimizer.step()
         parameters = torch.cat([parameter.detach().ravel() for parameter in model.parameters()])
         torch.save((sample, parameters), f"{results}/{rank}.pt")
+        # Whoever leaves first while the other still talks to it makes gloo's threads abort.
+        torch.distributed.barrier()
     finally:
         torch.distributed.destroy_process_group()
 
