@@ -1,5 +1,6 @@
 import copy
 import math
+import os
 
 import pytest
 import torch
@@ -190,24 +191,22 @@ def test_gate_says_what_it_is_for():
 def _train(rank, world, store, same, results):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    try:
-        torch.manual_seed(0)
-        model = gated(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), BERNOULLI, same_on_all_ranks=same)
-        parallel = nn.parallel.DistributedDataParallel(model)
-        optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1)
-        torch.manual_seed(3)
-        with pyprune.one_gate_sample(model):
-            sample = model[0].weight != 0
-        for _ in range(3):
-            optimizer.zero_grad()
-            parallel(torch.randn(4, 16)).square().sum().backward()
-            optimizer.step()
-        parameters = torch.cat([parameter.detach().ravel() for parameter in model.parameters()])
-        torch.save((sample, parameters), f"{results}/{rank}.pt")
-        # Whoever leaves first while the other still talks to it makes gloo's threads abort.
-        torch.distributed.barrier()
-    finally:
-        torch.distributed.destroy_process_group()
+    torch.manual_seed(0)
+    model = gated(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), BERNOULLI, same_on_all_ranks=same)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1)
+    torch.manual_seed(3)
+    with pyprune.one_gate_sample(model):
+        sample = model[0].weight != 0
+    for _ in range(3):
+        optimizer.zero_grad()
+        parallel(torch.randn(4, 16)).square().sum().backward()
+        optimizer.step()
+    parameters = torch.cat([parameter.detach().ravel() for parameter in model.parameters()])
+    torch.save((sample, parameters), f"{results}/{rank}.pt")
+    torch.distributed.barrier()
+    # Past gloo's own end, in which torch 2.13 aborts now and then, with or without gates.
+    os._exit(0)
 
 
 @pytest.mark.parametrize("same", [False, True])
