@@ -16,7 +16,7 @@ from pyprune.calibration import Calibration, check_initialized, evaluating, forw
 from pyprune.ignored_scope import IgnoredScope
 from pyprune.importance import Importance
 from pyprune.methods import Method
-from pyprune.targets import Target, channel_dims, find_targets, output_layers
+from pyprune.targets import Target, channel_dims, find_targets, is_transposed, output_layers
 
 
 @torch.inference_mode(False)
@@ -96,7 +96,7 @@ def _check_importance(importance: Importance | Method) -> Importance:
     rule = importance.importance if isinstance(importance, Method) else importance
     if not isinstance(rule, Importance):
         raise TypeError(f"importance is a {type(rule).__name__}; give one of pyprune.importance, or a Method")
-    if rule.needs == "none":
+    if rule.needs in ("none", "given"):
         raise ValueError(f"importance {rule.name} needs no calibration; call prune without it")
     if rule.needs == "norm scale":
         raise ValueError(f"importance {rule.name} needs no data; give examples_inputs to prune instead")
@@ -199,7 +199,7 @@ class _Activations:
 
     def _visible(self, target: Target) -> list[tuple[nn.Module, str]]:
         layers = [(layer, "input") for layer in output_layers(target)]
-        if len({isinstance(layer, nn.modules.conv._ConvTransposeNd) for layer, _ in layers}) > 1:
+        if len({is_transposed(layer) for layer, _ in layers}) > 1:
             return []  # tied the other way round, it has channels of two kinds
         if self.rule.needs == "input norm" and not layers:
             for owner in target.owners:

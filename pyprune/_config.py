@@ -1,8 +1,7 @@
 """Save which weights carry masks and gates, and put them on a fresh model so that a checkpoint fits."""
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -79,16 +78,17 @@ def load_from_config(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
         raise ValueError(f"{target.name} carries a mask or gate already; give a fresh dense model, or strip it first")
     by_name = {owner.name: target for target in all_parameters(model) for owner in target.owners}
     attachments: dict[Target, Attachment] = {}
-    followers = [entry for entry in masks if "follows" in entry]
-    for make, entries in (
-        (_mask, [entry for entry in masks if "follows" not in entry]),
-        # After those that they follow.
-        (partial(_follower, lambda name: attachments.get(by_name[name]) if name in by_name else None), followers),
-        (_gate, gates),
-    ):
-        for entry in entries:
-            target = _fitting(entry["names"], entry["shape"], by_name)
-            attachments[target] = make(entry, target.parameter)
+    # Followers after the masks that they follow.
+    for entry in sorted(masks, key=lambda entry: "follows" in entry):
+        target = _fitting(entry["names"], entry["shape"], by_name)
+        if "follows" in entry:
+            followed = by_name.get(entry["follows"])
+            attachments[target] = _follower(entry, None if followed is None else attachments.get(followed))
+        else:
+            attachments[target] = _mask(entry, target.parameter)
+    for entry in gates:
+        target = _fitting(entry["names"], entry["shape"], by_name)
+        attachments[target] = _gate(entry, target.parameter)
     attach_and_share(model, [(target.owners, attachment) for target, attachment in attachments.items()])
     return model
 
@@ -112,10 +112,8 @@ def _mask(entry: Mapping[str, Any], weight: nn.Parameter) -> Attachment:
     return Mask(all_kept, tuple(unit))
 
 
-def _follower(
-    mask_of: Callable[[str], Attachment | None], entry: Mapping[str, Any], parameter: nn.Parameter
-) -> Attachment:
-    source, groups = mask_of(entry["follows"]), entry.get("groups")
+def _follower(entry: Mapping[str, Any], source: Attachment | None) -> Attachment:
+    groups = entry.get("groups")
     if not isinstance(source, Mask) or not isinstance(groups, int) or source.mask.dim() < 2:
         names = ", ".join(entry["names"])
         raise ValueError(

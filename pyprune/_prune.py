@@ -24,8 +24,8 @@ from pyprune.passes import attach_and_share
 from pyprune.scope import group_of
 from pyprune.targets import (
     Target,
-    all_parameters,
     attachments_of,
+    by_place,
     channel_dims,
     check_prunable,
     find_targets,
@@ -209,11 +209,11 @@ def _statistics(
     model: nn.Module, importance: Importance, targets: Sequence[Target], calibration: object, inputs: Any
 ) -> dict[Target, Tensor | None]:
     """Return the statistic of each target that the importance can score."""
-    if importance.needs in ("none", "norm scale") and calibration is not None:
+    if importance.needs in ("none", "norm scale", "given") and calibration is not None:
         raise ValueError(f"importance {importance.name} takes no calibration; leave it out")
     if importance.needs == "norm scale":
         return dict(_norm_scales(model, targets, inputs))
-    if importance.name == "given":
+    if importance.needs == "given":
         return dict(_given(importance, targets))
     if importance.needs == "none":
         return dict.fromkeys(targets)
@@ -227,22 +227,24 @@ def _statistics(
             f"calibration has {calibration.statistic}, and importance {importance.name} needs {importance.needs} "
             "with the same options; calibrate with this importance"
         )
-    found = {target: _by_any_name(calibration.tensors, target) for target in targets}
-    missing = [target.name for target, statistic in found.items() if statistic is None]
+    found = _by_name(calibration.tensors, targets)
+    missing = [target.name for target in targets if target not in found]
     if missing:
         raise ValueError(f"calibration lacks {', '.join(missing)}; calibrate with the same ignored_scope")
-    return {t: None if statistic is None else statistic.to(t.parameter.device) for t, statistic in found.items()}
+    return {target: statistic.to(target.parameter.device) for target, statistic in found.items()}
 
 
-def _by_any_name(tensors: Mapping[str, Tensor], target: Target) -> Tensor | None:
-    return next((tensors[owner.name] for owner in target.owners if owner.name in tensors), None)
+def _by_name(tensors: Mapping[str, Tensor], targets: Sequence[Target]) -> dict[Target, Tensor]:
+    """Return the tensor that one of its names has, of each target that has one."""
+    named = ((target, tensors.get(owner.name)) for target in targets for owner in target.owners)
+    return {target: tensor for target, tensor in named if isinstance(tensor, Tensor)}
 
 
 def _given(importance: Importance, targets: Sequence[Target]) -> dict[Target, Tensor]:
     scores = importance.options[0]
     assert isinstance(scores, Mapping)
-    found = {target: _by_any_name(scores, target) for target in targets}
-    missing = [target.name for target, score in found.items() if not isinstance(score, Tensor)]
+    found = _by_name(scores, targets)
+    missing = [target.name for target in targets if target not in found]
     unknown = sorted(set(scores) - {owner.name for target in targets for owner in target.owners})
     if missing or unknown:
         raise ValueError(
@@ -250,25 +252,16 @@ def _given(importance: Importance, targets: Sequence[Target]) -> dict[Target, Te
             f"{', '.join(unknown) or 'none'}; give one for each weight that is pruned, and name the others in "
             "ignored_scope"
         )
-    return {target: score for target, score in found.items() if score is not None}
+    return found
 
 
 def _norm_scales(model: nn.Module, targets: Sequence[Target], inputs: Any) -> dict[Target, Tensor]:
-    if inputs is None:
-        raise ValueError(
-            "batch_norm_scale must know which BatchNorm follows which layer; give examples_inputs, for one forward "
-            "pass"
-        )
     layers = {layer: target for target in targets for layer in output_layers(target)}
-    norms = norms_after(model, layers, inputs)
+    norms = norms_after(model, layers, inputs, "batch_norm_scale")
     # Not norm.weight: a mask that follows dead channels may be on it, and they are to have a chance to come back.
-    raw = {
-        (owner.module, owner.attribute): target.parameter
-        for target in all_parameters(model)
-        for owner in target.owners
-    }
+    raw = by_place(model)
     scales: dict[Target, Tensor] = {
-        layers[layer]: raw[norm, "weight"] for layer, norm in norms.items() if (norm, "weight") in raw
+        layers[layer]: raw[norm, "weight"].parameter for layer, norm in norms.items() if (norm, "weight") in raw
     }
     if not scales:
         raise ValueError(f"no layer of {type(model).__name__} is followed by a BatchNorm with a scale")

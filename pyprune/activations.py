@@ -6,6 +6,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from pyprune.targets import is_transposed
+
 
 def recurrent_input(module: nn.Module, attribute: str) -> str | None:
     """Say what a weight of a recurrent layer multiplies, if it can be seen: inputs of the first layer, or states."""
@@ -26,7 +28,7 @@ def input_squares(
     given = args[0] if args else kwargs["input"]
     if kind == "input":
         sums = _sum_squares(layer, given)
-        grouped = isinstance(layer, nn.modules.conv._ConvNd) and not _is_transposed(layer) and layer.groups > 1
+        grouped = isinstance(layer, nn.modules.conv._ConvNd) and not is_transposed(layer) and layer.groups > 1
         return sums.reshape(cast(int, layer.groups), -1) if grouped else sums
     first = args[1] if len(args) > 1 else kwargs.get("hx")
     first = first[0] if isinstance(first, tuple) else first
@@ -50,16 +52,16 @@ def _sum_squares(layer: nn.Module, tensor: Any) -> Tensor:
     return norms.double().square()
 
 
+def channel_dim(layer: nn.Module, tensor: Tensor) -> int:
+    """Return which dimension of a layer's input or output counts channels: before the positions of a convolution."""
+    positions = len(layer.kernel_size) if isinstance(layer, nn.modules.conv._ConvNd) else 0
+    return tensor.dim() - 1 - positions
+
+
 def but_channels(layer: nn.Module, tensor: Any) -> tuple[Tensor, list[int]]:
     """Return activations, and all dimensions of them but that of the channels."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"a {type(layer).__name__} has a {type(tensor).__name__} where a tensor was expected")
-    # The positions of a convolution come after its channels; a sample may come without a batch, so one is added.
-    positions = layer.weight.dim() - 2 if isinstance(layer, nn.modules.conv._ConvNd) else 0
-    tensor = tensor.detach().unsqueeze(0)
-    channels = tensor.dim() - 1 - positions
+    tensor = tensor.detach().unsqueeze(0)  # a sample may come without a batch
+    channels = channel_dim(layer, tensor)
     return tensor, [dim for dim in range(tensor.dim()) if dim != channels]
-
-
-def _is_transposed(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.modules.conv._ConvTransposeNd)

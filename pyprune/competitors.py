@@ -45,7 +45,7 @@ class Member:
     @property
     def unit_shape(self) -> tuple[int, ...]:
         """How many blocks there are along each dimension."""
-        return tuple(-(-size // part) for size, part in zip(self.weight.values.shape, self.block, strict=True))
+        return ops.unit_shape(self.weight.values.shape, self.block)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyprune import ops
-from pyprune.allocation import Amount, by_name, erk, limits, matches, removed_count
+from pyprune.allocation import Amount, by_name, erk, limits, removed_count
 from pyprune.capped import capped_threshold
 from pyprune.competitors import Competitor, reduce_units, spread_units
 from pyprune.lamp import lamp_removed
@@ -181,28 +181,27 @@ def _in_groups(contest: _Contest) -> Outcome:
     sets: dict[str, list[int]] = {}
     for i, names in enumerate(contest.names):
         sets.setdefault(group_of(contest.method.scope, names) or "", []).append(i)
-    for values in (amount.min_ratio, amount.max_ratio):
-        by_name(values, contest.names, 0.0)  # every rule is about some weight of some group
+    # Rules are about all weights; each group gets the numbers of its own.
+    low = by_name(amount.min_ratio, contest.names, 0.0)
+    high = by_name(amount.max_ratio, contest.names, 1.0)
     ratios = by_name(amount.ratio, list(sets), 0.0)
     masks: dict[int, Tensor] = {}
     nonfinite: dict[int, int] = {}
     for chosen, ratio in zip(sets.values(), ratios, strict=True):
         part = contest.subset(chosen)
-        low, high = _of(amount.min_ratio, part.names), _of(amount.max_ratio, part.names)
-        outcome = _among_all(replace(part, amount=replace(amount, ratio=ratio, min_ratio=low, max_ratio=high)))
+        own = replace(amount, ratio=ratio)
+        if amount.is_capped:
+            called = [competitor.name for competitor in part.competitors]
+            own = replace(
+                own,
+                min_ratio=dict(zip(called, [low[i] for i in chosen], strict=True)),
+                max_ratio=dict(zip(called, [high[i] for i in chosen], strict=True)),
+            )
+        outcome = _among_all(replace(part, amount=own))
         masks.update(zip(chosen, outcome.masks, strict=True))
         nonfinite.update(zip(chosen, outcome.nonfinite, strict=True))
     order = range(len(contest.competitors))
     return Outcome([masks[i] for i in order], [nonfinite[i] for i in order])
-
-
-def _of(values: float | Mapping[str, float], names: Sequence[tuple[str, ...]]) -> float | Mapping[str, float]:
-    """Leave out rules about other weights."""
-    if not isinstance(values, Mapping):
-        return values
-    return {
-        rule: value for rule, value in values.items() if any(matches(rule, name) for some in names for name in some)
-    }
 
 
 def _by_tensor(contest: _Contest) -> Outcome:

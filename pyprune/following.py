@@ -6,16 +6,22 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pyprune.activations import channel_dim
 from pyprune.calibration import check_initialized, evaluating, forward, untouched
 from pyprune.masks import FollowingMask, NewFollower, NewMask
-from pyprune.targets import Target, all_parameters, attachments_of, output_layers
+from pyprune.targets import Target, by_place, is_transposed, output_layers
 
 
-def norms_after(model: nn.Module, layers: Iterable[nn.Module], inputs: Any) -> dict[nn.Module, _BatchNorm]:
+def norms_after(
+    model: nn.Module, layers: Iterable[nn.Module], inputs: Any, asked_by: str = "norms_after"
+) -> dict[nn.Module, _BatchNorm]:
     """Run the model once; return, for those layers whose output goes into a BatchNorm as it is, that BatchNorm.
 
     One that follows several layers, or a layer that several follow, is left out. The pass runs in evaluation mode
     without gradients, and leaves the model as it was.
+
+    Raises:
+        ValueError: if there are no inputs, in the name of what asked.
 
     Example:
         >>> import torch
@@ -23,15 +29,17 @@ def norms_after(model: nn.Module, layers: Iterable[nn.Module], inputs: Any) -> d
         >>> norms_after(model, [model[0]], torch.ones(1, 1, 3, 3)) == {model[0]: model[1]}
         True
     """
+    if inputs is None:
+        raise ValueError(
+            f"{asked_by} must know which BatchNorm follows which layer; give examples_inputs, for one forward pass"
+        )
     check_initialized(model)
     made: dict[int, tuple[nn.Module, Tensor, int]] = {}
     # What each BatchNorm was given: a layer's output with its channels, or something else.
     given: dict[_BatchNorm, set[nn.Module | None]] = {}
 
     def after_layer(layer: nn.Module, args: Any, output: Any) -> None:
-        # Channels come before the positions of a convolution; BatchNorm takes dimension 1 for them.
-        positions = layer.weight.dim() - 2 if isinstance(layer, nn.modules.conv._ConvNd) else 0
-        if isinstance(output, Tensor) and output.dim() - 1 - positions == 1:
+        if isinstance(output, Tensor) and channel_dim(layer, output) == 1:  # which BatchNorm takes for channels
             # The tensor is kept, so that its id stays its own; its version tells whether something wrote into it.
             made[id(output)] = (layer, output, output._version)
 
@@ -66,13 +74,8 @@ def new_followers(model: nn.Module, masks: Mapping[Target, NewMask], inputs: Any
     layers = {layer: target for target in masks for layer in output_layers(target)}
     norms: dict[nn.Module, _BatchNorm] = {}
     if any(isinstance(module, _BatchNorm) for module in model.modules()):
-        if inputs is None:
-            raise ValueError(
-                "zero_dead_channels must know which BatchNorm follows which layer; give examples_inputs, for one "
-                "forward pass"
-            )
-        norms = norms_after(model, layers, inputs)
-    places = {(owner.module, owner.attribute): other for other in all_parameters(model) for owner in other.owners}
+        norms = norms_after(model, layers, inputs, "zero_dead_channels")
+    places = by_place(model)
     new: list[NewFollower] = []
     for layer, target in layers.items():
         norm = norms.get(layer)
@@ -94,13 +97,13 @@ def new_followers(model: nn.Module, masks: Mapping[Target, NewMask], inputs: Any
                     f"zero_dead_channels cannot mask {names}: layers with channels of their own share it. Name one "
                     "in ignored_scope, or leave the option out"
                 )
-            transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
-            new.append(NewFollower(found.owners, masks[target], cast(int, layer.groups) if transposed else 0))
+            groups = cast(int, layer.groups) if is_transposed(layer) else 0
+            new.append(NewFollower(found.owners, masks[target], groups))
     return new
 
 
 def update_followers(model: nn.Module) -> None:
     """Set the masks of biases and BatchNorm parameters to what the masks of the weights have become."""
-    for attachment in attachments_of(model).values():
-        if isinstance(attachment, FollowingMask):
-            attachment.update()
+    for module in model.modules():
+        if isinstance(module, FollowingMask):
+            module.update()

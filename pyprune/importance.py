@@ -19,7 +19,15 @@ from pyprune.lamp import lamp_scores
 
 Normalization = Literal["none", "l2", "mean", "gaussian", "lamp"]
 Statistic = Literal[
-    "none", "gradient", "squared gradient", "momentum", "input norm", "zero outputs", "mean output", "norm scale"
+    "none",
+    "gradient",
+    "squared gradient",
+    "momentum",
+    "input norm",
+    "zero outputs",
+    "mean output",
+    "norm scale",
+    "given",
 ]
 
 
@@ -31,7 +39,7 @@ class Importance:
         name: what it is called.
         score: takes a weight and its statistic and returns scores of what ``scores_of`` says.
         scores_of: "elements" (scores shaped like the weight, which granularity reduces), "channels" (one per output
-            channel) or "units" (takes the units as rows of a matrix, returns one per row).
+            channel), "rows" (takes the units as rows of a matrix, returns one per row) or "names" (noise).
         needs: the statistic that `calibrate` has to gather.
         power: p if the score is |w|^p, which the kernels compute themselves.
         normalize: what the scores of each weight are divided by.
@@ -41,7 +49,7 @@ class Importance:
 
     name: str
     score: Callable[[Tensor, Tensor], Tensor]
-    scores_of: Literal["elements", "channels", "units"] = "elements"
+    scores_of: Literal["elements", "channels", "rows", "names"] = "elements"
     needs: Statistic = "none"
     power: float | None = None
     normalize: Normalization = "none"
@@ -82,14 +90,14 @@ def random(seed: int = 0) -> Importance:
 
     Example:
         >>> random(seed=3).scores_of
-        'units'
+        'names'
     """
     check_count("seed", seed, least=0)
 
     def score(units: Tensor, statistic: Tensor) -> Tensor:
         raise AssertionError("noise needs only the name and the number of units")
 
-    return Importance(f"random(seed={seed})", score, scores_of="units", options=(seed,))
+    return Importance(f"random(seed={seed})", score, scores_of="names", options=(seed,))
 
 
 def random_scores(seed: int, name: str, shape: Sequence[int], device: torch.device) -> Tensor:
@@ -210,7 +218,7 @@ def geometric_median() -> Importance:
         >>> geometric_median().score(torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]]), None).tolist()
         [5.0, 10.0, 5.0]
     """
-    return Importance("geometric_median", lambda units, _: _distance_sums(units), scores_of="units")
+    return Importance("geometric_median", lambda units, _: _distance_sums(units), scores_of="rows")
 
 
 def batch_norm_scale() -> Importance:
@@ -284,7 +292,7 @@ def given(scores: Mapping[str, Tensor]) -> Importance:
     """
     if not isinstance(scores, Mapping):
         raise TypeError(f"scores is a {type(scores).__name__}; give a dict of weight names to tensors")
-    return Importance("given", lambda _, given_scores: given_scores, signed=True, options=(scores,))
+    return Importance("given", lambda _, given_scores: given_scores, needs="given", signed=True, options=(scores,))
 
 
 def normalized(scores: Tensor, how: Normalization) -> Tensor:

@@ -9,9 +9,8 @@ from torch import Tensor
 from pyprune import ops
 
 _SMALL = 8192  # elements that are sorted at once
-_WIDTH = (
-    2.0  # of the range that is looked at: four standard deviations of a median's rank in a sample, on either side
-)
+# Of the range that is looked at: four standard deviations of a median's rank in a sample, on either side.
+_WIDTH = 2.0
 
 
 @torch.no_grad()

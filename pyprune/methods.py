@@ -74,8 +74,10 @@ class Method:
             raise ValueError(
                 f'{self.importance.name} scores output channels, but the granularity is {cut}; give channel("out")'
             )
-        if self.importance.name == "geometric_median" and not cut.startswith("channel"):
-            raise ValueError(f"geometric_median compares channels, but the granularity is {cut}; give channel()")
+        if self.importance.scores_of == "rows" and not cut.startswith("channel"):
+            raise ValueError(
+                f"{self.importance.name} compares channels, but the granularity is {cut}; give channel()"
+            )
         if self.scope.name in ("row", "n_of_m") and (self.granularity.heads or cut == 'channel("out")'):
             raise ValueError(
                 f"with granularity {cut} an output channel has one unit, so nothing competes within scope "

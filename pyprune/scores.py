@@ -74,8 +74,10 @@ def unit_scores(method: Method, competitors: Sequence[Competitor]) -> list[Tenso
     importance, granularity = method.importance, method.granularity
     if importance.scores_of == "channels":
         return [_scores_of_channels(method, competitor) for competitor in competitors]
-    if importance.scores_of == "units":
-        return [_scores_of_units(method, competitor) for competitor in competitors]
+    if importance.scores_of == "rows":
+        return [_scores_of_rows(method, competitor) for competitor in competitors]
+    if importance.scores_of == "names":
+        return [_scores_of_name(method, competitor) for competitor in competitors]
     if granularity.name != "element" and importance.power is not None:
         weights = [_left(m.weight.values, m.weight) for competitor in competitors for m in competitor.members]
         return reduce_units(competitors, weights, importance.power, granularity.reduction)
@@ -114,15 +116,17 @@ def _scores_of_channels(method: Method, competitor: Competitor) -> Tensor:
     return scores.reshape(-1, units).sum(0).reshape(shape)
 
 
-def _scores_of_units(method: Method, competitor: Competitor) -> Tensor:
-    weight, importance = competitor.weight, method.importance
-    if importance.name == "geometric_median":
-        dim = weight.out_dim if method.granularity.name == 'channel("out")' else weight.in_dim
-        rows = weight.values.movedim(dim, 0).flatten(1) if weight.values.dim() > 1 else weight.values.reshape(-1, 1)
-        return importance.score(rows, rows).reshape(competitor.unit_shape)
-    seed = importance.options[0]
+def _scores_of_rows(method: Method, competitor: Competitor) -> Tensor:
+    weight = competitor.weight
+    dim = weight.out_dim if method.granularity.name == 'channel("out")' else weight.in_dim
+    rows = weight.values.movedim(dim, 0).flatten(1) if weight.values.dim() > 1 else weight.values.reshape(-1, 1)
+    return method.importance.score(rows, rows).reshape(competitor.unit_shape)
+
+
+def _scores_of_name(method: Method, competitor: Competitor) -> Tensor:
+    seed = method.importance.options[0]
     assert isinstance(seed, int)
-    return random_scores(seed, competitor.name, competitor.unit_shape, weight.values.device)
+    return random_scores(seed, competitor.name, competitor.unit_shape, competitor.weight.values.device)
 
 
 def _score_of_elements(method: Method, competitor: Competitor, index: int) -> Tensor:

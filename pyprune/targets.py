@@ -142,12 +142,21 @@ def _is_attached_to(target: Target) -> bool:
     return target.attachment is not None and target.attachment.on_target
 
 
+def by_place(model: nn.Module) -> dict[tuple[nn.Module, str], Target]:
+    """Return every parameter of a model by the modules and attributes that hold it."""
+    return {(owner.module, owner.attribute): target for target in all_parameters(model) for owner in target.owners}
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether a layer is a transposed convolution, the second dimension of whose weight counts outputs."""
+    return isinstance(layer, nn.modules.conv._ConvTransposeNd)
+
+
 def channel_dims(target: Target) -> tuple[int, int]:
     """Return which dimension of a weight counts output channels, and which input channels (of a group)."""
     if target.parameter.dim() < 2:
         return 0, 0
-    transposed = any(isinstance(owner.module, nn.modules.conv._ConvTransposeNd) for owner in target.owners)
-    return (1, 0) if transposed else (0, 1)
+    return (1, 0) if any(is_transposed(owner.module) for owner in target.owners) else (0, 1)
 
 
 def output_layers(target: Target) -> list[nn.Module]:

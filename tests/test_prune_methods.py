@@ -394,3 +394,15 @@ def test_a_weight_tied_to_a_transposed_convolution_has_channels_of_two_kinds():
     model[1].weight = model[0].weight
     with pytest.raises(ValueError, match=r"activations of 0\.weight cannot be seen"):
         pyprune.calibrate(model, [torch.randn(1, 2, 6, 6)], importance.wanda())
+
+
+@pytest.mark.parametrize("name", ["given", "geometric_median", "random", "wanda"])
+def test_a_function_may_have_the_name_of_an_importance(cnn, name):
+    def function(weight):
+        return weight.abs()
+
+    function.__name__ = name
+    by_magnitude = pyprune.prune(copy.deepcopy(cnn.model), ELEMENTS, ratio=0.5)
+    pyprune.prune(cnn.model, Method(function), ratio=0.5)
+    expected = [mask.tolist() for mask in masks_of(by_magnitude).values()]
+    assert [mask.tolist() for mask in masks_of(cnn.model).values()] == expected
