@@ -37,6 +37,7 @@ FLOORS = {
     "choosing": 3,
     "flops": 3,
     "gates": 3,
+    "gathering": 3,
     "masks": 3,
     "passes": 3,
     "sampling": 3,
