@@ -77,31 +77,19 @@ def calibrate(
             )
         gathered = _Gradients(rule, targets)
         run = cast(Callable[[nn.Module, Any], Any], partial(gathered.run, loss_fn))
-        watching = gathered.watching
     elif loss_fn is not None:
         raise ValueError(f"importance {rule.name} needs activations, and no loss_fn; leave it out")
     else:
-        gathered = activations = ActivationSums(rule, targets)  # type: ignore[assignment]
+        gathered = ActivationSums(rule, targets)  # type: ignore[assignment]
         run = forward
-        watching = partial(_watching, activations)
     count = 0
-    with untouched(model), evaluating(model), watching():
+    with untouched(model), evaluating(model), gathered.watching():
         for batch in batches:
             run(model, batch)
             count += 1
     tensors = {target.name: gathered.result(target, count) for target in targets}
     _check_finite(tensors)
     return Calibration(rule.needs, rule.options, tensors, count)
-
-
-@contextmanager
-def _watching(activations: ActivationSums) -> Iterator[None]:
-    handles = activations.watch()
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _check_importance(importance: Importance | Method) -> Importance:

@@ -1,12 +1,12 @@
 """Sums of gradients and activations, from which importances are computed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from pyprune.activations import but_channels, input_squares, recurrent_input
 from pyprune.importance import Importance
@@ -82,16 +82,21 @@ class ActivationSums:
                 layers += [] if kind is None else [(owner.module, kind)]
         return layers
 
-    def watch(self) -> list[RemovableHandle]:
-        """Look at what goes through the layers from now on; until the handles are removed."""
-        return [
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Look at what goes through the layers."""
+        hooks = [
             layer.register_forward_hook(partial(self._see, target, kind), with_kwargs=True)
             for target, layers in self.layers.items()
             for layer, kind in layers
         ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @torch.no_grad()
-
     def _see(
         self, target: Target, kind: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
