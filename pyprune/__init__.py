@@ -7,6 +7,7 @@ from pyprune._config import get_config, load_from_config
 from pyprune._losses import L0Loss, LagrangianLoss, RBLoss
 from pyprune._optimizer import check_optimizer, gate_parameters, weight_parameters
 from pyprune._prune import prune
+from pyprune._pruner import Pruner
 from pyprune._schedulers import (
     ExponentialMagnitudePruningScheduler,
     ExponentialRBPruningScheduler,
@@ -21,6 +22,7 @@ from pyprune.gates import HardConcreteGate, StochasticGate
 from pyprune.ignored_scope import IgnoredScope
 from pyprune.methods import Method, PruneMode
 from pyprune.passes import one_gate_sample
+from pyprune.schedules import Schedule
 
 __version__ = build_info()["pyprune"]
 
@@ -38,7 +40,9 @@ __all__ = [
     "MultiStepMagnitudePruningScheduler",
     "MultiStepRBPruningScheduler",
     "PruneMode",
+    "Pruner",
     "RBLoss",
+    "Schedule",
     "StochasticGate",
     "StripFormat",
     "TensorPruningStatistic",
