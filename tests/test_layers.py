@@ -51,10 +51,16 @@ FLOORS = {
     "_optimizer": 4,
     "_prune": 4,
     "_statistics": 4,
+    "_slimming": 4,
     "_strip": 4,
     "torch_prune": 4,
     "_pruner": 5,
+    "_snip": 5,
     "_schedulers": 5,
+    "_ac_dc": 6,
+    "_gmp": 6,
+    "_movement": 6,
+    "_rigl": 6,
     "__init__": 9,
 }
 # What floor 2 computes with; it never sees a module.
