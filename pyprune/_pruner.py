@@ -198,9 +198,8 @@ class Pruner:
             for target in self._targets
             if target.attachment is None
         }
-        ratio: Ratio = 0.0
-        if self.schedule.is_due(0) and is_pruned(self.schedule(0)):
-            ratio = self.schedule(0)
+        ratio = self.schedule(0)
+        if self.schedule.is_due(0) and is_pruned(ratio):
             assert self._statistics is not None
             masks = choose_masks(self.method, self._amount(ratio), self._targets, self._statistics).masks
         carried = {target: target.attachment for target in self._targets if target not in masks}
