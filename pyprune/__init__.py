@@ -4,6 +4,7 @@ from pyprune._batch_norm import batch_norm_adaptation
 from pyprune._build_info import build_info
 from pyprune._calibrate import calibrate
 from pyprune._config import get_config, load_from_config
+from pyprune._keep_sparse import KeepSparse, keep_sparse
 from pyprune._losses import L0Loss, LagrangianLoss, RBLoss
 from pyprune._optimizer import check_optimizer, gate_parameters, weight_parameters
 from pyprune._prune import prune
@@ -31,6 +32,7 @@ __all__ = [
     "ExponentialRBPruningScheduler",
     "HardConcreteGate",
     "IgnoredScope",
+    "KeepSparse",
     "L0Loss",
     "LagrangianLoss",
     "Method",
@@ -49,6 +51,7 @@ __all__ = [
     "check_optimizer",
     "gate_parameters",
     "get_config",
+    "keep_sparse",
     "load_from_config",
     "one_gate_sample",
     "prune",

@@ -50,6 +50,7 @@ FLOORS = {
     "_statistics": 4,
     "_strip": 4,
     "torch_prune": 4,
+    "_keep_sparse": 5,
     "_schedulers": 5,
     "__init__": 6,
 }
