@@ -82,6 +82,7 @@ class KeepSparse:
             >>> int((merged.weight == 0).sum())
             1
         """
+        check_module(model)
         there = {
             owner.name.replace(_WRAPPED, ""): local_part(target.parameter)
             for target in all_parameters(model)
@@ -170,12 +171,15 @@ class KeepSparse:
 
     def _mask_state(self, optimizer: Optimizer) -> None:
         """Zero momentum, moments and the like, which would move what is dropped without a gradient."""
-        _fold(
-            (value, self._mask_of(parameter))
-            for parameter in self._of(optimizer)
-            for value in optimizer.state.get(parameter, {}).values()
-            if isinstance(value, Tensor) and value.shape == parameter.shape and value.dtype in ops.WEIGHT_DTYPES
-        )
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for parameter in self._of(optimizer):
+            state = optimizer.state.get(parameter, {})
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape and value.dtype in ops.WEIGHT_DTYPES:
+                    # A copy: what was loaded may still be the tensors of a checkpoint that someone else uses.
+                    state[key] = value.clone()
+                    pairs.append((state[key], self._mask_of(parameter)))
+        _fold(pairs)
 
     def _of(self, optimizer: Optimizer) -> Iterator[nn.Parameter]:
         """Yield the held parameters of an optimizer; groups may have been added to it."""
@@ -219,8 +223,8 @@ def keep_sparse(
 
     Raises:
         TypeError, ValueError: for wrong arguments, a weight that cannot be pruned (see `prune`), learned gates, an
-            optimizer that lacks a weight with zeros to hold that requires a gradient, and a weight that is zero
-            everywhere. The model is then as it was.
+            optimizer that lacks such a weight, and a weight that is zero everywhere; the last two only if the weight
+            requires a gradient. The model is then as it was.
 
     Example:
         >>> from pyprune import prune
@@ -273,12 +277,13 @@ def _masks_to_hold(model: nn.Module, targets: list[Target]) -> dict[Target, Tens
         raise ValueError(f"learned gates are on {', '.join(gated)}; fold them in with pyprune.strip first")
     carried = {target: found.mask for target in targets if isinstance(found := target.attachment, Mask)}
     sources = {target.attachment for target in carried}
-    carried |= {
+    followers = {
         target: found.mask
         for target, found in attached.items()
         if isinstance(found, FollowingMask) and found.source in sources
     }
-    zeros = _count_zeros(carried | {target: target.parameter for target in targets if target not in carried})
+    carried |= followers
+    zeros = _count_zeros({target: carried.get(target, target.parameter) for target in [*targets, *followers]})
     empty = [
         target.name
         for target, count in zeros.items()
@@ -286,8 +291,8 @@ def _masks_to_hold(model: nn.Module, targets: list[Target]) -> dict[Target, Tens
     ]
     if empty:
         raise ValueError(
-            f"{', '.join(empty)} is zero everywhere, and held so it would never train. If it is to train, name it "
-            "in ignored_scope; if it is to stay zero, freeze it with requires_grad_(False)"
+            f"zero everywhere, and held so these would never train: {', '.join(empty)}. Name what is to train in "
+            "ignored_scope, and freeze with requires_grad_(False) what is to stay zero"
         )
     return {
         target: carried[target] if target in carried else local_part(target.parameter) != 0
@@ -313,9 +318,8 @@ def _check_all_grouped(held: Iterable[Target], optimizers: Iterable[Optimizer]) 
     missing = [target.name for target in held if target.parameter.requires_grad and target.parameter not in grouped]
     if missing:
         raise ValueError(
-            f"{', '.join(missing)} has zeros to hold but is in no group of the optimizer. Give all optimizers that "
-            "train the model, freeze what none of them trains with requires_grad_(False), or name it in "
-            "ignored_scope"
+            f"weights with zeros to hold are in no group of the optimizer: {', '.join(missing)}. Give all optimizers "
+            "that train the model, or freeze with requires_grad_(False) what none of them trains"
         )
 
 
