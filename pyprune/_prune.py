@@ -114,16 +114,16 @@ def prune(
         >>> int((conv.weight == 0).all(dim=(1, 2, 3)).sum())
         4
     """
-    mode, method = _method_of(mode)
+    mode, method = method_of(mode)
     amount = Amount(ratio, allocation, min_ratio, max_ratio, from_remaining)
     if method is None:
         return _put_gates(model, mode, amount, ignored_scope, examples_inputs, same_on_all_ranks)
     amount = check_amount(method, amount)
     targets = entrants(method, find_targets(model, ignored_scope, examples_inputs))
-    _check_kind(targets, Mask)
+    check_kind(targets, Mask)
     if same_on_all_ranks:
         warnings.warn(f"same_on_all_ranks does nothing in mode {mode}: masks have no noise", stacklevel=3)
-    statistics = _statistics(model, method.importance, targets, calibration, examples_inputs)
+    statistics = statistics_of(model, method.importance, targets, calibration, examples_inputs)
     choice = choose_masks(method, amount, [target for target in targets if target in statistics], statistics)
     choice.check()
     masks = choice.masks
@@ -173,7 +173,7 @@ def masked_targets(model: nn.Module) -> list[Target]:
     return targets
 
 
-def _method_of(mode: PruneMode | str | Method) -> tuple[str, Method | None]:
+def method_of(mode: PruneMode | str | Method) -> tuple[str, Method | None]:
     """Return the method, or None if the mode means gates, and its name for messages."""
     if isinstance(mode, Method):
         return mode.importance.name, mode
@@ -184,7 +184,7 @@ def _method_of(mode: PruneMode | str | Method) -> tuple[str, Method | None]:
 # ---- masks ----
 
 
-def _statistics(
+def statistics_of(
     model: nn.Module, importance: Importance, targets: Sequence[Target], calibration: object, inputs: Any
 ) -> dict[Target, Tensor | None]:
     """Return the statistic of each target that the importance can score."""
@@ -247,7 +247,7 @@ def _norm_scales(model: nn.Module, targets: Sequence[Target], inputs: Any) -> di
     return scales
 
 
-def _check_kind(targets: Iterable[Target], kind: type[Attachment]) -> None:
+def check_kind(targets: Iterable[Target], kind: type[Attachment]) -> None:
     for target in targets:
         if target.attachment is not None and type(target.attachment) is not kind:
             raise ValueError(
@@ -271,7 +271,7 @@ def _put_gates(
     if amount.ratio is not None:
         check_ratio(amount.ratio)
     targets = find_targets(model, ignored_scope, examples_inputs)
-    _check_kind(targets, kind)
+    check_kind(targets, kind)
     # Masks that drop nothing are made, and what is not finite is found on the way.
     choose_masks(METHODS[PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL], Amount(0.0), targets, {}).check()
     if amount.ratio is not None:

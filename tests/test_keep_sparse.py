@@ -10,6 +10,7 @@ from pyprune import IgnoredScope, keep_sparse
 from tests.conftest import masks_of
 
 LOCAL = "UNSTRUCTURED_MAGNITUDE_LOCAL"
+CHANNELS = pyprune.Method(pyprune.importance.magnitude(), pyprune.granularity.channel("out"), pyprune.scope.tensor())
 
 
 def two_layers():
@@ -78,11 +79,8 @@ def test_keep_sparse_strips_a_masked_model_and_holds_its_masks_not_its_zeros():
 
 def test_keep_sparse_holds_masks_of_biases_and_batch_norm():
     model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6))
-    method = pyprune.Method(
-        pyprune.importance.magnitude(), pyprune.granularity.channel("out"), pyprune.scope.tensor()
-    )
     inputs = torch.randn(2, 1, 5, 5)
-    pyprune.prune(model, method, ratio=0.5, zero_dead_channels=True, examples_inputs=inputs)
+    pyprune.prune(model, CHANNELS, ratio=0.5, zero_dead_channels=True, examples_inputs=inputs)
     optimizer = sgd(model)
     keep = keep_sparse(model, optimizer)
     assert set(keep.masks) == {"0.weight", "0.bias", "1.weight", "1.bias"}
@@ -91,6 +89,13 @@ def test_keep_sparse_holds_masks_of_biases_and_batch_norm():
     assert int(dead.sum()) == 3
     assert not model(inputs)[:, dead].any()
     assert model(inputs)[:, ~dead].any()
+
+
+def test_what_follows_an_ignored_weight_is_let_go_with_it():
+    model = two_layers()
+    pyprune.prune(model, CHANNELS, ratio=0.5, zero_dead_channels=True)
+    keep = keep_sparse(model, sgd(model), ignored_scope=IgnoredScope(names=["0.weight"]))
+    assert list(keep.masks) == ["2.weight", "2.bias"]
 
 
 def test_keep_sparse_with_an_ignored_scope_lets_go_of_what_it_names():
@@ -185,8 +190,11 @@ def test_a_step_that_divides_zero_by_zero_leaves_zeros():
     model = sparse(two_layers())
     optimizer = torch.optim.Adam(model.parameters(), eps=0.0)
     keep = keep_sparse(model, optimizer)
-    dense_step(model, optimizer)
-    assert all(torch.equal(model.get_parameter(name) != 0, mask) for name, mask in keep.masks.items())
+    for _ in range(2):
+        dense_step(model, optimizer)
+        assert all(torch.equal(model.get_parameter(name) != 0, mask) for name, mask in keep.masks.items())
+        # An optimizer goes on with what is frozen as long as it has a gradient.
+        model[0].weight.requires_grad_(False)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 

@@ -43,6 +43,7 @@ FLOORS = {
     "sampling": 3,
     "targets": 3,
     "tracing": 3,
+    "training_sums": 3,
     "_batch_norm": 4,
     "_calibrate": 4,
     "_config": 4,
@@ -50,11 +51,18 @@ FLOORS = {
     "_optimizer": 4,
     "_prune": 4,
     "_statistics": 4,
+    "_slimming": 4,
     "_strip": 4,
     "torch_prune": 4,
     "_keep_sparse": 5,
+    "_pruner": 5,
+    "_snip": 5,
     "_schedulers": 5,
-    "__init__": 6,
+    "_ac_dc": 6,
+    "_gmp": 6,
+    "_movement": 6,
+    "_rigl": 6,
+    "__init__": 9,
 }
 # What floor 2 computes with; it never sees a module.
 PURE = {name for name, floor in FLOORS.items() if floor == 2}
