@@ -6,6 +6,7 @@ from pyprune._build_info import build_info
 from pyprune._calibrate import calibrate
 from pyprune._config import get_config, load_from_config
 from pyprune._gmp import gmp
+from pyprune._keep_sparse import KeepSparse, keep_sparse
 from pyprune._losses import L0Loss, LagrangianLoss, RBLoss
 from pyprune._movement import MovementPruner
 from pyprune._optimizer import check_optimizer, gate_parameters, weight_parameters
@@ -40,6 +41,7 @@ __all__ = [
     "ExponentialRBPruningScheduler",
     "HardConcreteGate",
     "IgnoredScope",
+    "KeepSparse",
     "L0Loss",
     "LagrangianLoss",
     "Method",
@@ -64,6 +66,7 @@ __all__ = [
     "gate_parameters",
     "get_config",
     "gmp",
+    "keep_sparse",
     "load_from_config",
     "one_gate_sample",
     "prune",

@@ -54,6 +54,7 @@ FLOORS = {
     "_slimming": 4,
     "_strip": 4,
     "torch_prune": 4,
+    "_keep_sparse": 5,
     "_pruner": 5,
     "_snip": 5,
     "_schedulers": 5,
