@@ -2,8 +2,7 @@
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -13,7 +12,7 @@ from pyprune._prune import masked_targets, update_masks
 from pyprune.allocation import check_ratio
 from pyprune.attachments import check_module
 from pyprune.methods import METHODS, PruneMode, check_mode
-from pyprune.schedules import check_epoch, exponential, multi_step
+from pyprune.schedules import Schedule, check_step, exponential, multi_step
 
 
 class _Scheduler(ABC):
@@ -22,8 +21,7 @@ class _Scheduler(ABC):
     ``epoch`` is the one that the next `step` is for.
     """
 
-    def __init__(self, schedule: Callable[[int], float]) -> None:
-        schedule(0)  # Wrong arguments are found now, not after some epochs of training.
+    def __init__(self, schedule: Schedule) -> None:
         self._schedule = schedule
         self._ratio = 0.0
         self.epoch = 0
@@ -37,14 +35,16 @@ class _Scheduler(ABC):
         Raises:
             TypeError, ValueError: for an epoch that is negative or no integer.
         """
-        now = self.epoch if epoch is None else check_epoch(epoch)
-        ratio = self._schedule(now)
+        now = self.epoch if epoch is None else check_step(epoch, "epoch")
+        ratio = self.get_pruning_ratio(now)
         self._set_ratio(ratio)
         self._ratio, self.epoch = ratio, now + 1
 
     def get_pruning_ratio(self, epoch: int) -> float:
         """Return the ratio that the schedule has for an epoch."""
-        return self._schedule(epoch)
+        ratio = self._schedule(epoch)
+        assert isinstance(ratio, float)
+        return ratio
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` takes: the next epoch and the ratio of the last `step`."""
@@ -58,7 +58,7 @@ class _Scheduler(ABC):
         """
         if not isinstance(state_dict, Mapping) or set(state_dict) != {"epoch", "ratio"}:
             raise ValueError(f"{state_dict!r} is not the state_dict() of a {type(self).__name__}")
-        epoch, ratio = check_epoch(state_dict["epoch"]), check_ratio(state_dict["ratio"])
+        epoch, ratio = check_step(state_dict["epoch"], "epoch"), check_ratio(state_dict["ratio"])
         self.epoch, self._ratio = epoch, ratio
 
     @abstractmethod
@@ -66,7 +66,7 @@ class _Scheduler(ABC):
 
 
 class _MagnitudeScheduler(_Scheduler):
-    def __init__(self, model: nn.Module, mode: PruneMode | str, schedule: Callable[[int], float]) -> None:
+    def __init__(self, model: nn.Module, mode: PruneMode | str, schedule: Schedule) -> None:
         check_module(model)
         self._mode = check_mode(mode)
         if self._mode not in METHODS:
@@ -172,7 +172,7 @@ class ExponentialMagnitudePruningScheduler(_MagnitudeScheduler):
 
 
 class _RBScheduler(_Scheduler):
-    def __init__(self, rb_loss: RBLoss, schedule: Callable[[int], float]) -> None:
+    def __init__(self, rb_loss: RBLoss, schedule: Schedule) -> None:
         # torch.compile wraps the loss; what is set on the wrapper goes to the loss.
         if not isinstance(getattr(rb_loss, "_orig_mod", rb_loss), RBLoss):
             raise TypeError(f"rb_loss is a {type(rb_loss).__name__}; give the RBLoss whose target this is to set")
@@ -250,10 +250,18 @@ class ExponentialRBPruningScheduler(_RBScheduler):
         super().__init__(rb_loss, _exponential(initial_ratio, target_ratio, target_epoch))
 
 
-def _multi_step(steps: Mapping[int, float]) -> Callable[[int], float]:
-    # A copy: editing the dict of the caller changes nothing here, and cannot go past the checks.
-    return partial(multi_step, steps=dict(steps) if isinstance(steps, Mapping) else steps)
+def _multi_step(steps: Mapping[int, float]) -> Schedule:
+    schedule = multi_step(steps)
+    if schedule.start != 0:
+        raise ValueError(f"steps begin at {schedule.start}; give the ratio for epoch 0 too")
+    return schedule
 
 
-def _exponential(initial_ratio: float, target_ratio: float, target_epoch: int) -> Callable[[int], float]:
-    return partial(exponential, initial_ratio=initial_ratio, target_ratio=target_ratio, target_epoch=target_epoch)
+def _exponential(initial_ratio: float, target_ratio: float, target_epoch: int) -> Schedule:
+    initial, target = check_ratio(initial_ratio, "initial_ratio"), check_ratio(target_ratio, "target_ratio")
+    if initial >= target:
+        raise ValueError(
+            f"initial_ratio is {initial} and target_ratio {target}; the target must be above the initial ratio "
+            "(the multi-step schedule can stay or fall)"
+        )
+    return exponential(target, end=check_step(target_epoch, "target_epoch", least=1), initial=initial)
