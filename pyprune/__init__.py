@@ -21,6 +21,8 @@ from pyprune.gates import HardConcreteGate, StochasticGate
 from pyprune.ignored_scope import IgnoredScope
 from pyprune.methods import Method, PruneMode
 from pyprune.passes import one_gate_sample
+from pyprune.sensitivity_allocation import allocation_from_sensitivity
+from pyprune.sensitivity_result import SensitivityResult, SensitivityTarget
 
 __version__ = build_info()["pyprune"]
 
@@ -39,10 +41,13 @@ __all__ = [
     "MultiStepRBPruningScheduler",
     "PruneMode",
     "RBLoss",
+    "SensitivityResult",
+    "SensitivityTarget",
     "StochasticGate",
     "StripFormat",
     "TensorPruningStatistic",
     "__version__",
+    "allocation_from_sensitivity",
     "batch_norm_adaptation",
     "build_info",
     "calibrate",
