@@ -2,31 +2,26 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyprune.allocation import Allocation, Amount, check_ratio, matches
+from pyprune.allocation import Allocation, Amount, check_ratio
 from pyprune.attachments import Attachment
-from pyprune.attention import find_attention, names_of
 from pyprune.calibration import Calibration
-from pyprune.competitors import Competitor, Member, Weight
-from pyprune.contests import hold_contest, ratios_of
+from pyprune.choosing import choose_masks, entrants
 from pyprune.following import new_followers, norms_after, update_followers
 from pyprune.gates import HardConcreteGate, StochasticGate
 from pyprune.ignored_scope import IgnoredScope
 from pyprune.importance import Importance
-from pyprune.masks import Mask, NewMask, attach_masks
+from pyprune.masks import Mask, attach_masks
 from pyprune.methods import METHODS, Method, PruneMode, check_amount, check_mode
 from pyprune.passes import attach_and_share
-from pyprune.scope import group_of
 from pyprune.targets import (
     Target,
     attachments_of,
     by_place,
-    channel_dims,
     check_prunable,
     find_targets,
     output_layers,
@@ -124,12 +119,14 @@ def prune(
     if method is None:
         return _put_gates(model, mode, amount, ignored_scope, examples_inputs, same_on_all_ranks)
     amount = check_amount(method, amount)
-    targets = _entrants(method, find_targets(model, ignored_scope, examples_inputs))
+    targets = entrants(method, find_targets(model, ignored_scope, examples_inputs))
     _check_kind(targets, Mask)
     if same_on_all_ranks:
         warnings.warn(f"same_on_all_ranks does nothing in mode {mode}: masks have no noise", stacklevel=3)
     statistics = _statistics(model, method.importance, targets, calibration, examples_inputs)
-    masks = _choose(method, amount, [target for target in targets if target in statistics], statistics)
+    choice = choose_masks(method, amount, [target for target in targets if target in statistics], statistics)
+    choice.check()
+    masks = choice.masks
     followers = new_followers(model, masks, examples_inputs) if zero_dead_channels else []
     attach_masks(list(masks.values()), followers)
     update_followers(model)
@@ -161,8 +158,9 @@ def update_masks(model: nn.Module, mode: PruneMode | str, ratio: float) -> None:
     targets = masked_targets(model)
     for target in targets:
         check_prunable(target)
-    masks = _choose(METHODS[mode], amount, targets, {})
-    attach_masks(list(masks.values()))
+    choice = choose_masks(METHODS[mode], amount, targets, {})
+    choice.check()
+    attach_masks(list(choice.masks.values()))
     update_followers(model)
 
 
@@ -184,25 +182,6 @@ def _method_of(mode: PruneMode | str | Method) -> tuple[str, Method | None]:
 
 
 # ---- masks ----
-
-
-def _entrants(method: Method, targets: Sequence[Target]) -> list[Target]:
-    """Leave out the targets that the groups of a scope do not name, or that heads have no part in."""
-    heads = method.granularity.heads
-    if heads is not None:
-        within = set(names_of(find_attention(targets, heads)))
-        targets = [target for target in targets if target.name in within]
-    if method.scope.name != "group":
-        return list(targets)
-    names = {target: [owner.name for owner in target.owners] for target in targets}
-    for group, rules in method.scope.groups:
-        for rule in rules:
-            if not any(matches(rule, name) for some in names.values() for name in some):
-                raise ValueError(
-                    f"{rule!r} of group {group!r} matches no weight; there are "
-                    f"{', '.join(target.name for target in targets[:8])} ..."
-                )
-    return [target for target, some in names.items() if group_of(method.scope, some) is not None]
 
 
 def _statistics(
@@ -268,74 +247,6 @@ def _norm_scales(model: nn.Module, targets: Sequence[Target], inputs: Any) -> di
     return scales
 
 
-def _choose(
-    method: Method, amount: Amount, targets: Sequence[Target], statistics: Mapping[Target, Tensor | None]
-) -> dict[Target, NewMask]:
-    """Return the new mask of each target; raise if a score is not finite."""
-    competitors = _competitors(method, amount, targets, statistics)
-    by_name = {target.name: target for target in targets}
-    # Ratios by name or size are about all weights, wherever they are.
-    ratios = ratios_of(method, amount, competitors)
-    chosen: dict[Target, NewMask] = {}
-    bad: list[str] = []
-    for together in _by_device(method, competitors):
-        part = amount if ratios is None else replace(amount, ratio={c.name: ratios[c.name] for c in together})
-        outcome = hold_contest(method, together, part)
-        members = [member for competitor in together for member in competitor.members]
-        for member, mask in zip(members, outcome.masks, strict=True):
-            target = by_name[member.weight.name]
-            unit = None if method.granularity.name == "element" else member.block
-            chosen[target] = NewMask(target.owners, mask, unit)
-        counts = zip(together, outcome.nonfinite, strict=True)
-        bad += [f"{count} in {competitor.name}" for competitor, count in counts if count]
-    if bad:
-        what = "weights" if method.importance.power is not None else f"scores by {method.importance.name}"
-        raise ValueError(f"NaN or infinite {what}: {', '.join(bad)}. Repair them, or name them in ignored_scope")
-    return chosen
-
-
-def _competitors(
-    method: Method, amount: Amount, targets: Sequence[Target], statistics: Mapping[Target, Tensor | None]
-) -> list[Competitor]:
-    def weight_of(target: Target) -> Weight:
-        out_dim, in_dim = channel_dims(target)
-        carried = target.attachment
-        return Weight(
-            target.name,
-            target.parameter,
-            out_dim,
-            in_dim,
-            carried.mask if amount.from_remaining and isinstance(carried, Mask) else None,
-            statistics.get(target),
-            tuple(owner.name for owner in target.owners),
-        )
-
-    heads = method.granularity.heads
-    if heads is None:
-        weights = [weight_of(target) for target in targets]
-        return [Competitor(w.name, (Member(w, method.granularity.block_of(w)),)) for w in weights]
-    return [
-        Competitor(name, tuple(Member(weight_of(target), block, stacked) for target, block, stacked in parts))
-        for name, parts in find_attention(targets, heads).items()
-    ]
-
-
-def _by_device(method: Method, competitors: Sequence[Competitor]) -> list[list[Competitor]]:
-    """Split what does not compete by device; raise if what does is on several."""
-    devices: dict[torch.device, list[Competitor]] = {}
-    for competitor in competitors:
-        places = {member.weight.values.device for member in competitor.members}
-        if len(places) > 1:
-            raise ValueError(f"the weights of {competitor.name} are on several devices; move them to one")
-        devices.setdefault(places.pop(), []).append(competitor)
-    if method.scope.name in ("model", "group") and len(devices) > 1:
-        raise ValueError(
-            f"the weights are on {', '.join(map(str, devices))}; they compete with each other and must be on one "
-            "device. Move the model, or use a local mode (UNSTRUCTURED_MAGNITUDE_LOCAL, scope.tensor())"
-        )
-    return list(devices.values())
-
-
 def _check_kind(targets: Iterable[Target], kind: type[Attachment]) -> None:
     for target in targets:
         if target.attachment is not None and type(target.attachment) is not kind:
@@ -362,7 +273,7 @@ def _put_gates(
     targets = find_targets(model, ignored_scope, examples_inputs)
     _check_kind(targets, kind)
     # Masks that drop nothing are made, and what is not finite is found on the way.
-    _choose(METHODS[PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL], Amount(0.0), targets, {})
+    choose_masks(METHODS[PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL], Amount(0.0), targets, {}).check()
     if amount.ratio is not None:
         warnings.warn(
             f"ratio does nothing in mode {name}: the target belongs to RBLoss or LagrangianLoss", stacklevel=4

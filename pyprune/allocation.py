@@ -20,7 +20,8 @@ class Amount:
             None for N:M.
         allocation: how one ratio becomes one for each weight.
         min_ratio, max_ratio: what at least and at most goes of each weight.
-        from_remaining: whether the ratio is one of the units that are still kept.
+        from_remaining: whether the ratio is one of the units that are still kept, and others stay dropped.
+        dropped_stay: whether units that are dropped stay so, though the ratio is one of all units.
     """
 
     ratio: float | Mapping[str, float] | None = None
@@ -28,6 +29,12 @@ class Amount:
     min_ratio: float | Mapping[str, float] = 0.0
     max_ratio: float | Mapping[str, float] = 1.0
     from_remaining: bool = False
+    dropped_stay: bool = False
+
+    @property
+    def has_bases(self) -> bool:
+        """Whether masks are pruned further, not chosen anew."""
+        return self.from_remaining or self.dropped_stay
 
     @property
     def is_capped(self) -> bool:
@@ -62,6 +69,18 @@ def removed_count(n: int, ratio: float) -> int:
         [0, 0, 1, 2, 5]
     """
     return max(0, min(math.floor(ratio * n + 0.5), n - 1))
+
+
+def removed_in_all(n: int, gone: int, amount: Amount, ratio: float) -> int:
+    """Return how many of n competing units are dropped in the end, if ``gone`` are already.
+
+    Example:
+        >>> removed_in_all(10, 4, Amount(from_remaining=True), 0.5), removed_in_all(10, 4, Amount(), 0.5)
+        (7, 5)
+    """
+    if amount.from_remaining:
+        return gone + removed_count(n - gone, ratio)
+    return max(gone, removed_count(n, ratio))
 
 
 def by_name(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyprune import ops
-from pyprune.allocation import Amount, by_name, erk, limits, removed_count
+from pyprune.allocation import Amount, by_name, erk, limits, removed_in_all
 from pyprune.capped import capped_threshold
 from pyprune.competitors import Competitor, reduce_units, spread_units
 from pyprune.lamp import lamp_removed
@@ -20,21 +20,26 @@ from pyprune.scores import is_magnitude_of_elements, keys, keys_in_rows
 class Outcome:
     """What stays: a mask (True = kept) for each member of each competitor, in order.
 
-    ``nonfinite`` says of each competitor how many scores are NaN or infinite; if any is, the masks mean nothing.
+    ``nonfinite`` counts the NaN and infinite scores of each competitor; if there are any, the masks mean nothing.
+    Reading it is the only synchronisation with the device that most contests have.
     """
 
     masks: list[Tensor]
-    nonfinite: list[int]
+    nonfinite: Tensor
 
 
 @torch.no_grad()
-def hold_contest(method: Method, competitors: Sequence[Competitor], amount: Amount) -> Outcome:
+def hold_contest(
+    method: Method, competitors: Sequence[Competitor], amount: Amount, masks: Sequence[Tensor] | None = None
+) -> Outcome:
     """Choose the units of the competitors that stay.
 
     Args:
         method: how.
         competitors: whose units; on one device where they compete with each other.
         amount: how much goes, from `pyprune.methods.check_amount`.
+        masks: bool tensors to write, one for each member of each competitor, which share no memory with bases; new
+            ones if None.
 
     Raises:
         TypeError, ValueError: for an amount, a rule or scores that do not fit these weights.
@@ -48,17 +53,19 @@ def hold_contest(method: Method, competitors: Sequence[Competitor], amount: Amou
         >>> [mask.tolist() for mask in outcome.masks]
         [[True, False], [False, True]]
     """
-    bases = _unit_bases(method, competitors) if amount.from_remaining else [None] * len(competitors)
-    units = _HOLD[method.scope.name](_Contest(method, competitors, bases, amount))
-    if method.granularity.name == "element":
+    bases = _unit_bases(method, competitors) if amount.has_bases else [None] * len(competitors)
+    of_elements = method.granularity.name == "element"
+    units = _HOLD[method.scope.name](_Contest(method, competitors, bases, amount, masks if of_elements else None))
+    if of_elements:
         return units
     members = [member for competitor in competitors for member in competitor.members]
-    masks = [torch.empty_like(member.weight.values, dtype=torch.bool) for member in members]
+    if masks is None:
+        masks = [torch.empty_like(member.weight.values, dtype=torch.bool) for member in members]
     spread_units(competitors, units.masks, masks)
     for member, mask in zip(members, masks, strict=True):
-        if amount.from_remaining and member.weight.base is not None:
+        if amount.has_bases and member.weight.base is not None:
             mask &= member.weight.base  # a unit that is kept may have lost elements before
-    return Outcome(masks, units.nonfinite)
+    return Outcome(list(masks), units.nonfinite)
 
 
 def ratios_of(method: Method, amount: Amount, competitors: Sequence[Competitor]) -> dict[str, float] | None:
@@ -86,6 +93,7 @@ class _Contest:
     competitors: Sequence[Competitor]
     bases: Sequence[Tensor | None]  # of units
     amount: Amount
+    masks: Sequence[Tensor] | None = None  # to write; new ones if None
 
     @property
     def names(self) -> list[tuple[str, ...]]:
@@ -100,7 +108,12 @@ class _Contest:
         return self.bases if any(base is not None for base in self.bases) else None
 
     def subset(self, chosen: Sequence[int]) -> "_Contest":
-        return replace(self, competitors=[self.competitors[i] for i in chosen], bases=[self.bases[i] for i in chosen])
+        return replace(
+            self,
+            competitors=[self.competitors[i] for i in chosen],
+            bases=[self.bases[i] for i in chosen],
+            masks=None if self.masks is None else [self.masks[i] for i in chosen],
+        )
 
     def ratios(self) -> list[float]:
         """Return the ratio of each competitor."""
@@ -118,29 +131,32 @@ class _Contest:
         return counts
 
 
-def _outcome(masks_and_counts: tuple[list[Tensor], Tensor]) -> Outcome:
-    masks, nonfinite = masks_and_counts
-    return Outcome(masks, nonfinite.tolist())
-
-
 def _among_all(contest: _Contest) -> Outcome:
     method, amount, sizes, dropped = contest.method, contest.amount, contest.sizes, contest.dropped()
     assert isinstance(amount.ratio, float)
-    gone = sum(dropped)
-    removed = gone + removed_count(sum(sizes) - gone, amount.ratio)
+    removed = removed_in_all(sum(sizes), sum(dropped), amount, amount.ratio)
     bases = contest.known_bases
     is_lamp = method.importance.normalize == "lamp" and is_magnitude_of_elements(method)
     if is_lamp and method.importance.power == 1 and bases is None and not amount.is_capped:
         # Within a weight LAMP orders like |w|, so the weights' counts are all there is to find.
         weights = [competitor.weight.values for competitor in contest.competitors]
         finite = bool(ops.norms(weights).isfinite().all())
-        return _outcome(ops.threshold(weights, lamp_removed(weights, removed) if finite else 0))
+        return Outcome(*ops.threshold(weights, lamp_removed(weights, removed) if finite else 0, masks=contest.masks))
     key = keys(method, contest.competitors, compared=True)
     if not amount.is_capped:
-        return _outcome(ops.threshold(key.tensors, removed, scales=key.scales, normalize=key.normalize, bases=bases))
+        return Outcome(
+            *ops.threshold(
+                key.tensors,
+                removed,
+                scales=key.scales,
+                normalize=key.normalize,
+                bases=bases,
+                masks=contest.masks,
+            )
+        )
     bounds = _bounds(contest, sizes, dropped, removed)
-    return _outcome(
-        capped_threshold(
+    return Outcome(
+        *capped_threshold(
             key.tensors,
             removed,
             least=[least for least, _ in bounds],
@@ -148,6 +164,7 @@ def _among_all(contest: _Contest) -> Outcome:
             scales=key.scales,
             normalize=key.normalize,
             bases=bases,
+            masks=contest.masks,
         )
     )
 
@@ -186,7 +203,7 @@ def _in_groups(contest: _Contest) -> Outcome:
     high = by_name(amount.max_ratio, contest.names, 1.0)
     ratios = by_name(amount.ratio, list(sets), 0.0)
     masks: dict[int, Tensor] = {}
-    nonfinite: dict[int, int] = {}
+    nonfinite: dict[int, Tensor] = {}
     for chosen, ratio in zip(sets.values(), ratios, strict=True):
         part = contest.subset(chosen)
         own = replace(amount, ratio=ratio)
@@ -201,16 +218,16 @@ def _in_groups(contest: _Contest) -> Outcome:
         masks.update(zip(chosen, outcome.masks, strict=True))
         nonfinite.update(zip(chosen, outcome.nonfinite, strict=True))
     order = range(len(contest.competitors))
-    return Outcome([masks[i] for i in order], [nonfinite[i] for i in order])
+    return Outcome([masks[i] for i in order], torch.stack([nonfinite[i] for i in order]))
 
 
 def _by_tensor(contest: _Contest) -> Outcome:
     removed = [
-        dropped + removed_count(size - dropped, ratio)
+        removed_in_all(size, dropped, contest.amount, ratio)
         for size, ratio, dropped in zip(contest.sizes, contest.ratios(), contest.dropped(), strict=True)
     ]
     key = keys(contest.method, contest.competitors, compared=False)
-    return _outcome(ops.threshold(key.tensors, removed, bases=contest.known_bases))
+    return Outcome(*ops.threshold(key.tensors, removed, bases=contest.known_bases, masks=contest.masks))
 
 
 def _by_row(contest: _Contest) -> Outcome:
@@ -220,7 +237,7 @@ def _by_row(contest: _Contest) -> Outcome:
         columns = torch.Size(shape).numel() // max(1, shape[competitor.weight.out_dim] if len(shape) > 1 else 1)
         left = columns if base is None else _left_in_rows(base, competitor)
         sizes.append(max(1, columns))
-        kept.append(left - removed_count(left, ratio))
+        kept.append(columns - removed_in_all(columns, columns - left, contest.amount, ratio))
     return _in_rows(contest, sizes, kept, neighbours_are_inputs=False)
 
 
@@ -228,8 +245,8 @@ def _left_in_rows(base: Tensor, competitor: Competitor) -> int:
     left = _outputs_first(base, competitor).flatten(1).sum(1) if base.dim() > 1 else base.sum().reshape(1)
     if left.numel() and left.min() != left.max():
         raise ValueError(
-            f"the rows of {competitor.name} have from {int(left.min())} to {int(left.max())} units left, and scope "
-            "row with from_remaining needs equally many; use scope.tensor(), or from_remaining=False"
+            f"the rows of {competitor.name} have from {int(left.min())} to {int(left.max())} units left; to lose "
+            "more within scope row they need equally many: use scope.tensor(), or choose among all units"
         )
     return int(left.max()) if left.numel() else 0
 
@@ -264,7 +281,7 @@ def _in_rows(contest: _Contest, sizes: list[int], kept: list[int], *, neighbours
 
     pairs = contest.competitors
     key = keys_in_rows(contest.method, pairs)
-    masks = [torch.empty_like(tensor, dtype=torch.bool) for tensor in key.tensors]
+    masks = contest.masks or [torch.empty_like(tensor, dtype=torch.bool) for tensor in key.tensors]
     views = [in_rows(tensor, competitor) for tensor, competitor in zip(key.tensors, pairs, strict=True)]
     factors = [
         None if f is None else per_column(f, c)
@@ -280,7 +297,7 @@ def _in_rows(contest: _Contest, sizes: list[int], kept: list[int], *, neighbours
         bases=bases,
         masks=[in_rows(mask, competitor) for mask, competitor in zip(masks, pairs, strict=True)],
     )
-    return _outcome((masks, nonfinite))
+    return Outcome(list(masks), nonfinite)
 
 
 _HOLD: Mapping[str, Callable[[_Contest], Outcome]] = {

@@ -23,7 +23,7 @@ def competitors_of(method, weights, **options):
 
 def magnitude_masks(method, weights, ratio):
     outcome = hold_contest(method, competitors_of(method, weights), Amount(ratio))
-    return outcome.masks, outcome.nonfinite
+    return outcome.masks, outcome.nonfinite.tolist()
 
 
 def numpy_keep(scores, count):
@@ -350,4 +350,4 @@ def test_contest_of_functions_says_what_they_return():
         with pytest.raises(error, match=words):
             hold_contest(method, competitors_of(method, [weight]), Amount(0.5))
     method = Method(lambda weight: weight / 0)
-    assert hold_contest(method, competitors_of(method, [weight]), Amount(0.5)).nonfinite == [12]
+    assert hold_contest(method, competitors_of(method, [weight]), Amount(0.5)).nonfinite.tolist() == [12]

@@ -38,6 +38,7 @@ FLOORS = {
     "batches": 3,
     "following": 3,
     "calibration": 3,
+    "choosing": 3,
     "flops": 3,
     "gates": 3,
     "masks": 3,

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import pyprune
-from pyprune import Method, _prune, granularity, importance, scope
+from pyprune import Method, choosing, granularity, importance, scope
 from tests.conftest import build, masks_of
 from tests.test_attention import Grouped
 
@@ -375,7 +375,7 @@ def test_ratios_are_about_all_weights_on_whatever_devices(monkeypatch, options):
 
     local = Method(importance.magnitude(), scope=scope.tensor())
     expected = pyprune.pruning_statistic(pyprune.prune(layers(), local, **options))
-    monkeypatch.setattr(_prune, "_by_device", lambda method, competitors: [[one] for one in competitors])
+    monkeypatch.setattr(choosing, "_by_device", lambda method, competitors: [[one] for one in competitors])
     assert pyprune.pruning_statistic(pyprune.prune(layers(), local, **options)) == expected
 
 
