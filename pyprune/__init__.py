@@ -4,6 +4,7 @@ from pyprune._batch_norm import batch_norm_adaptation
 from pyprune._build_info import build_info
 from pyprune._calibrate import calibrate
 from pyprune._config import get_config, load_from_config
+from pyprune._iterative import IterativeResult, PruningRound, iterative_prune, lottery_ticket
 from pyprune._losses import L0Loss, LagrangianLoss, RBLoss
 from pyprune._optimizer import check_optimizer, gate_parameters, weight_parameters
 from pyprune._prune import prune
@@ -13,6 +14,7 @@ from pyprune._schedulers import (
     MultiStepMagnitudePruningScheduler,
     MultiStepRBPruningScheduler,
 )
+from pyprune._sensitivity import sensitivity
 from pyprune._statistics import ModelPruningStatistic, TensorPruningStatistic, pruning_statistic
 from pyprune._strip import StripFormat, strip
 from pyprune.batches import Dataset
@@ -33,6 +35,7 @@ __all__ = [
     "ExponentialRBPruningScheduler",
     "HardConcreteGate",
     "IgnoredScope",
+    "IterativeResult",
     "L0Loss",
     "LagrangianLoss",
     "Method",
@@ -40,6 +43,7 @@ __all__ = [
     "MultiStepMagnitudePruningScheduler",
     "MultiStepRBPruningScheduler",
     "PruneMode",
+    "PruningRound",
     "RBLoss",
     "SensitivityResult",
     "SensitivityTarget",
@@ -54,10 +58,13 @@ __all__ = [
     "check_optimizer",
     "gate_parameters",
     "get_config",
+    "iterative_prune",
     "load_from_config",
+    "lottery_ticket",
     "one_gate_sample",
     "prune",
     "pruning_statistic",
+    "sensitivity",
     "strip",
     "weight_parameters",
 ]

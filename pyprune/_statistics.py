@@ -10,8 +10,8 @@ from pyprune import ops
 from pyprune.gates import StochasticGate
 from pyprune.ignored_scope import IgnoredScope
 from pyprune.masks import Mask
-from pyprune.tables import as_text
 from pyprune.targets import Target, all_parameters, attachments_of, check_readable, choose_targets
+from pyprune.terminal import as_text
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pyprune.sensitivity_plot import draw
-from pyprune.tables import as_text
+from pyprune.terminal import as_text
 
 _VERSION = 1
 _COLUMNS = ("target", "weights", "units", "ratio", "score", "drop", "better")

@@ -31,7 +31,7 @@ FLOORS = {
     "sensitivity_allocation": 2,
     "sensitivity_plot": 2,
     "sensitivity_result": 2,
-    "tables": 2,
+    "terminal": 2,
     "activations": 3,
     "attachments": 3,
     "attention": 3,
@@ -44,6 +44,7 @@ FLOORS = {
     "masks": 3,
     "passes": 3,
     "sampling": 3,
+    "snapshots": 3,
     "targets": 3,
     "tracing": 3,
     "_batch_norm": 4,
@@ -55,7 +56,9 @@ FLOORS = {
     "_statistics": 4,
     "_strip": 4,
     "torch_prune": 4,
+    "_iterative": 5,
     "_schedulers": 5,
+    "_sensitivity": 5,
     "__init__": 6,
 }
 # What floor 2 computes with; it never sees a module.
