@@ -31,6 +31,9 @@ STABLE_TORCH_LIBRARY(pyprune, m) {
   // The same with a mask for each unit. `blocks` as for unit_scores.
   m.def("fold_units(Tensor(a!)[] weights, Tensor[] unit_masks, int[] blocks) -> ()");
 
+  // A new tensor, laid out as the weight: where(mask, weight, 0).
+  m.def("mask_weight(Tensor weight, Tensor mask) -> Tensor");
+
   // masks[i] = unit_masks[i], each repeated over its unit.
   m.def("expand(Tensor[] unit_masks, int[] blocks, Tensor(a!)[] masks) -> ()");
 

@@ -8,6 +8,7 @@ from pyprune._iterative import IterativeResult, PruningRound, iterative_prune, l
 from pyprune._losses import L0Loss, LagrangianLoss, RBLoss
 from pyprune._optimizer import check_optimizer, gate_parameters, weight_parameters
 from pyprune._prune import prune
+from pyprune._pruner import Pruner
 from pyprune._schedulers import (
     ExponentialMagnitudePruningScheduler,
     ExponentialRBPruningScheduler,
@@ -23,6 +24,7 @@ from pyprune.gates import HardConcreteGate, StochasticGate
 from pyprune.ignored_scope import IgnoredScope
 from pyprune.methods import Method, PruneMode
 from pyprune.passes import one_gate_sample
+from pyprune.schedules import Schedule
 from pyprune.sensitivity_allocation import allocation_from_sensitivity
 from pyprune.sensitivity_result import SensitivityResult, SensitivityTarget
 
@@ -43,8 +45,10 @@ __all__ = [
     "MultiStepMagnitudePruningScheduler",
     "MultiStepRBPruningScheduler",
     "PruneMode",
+    "Pruner",
     "PruningRound",
     "RBLoss",
+    "Schedule",
     "SensitivityResult",
     "SensitivityTarget",
     "StochasticGate",

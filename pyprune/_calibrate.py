@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pyprune.activations import but_channels, input_squares, recurrent_input
 from pyprune.attachments import check_module
 from pyprune.batches import Dataset, batches_of
 from pyprune.calibration import Calibration, check_initialized, evaluating, forward, untouched
+from pyprune.gathering import ActivationSums, GradientSums
 from pyprune.ignored_scope import IgnoredScope
 from pyprune.importance import Importance
 from pyprune.methods import Method
-from pyprune.targets import Target, channel_dims, find_targets, is_transposed, output_layers
+from pyprune.targets import Target, find_targets
 
 
 @torch.inference_mode(False)
@@ -80,7 +80,7 @@ def calibrate(
     elif loss_fn is not None:
         raise ValueError(f"importance {rule.name} needs activations, and no loss_fn; leave it out")
     else:
-        gathered = _Activations(rule, targets)  # type: ignore[assignment]
+        gathered = ActivationSums(rule, targets)  # type: ignore[assignment]
         run = forward
     count = 0
     with untouched(model), evaluating(model), gathered.watching():
@@ -112,12 +112,11 @@ def _check_finite(tensors: Mapping[str, Tensor]) -> None:
 
 
 class _Gradients:
-    """Means of gradients or of their squares, or momentum of |w g|, in float32."""
+    """Gradients of a loss, gathered without touching ``grad``."""
 
     def __init__(self, rule: Importance, targets: list[Target]) -> None:
-        self.rule = rule
+        self.sums = GradientSums(rule, targets)
         self.targets = targets
-        self.sums = {t: torch.zeros_like(t.parameter, dtype=_wide(t), requires_grad=False) for t in targets}
         self.in_use: dict[Target, list[Tensor]] = {}
         self.is_recurrent = any(isinstance(owner.module, nn.RNNBase) for t in targets for owner in t.owners)
 
@@ -156,98 +155,12 @@ class _Gradients:
         total: dict[Target, Tensor] = {}
         for (target, _), gradient in zip(tensors, gradients, strict=True):
             if gradient is not None:
-                wide = gradient.to(_wide(target))
-                total[target] = total[target] + wide if target in total else wide
+                total[target] = total[target] + gradient if target in total else gradient
         for target in self.targets:
             if target in total:
-                self._add(target, total[target])
-            elif self.rule.needs == "momentum":  # a batch that does not use a weight makes no exception for decay
-                self.sums[target].mul_(cast(float, self.rule.options[0]))
-
-    def _add(self, target: Target, gradient: Tensor) -> None:
-        if self.rule.needs == "momentum":
-            decay, scale = cast(tuple[float, float], self.rule.options)
-            weight = target.parameter.detach().to(gradient.dtype)
-            self.sums[target].mul_(decay).add_((weight * gradient).abs_(), alpha=scale)
-        elif self.rule.needs == "gradient":
-            self.sums[target] += gradient
-        else:
-            self.sums[target].addcmul_(gradient, gradient)
+                self.sums.add(target, total[target])
+            else:  # a batch that does not use a weight makes no exception for decay
+                self.sums.add_nothing(target)
 
     def result(self, target: Target, count: int) -> Tensor:
-        return self.sums[target] if self.rule.needs == "momentum" else self.sums[target] / count
-
-
-class _Activations:
-    """Norms of the inputs of layers, or figures of their outputs: one number for each channel."""
-
-    def __init__(self, rule: Importance, targets: list[Target]) -> None:
-        self.rule = rule
-        self.layers: dict[Target, list[tuple[nn.Module, str]]] = {}
-        self.sums: dict[Target, Tensor] = {}
-        self.counts: dict[Target, int] = {}
-        problems = []
-        for target in targets:
-            self.layers[target] = self._visible(target)
-            if not self.layers[target]:
-                problems.append(target.name)
-        if problems:
-            raise ValueError(
-                f"the activations of {', '.join(problems)} cannot be seen from outside of its layer; name it in "
-                "ignored_scope, here and in prune"
-            )
-
-    def _visible(self, target: Target) -> list[tuple[nn.Module, str]]:
-        layers = [(layer, "input") for layer in output_layers(target)]
-        if len({is_transposed(layer) for layer, _ in layers}) > 1:
-            return []  # tied the other way round, it has channels of two kinds
-        if self.rule.needs == "input norm" and not layers:
-            for owner in target.owners:
-                kind = recurrent_input(owner.module, owner.attribute)
-                layers += [] if kind is None else [(owner.module, kind)]
-        return layers
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        hooks = [
-            layer.register_forward_hook(partial(self._see, target, kind), with_kwargs=True)
-            for target, layers in self.layers.items()
-            for layer, kind in layers
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _see(
-        self, target: Target, kind: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        if self.rule.needs == "input norm":
-            figures = input_squares(kind, layer, args, kwargs, output)
-            self.counts[target] = 1
-        else:
-            activation = cast(Callable[[Tensor], Tensor], self.rule.options[0])
-            seen, others = but_channels(layer, output)
-            seen = activation(seen)
-            figures = ((seen == 0) if self.rule.needs == "zero outputs" else seen).sum(others, dtype=torch.float64)
-            self.counts[target] = self.counts.get(target, 0) + seen.numel() // max(1, figures.numel())
-        self.sums[target] = self.sums[target] + figures if target in self.sums else figures
-
-    def result(self, target: Target, count: int) -> Tensor:
-        sums = self.sums.get(target)
-        if sums is None:
-            raise ValueError(f"no batch went through the layer of {target.name}; name it in ignored_scope")
-        if self.rule.needs != "input norm":
-            return (sums / max(1, self.counts[target])).to(_wide(target))
-        out_dim, in_dim = channel_dims(target)
-        shape = [1] * target.parameter.dim()
-        shape[in_dim] = sums.shape[-1]
-        if sums.dim() > 1:  # each group of outputs has inputs of its own
-            shape[out_dim] = target.parameter.shape[out_dim]
-            sums = sums.repeat_interleave(shape[out_dim] // len(sums), dim=0)
-        return sums.sqrt().reshape(shape).to(_wide(target))
-
-
-def _wide(target: Target) -> torch.dtype:
-    return torch.float64 if target.parameter.dtype == torch.float64 else torch.float32
+        return self.sums.result(target, count)

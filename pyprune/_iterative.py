@@ -22,6 +22,7 @@ from pyprune.sensitivity_result import worsening
 from pyprune.snapshots import Snapshot, check_rewindable, restored_on_failure, rewind
 from pyprune.targets import attachments_of, find_targets
 from pyprune.terminal import as_text, tracked
+from pyprune.training_sums import needs_training
 
 _MAGNITUDE = Method(magnitude())
 
@@ -299,7 +300,7 @@ def _check_model(
 ) -> None:
     """Raise for what pruning would refuse, before a model is trained for hours."""
     entrants(method, find_targets(model, ignored_scope, examples_inputs))
-    if method.importance.is_calibrated:
+    if needs_training(method.importance):
         if calibrate_fn is None:
             raise ValueError(
                 f"importance {method.importance.name} needs statistics; give calibrate_fn=lambda model: "

@@ -114,7 +114,7 @@ def prune(
         >>> int((conv.weight == 0).all(dim=(1, 2, 3)).sum())
         4
     """
-    mode, method = _method_of(mode)
+    mode, method = method_of(mode)
     amount = Amount(ratio, allocation, min_ratio, max_ratio, from_remaining)
     if method is None:
         return _put_gates(model, mode, amount, ignored_scope, examples_inputs, same_on_all_ranks)
@@ -172,7 +172,7 @@ def masked_targets(model: nn.Module) -> list[Target]:
     return targets
 
 
-def _method_of(mode: PruneMode | str | Method) -> tuple[str, Method | None]:
+def method_of(mode: PruneMode | str | Method) -> tuple[str, Method | None]:
     """Return the method, or None if the mode means gates, and its name for messages."""
     if isinstance(mode, Method):
         return mode.importance.name, mode
@@ -187,7 +187,7 @@ def method_with_ratios(mode: PruneMode | str | Method) -> Method:
         TypeError, ValueError: if it is none, or there is no ratio to choose: masks of N:M have one only, and that of
             gates belongs to a loss.
     """
-    name, method = _method_of(mode)
+    name, method = method_of(mode)
     if method is None:
         raise ValueError(f"method is {name}, which trains gates by a loss; give a Method or a magnitude mode")
     if method.scope.name == "n_of_m":
@@ -230,16 +230,16 @@ def contestants(
 ) -> dict[Target, Tensor | None]:
     """Return the weights that a method prunes, each with the statistic that its scores are computed from."""
     targets = entrants(method, find_targets(model, ignored_scope, examples_inputs))
-    _check_kind(targets, Mask)
-    statistics = _statistics(model, method.importance, targets, calibration, examples_inputs)
+    check_kind(targets, Mask)
+    statistics = statistics_of(model, method.importance, targets, calibration, examples_inputs)
     return {target: statistics[target] for target in targets if target in statistics}
 
 
-def _statistics(
+def statistics_of(
     model: nn.Module, importance: Importance, targets: Sequence[Target], calibration: object, inputs: Any
 ) -> dict[Target, Tensor | None]:
     """Return the statistic of each target that the importance can score."""
-    if calibration is not None and not importance.is_calibrated:
+    if importance.needs in ("none", "norm scale", "given") and calibration is not None:
         raise ValueError(f"importance {importance.name} takes no calibration; leave it out")
     if importance.needs == "norm scale":
         return dict(_norm_scales(model, targets, inputs))
@@ -298,7 +298,7 @@ def _norm_scales(model: nn.Module, targets: Sequence[Target], inputs: Any) -> di
     return scales
 
 
-def _check_kind(targets: Iterable[Target], kind: type[Attachment]) -> None:
+def check_kind(targets: Iterable[Target], kind: type[Attachment]) -> None:
     for target in targets:
         if target.attachment is not None and type(target.attachment) is not kind:
             raise ValueError(
@@ -322,7 +322,7 @@ def _put_gates(
     if amount.ratio is not None:
         check_ratio(amount.ratio)
     targets = find_targets(model, ignored_scope, examples_inputs)
-    _check_kind(targets, kind)
+    check_kind(targets, kind)
     # Masks that drop nothing are made, and what is not finite is found on the way.
     choose_masks(METHODS[PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL], Amount(0.0), targets, {}).check()
     if amount.ratio is not None:

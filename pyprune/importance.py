@@ -56,11 +56,6 @@ class Importance:
     signed: bool = False
     options: tuple[object, ...] = ()
 
-    @property
-    def is_calibrated(self) -> bool:
-        """Whether `calibrate` has to gather something for it."""
-        return self.needs not in ("none", "norm scale", "given")
-
 
 def magnitude(p: float = 1.0, normalize: Normalization = "none") -> Importance:
     """Score |w|^p. Summed over a channel, p = 1 and p = 2 order like its L1 and L2 norm.

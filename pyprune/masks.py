@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from pyprune import ops
 from pyprune.attachments import Attachment, Owner, attach, shared_attachment
 
 
@@ -25,6 +26,8 @@ class Mask(Attachment):
     """
 
     mask: Tensor
+    # Whether the gradient of the weight in use reaches the dropped weights too.
+    dense_gradient = False
 
     def __init__(self, mask: Tensor, unit: tuple[int, ...] | None = None) -> None:
         super().__init__()
@@ -33,7 +36,7 @@ class Mask(Attachment):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight with zeros where the mask is False."""
-        return torch.where(self.mask, weight, 0)
+        return ops.mask_weight(weight, self.mask, dense_gradient=self.dense_gradient)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Mask":
         # model.type(dtype), unlike model.to(dtype), converts bool buffers too.

@@ -269,3 +269,13 @@ def test_attach_updates_no_mask_when_one_cannot_be():
         attach_masks([NewMask(owners[0], ~eye), NewMask(owners[1], ~eye)])
     assert torch.equal(owners[0][0].attachment.mask, eye)
     assert torch.equal(owners[1][0].attachment.mask, eye)
+
+
+def test_mask_with_a_dense_gradient_zeroes_the_weight_only():
+    weight = torch.tensor([torch.inf, 2.0, torch.nan], requires_grad=True)
+    mask = Mask(torch.tensor([False, True, False]))
+    mask.dense_gradient = True
+    out = mask(weight)
+    assert out.tolist() == [0.0, 2.0, 0.0]
+    (out * torch.tensor([5.0, 3.0, 1.0])).sum().backward()
+    assert weight.grad.tolist() == [5.0, 3.0, 1.0]

@@ -59,7 +59,7 @@ void add_masks() {
   });
   add("fold float32", 9, [](int64_t count) {
     return [count, x = normal(count), mask = array<uint8_t>(count, 1)] {
-      PYPRUNE_KERNEL(fold_run)(x.get(), mask.get(), Dtype::kFloat32, count);
+      PYPRUNE_KERNEL(fold_run)(x.get(), mask.get(), x.get(), Dtype::kFloat32, count);
     };
   });
   add("count_zeros bool", 1, [](int64_t count) {

@@ -28,7 +28,7 @@ void fold(const std::vector<Tensor> weights, const std::vector<Tensor> masks) {
     const Strided &weight = w[tensor], &mask = m[tensor];
     Room weight_room, mask_room;
     char* row = weight.in_a_row(start, count, weight_room);
-    run(row, reinterpret_cast<const uint8_t*>(mask.in_a_row(start, count, mask_room)), weight.dtype, count);
+    run(row, reinterpret_cast<const uint8_t*>(mask.in_a_row(start, count, mask_room)), row, weight.dtype, count);
     if (!weight.contiguous()) {
       weight.scatter(start, count, row);
     }
@@ -58,7 +58,7 @@ void fold_units(const std::vector<Tensor> weights, const std::vector<Tensor> uni
     uint8_t mask[kChunk];
     pattern.write(start, count, mask);
     char* row = weight.in_a_row(start, count, weight_room);
-    run(row, mask, weight.dtype, count);
+    run(row, mask, row, weight.dtype, count);
     if (!weight.contiguous()) {
       weight.scatter(start, count, row);
     }

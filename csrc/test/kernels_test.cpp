@@ -27,12 +27,14 @@ void test_elementwise(Dtype dtype, int64_t count) {
   std::vector<uint8_t> mask(count);
   std::ranges::generate(mask, [] { return static_cast<uint8_t>(random_between(0, 1)); });
   with_each_capability([&] {
-    std::vector<Bits> folded = weights;
-    PYPRUNE_KERNEL(fold_run)(folded.data(), mask.data(), dtype, count);
+    std::vector<Bits> folded = weights, masked(count, ~Bits{0});
+    PYPRUNE_KERNEL(fold_run)(folded.data(), mask.data(), folded.data(), dtype, count);
+    PYPRUNE_KERNEL(fold_run)(weights.data(), mask.data(), masked.data(), dtype, count);
     int64_t zeros = 0;
     double squares = 0;
     for (int64_t i = 0; i < count; ++i) {
       EXPECT(folded[i] == (mask[i] != 0 ? weights[i] : Bits{0}));
+      EXPECT(masked[i] == folded[i]);
       zeros += value_of(dtype, weights[i]) == 0;
       squares += value_of(dtype, weights[i]) * value_of(dtype, weights[i]);
     }

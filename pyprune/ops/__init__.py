@@ -9,6 +9,7 @@ from pyprune.ops.gate import bernoulli_gate, check_gate_shape, check_hard_concre
 from pyprune.ops.gate_noise import gate_noise
 from pyprune.ops.gate_penalty import gate_penalty
 from pyprune.ops.group_masks import group_masks
+from pyprune.ops.mask_weight import mask_weight
 from pyprune.ops.norms import inverse_norms, norms
 from pyprune.ops.threshold import threshold
 from pyprune.ops.unit_scores import unit_scores
@@ -29,6 +30,7 @@ __all__ = [
     "group_masks",
     "hard_concrete_gate",
     "inverse_norms",
+    "mask_weight",
     "norms",
     "threshold",
     "unit_scores",
