@@ -6,6 +6,7 @@ from itertools import accumulate, groupby, pairwise
 from typing import Literal
 
 from pyprune.allocation import check_ratio, limits
+from pyprune.drops import check_drop
 from pyprune.sensitivity_result import SensitivityResult
 
 # (ratio, drop), rising in both; the first is (0, 0).
@@ -60,15 +61,14 @@ def allocation_from_sensitivity(
     if rule not in ("least", "equal"):
         raise ValueError(f'rule is {rule!r}; allowed are "least" and "equal"')
     wanted, cap = check_ratio(target_ratio, "target_ratio"), check_ratio(max_ratio, "max_ratio")
-    if max_drop is not None and not max_drop >= 0:
-        raise ValueError(f"max_drop is {max_drop}; give what the score may lose, 0 or more")
-    curves = {name: _curve(result, name, cap, max_drop) for name in result.targets}
+    tolerated = check_drop("max_drop", max_drop)
+    curves = {name: _curve(result, name, cap, tolerated) for name in result.targets}
     weights = {name: target.weights for name, target in result.targets.items()}
     goal = wanted * sum(weights.values())
     most = sum(curve[-1][0] * weights[name] for name, curve in curves.items())
     # A rounding error must not put the very ratios that were measured out of reach.
     if most < goal * (1 - 1e-9):
-        raise ValueError(_out_of_reach(wanted, most / sum(weights.values()), max_drop, cap))
+        raise ValueError(_out_of_reach(wanted, most / sum(weights.values()), tolerated, cap))
     share = _least_drops if rule == "least" else _equal_drops
     return _whole_units(result, share(curves, weights, goal), curves, goal)
 

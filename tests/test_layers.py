@@ -20,6 +20,7 @@ FLOORS = {
     "allocation": 2,
     "competitors": 2,
     "contests": 2,
+    "drops": 2,
     "granularity": 2,
     "importance": 2,
     "methods": 2,
