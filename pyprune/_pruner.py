@@ -10,14 +10,15 @@ from torch.optim import Optimizer
 
 from pyprune._prune import check_kind, method_of, statistics_of
 from pyprune.allocation import Allocation, Amount
-from pyprune.choosing import Choice, choose_masks, entrants
+from pyprune.choosing import Choice, choose_masks, competitors_of, entrants
+from pyprune.contests import ratios_of
 from pyprune.following import new_followers, update_followers
 from pyprune.ignored_scope import IgnoredScope
 from pyprune.masks import Mask, NewMask, attach_masks
 from pyprune.methods import Method, PruneMode, check_amount
 from pyprune.schedules import Ratio, Schedule, as_schedule, check_step
 from pyprune.targets import Target, find_targets
-from pyprune.training_sums import TrainingSums, needs_training
+from pyprune.training_sums import TrainingGradients, TrainingSums, needs_training
 
 
 class Pruner:
@@ -100,12 +101,13 @@ class Pruner:
         self.frozen = False
         self._options = Amount(0.0, allocation, min_ratio, max_ratio, dropped_stay=not reintroduce)
         self._unchecked: Choice | None = None
-        self._sums: TrainingSums | None = None
+        self._watch: TrainingSums | TrainingGradients | None = None
         self._targets = entrants(found, find_targets(model, ignored_scope, examples_inputs))
         check_kind(self._targets, Mask)
         self._statistics = self._known_statistics(examples_inputs)
         self._check_all()
         self._attach(zero_dead_channels, examples_inputs)
+        self._watch = self._start_watching()
 
     def step(self) -> bool:
         """Count a step, and compute the masks anew if they are due; return whether they were.
@@ -115,8 +117,8 @@ class Pruner:
                 load a checkpoint. (On a GPU it comes with the next update, or when the state is saved.)
         """
         self.step_count += 1
-        if self._sums is not None:
-            self._sums.drop_batch()
+        if self._watch is not None:
+            self._watch.drop_batch()
         if self.frozen or not self.schedule.is_due(self.step_count):
             return False
         self._update(self.schedule(self.step_count))
@@ -126,17 +128,17 @@ class Pruner:
         """Let the masks stay as they are from now on, whatever the schedule says, and take all hooks off."""
         self._check_last()
         self.frozen = True
-        if self._sums is not None:
-            self._sums.stop()
+        if self._watch is not None:
+            self._watch.stop()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what `load_state_dict` takes. The masks are not in it: they are buffers in the model's state_dict."""
+        """Return what `load_state_dict` takes, but for the masks: those are buffers in the model's state_dict."""
         self._check_last()
         return {
             "step_count": self.step_count,
             "ratio": self.ratio,
             "frozen": self.frozen,
-            "sums": None if self._sums is None else self._sums.state_dict(),
+            "sums": self._watch.state_dict() if isinstance(self._watch, TrainingSums) else None,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -149,10 +151,11 @@ class Pruner:
         if not isinstance(state_dict, Mapping) or set(state_dict) != expected:
             raise ValueError(f"{state_dict!r:.80} is not the state_dict() of a {type(self).__name__}")
         count = check_step(state_dict["step_count"], "step_count")
-        if (state_dict["sums"] is None) != (self._sums is None):
+        has_sums = isinstance(self._watch, TrainingSums)
+        if has_sums != (state_dict["sums"] is not None):
             raise ValueError("the state is that of a pruner with another importance; make one as it was made")
-        if self._sums is not None:
-            self._sums.load_state_dict(state_dict["sums"])
+        if isinstance(self._watch, TrainingSums):
+            self._watch.load_state_dict(state_dict["sums"])
         self.step_count, self.ratio = count, state_dict["ratio"]
         if state_dict["frozen"]:
             self.freeze()
@@ -171,7 +174,7 @@ class Pruner:
             raise ValueError(
                 f"importance {rule.name} is measured in training; give the optimizer, whose steps end a batch"
             )
-        if self.schedule.is_due(0) and _is_pruned(self.schedule(0)):
+        if self.schedule.is_due(0) and is_pruned(self.schedule(0)):
             raise ValueError(
                 f"importance {rule.name} is measured in training, and the schedule wants masks at step 0; let it "
                 "start at 1 or later, or with ratio 0"
@@ -184,7 +187,9 @@ class Pruner:
         for step in schedule.steps or (schedule.start if schedule.end is None else schedule.end,):
             ratio = schedule(step)
             amount = self._amount(ratio)
-            if self._statistics is not None and _is_pruned(ratio):
+            if self._statistics is None:
+                ratios_of(self.method, amount, competitors_of(self.method, amount, self._targets, {}))
+            elif is_pruned(ratio):
                 choose_masks(self.method, amount, self._targets, self._statistics).check()
 
     def _attach(self, zero_dead_channels: bool, inputs: Any) -> None:
@@ -194,7 +199,7 @@ class Pruner:
             if target.attachment is None
         }
         ratio: Ratio = 0.0
-        if self.schedule.is_due(0) and _is_pruned(self.schedule(0)):
+        if self.schedule.is_due(0) and is_pruned(self.schedule(0)):
             ratio = self.schedule(0)
             assert self._statistics is not None
             masks = choose_masks(self.method, self._amount(ratio), self._targets, self._statistics).masks
@@ -204,9 +209,13 @@ class Pruner:
         attach_masks(list((masks | (kept if followers else {})).values()), followers)
         update_followers(self.model)
         self.ratio = ratio
-        if self._statistics is None:
-            assert self.optimizer is not None
-            self._sums = TrainingSums(self.method.importance, self._targets, self.optimizer)
+
+    def _start_watching(self) -> TrainingSums | TrainingGradients | None:
+        """Put on what looks at the training."""
+        if not needs_training(self.method.importance):
+            return None
+        assert self.optimizer is not None
+        return TrainingSums(self.method.importance, self._targets, self.optimizer)
 
     # ---- in training ----
 
@@ -231,14 +240,14 @@ class Pruner:
         """Compute the masks anew."""
         self._check_last()
         masks = self._masks()
-        if not _is_pruned(ratio):
+        if not is_pruned(ratio):
             for mask in () if self._options.dropped_stay else masks.values():
                 mask.fill_(True)
         else:
             statistics = self._statistics
-            if self._sums is not None:
-                statistics = dict(self._sums.results())
-                self._sums.restart()
+            if isinstance(self._watch, TrainingSums):
+                statistics = dict(self._watch.results())
+                self._watch.restart()
             assert statistics is not None
             self._write(self._amount(ratio), statistics, masks)
         update_followers(self.model)
@@ -277,5 +286,11 @@ class Pruner:
             choice.check()
 
 
-def _is_pruned(ratio: Ratio) -> bool:
+def is_pruned(ratio: Ratio) -> bool:
+    """Whether a ratio, or one of a dict, is not 0.
+
+    Example:
+        >>> is_pruned({"fc": 0.0}), is_pruned(0.5)
+        (False, True)
+    """
     return any(ratio.values()) if isinstance(ratio, dict) else ratio != 0

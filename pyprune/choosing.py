@@ -77,7 +77,7 @@ def choose_masks(
         statistics: what the importance was measured from, of each target that it needs it for.
         into: bool tensors to write the masks to, laid out as the weights; new ones if None.
     """
-    competitors = _competitors(method, amount, targets, statistics)
+    competitors = competitors_of(method, amount, targets, statistics)
     by_name = {target.name: target for target in targets}
     # Ratios by name or size are about all weights, wherever they are.
     ratios = ratios_of(method, amount, competitors)
@@ -96,9 +96,11 @@ def choose_masks(
     return Choice(chosen, what, nonfinite)
 
 
-def _competitors(
+def competitors_of(
     method: Method, amount: Amount, targets: Sequence[Target], statistics: Mapping[Target, Tensor | None]
 ) -> list[Competitor]:
+    """Cut weights into the units of a method: one competitor for each weight, or for the heads of a layer."""
+
     def weight_of(target: Target) -> Weight:
         out_dim, in_dim = channel_dims(target)
         carried = target.attachment

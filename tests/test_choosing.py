@@ -49,5 +49,5 @@ def test_what_is_dropped_can_stay_dropped(ratio, zeros):
 def test_weights_that_compete_must_be_on_one_device():
     targets = find_targets(two_layers())
     method = Method(importance.magnitude())
-    competitors = choosing._competitors(method, Amount(0.5), targets, {})
+    competitors = choosing.competitors_of(method, Amount(0.5), targets, {})
     assert [len(together) for together in choosing._by_device(method, competitors)] == [2]

@@ -1,0 +1,188 @@
+"""Movement pruning: weights stay that move away from zero while a model is fine-tuned."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pyprune import ops
+from pyprune._pruner import Pruner
+from pyprune.allocation import Amount, removed_count
+from pyprune.choosing import competitors_of
+from pyprune.competitors import reduce_units, spread_units
+from pyprune.following import update_followers
+from pyprune.granularity import Granularity, element
+from pyprune.ignored_scope import IgnoredScope
+from pyprune.importance import gradient, without_signs
+from pyprune.methods import Method
+from pyprune.schedules import Ratio, Schedule, as_schedule
+from pyprune.scope import Scope, tensor
+from pyprune.targets import Target
+from pyprune.training_sums import TrainingGradients, average
+
+
+class MovementPruner(Pruner):
+    """Learn a score S for every unit, from the gradient that reaches it straight through the mask.
+
+    The derivative of the loss by S is the sum of g w over the unit, where g is the gradient of the weight in use and
+    w the weight: with plain gradient descent S = -lr * sum over steps of (sum of g w). Scores learn from the first
+    step on, those of dropped units too, which so can come back.
+
+    *Hard*: the units with the lowest scores go, as many as the schedule's ratio says. *Soft*, with a ``threshold``:
+    units go whose sigma(S) is below threshold * ratio; the ratio only brings the threshold in, and how much goes
+    follows from ``regularization``, the weight of ratio * mean(sigma(S)) in the loss.
+
+    Masks follow the scores until the schedule ends, and then stay (`freeze` lets them stay at once).
+
+    Args:
+        model, ignored_scope, examples_inputs: as for `Pruner`; a model that is trained already.
+        schedule: as for `Pruner`; its start is the end of the warm-up, at step 1 or later.
+        optimizer: what trains the weights; scores take their steps just before its own.
+        lr: learning rate of the scores.
+        score_optimizer: makes the optimizer of the scores from a list of tensors; Adam with ``lr`` if None.
+        granularity: the units; blocks of 32 x 32 are usual in transformers.
+        scope: `scope.tensor` or `scope.model`; for hard masks.
+        threshold: in (0, 1); hard masks if None.
+        regularization: 0 or more; for soft masks.
+
+    Raises:
+        TypeError, ValueError: as for `Pruner`, and for other scopes and numbers.
+
+    Papers: Sanh, Wolf, Rush 2020, "Movement Pruning: Adaptive Sparsity by Fine-Tuning"; Lagunas et al. 2021, "Block
+    Pruning For Faster Transformers".
+
+    Example:
+        >>> from pyprune import schedules
+        >>> model = nn.Linear(10, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> pruner = MovementPruner(model, schedules.cubic(0.5, start=2, end=10), optimizer)
+        >>> for _ in range(12):
+        ...     optimizer.zero_grad()
+        ...     nn.functional.cross_entropy(model(torch.randn(8, 10)), torch.randint(2, (8,))).backward()
+        ...     optimizer.step()
+        ...     _ = pruner.step()
+        >>> int((model.weight == 0).sum())
+        10
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: Schedule | Callable[[int], Ratio],
+        optimizer: Optimizer,
+        *,
+        lr: float = 1e-2,
+        score_optimizer: Callable[[list[Tensor]], Optimizer] | None = None,
+        granularity: Granularity | None = None,
+        scope: Scope | None = None,
+        threshold: float | None = None,
+        regularization: float = 0.0,
+        ignored_scope: IgnoredScope | None = None,
+        examples_inputs: Any = None,
+    ) -> None:
+        scope = tensor() if scope is None else scope
+        self._check(scope, as_schedule(schedule), threshold, regularization)
+        self.threshold, self.regularization = threshold, float(regularization)
+        method = Method(gradient(), element() if granularity is None else granularity, scope)
+        super().__init__(
+            model, method, schedule, optimizer, ignored_scope=ignored_scope, examples_inputs=examples_inputs
+        )
+        self._competitors = competitors_of(method, Amount(0.0), self._targets, {})
+        self._by_name = {target.name: target for target in self._targets}
+        self._scores = [
+            torch.zeros(c.unit_shape, device=c.weight.values.device, dtype=torch.float32) for c in self._competitors
+        ]
+        self._score_optimizer = (
+            torch.optim.Adam(self._scores, lr=lr) if score_optimizer is None else score_optimizer(self._scores)
+        )
+
+    @property
+    def scores(self) -> dict[str, Tensor]:
+        """The score of every unit, by the name of the weight (heads: of the attention layer); float32."""
+        return {competitor.name: score for competitor, score in zip(self._competitors, self._scores, strict=True)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `load_state_dict` takes, but for the masks: those are buffers in the model's state_dict."""
+        scores = {name: score.clone() for name, score in self.scores.items()}
+        return super().state_dict() | {"scores": scores, "score_optimizer": self._score_optimizer.state_dict()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on where the pruner that gave ``state_dict`` was: with the model's state_dict, to the same masks.
+
+        Raises:
+            TypeError, ValueError: if it is not the state of such a pruner. This one is then as it was.
+        """
+        scores = state_dict.get("scores", {}) if isinstance(state_dict, Mapping) else {}
+        shapes = {name: score.shape for name, score in self.scores.items()}
+        if {name: score.shape for name, score in scores.items()} != shapes:
+            raise ValueError(f"the state has scores for {sorted(scores)}, this pruner for {sorted(shapes)}")
+        super().load_state_dict(state_dict)
+        for name, score in self.scores.items():
+            score.copy_(scores[name])
+        self._score_optimizer.load_state_dict(state_dict["score_optimizer"])
+
+    def _check(self, scope: Scope, schedule: Schedule, threshold: float | None, regularization: float) -> None:
+        if scope.name not in ("model", "tensor"):
+            raise ValueError(f"scope is {scope.name}; movement pruning takes scope.tensor() or scope.model()")
+        if isinstance(schedule(schedule.start), dict):
+            raise ValueError("movement pruning takes one ratio, not a dict")
+        if threshold is not None and not 0 < threshold < 1:
+            raise ValueError(f"threshold is {threshold}; it is one of sigma(S), and must be between 0 and 1")
+        if regularization < 0 or (regularization > 0 and threshold is None):
+            raise ValueError(
+                f"regularization is {regularization} and threshold {threshold}; give 0 or more, and only for soft "
+                "masks, which have a threshold"
+            )
+
+    def _start_watching(self) -> TrainingGradients:
+        assert self.optimizer is not None
+        return TrainingGradients(self._targets, self.optimizer, self._learn)
+
+    @torch.no_grad()
+    def _learn(self, gradients: Mapping[Target, Tensor]) -> None:
+        """Take a step of the scores, with the weights that the gradients are of."""
+        products = []
+        for competitor in self._competitors:
+            for member in competitor.members:
+                weight, found = member.weight.values, gradients.get(self._by_name[member.weight.name])
+                wide = weight.double() if weight.dtype == torch.float64 else weight.float()
+                products.append(torch.zeros_like(wide) if found is None else found * wide)
+        slopes = reduce_units(self._competitors, products, None, "sum")
+        count = sum(score.numel() for score in self._scores)
+        ratio = self.ratio
+        assert isinstance(ratio, float)
+        for score, slope in zip(self._scores, slopes, strict=True):
+            score.grad = slope.to(score.dtype).contiguous()
+            average([score.grad])
+            if self.regularization:
+                open_ = torch.sigmoid(score)
+                score.grad += self.regularization * ratio / count * open_ * (1 - open_)
+        self._score_optimizer.step()
+
+    @torch.no_grad()
+    def _update(self, ratio: Ratio) -> None:
+        assert isinstance(ratio, float)
+        masks = self._masks()
+        if self.threshold is not None:
+            # sigma(S) >= bound, without the rounding of sigma
+            bound = self.threshold * ratio
+            lowest = math.log(bound / (1 - bound)) if bound else -math.inf
+            units = [score >= lowest for score in self._scores]
+        else:
+            keys = without_signs(self._scores)
+            sizes = [score.numel() for score in self._scores]
+            together = self.method.scope.name == "model"
+            removed = removed_count(sum(sizes), ratio) if together else [removed_count(n, ratio) for n in sizes]
+            units, _ = ops.threshold(keys, removed)
+        members = [member for competitor in self._competitors for member in competitor.members]
+        into = [masks[self._by_name[member.weight.name]] for member in members]
+        spread_units(self._competitors, units, into)
+        unit_is_element = self.method.granularity.name == "element"
+        for member in members:
+            mask = self._by_name[member.weight.name].attachment
+            mask.unit = None if unit_is_element else member.block  # type: ignore[union-attr]
+        update_followers(self.model)
+        self.ratio = ratio
