@@ -259,8 +259,9 @@ def lottery_ticket(
     chosen = method_with_ratios(method)
     check_callable("train_fn", train_fn)
     final, rounds = check_ratio(ratio), check_step(iterations, "iterations", least=1)
-    amounts = [Amount(1 - (1 - final) ** (i / rounds), dropped_stay=True) for i in range(1, rounds)]
-    amounts.append(Amount(final, dropped_stay=True))  # exactly, not rounded by the formula
+    # The last is exactly what was asked for, not rounded by the formula.
+    ratios = [*(1 - (1 - final) ** (i / rounds) for i in range(1, rounds)), final]
+    amounts = [Amount(ratio, dropped_stay=True) for ratio in ratios]
     if eval_fn is not None:
         check_callable("eval_fn", eval_fn)
     _check_model(model, chosen, calibrate_fn, ignored_scope, examples_inputs)
