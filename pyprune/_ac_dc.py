@@ -41,7 +41,7 @@ class AcDcPruner(Pruner):
         if not is_pruned(ratio) and is_pruned(self.ratio):
             assert self.optimizer is not None
             masks = self._masks()
-            ops.fold([target.parameter for target in masks], list(masks.values()))
+            ops.fold([target.parameter for target in masks], [mask.mask for mask in masks.values()])
             for target in masks:
                 self.optimizer.state.pop(target.parameter, None)
         super()._update(ratio)

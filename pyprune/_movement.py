@@ -185,11 +185,10 @@ class MovementPruner(Pruner):
         if nonfinite.is_cpu:
             self._check_last()
         members = [member for competitor in self._competitors for member in competitor.members]
-        into = [masks[self._by_name[member.weight.name]] for member in members]
-        spread_units(self._competitors, units, into)
+        carried = [masks[self._by_name[member.weight.name]] for member in members]
+        spread_units(self._competitors, units, [mask.mask for mask in carried])
         unit_is_element = self.method.granularity.name == "element"
-        for member in members:
-            mask = self._by_name[member.weight.name].attachment
-            mask.unit = None if unit_is_element else member.block  # type: ignore[union-attr]
+        for member, mask in zip(members, carried, strict=True):
+            mask.unit = None if unit_is_element else member.block
         update_followers(self.model)
         self.ratio = ratio

@@ -295,36 +295,36 @@ class Pruner:
             self._write(self._amount(ratio), found, masks)
         elif not self._options.dropped_stay:
             for mask in masks.values():
-                mask.fill_(True)
+                mask.mask.fill_(True)
         if isinstance(self._watch, TrainingSums):
             self._watch.restart()
         update_followers(self.model)
         self.ratio = ratio
 
     def _write(
-        self, amount: Amount, statistics: Mapping[Target, Tensor | None], masks: Mapping[Target, Tensor]
+        self, amount: Amount, statistics: Mapping[Target, Tensor | None], masks: Mapping[Target, Mask]
     ) -> None:
         # In place where nothing reads the old masks meanwhile: new memory would take longer than the kernel.
         in_place = not amount.has_bases
-        choice = choose_masks(self.method, amount, self._targets, statistics, into=masks if in_place else None)
+        into = {target: mask.mask for target, mask in masks.items()} if in_place else None
+        choice = choose_masks(self.method, amount, self._targets, statistics, into=into)
         self._unchecked = choice
-        if all(mask.is_cpu for mask in masks.values()):
+        if all(mask.mask.is_cpu for mask in masks.values()):
             self._check_last()
         if not in_place:
             attach_masks(list(choice.masks.values()))
         for target, new in choice.masks.items():
-            mask = target.attachment
-            assert isinstance(mask, Mask)
-            mask.unit = new.unit
+            if masks[target].unit != new.unit:
+                masks[target].unit = new.unit
 
-    def _masks(self) -> dict[Target, Tensor]:
-        """Return the tensors of the masks; they may have been replaced, by moving the model."""
-        masks: dict[Target, Tensor] = {}
+    def _masks(self) -> dict[Target, Mask]:
+        """Return the masks, or raise if they were stripped."""
+        masks: dict[Target, Mask] = {}
         for target in self._targets:
             mask = target.attachment
             if not isinstance(mask, Mask):
                 raise ValueError(f"{target.name} carries no mask any more; make a new Pruner after strip()")
-            masks[target] = mask.mask
+            masks[target] = mask
         return masks
 
     def _check_last(self) -> None:

@@ -83,7 +83,7 @@ class RigLPruner(Pruner):
             allocation=allocation,
         )
         masks = self._masks()
-        ops.fold([target.parameter for target in masks], list(masks.values()))
+        ops.fold([target.parameter for target in masks], [mask.mask for mask in masks.values()])
 
     def _check_optimizer(self) -> None:
         if self.optimizer is None:
@@ -101,6 +101,10 @@ class RigLPruner(Pruner):
         # Only the gradient of the batch just before an update counts.
         return not self.frozen and (self._is_late or self.schedule.is_due(self.step_count + 1))
 
+    def _load(self, state: Mapping[str, Any]) -> None:
+        super()._load(state)
+        self._gradients = {}
+
     def _take(self, gradients: Mapping[Target, Tensor]) -> None:
         self._gradients = {target: gradient.detach().clone() for target, gradient in gradients.items()}
 
@@ -115,7 +119,7 @@ class RigLPruner(Pruner):
             )
         self._gradients = {}
         weights = [target.parameter for target in self._targets]
-        before = [masks[target] for target in self._targets]
+        before = [masks[target].mask for target in self._targets]
         sizes = [weight.numel() for weight in weights]
         gone = ops.count_zeros(before).tolist()
         share = self.fraction / 2 * (1 + math.cos(math.pi * self.step_count / self.schedule.end))

@@ -72,7 +72,7 @@ def dense_parameters(model: nn.Module) -> Iterator[tuple[Owner, nn.Parameter]]:
 
 def shared_attachment(owners: Sequence[Owner]) -> Attachment | None:
     """Return what these owners of one parameter share."""
-    return next((owner.attachment for owner in owners if owner.attachment is not None), None)
+    return next((found for owner in owners if (found := owner.attachment) is not None), None)
 
 
 def attach(attachments: Iterable[tuple[Sequence[Owner], Attachment]]) -> list[Owner]:

@@ -52,6 +52,7 @@ class TrainingGradients:
         self._on_batch = on_batch
         self._batch: dict[Target, Tensor] = {}
         self._was_skipped = False
+        self._was_dropped = False
         self._hooks = ExitStack()
 
     def start(self) -> None:
@@ -69,6 +70,7 @@ class TrainingGradients:
         if not mask.dense_gradient:  # it was folded into the weight
             return None
         if self.gathers:
+            self._was_dropped = False
             # Where grad is None, the optimizer has used or left out all that was seen before.
             seen = None if target.parameter.grad is None else self._batch.get(target)
             self._batch[target] = gradient.detach() if seen is None else seen + gradient.detach()
@@ -96,13 +98,18 @@ class TrainingGradients:
         return args[:1], {**kwargs, "closure": counted}
 
     def _end_batch(self) -> None:
-        if self.gathers:
+        if self.gathers and self._batch:
             self._on_batch(self._batch)
+        elif self._was_dropped:
+            raise ValueError(
+                "step() of the Pruner came between backward() and the optimizer's step; call it after both"
+            )
         self._batch.clear()
 
     def drop_batch(self) -> bool:
         """Forget gradients that no optimizer used, as those that overflowed in half precision; say if there were."""
-        were_there = self._was_skipped or bool(self._batch)
+        self._was_dropped = bool(self._batch)
+        were_there = self._was_skipped or self._was_dropped
         self._was_skipped = False
         self._batch.clear()
         return were_there
@@ -110,7 +117,8 @@ class TrainingGradients:
     def stop(self) -> None:
         """Take all hooks off."""
         self._hooks.close()
-        self.drop_batch()
+        self._batch.clear()
+        self._was_skipped = self._was_dropped = False
 
 
 class TrainingSums:

@@ -165,9 +165,13 @@ def test_masks_are_on_from_the_beginning(ratio):
     assert zeros == ratio * (8 * 2 * 9 + 64 + 32)
 
 
-@pytest.mark.parametrize("name", ["local", "global", "blocks", "rows", "by name", "falling", "erk"])
+BOUND = ["local", "global", "blocks", "rows", "by name", "falling", "erk", "2:4", "groups"]
+
+
+@pytest.mark.parametrize("name", BOUND)
 def test_without_reintroduction_masks_only_lose_and_counts_are_exact(name):
     method, schedule, options = EQUAL_TO_PRUNE[name]
+    options = with_scope(options)
     free, bound = small(), small()
     # Without training, both choose the same counts from the same weights.
     loose, strict = (
@@ -372,6 +376,33 @@ def test_masks_wait_for_a_batch_if_all_overflowed():
         assert (each.ratio, each.step_count) == (0.5, 4)
         assert int((its.head.weight == 0).sum()) > 0
         assert not each.step()
+
+
+@pytest.mark.parametrize("name", ["taylor", "rigl", "hard movement"])
+def test_step_must_come_after_that_of_the_optimizer(name):
+    model = small()
+    optimizer = sgd(model)
+    pruner = PRUNERS[name](model, optimizer)
+
+    def wrong_order():
+        for step in range(3):
+            backward(model, step)
+            pruner.step()
+            optimizer.step()
+
+    with pytest.raises(ValueError, match=r"came between backward\(\) and the optimizer's step; call it after both"):
+        wrong_order()
+
+
+def test_an_optimizer_step_without_any_gradient_is_no_batch():
+    model = small()
+    optimizer = sgd(model)
+    pruner = taylor_pruner(model, optimizer)
+    optimizer.step()
+    pruner.step()
+    assert sums_of(pruner)["count"] == 0
+    train(model, optimizer, pruner, 1)
+    assert pruner.ratio == 0.5
 
 
 def test_without_any_batch_there_is_an_error():

@@ -122,6 +122,19 @@ def test_a_weight_without_gradient_is_an_error_that_changes_nothing():
     assert all(torch.equal(before[name], mask) for name, mask in masks(model).items())
 
 
+def test_what_was_seen_before_a_checkpoint_is_loaded_does_not_count():
+    model = small()
+    optimizer = sgd(model)
+    pruner = pyprune.RigLPruner(model, 0.5, optimizer, end=4, frequency=1, fraction=0.8)
+    state, before = pruner.state_dict(), masks(model)
+    backward(model)
+    optimizer.step()
+    pruner.load_state_dict(state)
+    backward(model)  # overflows, and the optimizer leaves it out
+    assert not pruner.step()
+    assert all(torch.equal(before[name], mask) for name, mask in masks(model).items())
+
+
 @pytest.mark.parametrize("where", ["weight", "gradient"])
 def test_nan_is_an_error_that_changes_nothing(where):
     model = small()
