@@ -144,8 +144,15 @@ def _register(module: nn.Module, attribute: str, attachment: Attachment) -> None
         _unshare_class(module)
     cls, parameters = type(module), dict(module._parameters)
     try:
+        # torch sets the parameter to itself, by which it loses the gradient accumulator that DistributedDataParallel
+        # hooked into. So that is done to a stand-in.
+        own = parameters.get(attribute)
+        if own is not None:
+            module._parameters[attribute] = nn.Parameter(own.detach(), False)
         # unsafe=True skips a trial run of the attachment, which keeps shape and dtype.
         parametrize.register_parametrization(module, attribute, attachment, unsafe=True)
+        if own is not None:
+            _lists(module)[attribute]._parameters["original"] = own
     except BaseException:
         # It takes the parameter off first, and may fail then, if the class of the user refuses to have subclasses.
         module._parameters.clear()
