@@ -267,7 +267,8 @@ class Pruner:
         for target, new in choice.masks.items():
             mask = target.attachment
             assert isinstance(mask, Mask)
-            mask.unit = new.unit
+            if mask.unit != new.unit:  # a module takes its time to set an attribute
+                mask.unit = new.unit
 
     def _masks(self) -> dict[Target, Tensor]:
         """Return the tensors of the masks; they may have been replaced, by moving the model."""

@@ -34,12 +34,12 @@ class Owner:
     @property
     def attachment(self) -> Attachment | None:
         """What sits on this place, if anything does."""
-        return _attachment_of(_lists(self.module).get(self.attribute, ()))
+        return _attachment_of(_steps(self.module, self.attribute))
 
     @property
     def foreign_steps(self) -> list[str]:
         """Class names of other parametrizations on this place."""
-        steps = _lists(self.module).get(self.attribute, ())
+        steps = _steps(self.module, self.attribute)
         return [type(step).__name__ for step in steps if not isinstance(step, Attachment)]
 
 
@@ -72,7 +72,7 @@ def dense_parameters(model: nn.Module) -> Iterator[tuple[Owner, nn.Parameter]]:
 
 def shared_attachment(owners: Sequence[Owner]) -> Attachment | None:
     """Return what these owners of one parameter share."""
-    return next((owner.attachment for owner in owners if owner.attachment is not None), None)
+    return next((found for owner in owners if (found := owner.attachment) is not None), None)
 
 
 def attach(attachments: Iterable[tuple[Sequence[Owner], Attachment]]) -> list[Owner]:
@@ -113,6 +113,14 @@ def _lists(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
     if not parametrize.is_parametrized(module):
         return {}
     return dict(cast(nn.ModuleDict, module.parametrizations).items())  # type: ignore[arg-type]
+
+
+def _steps(module: nn.Module, attribute: str) -> Iterable[nn.Module]:
+    """Return the parametrizations of one attribute."""
+    # Looked up as the module itself does, because a mask update asks for every weight.
+    lists = module._modules.get("parametrizations")
+    steps = lists._modules.get(attribute) if isinstance(lists, nn.ModuleDict) else None
+    return cast(parametrize.ParametrizationList, steps) if steps is not None else ()
 
 
 def _attachment_of(steps: Iterable[nn.Module]) -> Attachment | None:

@@ -103,13 +103,13 @@ def competitors_of(
 
     def weight_of(target: Target) -> Weight:
         out_dim, in_dim = channel_dims(target)
-        carried = target.attachment
+        carried = target.attachment if amount.has_bases else None
         return Weight(
             target.name,
             target.parameter,
             out_dim,
             in_dim,
-            carried.mask if amount.has_bases and isinstance(carried, Mask) else None,
+            carried.mask if isinstance(carried, Mask) else None,
             statistics.get(target),
             tuple(owner.name for owner in target.owners),
         )
