@@ -96,6 +96,14 @@ def choose_masks(
     return Choice(chosen, what, nonfinite)
 
 
+def units_of(method: Method, targets: Sequence[Target]) -> dict[str, tuple[int, ...] | None]:
+    """Return the size of what goes as one, by the name of the weight; None for single elements."""
+    if method.granularity.name == "element":
+        return {target.name: None for target in targets}
+    competitors = competitors_of(method, Amount(), targets, {})
+    return {member.weight.name: member.block for competitor in competitors for member in competitor.members}
+
+
 def competitors_of(
     method: Method, amount: Amount, targets: Sequence[Target], statistics: Mapping[Target, Tensor | None]
 ) -> list[Competitor]:

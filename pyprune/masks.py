@@ -38,6 +38,10 @@ class Mask(Attachment):
         """Return the weight with zeros where the mask is False."""
         return ops.mask_weight(weight, self.mask, dense_gradient=self.dense_gradient)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The hooks that mask a dense gradient are not copied or saved either.
+        return {name: value for name, value in vars(self).items() if name != "dense_gradient"}
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Mask":
         # model.type(dtype), unlike model.to(dtype), converts bool buffers too.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
