@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip
 PEERS := $(VENV)/peers
 SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: demo demo-rb minilm compare sensitivity test test-cpp lint bench bench-full bench-report bench-cpp bench-cuda build-bench-cuda clean help
+.PHONY: demo demo-rb minilm compare sensitivity lightning transformers test test-cpp lint bench bench-full bench-report bench-cpp bench-cuda build-bench-cuda clean help
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,12 @@ compare: $(VENV)/built  ## Compare all importances, on a CNN and on a sentence e
 
 sensitivity: $(VENV)/built  ## Measure which layers of a CNN bear pruning, and prune accordingly: tables, heat map, curves
 	$(BIN)/python examples/sensitivity.py $(ARGS)
+
+lightning: $(VENV)/built  ## Prune a CNN by a recipe in a Lightning Trainer, and resume in the middle
+	$(BIN)/python examples/train_lightning.py $(ARGS)
+
+transformers: $(VENV)/built  ## Prune a small GPT-2 by a recipe in the Hugging Face Trainer, then sparse transfer
+	$(BIN)/python examples/train_transformers.py $(ARGS)
 
 test: $(VENV)/built  ## Run the whole test suite
 	$(BIN)/python -m pytest $(ARGS)

@@ -314,7 +314,7 @@ class Pruner:
         if not in_place:
             attach_masks(list(choice.masks.values()))
         for target, new in choice.masks.items():
-            if masks[target].unit != new.unit:
+            if masks[target].unit != new.unit:  # a module takes its time to set an attribute
                 masks[target].unit = new.unit
 
     def _masks(self) -> dict[Target, Mask]:

@@ -123,7 +123,7 @@ def strip(
     for gate in gates.values():
         gate.folded = True
     for mask in masks.values():
-        mask.dense_gradient = False  # a Pruner's hooks let gradients pass then
+        mask.dense_gradient = False  # hooks let gradients pass then
     return model
 
 

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, distributed
 from torch.optim import Optimizer
 
-from pyprune import ops
 from pyprune.gathering import ActivationSums, GradientSums
 from pyprune.importance import Importance
 from pyprune.masks import Mask
@@ -18,9 +17,8 @@ from pyprune.targets import Target
 class TrainingGradients:
     """The gradients of the weights in use, of each batch that an optimizer takes a step for.
 
-    They are seen by hooks on the parameters, also where a mask drops the weight (`Mask.dense_gradient`). What goes on
-    into ``grad`` is masked all the same, so clipping and optimizers see nothing of it. Nothing is hooked before
-    `start`.
+    They are seen by hooks on the parameters, also where a mask drops the weight (`Mask.show_gradient`). Nothing is
+    hooked before `start`.
 
     Args:
         targets: weights, which carry a `Mask` at the latest at `start`.
@@ -29,7 +27,7 @@ class TrainingGradients:
         on_batch: is called with the gradients before the optimizer changes the weights.
 
     Raises:
-        ValueError: for a weight that has no gradient, or whose gradients something else looks at.
+        ValueError: for a weight that has no gradient.
     """
 
     def __init__(
@@ -40,11 +38,6 @@ class TrainingGradients:
             raise ValueError(
                 f"gradients are needed, and {', '.join(frozen)} has none (requires_grad is False); name it in "
                 "ignored_scope"
-            )
-        watched = [t.name for t in targets if isinstance(t.attachment, Mask) and t.attachment.dense_gradient]
-        if watched:
-            raise ValueError(
-                f"another Pruner measures the gradients of {', '.join(watched)}; freeze() it, or strip the model"
             )
         self.gathers = True  # False: the hooks stay, but look at nothing
         self._targets = targets
@@ -60,21 +53,15 @@ class TrainingGradients:
         for target in self._targets:
             mask = target.attachment
             assert isinstance(mask, Mask)
-            mask.dense_gradient = True
-            self._hooks.callback(setattr, mask, "dense_gradient", False)
-            hook = partial(self._see, target, mask)
-            self._hooks.callback(target.parameter.register_hook(hook).remove)  # type: ignore[no-untyped-call]
+            self._hooks.callback(mask.show_gradient(target.parameter, partial(self._see, target)))
         self._hooks.callback(self._optimizer.register_step_pre_hook(self._before_step).remove)
 
-    def _see(self, target: Target, mask: Mask, gradient: Tensor) -> Tensor | None:
-        if not mask.dense_gradient:  # it was folded into the weight
-            return None
+    def _see(self, target: Target, gradient: Tensor) -> None:
         if self.gathers:
             self._was_dropped = False
             # Where grad is None, the optimizer has used or left out all that was seen before.
             seen = None if target.parameter.grad is None else self._batch.get(target)
-            self._batch[target] = gradient.detach() if seen is None else seen + gradient.detach()
-        return ops.mask_weight(gradient, mask.mask)
+            self._batch[target] = gradient if seen is None else seen + gradient
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -3,6 +3,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from pyprune import importance
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -32,6 +34,17 @@ def test_compare_methods_has_every_importance(monkeypatch):
     assert compared == there - {"custom", "given"}
     normalizations = {rule.importance.normalize for rule in compare_methods.RULES}
     assert normalizations == {"none", "l2", "mean", "gaussian", "lamp"}
+
+
+@pytest.mark.parametrize("library", ["lightning", "transformers"])
+def test_trainers_prune_resume_and_save_plain_models(library):
+    pytest.importorskip(library)
+    command = [sys.executable, EXAMPLES / f"train_{library}.py", "--quick"]
+    output = subprocess.run(command, capture_output=True, text=True)
+    assert output.returncode == 0, output.stderr
+    assert "ends with the same weights, bit for bit" in output.stdout
+    final = "90.00%" if library == "lightning" else "80.00%"
+    assert [line for line in output.stdout.splitlines() if line.startswith("epoch")][-1].split()[3] == final
 
 
 def test_sensitivity_runs(tmp_path):
