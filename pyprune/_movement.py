@@ -14,7 +14,6 @@ from pyprune._pruner import Pruner
 from pyprune.allocation import Amount, removed_count
 from pyprune.choosing import Choice, competitors_of
 from pyprune.competitors import reduce_units, spread_units
-from pyprune.following import update_followers
 from pyprune.granularity import Granularity, element
 from pyprune.ignored_scope import IgnoredScope
 from pyprune.importance import gradient, without_signs
@@ -96,7 +95,7 @@ class MovementPruner(Pruner):
     @property
     def scores(self) -> dict[str, Tensor]:
         """The score of every unit, by the name of the weight (heads: of the attention layer); float32."""
-        return {competitor.name: score for competitor, score in zip(self._competitors, self._scores, strict=True)}
+        return {competitor.name: score for competitor, score in zip(self._units, self._scores, strict=True)}
 
     def _state(self) -> dict[str, Any]:
         scores = {name: score.clone() for name, score in self.scores.items()}
@@ -135,10 +134,10 @@ class MovementPruner(Pruner):
 
     def _make_watch(self) -> TrainingGradients:
         assert self.optimizer is not None
-        self._competitors = competitors_of(self.method, Amount(0.0), self._targets, {})
+        self._units = competitors_of(self.method, Amount(0.0), self._targets, {})
         self._by_name = {target.name: target for target in self._targets}
         self._scores = [
-            torch.zeros(c.unit_shape, device=c.weight.values.device, dtype=torch.float32) for c in self._competitors
+            torch.zeros(c.unit_shape, device=c.weight.values.device, dtype=torch.float32) for c in self._units
         ]
         self._score_optimizer = self._optimizer_of_scores(self._scores)
         return TrainingGradients(self._targets, self.optimizer, self._learn)
@@ -147,12 +146,12 @@ class MovementPruner(Pruner):
     def _learn(self, gradients: Mapping[Target, Tensor]) -> None:
         """Take a step of the scores, with the weights that the gradients are of."""
         products = []
-        for competitor in self._competitors:
+        for competitor in self._units:
             for member in competitor.members:
                 weight, found = member.weight.values, gradients.get(self._by_name[member.weight.name])
                 wide = weight.double() if weight.dtype == torch.float64 else weight.float()
                 products.append(torch.zeros_like(wide) if found is None else found * wide)
-        slopes = reduce_units(self._competitors, products, None, "sum")
+        slopes = reduce_units(self._units, products, None, "sum")
         count = sum(score.numel() for score in self._scores)
         ratio = self.ratio
         assert isinstance(ratio, float)
@@ -184,11 +183,13 @@ class MovementPruner(Pruner):
         self._unchecked = Choice({}, "scores of movement", [(list(self.scores), nonfinite)])
         if nonfinite.is_cpu:
             self._check_last()
-        members = [member for competitor in self._competitors for member in competitor.members]
+        members = [member for competitor in self._units for member in competitor.members]
         carried = [masks[self._by_name[member.weight.name]] for member in members]
-        spread_units(self._competitors, units, [mask.mask for mask in carried])
+        spread_units(self._units, units, [mask.mask for mask in carried])
         unit_is_element = self.method.granularity.name == "element"
         for member, mask in zip(members, carried, strict=True):
-            mask.unit = None if unit_is_element else member.block
-        update_followers(self.model)
+            unit = None if unit_is_element else member.block
+            if mask.unit != unit:  # a module takes its time to set an attribute
+                mask.unit = unit
+            mask.update_followers()
         self.ratio = ratio

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from pyprune._prune import check_kind, method_of, statistics_of
 from pyprune.allocation import Allocation, Amount, check_ratio
 from pyprune.choosing import Choice, choose_masks, competitors_of, entrants, units_of
+from pyprune.competitors import Competitor
 from pyprune.contests import ratios_of
 from pyprune.following import new_followers, update_followers
 from pyprune.ignored_scope import IgnoredScope
@@ -104,6 +105,7 @@ class Pruner:
         self.frozen = False
         self._options = Amount(0.0, allocation, min_ratio, max_ratio, dropped_stay=not reintroduce)
         self._unchecked: Choice | None = None
+        self._same_competitors: list[Competitor] | None = None
         self._is_late = False  # masks were due, but there was nothing yet to choose them by
         self._targets = entrants(found, find_targets(model, ignored_scope, examples_inputs))
         check_kind(self._targets, Mask)
@@ -298,7 +300,8 @@ class Pruner:
                 mask.mask.fill_(True)
         if isinstance(self._watch, TrainingSums):
             self._watch.restart()
-        update_followers(self.model)
+        for mask in masks.values():
+            mask.update_followers()
         self.ratio = ratio
 
     def _write(
@@ -307,7 +310,9 @@ class Pruner:
         # In place where nothing reads the old masks meanwhile: new memory would take longer than the kernel.
         in_place = not amount.has_bases
         into = {target: mask.mask for target, mask in masks.items()} if in_place else None
-        choice = choose_masks(self.method, amount, self._targets, statistics, into=into)
+        choice = choose_masks(
+            self.method, amount, self._targets, statistics, into=into, competitors=self._competitors(amount)
+        )
         self._unchecked = choice
         if all(mask.mask.is_cpu for mask in masks.values()):
             self._check_last()
@@ -316,6 +321,14 @@ class Pruner:
         for target, new in choice.masks.items():
             if masks[target].unit != new.unit:  # a module takes its time to set an attribute
                 masks[target].unit = new.unit
+
+    def _competitors(self, amount: Amount) -> list[Competitor] | None:
+        """Return what competes, if it is the same tensors at every update: to cut them up takes its time."""
+        if amount.has_bases or self._statistics is None:
+            return None
+        if self._same_competitors is None:
+            self._same_competitors = competitors_of(self.method, amount, self._targets, self._statistics)
+        return self._same_competitors
 
     def _masks(self) -> dict[Target, Mask]:
         """Return the masks, or raise if they were stripped."""

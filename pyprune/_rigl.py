@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 from pyprune import ops
 from pyprune._pruner import Pruner
 from pyprune.allocation import Allocation, check_ratio
-from pyprune.following import update_followers
 from pyprune.ignored_scope import IgnoredScope
 from pyprune.importance import random
 from pyprune.methods import Method
@@ -141,7 +140,8 @@ class RigLPruner(Pruner):
         # What is dropped becomes zero, and so does its momentum; so it is when it grows again.
         stale = [(tensor, mask) for w, mask in zip(weights, before, strict=True) for tensor in (w, *self._states(w))]
         ops.fold([tensor for tensor, _ in stale], [mask for _, mask in stale])
-        update_followers(self.model)
+        for carried in masks.values():
+            carried.update_followers()
         self.ratio = ratio
 
     def _states(self, weight: Tensor) -> list[Tensor]:

@@ -68,6 +68,7 @@ def choose_masks(
     statistics: Mapping[Target, Tensor | None],
     *,
     into: Mapping[Target, Tensor] | None = None,
+    competitors: Sequence[Competitor] | None = None,
 ) -> Choice:
     """Hold the contest that a method asks for between targets, with their statistics; nothing is attached yet.
 
@@ -76,8 +77,10 @@ def choose_masks(
         targets: between which weights.
         statistics: what the importance was measured from, of each target that it needs it for.
         into: bool tensors to write the masks to, laid out as the weights; new ones if None.
+        competitors: what `competitors_of` returns for these, where it is known from before.
     """
-    competitors = competitors_of(method, amount, targets, statistics)
+    if competitors is None:
+        competitors = competitors_of(method, amount, targets, statistics)
     by_name = {target.name: target for target in targets}
     # Ratios by name or size are about all weights, wherever they are.
     ratios = ratios_of(method, amount, competitors)

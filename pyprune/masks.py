@@ -33,6 +33,8 @@ class Mask(Attachment):
         super().__init__()
         self.register_buffer("mask", mask)
         self.unit = unit
+        # Other modules, but not its submodules; copies of a model link to the copies.
+        self.followers: list[FollowingMask] = []
         self._seen_by: list[Callable[[Tensor], None]] = []
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -43,6 +45,11 @@ class Mask(Attachment):
         # Hooks of parameters are not copied or saved either.
         state = {name: value for name, value in vars(self).items() if name not in ("dense_gradient", "_hook")}
         return {**state, "_seen_by": []}
+
+    def update_followers(self) -> None:
+        """Set the masks of biases and BatchNorm parameters that follow this one to what it has become."""
+        for follower in self.followers:
+            follower.update()
 
     def show_gradient(self, parameter: Tensor, see: Callable[[Tensor], None]) -> Callable[[], None]:
         """Let ``see`` look at the gradient of the weight in use, in which dropped weights have theirs.
@@ -168,6 +175,8 @@ def attach_masks(masks: Sequence[NewMask], followers: Iterable[NewFollower] = ()
         carried[new] = shared or Mask(new.mask, new.unit)
     following = [(follower.owners, FollowingMask(carried[follower.of], follower.groups)) for follower in followers]
     attach([*((new.owners, mask) for new, mask in carried.items()), *following])
+    for _, follower_mask in following:
+        follower_mask.source.followers.append(follower_mask)
     with torch.no_grad():
         for new in updates:
             carried[new].mask.copy_(new.mask)

@@ -222,6 +222,21 @@ def test_dead_channels_are_followed_at_every_update():
     assert seen == [0, 4, 0]
 
 
+def test_followers_that_come_later_or_by_a_copy_are_in_step_too():
+    model = small()
+    method = Method(importance.magnitude(p=2), granularity.channel("out"), scope.tensor())
+    schedule = schedules.multi_step({0: 0.0, 1: 0.5, 2: 0.25})
+    pruner = Pruner(model, method, schedule)
+    prune(model, method, ratio=0.0, zero_dead_channels=True, examples_inputs=batch()[0])
+    twin = copy.deepcopy(model)
+    pruner.step()
+    assert (int((model.norm.weight == 0).sum()), int((twin.norm.weight == 0).sum())) == (4, 0)
+    of_copy = Pruner(twin, method, schedule)
+    of_copy.step()
+    of_copy.step()
+    assert (int((model.norm.weight == 0).sum()), int((twin.norm.weight == 0).sum())) == (4, 2)
+
+
 def test_batch_norm_scales_are_those_of_the_moment():
     model = small()
     method = Method(importance.batch_norm_scale(), granularity.channel("out"))
