@@ -337,6 +337,11 @@ class Pruner:
             mask = target.attachment
             if not isinstance(mask, Mask):
                 raise ValueError(f"{target.name} carries no mask any more; make a new Pruner after strip()")
+            if target.owners[0].parameter is not target.parameter:
+                raise ValueError(
+                    f"{target.name} is another parameter than before (load_state_dict(assign=True) and fully_shard "
+                    "make new ones); make a new Pruner, or let no more updates come"
+                )
             masks[target] = mask
         return masks
 

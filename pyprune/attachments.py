@@ -37,6 +37,13 @@ class Owner:
         return _attachment_of(_steps(self.module, self.attribute))
 
     @property
+    def parameter(self) -> nn.Parameter | None:
+        """What is there now, below what sits on it."""
+        steps = _steps(self.module, self.attribute)
+        below = steps._parameters.get("original") if isinstance(steps, nn.Module) else None
+        return self.module._parameters.get(self.attribute) if below is None else below
+
+    @property
     def foreign_steps(self) -> list[str]:
         """Class names of other parametrizations on this place."""
         steps = _steps(self.module, self.attribute)

@@ -862,6 +862,20 @@ def test_activations_that_cannot_be_seen_are_refused_before_masks_are_on():
     assert not has_hooks(model)
 
 
+def test_parameters_that_were_replaced_are_an_error():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    pruner = Pruner(model, LOCAL, schedules.linear(0.5, end=2))
+    pruner.step()
+    before = masks(model)
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    with pytest.raises(ValueError, match=r"0\.weight is another parameter than before .*make a new Pruner"):
+        pruner.step()
+    assert_same_masks(masks(model), before)
+    again = Pruner(model, LOCAL, schedules.linear(0.5, end=2))
+    again.step()
+    assert again.ratio == 0.25
+
+
 def test_nan_is_an_error_at_the_update_and_names_the_weight():
     model = small()
     optimizer = sgd(model)
