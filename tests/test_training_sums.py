@@ -11,7 +11,7 @@ import pyprune
 from pyprune import Method, MovementPruner, Pruner, granularity, importance, schedules
 from pyprune.masks import NewMask, attach_masks
 from pyprune.targets import find_targets
-from pyprune.training_sums import TrainingGradients, needs_gradients, needs_training
+from pyprune.training_sums import TrainingGradients, average, needs_gradients, needs_training
 from tests.test_pruner import LOCAL, masks, small
 
 RULES = [
@@ -170,7 +170,8 @@ def _train(rank, world, store, results):
         model = small()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         pruner = make(model, optimizer, schedules.cubic(0.6, start=1, end=6, frequency=2))
-        parallel = nn.parallel.DistributedDataParallel(model)
+        # Buffers that are broadcast would hide that ranks have different masks.
+        parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
         for step in range(8):
             torch.manual_seed(10 * step + rank)
             optimizer.zero_grad()
@@ -178,6 +179,9 @@ def _train(rank, world, store, results):
             optimizer.step()
             pruner.step()
         found[name] = (masks(model), {key: p.detach() for key, p in model.named_parameters()}, pruner.ratio)
+    mean = torch.tensor([1.0 + rank])
+    average([mean])
+    assert mean == 1.5
     torch.save(found, f"{results}/{rank}.pt")
     torch.distributed.barrier()
     # Past gloo's own end, in which torch 2.13 aborts now and then.
