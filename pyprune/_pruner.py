@@ -309,12 +309,17 @@ class Pruner:
     ) -> None:
         # In place where nothing reads the old masks meanwhile: new memory would take longer than the kernel.
         in_place = not amount.has_bases
-        into = {target: mask.mask for target, mask in masks.items()} if in_place else None
+        tensors = {target: mask.mask for target, mask in masks.items()}
         choice = choose_masks(
-            self.method, amount, self._targets, statistics, into=into, competitors=self._competitors(amount)
+            self.method,
+            amount,
+            self._targets,
+            statistics,
+            into=tensors if in_place else None,
+            competitors=self._competitors(amount),
         )
         self._unchecked = choice
-        if all(mask.mask.is_cpu for mask in masks.values()):
+        if all(tensor.is_cpu for tensor in tensors.values()):
             self._check_last()
         if not in_place:
             attach_masks(list(choice.masks.values()))
@@ -334,10 +339,11 @@ class Pruner:
         """Return the masks, or raise if they were stripped."""
         masks: dict[Target, Mask] = {}
         for target in self._targets:
-            mask = target.attachment
+            owner = target.owners[0]
+            mask = owner.attachment
             if not isinstance(mask, Mask):
                 raise ValueError(f"{target.name} carries no mask any more; make a new Pruner after strip()")
-            if target.owners[0].parameter is not target.parameter:
+            if owner.parameter is not target.parameter:
                 raise ValueError(
                     f"{target.name} is another parameter than before (load_state_dict(assign=True) and fully_shard "
                     "make new ones); make a new Pruner, or let no more updates come"

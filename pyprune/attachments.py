@@ -131,7 +131,10 @@ def _steps(module: nn.Module, attribute: str) -> Iterable[nn.Module]:
 
 
 def _attachment_of(steps: Iterable[nn.Module]) -> Attachment | None:
-    return next((step for step in steps if isinstance(step, Attachment)), None)
+    for step in steps:  # not next(): a mask update asks for every weight
+        if isinstance(step, Attachment):
+            return step
+    return None
 
 
 def _comes_with_attachments(module: nn.Module) -> bool:
