@@ -6,6 +6,7 @@ from pyprune._build_info import build_info
 from pyprune._calibrate import calibrate
 from pyprune._config import get_config, load_from_config
 from pyprune._gmp import gmp
+from pyprune._iterative import IterativeResult, PruningRound, iterative_prune, lottery_ticket
 from pyprune._losses import L0Loss, LagrangianLoss, RBLoss
 from pyprune._movement import MovementPruner
 from pyprune._optimizer import check_optimizer, gate_parameters, weight_parameters
@@ -20,6 +21,7 @@ from pyprune._schedulers import (
 )
 from pyprune._slimming import slimming_loss
 from pyprune._snip import snip
+from pyprune._sensitivity import sensitivity
 from pyprune._statistics import ModelPruningStatistic, TensorPruningStatistic, pruning_statistic
 from pyprune._strip import StripFormat, strip
 from pyprune.batches import Dataset
@@ -29,6 +31,8 @@ from pyprune.ignored_scope import IgnoredScope
 from pyprune.methods import Method, PruneMode
 from pyprune.passes import one_gate_sample
 from pyprune.schedules import Schedule
+from pyprune.sensitivity_allocation import allocation_from_sensitivity
+from pyprune.sensitivity_result import SensitivityResult, SensitivityTarget
 
 __version__ = build_info()["pyprune"]
 
@@ -40,6 +44,7 @@ __all__ = [
     "ExponentialRBPruningScheduler",
     "HardConcreteGate",
     "IgnoredScope",
+    "IterativeResult",
     "L0Loss",
     "LagrangianLoss",
     "Method",
@@ -49,14 +54,18 @@ __all__ = [
     "MultiStepRBPruningScheduler",
     "PruneMode",
     "Pruner",
+    "PruningRound",
     "RBLoss",
     "RigLPruner",
     "Schedule",
+    "SensitivityResult",
+    "SensitivityTarget",
     "StochasticGate",
     "StripFormat",
     "TensorPruningStatistic",
     "__version__",
     "ac_dc",
+    "allocation_from_sensitivity",
     "batch_norm_adaptation",
     "build_info",
     "calibrate",
@@ -64,12 +73,15 @@ __all__ = [
     "gate_parameters",
     "get_config",
     "gmp",
+    "iterative_prune",
     "load_from_config",
+    "lottery_ticket",
     "one_gate_sample",
     "prune",
     "pruning_statistic",
     "slimming_loss",
     "snip",
+    "sensitivity",
     "strip",
     "weight_parameters",
 ]

@@ -118,18 +118,17 @@ def prune(
     amount = Amount(ratio, allocation, min_ratio, max_ratio, from_remaining)
     if method is None:
         return _put_gates(model, mode, amount, ignored_scope, examples_inputs, same_on_all_ranks)
-    amount = check_amount(method, amount)
-    targets = entrants(method, find_targets(model, ignored_scope, examples_inputs))
-    check_kind(targets, Mask)
     if same_on_all_ranks:
         warnings.warn(f"same_on_all_ranks does nothing in mode {mode}: masks have no noise", stacklevel=3)
-    statistics = statistics_of(model, method.importance, targets, calibration, examples_inputs)
-    choice = choose_masks(method, amount, [target for target in targets if target in statistics], statistics)
-    choice.check()
-    masks = choice.masks
-    followers = new_followers(model, masks, examples_inputs) if zero_dead_channels else []
-    attach_masks(list(masks.values()), followers)
-    update_followers(model)
+    put_masks(
+        model,
+        method,
+        amount,
+        ignored_scope=ignored_scope,
+        examples_inputs=examples_inputs,
+        calibration=calibration,
+        zero_dead_channels=zero_dead_channels,
+    )
     return model
 
 
@@ -181,7 +180,59 @@ def method_of(mode: PruneMode | str | Method) -> tuple[str, Method | None]:
     return member.value, METHODS.get(member)
 
 
+def method_with_ratios(mode: PruneMode | str | Method) -> Method:
+    """Return the method that ``mode`` is or names.
+
+    Raises:
+        TypeError, ValueError: if it is none, or there is no ratio to choose: masks of N:M have one only, and that of
+            gates belongs to a loss.
+    """
+    name, method = method_of(mode)
+    if method is None:
+        raise ValueError(f"method is {name}, which trains gates by a loss; give a Method or a magnitude mode")
+    if method.scope.name == "n_of_m":
+        raise ValueError(
+            f"method keeps {method.scope.keep} of {method.scope.of}, which is one ratio and no choice of several; "
+            "give another scope, such as scope.tensor()"
+        )
+    return method
+
+
 # ---- masks ----
+
+
+def put_masks(
+    model: nn.Module,
+    method: Method,
+    amount: Amount,
+    *,
+    ignored_scope: IgnoredScope | None,
+    examples_inputs: Any,
+    calibration: Calibration | None,
+    zero_dead_channels: bool,
+) -> None:
+    """Do what `prune` says of masks."""
+    amount = check_amount(method, amount)
+    statistics = contestants(model, method, ignored_scope, examples_inputs, calibration)
+    choice = choose_masks(method, amount, list(statistics), statistics)
+    choice.check()
+    followers = new_followers(model, choice.masks, examples_inputs) if zero_dead_channels else []
+    attach_masks(list(choice.masks.values()), followers)
+    update_followers(model)
+
+
+def contestants(
+    model: nn.Module,
+    method: Method,
+    ignored_scope: IgnoredScope | None,
+    examples_inputs: Any,
+    calibration: Calibration | None,
+) -> dict[Target, Tensor | None]:
+    """Return the weights that a method prunes, each with the statistic that its scores are computed from."""
+    targets = entrants(method, find_targets(model, ignored_scope, examples_inputs))
+    check_kind(targets, Mask)
+    statistics = statistics_of(model, method.importance, targets, calibration, examples_inputs)
+    return {target: statistics[target] for target in targets if target in statistics}
 
 
 def statistics_of(

@@ -1,6 +1,5 @@
 """Report how much of a model is pruned."""
 
-import io
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from pyprune.gates import StochasticGate
 from pyprune.ignored_scope import IgnoredScope
 from pyprune.masks import Mask
 from pyprune.targets import Target, all_parameters, attachments_of, check_readable, choose_targets
+from pyprune.terminal import as_text
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,6 @@ class ModelPruningStatistic:
     def __str__(self) -> str:
         # Imported here: `import pyprune` must cost little.
         from rich import box
-        from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
@@ -57,11 +56,7 @@ class ModelPruningStatistic:
             # Text, because a name with brackets in it is no markup.
             name, shape = Text(tensor.tensor_name), " x ".join(map(str, tensor.shape))
             table.add_row(name, shape, f"{tensor.pruned_ratio:.2%}", f"{tensor.pruned_units:,} of {tensor.units:,}")
-        # As wide as the table needs, and never coloured: the text may go anywhere.
-        console = Console(file=io.StringIO(), width=1000, color_system=None)
-        with console.capture() as capture:
-            console.print(table)
-        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+        return as_text(table)
 
 
 def pruning_statistic(

@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
+from pyprune.terminal import tracked
+
 
 class Dataset:
     """Batches for calibration: any iterable, and a function that turns an item into the input of the model.
@@ -88,26 +90,19 @@ def batches_of(
 
 
 def _tracked(dataset: Dataset, count: int | None, description: str, checked: bool) -> Iterator[Any]:
-    # Imported here: `import pyprune` must cost little.
-    from rich.console import Console
-    from rich.progress import Progress
-
     known = [number for number in (dataset.get_length(), count) if number is not None]
     most = min(known, default=None)
-    console = Console(stderr=True)
     empty = True
-    with Progress(console=console, disable=most == 1 or not console.is_terminal) as progress:
-        batches = islice(dataset.get_inference_data(), count)
-        for batch in progress.track(batches, most, description=description):
-            if checked and isinstance(batch, list):
-                if len(batch) > 1:
-                    raise ValueError(
-                        f"a calibration batch is a list of {len(batch)}, which does not say what the model takes. "
-                        "Wrap the loader: pyprune.Dataset(loader, transform_func=lambda batch: batch[0]) drops the "
-                        "labels; return a tuple for several positional arguments, a dict for keyword arguments"
-                    )
-                batch = batch[0] if batch else batch
-            empty = False
-            yield batch
+    for batch in tracked(islice(dataset.get_inference_data(), count), most, description, shown=most != 1):
+        if checked and isinstance(batch, list):
+            if len(batch) > 1:
+                raise ValueError(
+                    f"a calibration batch is a list of {len(batch)}, which does not say what the model takes. "
+                    "Wrap the loader: pyprune.Dataset(loader, transform_func=lambda batch: batch[0]) drops the "
+                    "labels; return a tuple for several positional arguments, a dict for keyword arguments"
+                )
+            batch = batch[0] if batch else batch
+        empty = False
+        yield batch
     if empty:
         raise ValueError("the calibration dataset gave no batch; a generator, for one, can be read only once")

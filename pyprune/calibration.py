@@ -1,6 +1,8 @@
 """Forward passes that look at a model and leave it as it was, and what they found."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+import numbers
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -98,3 +100,46 @@ def untouched(model: nn.Module) -> Iterator[None]:
             module._buffers.update(buffers)
             module._non_persistent_buffers_set.clear()
             module._non_persistent_buffers_set.update(not_saved)
+
+
+def score_of(model: nn.Module, eval_fn: Callable[[nn.Module], object]) -> float:
+    """Return the score that a function gives a model in evaluation; flags, buffers and random numbers stay.
+
+    So every call sees the same random numbers.
+
+    Raises:
+        TypeError: if it returns no number.
+        ValueError: if it trains the model.
+
+    Example:
+        >>> score_of(nn.Linear(2, 1), lambda model: model.in_features)
+        2.0
+    """
+    weights = {name: weight for name, weight in model.named_parameters() if not weight.is_inference()}
+    versions = {name: weight._version for name, weight in weights.items()}
+    with untouched(model), evaluating(model):
+        score = eval_fn(model)
+    changed = [name for name, version in versions.items() if weights[name]._version != version]
+    if changed:
+        raise ValueError(f"eval_fn changed {', '.join(changed[:8])}; it is to measure the model, not to train it")
+    if isinstance(score, Tensor) and score.numel() == 1:
+        score = score.item()
+    if isinstance(score, bool) or not isinstance(score, numbers.Real):
+        raise TypeError(f"eval_fn returned {score!r:.80}; it is to return a number, the score of the model")
+    return float(score)
+
+
+def check_callable(name: str, function: object) -> None:
+    """Raise TypeError unless an argument is a function."""
+    if not callable(function):
+        raise TypeError(f"{name} is {function!r:.80}; give a function that takes the model")
+
+
+def check_drop(name: str, drop: object) -> None:
+    """Raise unless an argument, if it is not None, says how much of a score may be lost."""
+    if drop is None:
+        return
+    if isinstance(drop, bool) or not isinstance(drop, numbers.Real):
+        raise TypeError(f"{name} is {drop!r}; give a number, in units of the score, or None")
+    if not 0 <= float(drop) < math.inf:
+        raise ValueError(f"{name} is {drop}; give what the score may lose, 0 or more, in its own units")
