@@ -7,6 +7,7 @@ from pyprune._calibrate import calibrate
 from pyprune._config import get_config, load_from_config
 from pyprune._gmp import gmp
 from pyprune._iterative import IterativeResult, PruningRound, iterative_prune, lottery_ticket
+from pyprune._keep_sparse import KeepSparse, keep_sparse
 from pyprune._losses import L0Loss, LagrangianLoss, RBLoss
 from pyprune._movement import MovementPruner
 from pyprune._optimizer import check_optimizer, gate_parameters, weight_parameters
@@ -19,9 +20,9 @@ from pyprune._schedulers import (
     MultiStepMagnitudePruningScheduler,
     MultiStepRBPruningScheduler,
 )
+from pyprune._sensitivity import sensitivity
 from pyprune._slimming import slimming_loss
 from pyprune._snip import snip
-from pyprune._sensitivity import sensitivity
 from pyprune._statistics import ModelPruningStatistic, TensorPruningStatistic, pruning_statistic
 from pyprune._strip import StripFormat, strip
 from pyprune.batches import Dataset
@@ -45,6 +46,7 @@ __all__ = [
     "HardConcreteGate",
     "IgnoredScope",
     "IterativeResult",
+    "KeepSparse",
     "L0Loss",
     "LagrangianLoss",
     "Method",
@@ -74,14 +76,15 @@ __all__ = [
     "get_config",
     "gmp",
     "iterative_prune",
+    "keep_sparse",
     "load_from_config",
     "lottery_ticket",
     "one_gate_sample",
     "prune",
     "pruning_statistic",
+    "sensitivity",
     "slimming_loss",
     "snip",
-    "sensitivity",
     "strip",
     "weight_parameters",
 ]

@@ -1,8 +1,8 @@
 """Which parameters of a model are pruned, and who owns them."""
 
 from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,11 @@ class Target:
 
 
 def find_targets(
-    model: nn.Module, ignored_scope: IgnoredScope | None = None, examples_inputs: Any = None
+    model: nn.Module,
+    ignored_scope: IgnoredScope | None = None,
+    examples_inputs: Any = None,
+    *,
+    shards: bool = False,
 ) -> list[Target]:
     """Find the weights to prune, by identity: a tied weight is one target with several owners.
 
@@ -69,6 +73,7 @@ def find_targets(
         model: the model; what is attached to it does not change names or order of what is found.
         ignored_scope: weights to leave out.
         examples_inputs: a tensor, a tuple of positional or a mapping of keyword arguments for the model.
+        shards: find sharded weights too, for who works on the part of each rank (`local_part`).
 
     Raises:
         TypeError, ValueError: if a weight cannot be pruned (lazy, meta, quantised, sharded, of another dtype
@@ -88,7 +93,8 @@ def find_targets(
             _check_is_parameter(owner)
     targets = _choose(model, survey, examples_inputs)
     for target in targets:
-        check_prunable(target, advice=_ADVICE)
+        part = local_part(target.parameter) if shards else target.parameter
+        check_prunable(replace(target, parameter=cast(nn.Parameter, part)), advice=_ADVICE)
     _check_apart(survey.parameters, targets)
     if not targets:
         raise ValueError(
@@ -224,13 +230,31 @@ def check_readable(target: Target, *, advice: str = "", needs_values: bool = Tru
         raise type(problem)(f"{target.name} {problem}{advice}")
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor: its shard if it is a DTensor (as under FSDP2), else all of it.
+
+    Example:
+        >>> local_part(torch.ones(2)).tolist()
+        [1.0, 1.0]
+    """
+    if not _is_sharded(tensor):
+        return tensor
+    with torch.no_grad():  # with gradients it would be another tensor, in the same memory
+        return cast(Tensor, tensor.to_local())  # type: ignore[attr-defined]
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    # By name: importing the class would load all of torch.distributed.
+    return type(tensor).__name__ == "DTensor"
+
+
 def _problem(parameter: nn.Parameter, needs_values: bool = True) -> Exception | None:
     problem: Exception | None = None
     if is_lazy(parameter):
         problem = ValueError("is lazy and has no values yet; run one forward pass first")
     elif parameter.is_meta and needs_values:
         problem = ValueError("is on the meta device and has no values; load the weights first")
-    elif type(parameter).__name__ == "DTensor":
+    elif _is_sharded(parameter):
         problem = ValueError("is sharded; prune before, and strip on, an unsharded model")
     elif is_traceable_wrapper_subclass(parameter):
         problem = TypeError(

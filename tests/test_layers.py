@@ -60,6 +60,7 @@ FLOORS = {
     "_strip": 4,
     "torch_prune": 4,
     "_iterative": 5,
+    "_keep_sparse": 5,
     "_pruner": 5,
     "_snip": 5,
     "_schedulers": 5,

@@ -121,6 +121,8 @@ def check_bases(bases: Sequence[Tensor | None], weights: Sequence[Tensor], masks
 
 def check_not_expanded(tensor: Tensor, name: str) -> None:
     """Raise if elements of a tensor that is to be written share memory."""
+    if tensor.is_contiguous():  # at once, because this is asked of every weight at every training step
+        return
     strides = zip(tensor.shape, tensor.stride(), strict=True)
     if tensor.numel() and any(size > 1 and stride == 0 for size, stride in strides):
         raise ValueError(f"{name} is expanded: elements share memory. Give a tensor of its own, as clone() does")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyprune.ops._blocks import check_blocks
-from pyprune.ops._library import WEIGHT_DTYPES, check_masks, check_tensors, check_unit_masks
+from pyprune.ops._library import WEIGHT_DTYPES, check_masks, check_not_expanded, check_tensors, check_unit_masks
 
 
 @torch.no_grad()
@@ -20,7 +20,7 @@ def fold(weights: Sequence[Tensor], masks: Sequence[Tensor], blocks: Sequence[Se
             `unit_scores`). No element mask is made.
 
     Raises:
-        TypeError, ValueError: for other dtypes, mixed devices, or shapes that disagree.
+        TypeError, ValueError: for other dtypes, mixed devices, expanded weights, or shapes that disagree.
 
     Example:
         >>> weight = torch.tensor([1.0, 2.0])
@@ -29,6 +29,8 @@ def fold(weights: Sequence[Tensor], masks: Sequence[Tensor], blocks: Sequence[Se
         [1.0, 0.0]
     """
     check_tensors(weights, "weights", WEIGHT_DTYPES)
+    for index, weight in enumerate(weights):
+        check_not_expanded(weight, f"weights[{index}]")
     if blocks is None:
         check_masks(masks, weights)
     else:

@@ -102,6 +102,8 @@ def test_fold_refuses_bad_input():
         ops.fold([weight], [])
     with pytest.raises(ValueError, match="must agree"):
         ops.fold([weight], [torch.zeros(4, dtype=torch.bool)])
+    with pytest.raises(ValueError, match=r"weights\[0\] is expanded"):
+        ops.fold([weight.expand(2, 3)], [torch.zeros(2, 3, dtype=torch.bool)])
     with pytest.raises(ValueError, match=r"need \(2,\)"):
         ops.fold([weight], [torch.zeros(3, dtype=torch.bool)], [(2,)])
     assert weight.sum() == 3
