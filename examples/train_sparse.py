@@ -5,7 +5,7 @@ pruning (GMP) and learned gates (RB) go from dense to sparse, AC/DC goes there a
 start. Two methods need a trained model, and pay for it out of the same budget: movement pruning fine-tunes one, and
 a lottery ticket is trained again and again from the same initial weights.
 
-Each training leaves a checkpoint on its way: the state_dicts of model, optimizer and pruner. For the first seed they
+Each training leaves a checkpoint half way: the state_dicts of model, optimizer and pruner. For the first seed they
 are loaded into new objects, which train on; the example fails if their end is not the same, bit for bit.
 
 Run it with ``make train-sparse``, or ``pip install "pyprune[examples]"`` and ``python examples/train_sparse.py``:
@@ -55,7 +55,7 @@ class Point:
 
 
 class Training:
-    """A budget of epochs, spent in one or several stages, and the checkpoint that is taken after two thirds of it.
+    """A budget of epochs, spent in one or several stages, and the checkpoint that is taken half way.
 
     With a checkpoint given, the epochs up to it are left out, and what it holds is loaded into the objects of the
     stage in which it was taken. What stages before that one did to the model does not matter then: masks are in the
@@ -89,7 +89,7 @@ class Training:
                 self._train_epoch(model, optimizer, pruner, penalty)
             else:
                 self._skip_epoch(parts)
-            if self.checkpoint is None and 3 * self.step >= 2 * self.steps:
+            if self.checkpoint is None and 2 * self.step >= self.steps:
                 self.checkpoint = self._save(parts)
 
     def _train_epoch(
@@ -229,7 +229,6 @@ class Outcome:
 
 
 def train_one(method: str, ratio: float, seed: int, epochs: int, check_resumption: bool) -> Outcome:
-    torch.set_num_threads(1)  # so small a model keeps more of them waiting for each other
     start = time.perf_counter()
     training, model = train_from(seed, method, ratio, epochs)
     seconds = time.perf_counter() - start
@@ -273,8 +272,8 @@ Outcomes = dict[tuple[str, float], list[Outcome]]
 
 def train_all(ratios: Sequence[float], seeds: int, epochs: int, workers: int) -> Outcomes:
     cases = [(DENSE, 0.0)] + [(method, ratio) for ratio in ratios for method in METHODS if method != DENSE]
-    # A process that was forked from one in which torch has threads may hang.
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    # Not forked, because torch may have threads. One thread each: so small a model keeps more waiting for each other.
+    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         futures = {
             (*case, seed): pool.submit(train_one, *case, seed, epochs, seed == 0)
             for seed in range(seeds)
