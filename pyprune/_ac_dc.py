@@ -7,19 +7,21 @@ from torch import nn
 from torch.optim import Optimizer
 
 from pyprune import ops
-from pyprune._pruner import Pruner, is_pruned
+from pyprune._pruner import Pruner
 from pyprune.ignored_scope import IgnoredScope
 from pyprune.importance import magnitude
+from pyprune.masks import Mask
 from pyprune.methods import Method, PruneMode
-from pyprune.schedules import Ratio, alternating
+from pyprune.schedules import alternating
+from pyprune.targets import Target
 
 
 class AcDcPruner(Pruner):
     """A `Pruner` by which weights come back as zero, and their optimizer begins anew, when masks open.
 
-    It takes what a `Pruner` takes, and an optimizer for certain. Whenever the schedule's ratio falls to 0, what the
-    masks dropped becomes zero, and the optimizer forgets its state of all pruned weights: momentum, Adam's moments
-    and step counts.
+    It takes what a `Pruner` takes but ``reintroduce=False``, and an optimizer for certain. When the schedule's ratio
+    is 0 and masks drop something, that becomes zero, and the optimizer forgets its state of all pruned weights:
+    momentum, Adam's moments and step counts.
 
     Example:
         >>> import torch
@@ -35,16 +37,18 @@ class AcDcPruner(Pruner):
     def _check_optimizer(self) -> None:
         if self.optimizer is None:
             raise TypeError("optimizer is None; AC/DC resets what the optimizer knows of the weights: give it")
+        if self._options.dropped_stay:
+            raise ValueError("reintroduce is False, but in dense phases all weights come back; leave it out")
         super()._check_optimizer()
 
-    def _update(self, ratio: Ratio) -> None:
-        if not is_pruned(ratio) and is_pruned(self.ratio):
-            assert self.optimizer is not None
-            masks = self._masks()
-            ops.fold([target.parameter for target in masks], [mask.mask for mask in masks.values()])
+    def _open(self, masks: Mapping[Target, Mask]) -> None:
+        assert self.optimizer is not None
+        tensors = [mask.mask for mask in masks.values()]
+        if bool(ops.count_zeros(tensors).any()):
+            ops.fold([target.parameter for target in masks], tensors)
             for target in masks:
                 self.optimizer.state.pop(target.parameter, None)
-        super()._update(ratio)
+        super()._open(masks)
 
 
 def ac_dc(

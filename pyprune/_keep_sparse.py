@@ -1,5 +1,6 @@
 """Hold the zeros of a folded model while it is trained."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pyprune import ops
+from pyprune._optimizer import innermost
 from pyprune._strip import strip
 from pyprune.attachments import check_module
 from pyprune.ignored_scope import IgnoredScope
@@ -244,6 +246,8 @@ def keep_sparse(
     held = _masks_to_hold(model, find_targets(model, ignored_scope, examples_inputs, shards=True))
     if optimizer is not None:
         _check_all_grouped(held, optimizers)
+    if not held:
+        warnings.warn("the model has no zeros to hold; prune it, or load its sparse weights, before", stacklevel=3)
     strip(model)
     keep = KeepSparse(held)
     for one in optimizers:
@@ -255,18 +259,10 @@ def _optimizers_of(given: object) -> list[Optimizer]:
     """Return the optimizers themselves, without what wraps them."""
     if given is None:
         return []
-    optimizers: list[Optimizer] = []
-    for one in given if isinstance(given, Iterable) else [given]:
-        inner = one
-        while (wrapped := getattr(inner, "optimizer", None)) is not None:
-            inner = wrapped
-        if not isinstance(inner, Optimizer):
-            raise TypeError(
-                f"optimizer is of type {type(one).__name__}; give a torch.optim.Optimizer, several, or None, and "
-                "call apply() after each step yourself"
-            )
-        optimizers.append(inner)
-    return optimizers
+    several = given if isinstance(given, Iterable) else [given]
+    return [
+        innermost(one, "; several of them, or None, and call apply() after each step yourself") for one in several
+    ]
 
 
 def _masks_to_hold(model: nn.Module, targets: list[Target]) -> dict[Target, Tensor]:

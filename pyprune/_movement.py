@@ -1,6 +1,7 @@
 """Movement pruning: weights stay that move away from zero while a model is fine-tuned."""
 
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -35,7 +36,9 @@ class MovementPruner(Pruner):
     units go whose sigma(S) is below threshold * ratio; the ratio only brings the threshold in, and how much goes
     follows from ``regularization``, the weight of ratio * mean(sigma(S)) in the loss.
 
-    Masks follow the scores until the schedule ends, and then stay (`freeze` lets them stay at once).
+    Masks follow the scores until the schedule ends, and then stay (`freeze` lets them stay at once). Scores learn
+    from gradients as backward gives them: with a ``GradScaler`` those are scaled, which Adam does not mind, but other
+    optimizers of scores and ``regularization`` do: use bfloat16 with them.
 
     Args:
         model, ignored_scope, examples_inputs: as for `Pruner`; a model that is trained already.
@@ -84,10 +87,12 @@ class MovementPruner(Pruner):
         examples_inputs: Any = None,
     ) -> None:
         scope = tensor() if scope is None else scope
+        method = Method(gradient(), element() if granularity is None else granularity, scope)
         self._check(scope, as_schedule(schedule), threshold, regularization)
+        if score_optimizer is not None and not callable(score_optimizer):
+            raise TypeError(f"score_optimizer is {score_optimizer!r}; give a function that makes one of tensors")
         self.threshold, self.regularization = threshold, float(regularization)
         self._optimizer_of_scores = partial(torch.optim.Adam, lr=lr) if score_optimizer is None else score_optimizer
-        method = Method(gradient(), element() if granularity is None else granularity, scope)
         super().__init__(
             model, method, schedule, optimizer, ignored_scope=ignored_scope, examples_inputs=examples_inputs
         )
@@ -119,9 +124,12 @@ class MovementPruner(Pruner):
             raise ValueError(f"scope is {scope.name}; movement pruning takes scope.tensor() or scope.model()")
         if isinstance(schedule(schedule.start), dict):
             raise ValueError("movement pruning takes one ratio, not a dict")
+        for name, number in (("threshold", threshold), ("regularization", regularization)):
+            if not ((number is None and name == "threshold") or isinstance(number, numbers.Real)):
+                raise TypeError(f"{name} is {number!r}; give a number")
         if threshold is not None and not 0 < threshold < 1:
             raise ValueError(f"threshold is {threshold}; it is one of sigma(S), and must be between 0 and 1")
-        if regularization < 0 or (regularization > 0 and threshold is None):
+        if not 0 <= regularization < math.inf or (regularization > 0 and threshold is None):
             raise ValueError(
                 f"regularization is {regularization} and threshold {threshold}; give 0 or more, and only for soft "
                 "masks, which have a threshold"
@@ -166,8 +174,8 @@ class MovementPruner(Pruner):
     @torch.no_grad()
     def _update(self, ratio: Ratio) -> None:
         assert isinstance(ratio, float)
-        self._check_last()
         masks = self._masks()
+        self._check_before(masks)
         if self.threshold is not None:
             # sigma(S) >= bound, without the rounding of sigma
             bound = self.threshold * ratio

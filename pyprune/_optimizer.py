@@ -7,6 +7,29 @@ from pyprune.attachments import check_module
 from pyprune.gates import gates_of
 
 
+def innermost(optimizer: object, otherwise: str = "") -> Optimizer:
+    """Return an optimizer without the wrappers that have it as ``.optimizer``, as those of Accelerate and Lightning.
+
+    Raises:
+        TypeError: if there is none inside; ends with ``otherwise``.
+
+    Example:
+        >>> import torch
+        >>> innermost(torch.optim.SGD([nn.Parameter(torch.ones(1))])).defaults["lr"]
+        0.001
+    """
+    inner = optimizer
+    while not isinstance(inner, Optimizer) or hasattr(inner, "optimizer"):
+        wrapped = getattr(inner, "optimizer", None)
+        if wrapped is None:
+            raise TypeError(
+                f"optimizer is of type {type(optimizer).__name__}; give a torch.optim.Optimizer, or a wrapper that "
+                f"has one as .optimizer{otherwise}"
+            )
+        inner = wrapped
+    return inner
+
+
 def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the logits of all learned gates of a model, each once; none without gates.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pyprune._optimizer import innermost
 from pyprune._prune import check_kind, method_of, statistics_of
 from pyprune.allocation import Allocation, Amount, check_ratio
 from pyprune.choosing import Choice, choose_masks, competitors_of, entrants, units_of
@@ -26,9 +27,10 @@ class Pruner:
     """Prune a model while it trains: masks follow a schedule, and importances are measured on the training itself.
 
     Made before the training, it puts masks on the weights at once: those of step 0 of the schedule, or masks that
-    keep everything. Then call `step` after each step of the optimizer, or after each epoch: the schedule counts these
-    calls. Masks are written in place: nothing is compiled again, and where the method allows it (elements or units
-    by magnitude, N:M) nothing waits for a GPU. After the training `pyprune.strip` leaves the plain model.
+    keep everything (masks that are there stay until the schedule starts). Then call `step` after each step of the
+    optimizer, or after each epoch: the schedule counts these calls. Masks are written in place: nothing is compiled
+    again, and where the method allows it (elements or units by magnitude, N:M) nothing waits for a GPU. After the
+    training `pyprune.strip` leaves the plain model.
 
     Gradients and activations are gathered from the training. Gradients are those of the weight in use, which a
     dropped weight has, too; one step of the optimizer is one batch. What ``grad`` holds is masked all the same. Ranks
@@ -44,7 +46,8 @@ class Pruner:
             every step. N:M has a ratio of its own: masks are on wherever that of the schedule is not 0.
         optimizer: what trains the weights; needed for importances of gradients.
         ignored_scope, examples_inputs, allocation, zero_dead_channels: as in `prune`.
-        min_ratio, max_ratio: as in `prune`; the least holds from where the schedule has its last ratio.
+        min_ratio, max_ratio: as in `prune`; the least holds where the schedule has its last ratio (always, if it has
+            no end).
         reintroduce: whether weights that are dropped may come back, with the value that they had; if not, masks
             only lose elements.
 
@@ -94,12 +97,13 @@ class Pruner:
             raise ValueError(
                 f"mode is {name}, but learned gates are drawn to a ratio by a loss; give a Method or a magnitude mode"
             )
-        if optimizer is not None and not hasattr(optimizer, "register_step_pre_hook"):
-            raise TypeError(f"optimizer is a {type(optimizer).__name__}; give a torch.optim.Optimizer")
+        for option, value in (("reintroduce", reintroduce), ("zero_dead_channels", zero_dead_channels)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{option} is {value!r}; give True or False")
         self.model = model
         self.method = found
         self.schedule = as_schedule(schedule)
-        self.optimizer = optimizer
+        self.optimizer = None if optimizer is None else innermost(optimizer)
         self.step_count = 0
         self.ratio: Ratio = 0.0
         self.frozen = False
@@ -157,6 +161,12 @@ class Pruner:
             raise ValueError(f"{state_dict!r:.80} is not the state_dict() of a {type(self).__name__}")
         self._check_state(state_dict)
         self._load(state_dict)
+
+    def __reduce__(self) -> str:
+        raise TypeError(
+            f"a {type(self).__name__} looks at the training of one model and cannot be copied or pickled; make one "
+            "for the copied model and its optimizer, and load this one's state_dict()"
+        )
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -245,13 +255,17 @@ class Pruner:
         ratio = self.schedule(0)
         if self.schedule.is_due(0) and is_pruned(ratio):
             assert self._statistics is not None
-            masks = choose_masks(self.method, self._amount(ratio), self._targets, self._statistics).masks
+            choice = choose_masks(self.method, self._amount(ratio), self._targets, self._statistics)
+            choice.check()
+            masks = choice.masks
         carried = {target: target.attachment for target in self._targets if target not in masks}
         kept = {t: NewMask(t.owners, m.mask.clone(), m.unit) for t, m in carried.items() if isinstance(m, Mask)}
         followers = new_followers(self.model, masks | kept, inputs) if zero_dead_channels else []
         attach_masks(list((masks | (kept if followers else {})).values()), followers)
+        if self.schedule.is_due(0) and not is_pruned(ratio) and not self._options.dropped_stay:
+            self._open(self._masks())
         update_followers(self.model)
-        self.ratio = ratio
+        self.ratio = self._ratio_in_use(ratio)
 
     def _make_watch(self) -> TrainingSums | TrainingGradients | None:
         """Return what is to look at the training."""
@@ -284,25 +298,39 @@ class Pruner:
                 )
             return check_amount(self.method, replace(self._options, ratio=None))
         options = replace(self._options, ratio=ratio)
-        return check_amount(self.method, options if ratio == last else replace(options, min_ratio=0.0))
+        is_last = self.schedule.end is None or ratio == last
+        return check_amount(self.method, options if is_last else replace(options, min_ratio=0.0))
+
+    def _ratio_in_use(self, ratio: Ratio) -> Ratio:
+        """Return the ratio of the masks: N:M has its own as soon as the schedule has any."""
+        scope = self.method.scope
+        if scope.name != "n_of_m" or not is_pruned(ratio):
+            return ratio
+        assert scope.keep is not None
+        assert scope.of is not None
+        return 1 - scope.keep / scope.of
+
+    def _open(self, masks: Mapping[Target, Mask]) -> None:
+        """Let the masks keep everything."""
+        for mask in masks.values():
+            mask.mask.fill_(True)
 
     @torch.inference_mode(False)
     def _update(self, ratio: Ratio) -> None:
         """Compute the masks anew."""
-        self._check_last()
         masks = self._masks()
+        self._check_before(masks)
         if is_pruned(ratio):
             found = self._watch.results() if isinstance(self._watch, TrainingSums) else self._statistics
             assert found is not None
             self._write(self._amount(ratio), found, masks)
         elif not self._options.dropped_stay:
-            for mask in masks.values():
-                mask.mask.fill_(True)
+            self._open(masks)
         if isinstance(self._watch, TrainingSums):
             self._watch.restart()
         for mask in masks.values():
             mask.update_followers()
-        self.ratio = ratio
+        self.ratio = self._ratio_in_use(ratio)
 
     def _write(
         self, amount: Amount, statistics: Mapping[Target, Tensor | None], masks: Mapping[Target, Mask]
@@ -319,7 +347,7 @@ class Pruner:
             competitors=self._competitors(amount),
         )
         self._unchecked = choice
-        if all(tensor.is_cpu for tensor in tensors.values()):
+        if _on_cpu(masks):
             self._check_last()
         if not in_place:
             attach_masks(list(choice.masks.values()))
@@ -351,11 +379,21 @@ class Pruner:
             masks[target] = mask
         return masks
 
+    def _check_before(self, masks: Mapping[Target, Mask]) -> None:
+        """Raise if the masks of the last update were wrong and nobody has been told yet."""
+        last, self._unchecked = self._unchecked, None
+        if last is not None and not _on_cpu(masks):
+            last.check()
+
     def _check_last(self) -> None:
         """Raise if the masks of the last update were computed from NaN or infinity."""
-        choice, self._unchecked = self._unchecked, None
-        if choice is not None:
-            choice.check()
+        if self._unchecked is not None:
+            self._unchecked.check()
+            self._unchecked = None
+
+
+def _on_cpu(masks: Mapping[Target, Mask]) -> bool:
+    return all(mask.mask.is_cpu for mask in masks.values())
 
 
 def is_pruned(ratio: Ratio) -> bool:

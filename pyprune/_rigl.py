@@ -13,8 +13,9 @@ from pyprune._pruner import Pruner
 from pyprune.allocation import Allocation, check_ratio
 from pyprune.ignored_scope import IgnoredScope
 from pyprune.importance import random
+from pyprune.masks import Mask
 from pyprune.methods import Method
-from pyprune.schedules import Ratio, constant
+from pyprune.schedules import Ratio, check_step, constant
 from pyprune.scope import tensor
 from pyprune.targets import Target
 from pyprune.training_sums import TrainingGradients, average
@@ -31,7 +32,7 @@ class RigLPruner(Pruner):
         model, optimizer, ignored_scope, examples_inputs: as for `Pruner`.
         ratio: of all steps, in [0, 1).
         end: the step of the last update, in calls of `Pruner.step`; three quarters of the training are usual.
-        frequency: how many steps lie between updates.
+        frequency: how many steps lie between updates; less than ``end``.
         fraction: share of the weights that moves in the first update, in [0, 1).
         allocation: as in `prune`; by "erk" thin layers keep more.
         seed: of the first masks.
@@ -71,6 +72,10 @@ class RigLPruner(Pruner):
         examples_inputs: Any = None,
     ) -> None:
         self.fraction = check_ratio(fraction, "fraction")
+        if check_step(frequency, "frequency", least=1) >= check_step(end, "end"):
+            raise ValueError(
+                f"frequency is {frequency} and end {end}, so nothing would ever move; give a smaller one"
+            )
         self._gradients: dict[Target, Tensor] = {}
         super().__init__(
             model,
@@ -81,8 +86,7 @@ class RigLPruner(Pruner):
             examples_inputs=examples_inputs,
             allocation=allocation,
         )
-        masks = self._masks()
-        ops.fold([target.parameter for target in masks], [mask.mask for mask in masks.values()])
+        self._clear(self._masks())
 
     def _check_optimizer(self) -> None:
         if self.optimizer is None:
@@ -117,6 +121,7 @@ class RigLPruner(Pruner):
                 f"{', '.join(missing)} had no gradient in the last step of the optimizer, so nothing can grow"
             )
         self._gradients = {}
+        self._clear(masks)
         weights = [target.parameter for target in self._targets]
         before = [masks[target].mask for target in self._targets]
         sizes = [weight.numel() for weight in weights]
@@ -137,12 +142,19 @@ class RigLPruner(Pruner):
             raise ValueError("weights or gradients are NaN or infinite: the training diverged. Load a checkpoint")
         for mask, kept, new in zip(before, fewer, grown, strict=True):
             torch.logical_or(kept, new, out=mask)
-        # What is dropped becomes zero, and so does its momentum; so it is when it grows again.
-        stale = [(tensor, mask) for w, mask in zip(weights, before, strict=True) for tensor in (w, *self._states(w))]
-        ops.fold([tensor for tensor, _ in stale], [mask for _, mask in stale])
+        self._clear(masks)
         for carried in masks.values():
             carried.update_followers()
         self.ratio = ratio
+
+    def _clear(self, masks: Mapping[Target, Mask]) -> None:
+        """Let what is dropped be zero, and its momentum, so that it is when it grows."""
+        stale = [
+            (tensor, mask.mask)
+            for target, mask in masks.items()
+            for tensor in (target.parameter, *self._states(target.parameter))
+        ]
+        ops.fold([tensor for tensor, _ in stale], [mask for _, mask in stale])
 
     def _states(self, weight: Tensor) -> list[Tensor]:
         """Return what the optimizer keeps of each element of a weight."""

@@ -62,7 +62,8 @@ class ActivationSums:
         self.gathers = True  # False: hooks look at nothing
         self.layers: dict[Target, list[tuple[nn.Module, str]]] = {}
         self.sums: dict[Target, Tensor] = {}
-        self.counts: dict[Target, int] = {}
+        # Tensors: numbers that change would let a compiled model be compiled again.
+        self.counts: dict[Target, Tensor] = {}
         problems = []
         for target in targets:
             self.layers[target] = self._visible(target)
@@ -73,6 +74,12 @@ class ActivationSums:
                 f"the activations of {', '.join(problems)} cannot be seen from outside of its layer; name it in "
                 "ignored_scope, here and in prune"
             )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ActivationSums":
+        # A copy of a model brings copies of its hooks, which nobody listens to.
+        deaf = object.__new__(type(self))
+        deaf.gathers = False
+        return deaf
 
     def _visible(self, target: Target) -> list[tuple[nn.Module, str]]:
         layers = [(layer, "input") for layer in output_layers(target)]
@@ -102,17 +109,18 @@ class ActivationSums:
     def _see(
         self, target: Target, kind: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        if not self.gathers or (self.only_training and not layer.training):
+        if not self.gathers or (self.only_training and (not layer.training or _is_recomputed())):
             return
         if self.rule.needs == "input norm":
             figures = input_squares(kind, layer, args, kwargs, output)
-            self.counts[target] = 1
+            self.counts.setdefault(target, torch.ones((), dtype=torch.float64, device=figures.device))
         else:
             activation = cast(Callable[[Tensor], Tensor], self.rule.options[0])
             seen, others = but_channels(layer, output)
             seen = activation(seen)
             figures = ((seen == 0) if self.rule.needs == "zero outputs" else seen).sum(others, dtype=torch.float64)
-            self.counts[target] = self.counts.get(target, 0) + seen.numel() // max(1, figures.numel())
+            count = torch.full((), seen.numel() // max(1, figures.numel()), dtype=torch.float64, device=seen.device)
+            self.counts[target] = self.counts[target] + count if target in self.counts else count
         self.sums[target] = self.sums[target] + figures if target in self.sums else figures
 
     def result(self, target: Target, count: int) -> Tensor:
@@ -121,7 +129,7 @@ class ActivationSums:
         if sums is None:
             raise ValueError(f"no batch went through the layer of {target.name}; name it in ignored_scope")
         if self.rule.needs != "input norm":
-            return (sums / max(1, self.counts[target])).to(_wide(target))
+            return (sums / self.counts[target].clamp(min=1)).to(_wide(target))
         out_dim, in_dim = channel_dims(target)
         shape = [1] * target.parameter.dim()
         shape[in_dim] = sums.shape[-1]
@@ -129,6 +137,11 @@ class ActivationSums:
             shape[out_dim] = target.parameter.shape[out_dim]
             sums = sums.repeat_interleave(shape[out_dim] // len(sums), dim=0)
         return sums.sqrt().reshape(shape).to(_wide(target))
+
+
+def _is_recomputed() -> bool:
+    """Whether this forward pass is part of a backward pass, as that of checkpointed activations."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _wide(target: Target) -> torch.dtype:

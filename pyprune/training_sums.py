@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, distributed
 from torch.optim import Optimizer
 
@@ -126,6 +127,7 @@ class TrainingSums:
         self._targets = targets
         self._goes_on = rule.needs == "momentum"
         self._count = 0  # of batches whose gradients were added
+        self._seen: set[Target] = set()  # what has had a gradient since
         self._gradients: TrainingGradients | None = None
         self._hooks = ExitStack()
         self._sums: GradientSums | ActivationSums
@@ -164,6 +166,7 @@ class TrainingSums:
                 self._sums.add(target, gradients[target])
             else:
                 self._sums.add_nothing(target)
+        self._seen.update(gradients)
         self._count += 1
 
     def drop_batch(self) -> bool:
@@ -174,7 +177,7 @@ class TrainingSums:
         """Return the statistics, averaged over the ranks of `torch.distributed`, which so choose the same masks.
 
         Raises:
-            ValueError: if there was no batch.
+            ValueError: if there was no batch, or none in which a weight had a gradient.
         """
         if self.is_empty:
             raise ValueError(
@@ -184,8 +187,13 @@ class TrainingSums:
         sums = self._sums
         if isinstance(sums, ActivationSums):
             # Ranks may have seen different numbers of samples.
-            sums.sums = {target: total / max(1, sums.counts[target]) for target, total in sums.sums.items()}
-            sums.counts = dict.fromkeys(sums.counts, 1)
+            sums.sums = {target: total / sums.counts[target].clamp(min=1) for target, total in sums.sums.items()}
+            sums.counts = {target: torch.ones_like(count) for target, count in sums.counts.items()}
+        elif unseen := [target.name for target in self._targets if target not in self._seen]:
+            raise ValueError(
+                f"{', '.join(unseen)} had no gradient since masks were computed last, so all of it would count for "
+                "nothing; name it in ignored_scope, or compute masks less often"
+            )
         average([sums.sums[target] for target in self._targets if target in sums.sums])
         return {target: sums.result(target, self._count) for target in self._targets}
 
@@ -194,6 +202,7 @@ class TrainingSums:
         if self._goes_on:
             return
         self._count = 0
+        self._seen.clear()
         if isinstance(self._sums, ActivationSums):
             self._sums.sums.clear()
             self._sums.counts.clear()
@@ -209,7 +218,7 @@ class TrainingSums:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` takes."""
-        counts = self._sums.counts if isinstance(self._sums, ActivationSums) else {}
+        counts = self._sums.counts if isinstance(self._sums, ActivationSums) else dict.fromkeys(self._seen, 1)
         return {
             "count": self._count,
             "sums": {target.name: tensor.clone() for target, tensor in self._sums.sums.items()},
@@ -226,7 +235,8 @@ class TrainingSums:
             raise ValueError("the state is that of a pruner with another importance; make one as it was made")
         shapes = {target.name: target.parameter.shape for target in self._targets}
         names, of_activations = set(state["sums"]), self._gradients is None
-        fits = names == set(state["counts"]) if of_activations else names == set(shapes) and not state["counts"]
+        counted = set(state["counts"])
+        fits = names == counted if of_activations else names == set(shapes) >= counted
         if not (fits and names <= set(shapes)):
             raise ValueError(f"the state is of the weights {sorted(names)}, these are {sorted(shapes)}")
         wrong = [name for name in names if not of_activations and state["sums"][name].shape != shapes[name]]
@@ -243,7 +253,11 @@ class TrainingSums:
             by_name[name]: tensor.to(device[name], copy=True) for name, tensor in state["sums"].items()
         }
         if isinstance(self._sums, ActivationSums):
-            self._sums.counts = {by_name[name]: count for name, count in state["counts"].items()}
+            self._sums.counts = {
+                by_name[name]: count.to(device[name], copy=True) for name, count in state["counts"].items()
+            }
+        else:
+            self._seen = {by_name[name] for name in state["counts"]}
         self._count = int(state["count"])
         self.drop_batch()
 

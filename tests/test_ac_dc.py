@@ -127,3 +127,27 @@ def test_another_schedule_resets_only_where_masks_open():
         pruner.step()
         kept.append(model.head.parametrizations.weight.original in optimizer.state)
     assert kept == [True, True, True, False, True, True, True]
+
+
+def test_a_dense_phase_opens_masks_that_were_there():
+    model = pyprune.prune(small(), Method(importance.magnitude()), ratio=0.6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    one_step(model, optimizer, 0)
+    dropped = {name: ~mask for name, mask in masks(model).items()}
+    later = pyprune.ac_dc(model, 0.5, optimizer, start=2, end=10, frequency=4)
+    assert not all(mask.all() for mask in masks(model).values())
+    for _ in range(2):
+        later.step()
+    for target, mask in masks_of(model).items():
+        assert mask.all()
+        assert (target.parameter[dropped[target.name]] == 0).all()
+        assert target.parameter not in optimizer.state
+
+
+def test_without_reintroduction_there_would_be_no_dense_phase():
+    model = small()
+    schedule = schedules.alternating(0.5, end=8, frequency=2)
+    optimizer = torch.optim.SGD(model.parameters())
+    with pytest.raises(ValueError, match="reintroduce is False"):
+        pyprune.AcDcPruner(model, Method(importance.magnitude()), schedule, optimizer, reintroduce=False)
+    assert masks_of(model) == {}

@@ -69,3 +69,14 @@ def test_activations_are_seen_while_they_are_watched():
     (target,) = targets
     torch.testing.assert_close(sums.result(target, 2), torch.tensor([[50.0, 4.0]]).sqrt())
     assert not model._forward_hooks
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_what_a_checkpoint_runs_again_is_not_counted_again(reentrant):
+    linear = nn.Linear(3, 2)
+    sums = ActivationSums(importance.wanda(), find_targets(linear), only_training=True)
+    inputs = torch.ones(4, 3, requires_grad=True)
+    with sums.watching():
+        torch.utils.checkpoint.checkpoint(linear, inputs, use_reentrant=reentrant).sum().backward()
+    (total,) = sums.sums.values()
+    assert total.tolist() == [4.0, 4.0, 4.0]

@@ -114,7 +114,8 @@ def test_keep_sparse_of_what_is_whole_costs_nothing():
     pyprune.prune(model[0], LOCAL, ratio=0.5)
     pyprune.prune(model[2], LOCAL, ratio=0.0)
     assert list(keep_sparse(model, sgd(model)).masks) == ["0.weight"]
-    assert keep_sparse(two_layers(), None).masks == {}
+    with pytest.warns(UserWarning, match="no zeros to hold"):
+        assert keep_sparse(two_layers(), None).masks == {}
 
 
 def test_keep_sparse_holds_zeros_beside_masks():

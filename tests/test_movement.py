@@ -6,6 +6,7 @@ from torch import nn
 
 import pyprune
 from pyprune import MovementPruner, granularity, schedules, scope
+from tests.conftest import masks_of
 from tests.test_pruner import assert_same_masks, backward, masks, plain_gradient, raw, sgd, small, train
 
 LR = 0.5
@@ -212,3 +213,20 @@ def test_heads_are_scored_over_all_their_weights():
     products = (into.grad * into).detach().reshape(3, 2, 4, 8).sum((0, 2, 3))
     products = products + (out.grad * out).detach().reshape(8, 2, 4).sum((0, 2))
     torch.testing.assert_close(pruner.scores[name], -LR * products, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"scope": "model"}, TypeError, "scope is 'model'"),
+        ({"threshold": "a"}, TypeError, "threshold is 'a'"),
+        ({"threshold": 0.5, "regularization": "x"}, TypeError, "regularization is 'x'"),
+        ({"threshold": 0.5, "regularization": float("nan")}, ValueError, "regularization is nan"),
+        ({"score_optimizer": 3}, TypeError, "score_optimizer is 3"),
+    ],
+)
+def test_wrong_options_are_refused(options, error, message):
+    model = small()
+    with pytest.raises(error, match=message):
+        pyprune.MovementPruner(model, schedules.one_shot(0.5, start=1), sgd(model), **options)
+    assert masks_of(model) == {}

@@ -786,7 +786,7 @@ WRONG = {
     "dead channels": (lambda m: Pruner(m, LOCAL, HALF, zero_dead_channels=True), "examples_inputs"),
     "AC/DC": (lambda m: pyprune.AcDcPruner(m, LOCAL, HALF), "optimizer is None"),
     "AC/DC's end": (lambda m: pyprune.ac_dc(m, 0.5, sgd(m), end=0, frequency=1), "end must come after"),
-    "RigL": (lambda m: pyprune.RigLPruner(m, 0.5, None, end=4), "optimizer is None"),
+    "RigL": (lambda m: pyprune.RigLPruner(m, 0.5, None, end=4, frequency=2), "optimizer is None"),
     "RigL's fraction": (lambda m: pyprune.RigLPruner(m, 0.5, sgd(m), end=4, fraction=1.0), "fraction is 1.0"),
     "movement": (lambda m: pyprune.MovementPruner(m, HALF, None), "optimizer is None"),
     "lr of scores": (lambda m: pyprune.MovementPruner(m, HALF, sgd(m), lr=-1.0), "learning rate"),
@@ -819,7 +819,7 @@ def test_what_is_wrong_is_refused_and_leaves_the_model_as_it_was(name, masked):
 
 FROZEN = {
     "taylor": lambda m: Pruner(m, TAYLOR, HALF, sgd(m)),
-    "rigl": lambda m: pyprune.RigLPruner(m, 0.5, sgd(m), end=4),
+    "rigl": lambda m: pyprune.RigLPruner(m, 0.5, sgd(m), end=4, frequency=2),
     "movement": lambda m: pyprune.MovementPruner(m, HALF, sgd(m)),
 }
 
@@ -886,3 +886,91 @@ def test_nan_is_an_error_at_the_update_and_names_the_weight():
     optimizer.step()
     with pytest.raises(ValueError, match=r"NaN or infinite scores by taylor: \d+ in conv\.weight"):
         pruner.step()
+
+
+def test_masks_of_step_0_are_those_of_the_schedule_whatever_was_there():
+    model = prune(small(), LOCAL, ratio=0.8)
+    pruner = Pruner(model, LOCAL, schedules.cubic(0.9, end=20))
+    assert pruner.ratio == 0.0
+    assert all(mask.all() for mask in masks(model).values())
+
+
+def test_the_least_ratio_holds_with_a_schedule_that_has_no_end():
+    model, other = small(), small()
+    method = Method(importance.magnitude())
+    Pruner(model, method, lambda step: 0.5, min_ratio=0.45)
+    assert_same_masks(masks(model), masks(prune(other, method, ratio=0.5, min_ratio=0.45)))
+
+
+def test_the_ratio_of_n_of_m_is_that_of_its_masks():
+    method = Method(importance.magnitude(), scope=scope.n_of_m(keep=1, of=4))
+    pruner = Pruner(small(), method, schedules.cubic(0.75, end=4))
+    ratios = [pruner.ratio]
+    for _ in range(3):
+        pruner.step()
+        ratios.append(pruner.ratio)
+    assert ratios == [0.0, 0.75, 0.75, 0.75]
+
+
+class Wrapped:
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+
+def test_wrappers_of_optimizers_are_looked_through():
+    model = small()
+    optimizer = sgd(model)
+    taylor = Method(importance.taylor())
+    pruner = Pruner(model, taylor, schedules.one_shot(0.5, start=1), Wrapped(Wrapped(optimizer)))
+    train(model, optimizer, pruner, 1)
+    assert pruner.ratio == 0.5
+    with pytest.raises(TypeError, match=r"give a torch\.optim\.Optimizer"):
+        Pruner(small(), LOCAL, schedules.one_shot(0.5), object())
+
+
+@pytest.mark.parametrize("make", [copy.copy, copy.deepcopy], ids=["copy", "deepcopy"])
+def test_a_pruner_is_not_copied(make):
+    with pytest.raises(TypeError, match="cannot be copied or pickled"):
+        make(Pruner(small(), LOCAL, schedules.one_shot(0.5)))
+
+
+def test_a_copy_of_a_model_whose_activations_are_watched_watches_nothing():
+    model = small()
+    pruner = Pruner(model, Method(importance.wanda()), schedules.one_shot(0.5, start=2), sgd(model))
+    backward(copy.deepcopy(model))
+    assert not pruner._is_measured()
+    backward(model)
+    assert pruner._is_measured()
+
+
+def test_a_weight_without_any_gradient_since_the_last_update_is_an_error():
+    model = small()
+    optimizer = sgd(model)
+    pruner = Pruner(model, Method(importance.taylor()), schedules.linear(0.5, end=4, frequency=2), optimizer)
+    train(model, optimizer, pruner, 2)
+    model.hidden.parametrizations.weight.original.requires_grad_(False)
+    backward(model)
+    optimizer.step()
+    pruner.step()
+    backward(model)
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"hidden\.weight had no gradient since"):
+        pruner.step()
+
+
+def test_a_state_after_nan_is_not_saved():
+    model = small()
+    pruner = Pruner(model, LOCAL, schedules.linear(0.5, end=4))
+    model.head.parametrizations.weight.original.data[0, 0] = torch.nan
+    for save in (pruner.step, pruner.state_dict, pruner.state_dict):
+        with pytest.raises(ValueError, match=r"NaN or infinite weights: 1 in head\.weight"):
+            save()
+    model.head.parametrizations.weight.original.data[0, 0] = 1.0
+    assert pruner.step()
+    assert pruner.state_dict()["step_count"] == 2
+
+
+@pytest.mark.parametrize("option", ["reintroduce", "zero_dead_channels"])
+def test_flags_are_true_or_false(option):
+    with pytest.raises(TypeError, match=f"{option} is 'no'"):
+        Pruner(small(), LOCAL, schedules.one_shot(0.5), **{option: "no"})

@@ -74,7 +74,7 @@ def test_every_update_drops_the_smallest_weights_and_grows_the_largest_gradients
 def test_first_masks_are_random_by_seed_and_weights_are_zero_under_them():
     def first(seed):
         model = small()
-        pyprune.RigLPruner(model, 0.5, sgd(model), end=4, seed=seed)
+        pyprune.RigLPruner(model, 0.5, sgd(model), end=4, frequency=2, seed=seed)
         for target, mask in masks_of(model).items():
             assert (target.parameter[~mask] == 0).all()
         return torch.cat([mask.flatten() for mask in masks(model).values()])
@@ -167,3 +167,32 @@ def test_dead_channels_of_an_earlier_prune_are_followed():
         pruner.step()
         alive = masks(model)["0.weight"].any(1)
         assert torch.equal(model[0].parametrizations.bias[0].mask, alive)
+
+
+def test_what_grows_starts_without_the_momentum_of_a_dense_training():
+    model = small()
+    optimizer = sgd(model)
+    for step in range(5):
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.step()
+    pruner = pyprune.RigLPruner(model, 0.5, optimizer, end=9, frequency=3, fraction=0.8)
+    before = masks(model)
+    for step in range(3):
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.step()
+        pruner.step()
+    count = 0
+    for target, mask in masks_of(model).items():
+        grown = mask & ~before[target.name]
+        count += int(grown.sum())
+        for tensor in (target.parameter, *optimizer.state[target.parameter].values()):
+            assert (tensor[grown] == 0).all()
+    assert count > 5
+
+
+def test_a_frequency_at_which_nothing_would_move_is_refused():
+    model = small()
+    with pytest.raises(ValueError, match="frequency is 100 and end 60"):
+        pyprune.RigLPruner(model, 0.5, sgd(model), end=60)
