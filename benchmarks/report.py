@@ -17,9 +17,17 @@ from measure import quartiles
 
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- speed: written by benchmarks/report.py, do not edit -->", "<!-- speed: end -->"
-NAMES = {"resnet50": "ResNet-50", "bert": "BERT-base", "llama": "Llama-like", "float32": "fp32", "bfloat16": "bf16"}
+NAMES = {
+    "resnet50": "ResNet-50",
+    "bert": "BERT-base",
+    "llama": "Llama-like",
+    "resnet18": "ResNet-18",
+    "float32": "fp32",
+    "bfloat16": "bf16",
+}
 OURS, THEIRS, FLOOR = "#0072B2", "#B8C4CE", "#D55E00"
 LEARNED = ("gates", "rb_loss")
+TRAINING = "training"
 FRESH = ("pyprune, fresh outputs", "floor in fresh memory")
 # What rows of the README's table say.
 LABELS = {
@@ -81,7 +89,7 @@ def goals_tables(report: dict[str, Any]) -> str:
     """Show what was wanted and what was measured: of what works on masks, and of what learns them."""
     judged = verdicts(report["results"])
     learned = [row for row in usual(report["results"]) if row["job"] in LEARNED]
-    chosen = [row for row in usual(report["results"]) if row["job"] not in LEARNED]
+    chosen = [row for row in usual(report["results"]) if row["job"] not in (*LEARNED, TRAINING)]
     return "\n\n".join(goals_table(rows, judged) for rows in (chosen, learned) if rows)
 
 
@@ -128,17 +136,24 @@ def measured(rows: list[Row], ours: Row | None, against: str) -> str:
 
 def training_table(rows: list[Row]) -> str:
     """Show what a training step costs, as multiples of the dense one."""
+    judged = {(verdict.group, verdict.model): verdict for verdict in verdicts(rows) if verdict.against == "floor"}
     rows = [row for row in rows if row["group"].startswith(STEP)]
     columns = columns_of(rows)
     lines = []
     for group, way in dict.fromkeys((row["group"], row["way"]) for row in rows):
         cells = [find(rows, group=group, way=way, model=model, dtype=dtype) for model, dtype in columns]
-        texts = [
-            "" if row is None else milliseconds(median(row)) if row["is_floor"] else multiple(beside_floor(row))
-            for row in cells
-        ]
-        lines.append([f"{group}: {way}", *texts])
+        lines.append([f"{group}: {way}", *(step_cell(row, judged) for row in cells)])
     return markdown(["", *map(name_of, columns)], lines)
+
+
+def step_cell(row: Row | None, judged: dict[tuple[str, str], Verdict]) -> str:
+    """Return a step's multiple of the dense one; of ours with what was wanted."""
+    if row is None:
+        return ""
+    if row["is_floor"]:
+        return milliseconds(median(row))
+    verdict = judged.get((row["group"], row["model"])) if row["way"] == "pyprune" else None
+    return judged_cell(verdict) if verdict else multiple(beside_floor(row))
 
 
 def every_way(rows: list[Row]) -> str:
@@ -216,7 +231,7 @@ def is_peer(row: Row) -> bool:
 
 def draw_speed(report: dict[str, Any], path: Path) -> None:
     """Draw how many times longer than ours each peer takes, and where the floor is."""
-    rows = [row for row in usual(report["results"]) if row["job"] not in ("training", "growth")]
+    rows = [row for row in usual(report["results"]) if row["job"] not in (TRAINING, "growth")]
     model, dtype = columns_of(rows)[0]
     rows = [row for row in rows if (row["model"], row["dtype"]) == (model, dtype)]
     beside = {row["group"] for row in rows if is_peer(row)}

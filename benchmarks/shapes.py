@@ -87,7 +87,43 @@ def transformer() -> tuple[nn.Module, Tensor]:
     return Stack(*(Block(256, 4) for _ in range(2))), torch.randn(8, 64, 256)
 
 
-NETS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {"convnet": convnet, "transformer": transformer}
+class Residual(nn.Module):
+    """A basic block of ResNet-18."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.first = convolution(inputs, outputs, 3, stride)
+        self.second = convolution(outputs, outputs, 3)
+        self.shortcut = convolution(inputs, outputs, 1, stride) if stride > 1 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.second(torch.relu(self.first(x))) + self.shortcut(x))
+
+
+def convolution(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False), nn.BatchNorm2d(outputs))
+
+
+def resnet18() -> tuple[nn.Module, Tensor]:
+    """Return ResNet-18 for images of 32 x 32 and a batch for it."""
+    layers: list[nn.Module] = [convolution(3, 64, 3), nn.ReLU()]
+    for inputs, outputs, stride in ((64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)):
+        layers += [Residual(inputs, outputs, stride), Residual(outputs, outputs, 1)]
+    net = Stack(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
+    return net, torch.randn(32, 3, 32, 32)
+
+
+def encoder() -> tuple[nn.Module, Tensor]:
+    """Return a stack of transformer blocks of the size of a small encoder and a batch for it."""
+    return Stack(*(Block(384, 6) for _ in range(4))), torch.randn(32, 64, 384)
+
+
+NETS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
+    "convnet": convnet,
+    "transformer": transformer,
+    "resnet18": resnet18,
+    "encoder": encoder,
+}
 MODELS = [*LISTS, *NETS]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -31,6 +31,7 @@ from pyprune.gates import HardConcreteGate, StochasticGate
 from pyprune.ignored_scope import IgnoredScope
 from pyprune.methods import Method, PruneMode
 from pyprune.passes import one_gate_sample
+from pyprune.recipes import Recipe, RecipePruner
 from pyprune.schedules import Schedule
 from pyprune.sensitivity_allocation import allocation_from_sensitivity
 from pyprune.sensitivity_result import SensitivityResult, SensitivityTarget
@@ -58,6 +59,8 @@ __all__ = [
     "Pruner",
     "PruningRound",
     "RBLoss",
+    "Recipe",
+    "RecipePruner",
     "RigLPruner",
     "Schedule",
     "SensitivityResult",

@@ -32,12 +32,16 @@ class AcDcPruner(Pruner):
         [False, 0.5, False, 0.0, False, 0.5]
     """
 
+    def _check_optimizer(self) -> None:
+        if self.optimizer is None:
+            raise TypeError("optimizer is None; AC/DC resets what the optimizer knows of the weights: give it")
+        super()._check_optimizer()
+
     def _update(self, ratio: Ratio) -> None:
         if not is_pruned(ratio) and is_pruned(self.ratio):
-            if self.optimizer is None:
-                raise ValueError("AcDcPruner has no optimizer whose momentum it could reset; give one")
+            assert self.optimizer is not None
             masks = self._masks()
-            ops.fold([target.parameter for target in masks], list(masks.values()))
+            ops.fold([target.parameter for target in masks], [mask.mask for mask in masks.values()])
             for target in masks:
                 self.optimizer.state.pop(target.parameter, None)
         super()._update(ratio)

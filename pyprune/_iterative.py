@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from pyprune._prune import method_with_ratios, put_masks
 from pyprune._statistics import pruning_statistic
 from pyprune.allocation import Amount, check_ratio
-from pyprune.calibration import Calibration, check_callable, check_drop, score_of
+from pyprune.calibration import Calibration, check_callable, score_of
 from pyprune.choosing import entrants
+from pyprune.drops import check_drop, worsening
 from pyprune.ignored_scope import IgnoredScope
 from pyprune.importance import magnitude
 from pyprune.methods import Method, PruneMode, check_amount
 from pyprune.schedules import Ratio, Schedule, as_schedule, check_step
-from pyprune.sensitivity_result import worsening
 from pyprune.snapshots import Snapshot, check_rewindable, restored_on_failure, rewind
 from pyprune.targets import attachments_of, find_targets
 from pyprune.terminal import as_text, tracked
@@ -76,7 +76,7 @@ class IterativeResult:
         from rich import box
         from rich.table import Table
 
-        table = Table(box=box.SIMPLE)
+        table = Table(title="Rounds of pruning", title_justify="left", box=box.SIMPLE)
         for name in ("round", "ratio", "sparsity", "score, pruned", "trained", ""):
             table.add_column(name, justify="right")
         table.add_row("dense", "", "", "", _number(self.baseline))
@@ -259,8 +259,9 @@ def lottery_ticket(
     chosen = method_with_ratios(method)
     check_callable("train_fn", train_fn)
     final, rounds = check_ratio(ratio), check_step(iterations, "iterations", least=1)
-    amounts = [Amount(1 - (1 - final) ** (i / rounds), dropped_stay=True) for i in range(1, rounds)]
-    amounts.append(Amount(final, dropped_stay=True))  # exactly, not rounded by the formula
+    # The last is exactly what was asked for, not rounded by the formula.
+    ratios = [*(1 - (1 - final) ** (i / rounds) for i in range(1, rounds)), final]
+    amounts = [Amount(ratio, dropped_stay=True) for ratio in ratios]
     if eval_fn is not None:
         check_callable("eval_fn", eval_fn)
     _check_model(model, chosen, calibrate_fn, ignored_scope, examples_inputs)
@@ -351,7 +352,10 @@ def _ratios(schedule: object, num_iterations: int | None) -> list[Ratio]:
             )
         due = [schedule(step) for step in range(schedule.start, schedule.end + 1) if schedule.is_due(step)]
         before: list[Ratio] = [_nothing(due[0]), *due]
-        return [ratio for ratio, last in zip(due, before, strict=False) if ratio != last]
+        ratios = [ratio for ratio, last in zip(due, before, strict=False) if ratio != last]
+        if not ratios:
+            raise ValueError(f"the ratio of schedule {schedule.name} is always 0; give one that prunes")
+        return ratios
     planned = as_schedule(schedule)  # type: ignore[arg-type]
     if rounds is None:
         raise ValueError("the schedule has no end; say by num_iterations how many rounds there are to be")

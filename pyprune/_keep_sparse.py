@@ -113,7 +113,7 @@ class KeepSparse:
         self.remove()
 
     def __repr__(self) -> str:
-        return f"KeepSparse({len(self._masks)} parameters, {'hooked' if self._hooks else 'not hooked'})"
+        return f"KeepSparse(parameters={len(self._masks)}, hooked={bool(self._hooks)})"
 
     def __reduce__(self) -> str:
         raise TypeError(
@@ -231,7 +231,7 @@ def keep_sparse(
         >>> model = prune(nn.Linear(8, 8), "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.75)
         >>> optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
         >>> keep_sparse(model, optimizer)
-        KeepSparse(1 parameters, hooked)
+        KeepSparse(parameters=1, hooked=True)
         >>> for _ in range(10):
         ...     optimizer.zero_grad()
         ...     model(torch.ones(1, 8)).sum().backward()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +12,8 @@ from torch.optim import Optimizer
 from pyprune import ops
 from pyprune._pruner import Pruner
 from pyprune.allocation import Amount, removed_count
-from pyprune.choosing import competitors_of
+from pyprune.choosing import Choice, competitors_of
 from pyprune.competitors import reduce_units, spread_units
-from pyprune.following import update_followers
 from pyprune.granularity import Granularity, element
 from pyprune.ignored_scope import IgnoredScope
 from pyprune.importance import gradient, without_signs
@@ -86,43 +86,33 @@ class MovementPruner(Pruner):
         scope = tensor() if scope is None else scope
         self._check(scope, as_schedule(schedule), threshold, regularization)
         self.threshold, self.regularization = threshold, float(regularization)
+        self._optimizer_of_scores = partial(torch.optim.Adam, lr=lr) if score_optimizer is None else score_optimizer
         method = Method(gradient(), element() if granularity is None else granularity, scope)
         super().__init__(
             model, method, schedule, optimizer, ignored_scope=ignored_scope, examples_inputs=examples_inputs
-        )
-        self._competitors = competitors_of(method, Amount(0.0), self._targets, {})
-        self._by_name = {target.name: target for target in self._targets}
-        self._scores = [
-            torch.zeros(c.unit_shape, device=c.weight.values.device, dtype=torch.float32) for c in self._competitors
-        ]
-        self._score_optimizer = (
-            torch.optim.Adam(self._scores, lr=lr) if score_optimizer is None else score_optimizer(self._scores)
         )
 
     @property
     def scores(self) -> dict[str, Tensor]:
         """The score of every unit, by the name of the weight (heads: of the attention layer); float32."""
-        return {competitor.name: score for competitor, score in zip(self._competitors, self._scores, strict=True)}
+        return {competitor.name: score for competitor, score in zip(self._units, self._scores, strict=True)}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what `load_state_dict` takes, but for the masks: those are buffers in the model's state_dict."""
+    def _state(self) -> dict[str, Any]:
         scores = {name: score.clone() for name, score in self.scores.items()}
-        return super().state_dict() | {"scores": scores, "score_optimizer": self._score_optimizer.state_dict()}
+        return super()._state() | {"scores": scores, "score_optimizer": self._score_optimizer.state_dict()}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on where the pruner that gave ``state_dict`` was: with the model's state_dict, to the same masks.
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        super()._check_state(state)
+        expected = {name: score.shape for name, score in self.scores.items()}
+        scores = state["scores"] if isinstance(state["scores"], Mapping) else {}
+        if {name: score.shape for name, score in scores.items()} != expected:
+            raise ValueError(f"the state has scores for {sorted(scores)}, this pruner for {sorted(expected)}")
 
-        Raises:
-            TypeError, ValueError: if it is not the state of such a pruner. This one is then as it was.
-        """
-        scores = state_dict.get("scores", {}) if isinstance(state_dict, Mapping) else {}
-        shapes = {name: score.shape for name, score in self.scores.items()}
-        if {name: score.shape for name, score in scores.items()} != shapes:
-            raise ValueError(f"the state has scores for {sorted(scores)}, this pruner for {sorted(shapes)}")
-        super().load_state_dict(state_dict)
+    def _load(self, state: Mapping[str, Any]) -> None:
+        self._score_optimizer.load_state_dict(state["score_optimizer"])  # raises before it changes anything
+        super()._load(state)
         for name, score in self.scores.items():
-            score.copy_(scores[name])
-        self._score_optimizer.load_state_dict(state_dict["score_optimizer"])
+            score.copy_(state["scores"][name])
 
     def _check(self, scope: Scope, schedule: Schedule, threshold: float | None, regularization: float) -> None:
         if scope.name not in ("model", "tensor"):
@@ -137,20 +127,31 @@ class MovementPruner(Pruner):
                 "masks, which have a threshold"
             )
 
-    def _start_watching(self) -> TrainingGradients:
+    def _check_optimizer(self) -> None:
+        if self.optimizer is None:
+            raise TypeError("optimizer is None; scores learn from its batches: give the one that trains the weights")
+        super()._check_optimizer()
+
+    def _make_watch(self) -> TrainingGradients:
         assert self.optimizer is not None
+        self._units = competitors_of(self.method, Amount(0.0), self._targets, {})
+        self._by_name = {target.name: target for target in self._targets}
+        self._scores = [
+            torch.zeros(c.unit_shape, device=c.weight.values.device, dtype=torch.float32) for c in self._units
+        ]
+        self._score_optimizer = self._optimizer_of_scores(self._scores)
         return TrainingGradients(self._targets, self.optimizer, self._learn)
 
     @torch.no_grad()
     def _learn(self, gradients: Mapping[Target, Tensor]) -> None:
         """Take a step of the scores, with the weights that the gradients are of."""
         products = []
-        for competitor in self._competitors:
+        for competitor in self._units:
             for member in competitor.members:
                 weight, found = member.weight.values, gradients.get(self._by_name[member.weight.name])
                 wide = weight.double() if weight.dtype == torch.float64 else weight.float()
                 products.append(torch.zeros_like(wide) if found is None else found * wide)
-        slopes = reduce_units(self._competitors, products, None, "sum")
+        slopes = reduce_units(self._units, products, None, "sum")
         count = sum(score.numel() for score in self._scores)
         ratio = self.ratio
         assert isinstance(ratio, float)
@@ -165,24 +166,30 @@ class MovementPruner(Pruner):
     @torch.no_grad()
     def _update(self, ratio: Ratio) -> None:
         assert isinstance(ratio, float)
+        self._check_last()
         masks = self._masks()
         if self.threshold is not None:
             # sigma(S) >= bound, without the rounding of sigma
             bound = self.threshold * ratio
             lowest = math.log(bound / (1 - bound)) if bound else -math.inf
             units = [score >= lowest for score in self._scores]
+            nonfinite = torch.stack([(~score.isfinite()).sum() for score in self._scores])
         else:
             keys = without_signs(self._scores)
             sizes = [score.numel() for score in self._scores]
             together = self.method.scope.name == "model"
             removed = removed_count(sum(sizes), ratio) if together else [removed_count(n, ratio) for n in sizes]
-            units, _ = ops.threshold(keys, removed)
-        members = [member for competitor in self._competitors for member in competitor.members]
-        into = [masks[self._by_name[member.weight.name]] for member in members]
-        spread_units(self._competitors, units, into)
+            units, nonfinite = ops.threshold(keys, removed)
+        self._unchecked = Choice({}, "scores of movement", [(list(self.scores), nonfinite)])
+        if nonfinite.is_cpu:
+            self._check_last()
+        members = [member for competitor in self._units for member in competitor.members]
+        carried = [masks[self._by_name[member.weight.name]] for member in members]
+        spread_units(self._units, units, [mask.mask for mask in carried])
         unit_is_element = self.method.granularity.name == "element"
-        for member in members:
-            mask = self._by_name[member.weight.name].attachment
-            mask.unit = None if unit_is_element else member.block  # type: ignore[union-attr]
-        update_followers(self.model)
+        for member, mask in zip(members, carried, strict=True):
+            unit = None if unit_is_element else member.block
+            if mask.unit != unit:  # a module takes its time to set an attribute
+                mask.unit = unit
+            mask.update_followers()
         self.ratio = ratio

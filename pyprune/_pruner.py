@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pyprune._prune import check_kind, method_of, statistics_of
-from pyprune.allocation import Allocation, Amount
-from pyprune.choosing import Choice, choose_masks, competitors_of, entrants
+from pyprune.allocation import Allocation, Amount, check_ratio
+from pyprune.choosing import Choice, choose_masks, competitors_of, entrants, units_of
+from pyprune.competitors import Competitor
 from pyprune.contests import ratios_of
 from pyprune.following import new_followers, update_followers
 from pyprune.ignored_scope import IgnoredScope
@@ -18,7 +19,7 @@ from pyprune.masks import Mask, NewMask, attach_masks
 from pyprune.methods import Method, PruneMode, check_amount
 from pyprune.schedules import Ratio, Schedule, as_schedule, check_step
 from pyprune.targets import Target, find_targets
-from pyprune.training_sums import TrainingGradients, TrainingSums, needs_training
+from pyprune.training_sums import TrainingGradients, TrainingSums, needs_gradients, needs_training
 
 
 class Pruner:
@@ -31,7 +32,9 @@ class Pruner:
 
     Gradients and activations are gathered from the training. Gradients are those of the weight in use, which a
     dropped weight has, too; one step of the optimizer is one batch. What ``grad`` holds is masked all the same. Ranks
-    of `torch.distributed` average what they gathered. With a ``GradScaler`` gradients are the scaled ones.
+    of `torch.distributed` average what they gathered (so save the state of each rank). With a ``GradScaler``
+    gradients are the scaled ones, and steps that it leaves out count for nothing: if nothing else was measured, the
+    masks wait for the next step. After the last update nothing is gathered any more.
 
     Args:
         model: the model. Before ``fully_shard``, after which no more updates may come; DistributedDataParallel may be
@@ -39,7 +42,7 @@ class Pruner:
         method: a `Method`, a magnitude mode of `PruneMode`, or its name.
         schedule: one of `pyprune.schedules`, or a function from the step to the ratio, by which masks are due at
             every step. N:M has a ratio of its own: masks are on wherever that of the schedule is not 0.
-        optimizer: what trains the model; needed for importances of gradients or activations.
+        optimizer: what trains the weights; needed for importances of gradients.
         ignored_scope, examples_inputs, allocation, zero_dead_channels: as in `prune`.
         min_ratio, max_ratio: as in `prune`; the least holds from where the schedule has its last ratio.
         reintroduce: whether weights that are dropped may come back, with the value that they had; if not, masks
@@ -70,6 +73,7 @@ class Pruner:
         (0.75, 120)
     """
 
+    @torch.inference_mode(False)  # masks made under inference_mode could not be trained with
     def __init__(
         self,
         model: nn.Module,
@@ -101,13 +105,18 @@ class Pruner:
         self.frozen = False
         self._options = Amount(0.0, allocation, min_ratio, max_ratio, dropped_stay=not reintroduce)
         self._unchecked: Choice | None = None
-        self._watch: TrainingSums | TrainingGradients | None = None
+        self._same_competitors: list[Competitor] | None = None
+        self._is_late = False  # masks were due, but there was nothing yet to choose them by
         self._targets = entrants(found, find_targets(model, ignored_scope, examples_inputs))
         check_kind(self._targets, Mask)
+        self._check_optimizer()
         self._statistics = self._known_statistics(examples_inputs)
+        self._watch = self._make_watch()
         self._check_all()
         self._attach(zero_dead_channels, examples_inputs)
-        self._watch = self._start_watching()
+        if self._watch is not None:
+            self._watch.start()
+            self._watch.gathers = self._is_looked_at()
 
     def step(self) -> bool:
         """Count a step, and compute the masks anew if they are due; return whether they were.
@@ -117,12 +126,14 @@ class Pruner:
                 load a checkpoint. (On a GPU it comes with the next update, or when the state is saved.)
         """
         self.step_count += 1
+        was_skipped = self._watch is not None and self._watch.drop_batch()
+        is_due = not self.frozen and (self._is_late or self.schedule.is_due(self.step_count))
+        self._is_late = is_due and was_skipped and not self._is_measured()
+        if is_due and not self._is_late:
+            self._update(self.schedule(self.step_count))
         if self._watch is not None:
-            self._watch.drop_batch()
-        if self.frozen or not self.schedule.is_due(self.step_count):
-            return False
-        self._update(self.schedule(self.step_count))
-        return True
+            self._watch.gathers = self._is_looked_at()
+        return is_due and not self._is_late
 
     def freeze(self) -> None:
         """Let the masks stay as they are from now on, whatever the schedule says, and take all hooks off."""
@@ -134,12 +145,7 @@ class Pruner:
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` takes, but for the masks: those are buffers in the model's state_dict."""
         self._check_last()
-        return {
-            "step_count": self.step_count,
-            "ratio": self.ratio,
-            "frozen": self.frozen,
-            "sums": self._watch.state_dict() if isinstance(self._watch, TrainingSums) else None,
-        }
+        return self._state()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on where the pruner that gave ``state_dict`` was: with the model's state_dict, to the same masks.
@@ -147,21 +153,60 @@ class Pruner:
         Raises:
             TypeError, ValueError: if it is not the state of such a pruner. This one is then as it was.
         """
-        expected = set(self.state_dict())
-        if not isinstance(state_dict, Mapping) or set(state_dict) != expected:
+        if not isinstance(state_dict, Mapping) or set(state_dict) != set(self._state()):
             raise ValueError(f"{state_dict!r:.80} is not the state_dict() of a {type(self).__name__}")
-        count = check_step(state_dict["step_count"], "step_count")
-        has_sums = isinstance(self._watch, TrainingSums)
-        if has_sums != (state_dict["sums"] is not None):
-            raise ValueError("the state is that of a pruner with another importance; make one as it was made")
+        self._check_state(state_dict)
+        self._load(state_dict)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step_count": self.step_count,
+            "ratio": self.ratio,
+            "frozen": self.frozen,
+            "is_late": self._is_late,
+            "sums": self._watch.state_dict() if isinstance(self._watch, TrainingSums) else None,
+        }
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        check_step(state["step_count"], "step_count")
+        ratio = state["ratio"]
+        for number in ratio.values() if isinstance(ratio, dict) else [ratio]:
+            check_ratio(number, "the ratio of the state")
         if isinstance(self._watch, TrainingSums):
-            self._watch.load_state_dict(state_dict["sums"])
-        self.step_count, self.ratio = count, state_dict["ratio"]
-        if state_dict["frozen"]:
-            self.freeze()
-        self.frozen = bool(state_dict["frozen"])
+            self._watch.check_state(state["sums"])
+        elif state["sums"] is not None:
+            raise ValueError("the state is that of a pruner with another importance; make one as it was made")
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        self._unchecked = None  # of the training that is left
+        was_frozen, self.frozen = self.frozen, bool(state["frozen"])
+        self.step_count, self.ratio, self._is_late = int(state["step_count"]), state["ratio"], bool(state["is_late"])
+        if self._watch is None:
+            return
+        if isinstance(self._watch, TrainingSums):
+            self._watch.load_state_dict(state["sums"])
+        if self.frozen:
+            self._watch.stop()
+        elif was_frozen:
+            self._watch.start()
+        self._watch.gathers = self._is_looked_at()
 
     # ---- before the training ----
+
+    def _check_optimizer(self) -> None:
+        """Raise if an optimizer is missing, or is that of another model."""
+        if self.optimizer is None:
+            if needs_gradients(self.method.importance):
+                raise ValueError(
+                    f"importance {self.method.importance.name} is measured in training; give the optimizer, whose "
+                    "steps end a batch"
+                )
+            return
+        trained = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        if not any(id(target.parameter) in trained for target in self._targets):
+            raise ValueError(
+                "the optimizer trains none of the weights to prune; make it from this model's parameters"
+            )
 
     def _known_statistics(self, inputs: Any) -> dict[Target, Tensor | None] | None:
         """Return what the importance needs, unless it is measured in training."""
@@ -170,10 +215,6 @@ class Pruner:
             found = statistics_of(self.model, rule, self._targets, None, inputs)
             self._targets = [target for target in self._targets if target in found]
             return found
-        if self.optimizer is None:
-            raise ValueError(
-                f"importance {rule.name} is measured in training; give the optimizer, whose steps end a batch"
-            )
         if self.schedule.is_due(0) and is_pruned(self.schedule(0)):
             raise ValueError(
                 f"importance {rule.name} is measured in training, and the schedule wants masks at step 0; let it "
@@ -183,24 +224,26 @@ class Pruner:
 
     def _check_all(self) -> None:
         """Raise now for what would be wrong with masks at the end of the schedule."""
-        schedule = self.schedule
+        schedule, statistics = self.schedule, self._statistics
+        if statistics is None and needs_gradients(self.method.importance):
+            statistics = {target: torch.zeros_like(target.parameter) for target in self._targets}
         for step in schedule.steps or (schedule.start if schedule.end is None else schedule.end,):
             ratio = schedule(step)
             amount = self._amount(ratio)
-            if self._statistics is None:
+            if statistics is None:
                 ratios_of(self.method, amount, competitors_of(self.method, amount, self._targets, {}))
             elif is_pruned(ratio):
-                choose_masks(self.method, amount, self._targets, self._statistics).check()
+                choose_masks(self.method, amount, self._targets, statistics).check()
 
     def _attach(self, zero_dead_channels: bool, inputs: Any) -> None:
+        units = units_of(self.method, self._targets)
         masks = {
-            target: NewMask(target.owners, torch.ones_like(target.parameter, dtype=torch.bool))
+            target: NewMask(target.owners, torch.ones_like(target.parameter, dtype=torch.bool), units[target.name])
             for target in self._targets
             if target.attachment is None
         }
-        ratio: Ratio = 0.0
-        if self.schedule.is_due(0) and is_pruned(self.schedule(0)):
-            ratio = self.schedule(0)
+        ratio = self.schedule(0)
+        if self.schedule.is_due(0) and is_pruned(ratio):
             assert self._statistics is not None
             masks = choose_masks(self.method, self._amount(ratio), self._targets, self._statistics).masks
         carried = {target: target.attachment for target in self._targets if target not in masks}
@@ -210,14 +253,22 @@ class Pruner:
         update_followers(self.model)
         self.ratio = ratio
 
-    def _start_watching(self) -> TrainingSums | TrainingGradients | None:
-        """Put on what looks at the training."""
-        if not needs_training(self.method.importance):
-            return None
-        assert self.optimizer is not None
-        return TrainingSums(self.method.importance, self._targets, self.optimizer)
+    def _make_watch(self) -> TrainingSums | TrainingGradients | None:
+        """Return what is to look at the training."""
+        rule = self.method.importance
+        return TrainingSums(rule, self._targets, self.optimizer) if needs_training(rule) else None
 
     # ---- in training ----
+
+    def _is_measured(self) -> bool:
+        """Whether there is anything to choose masks by."""
+        return not (isinstance(self._watch, TrainingSums) and self._watch.is_empty)
+
+    def _is_looked_at(self) -> bool:
+        """Whether the next batch is of any use."""
+        if self.frozen:
+            return False
+        return self._is_late or self.schedule.end is None or self.step_count < self.schedule.end
 
     def _amount(self, ratio: Ratio) -> Amount:
         """Return how much goes at a ratio of the schedule, checked."""
@@ -240,43 +291,58 @@ class Pruner:
         """Compute the masks anew."""
         self._check_last()
         masks = self._masks()
-        if not is_pruned(ratio):
-            for mask in () if self._options.dropped_stay else masks.values():
-                mask.fill_(True)
-        else:
-            statistics = self._statistics
-            if isinstance(self._watch, TrainingSums):
-                statistics = dict(self._watch.results())
-                self._watch.restart()
-            assert statistics is not None
-            self._write(self._amount(ratio), statistics, masks)
-        update_followers(self.model)
+        if is_pruned(ratio):
+            found = self._watch.results() if isinstance(self._watch, TrainingSums) else self._statistics
+            assert found is not None
+            self._write(self._amount(ratio), found, masks)
+        elif not self._options.dropped_stay:
+            for mask in masks.values():
+                mask.mask.fill_(True)
+        if isinstance(self._watch, TrainingSums):
+            self._watch.restart()
+        for mask in masks.values():
+            mask.update_followers()
         self.ratio = ratio
 
     def _write(
-        self, amount: Amount, statistics: Mapping[Target, Tensor | None], masks: Mapping[Target, Tensor]
+        self, amount: Amount, statistics: Mapping[Target, Tensor | None], masks: Mapping[Target, Mask]
     ) -> None:
         # In place where nothing reads the old masks meanwhile: new memory would take longer than the kernel.
         in_place = not amount.has_bases
-        choice = choose_masks(self.method, amount, self._targets, statistics, into=masks if in_place else None)
+        into = {target: mask.mask for target, mask in masks.items()} if in_place else None
+        choice = choose_masks(
+            self.method, amount, self._targets, statistics, into=into, competitors=self._competitors(amount)
+        )
         self._unchecked = choice
-        if all(mask.is_cpu for mask in masks.values()):
+        if all(mask.mask.is_cpu for mask in masks.values()):
             self._check_last()
         if not in_place:
             attach_masks(list(choice.masks.values()))
         for target, new in choice.masks.items():
-            mask = target.attachment
-            assert isinstance(mask, Mask)
-            mask.unit = new.unit
+            if masks[target].unit != new.unit:  # a module takes its time to set an attribute
+                masks[target].unit = new.unit
 
-    def _masks(self) -> dict[Target, Tensor]:
-        """Return the tensors of the masks; they may have been replaced, by moving the model."""
-        masks: dict[Target, Tensor] = {}
+    def _competitors(self, amount: Amount) -> list[Competitor] | None:
+        """Return what competes, if it is the same tensors at every update: to cut them up takes its time."""
+        if amount.has_bases or self._statistics is None:
+            return None
+        if self._same_competitors is None:
+            self._same_competitors = competitors_of(self.method, amount, self._targets, self._statistics)
+        return self._same_competitors
+
+    def _masks(self) -> dict[Target, Mask]:
+        """Return the masks, or raise if they were stripped."""
+        masks: dict[Target, Mask] = {}
         for target in self._targets:
             mask = target.attachment
             if not isinstance(mask, Mask):
                 raise ValueError(f"{target.name} carries no mask any more; make a new Pruner after strip()")
-            masks[target] = mask.mask
+            if target.owners[0].parameter is not target.parameter:
+                raise ValueError(
+                    f"{target.name} is another parameter than before (load_state_dict(assign=True) and fully_shard "
+                    "make new ones); make a new Pruner, or let no more updates come"
+                )
+            masks[target] = mask
         return masks
 
     def _check_last(self) -> None:

@@ -71,8 +71,7 @@ class RigLPruner(Pruner):
         examples_inputs: Any = None,
     ) -> None:
         self.fraction = check_ratio(fraction, "fraction")
-        if optimizer is None:
-            raise TypeError("RigL grows weights by their gradients; give the optimizer, whose steps end a batch")
+        self._gradients: dict[Target, Tensor] = {}
         super().__init__(
             model,
             Method(random(seed), scope=tensor()),
@@ -83,30 +82,27 @@ class RigLPruner(Pruner):
             allocation=allocation,
         )
         masks = self._masks()
-        self._gradients: dict[Target, Tensor] = {}
-        ops.fold([target.parameter for target in masks], list(masks.values()))
+        ops.fold([target.parameter for target in masks], [mask.mask for mask in masks.values()])
 
-    def step(self) -> bool:
-        """Count a step, and move connections if it is time to; return whether it was."""
-        updated = super().step()
-        self._look_at_next()
-        return updated
+    def _check_optimizer(self) -> None:
+        if self.optimizer is None:
+            raise TypeError("optimizer is None; RigL grows weights by their gradients: give what ends a batch")
+        super()._check_optimizer()
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on where the pruner that gave ``state_dict`` was; see `Pruner.load_state_dict`."""
-        super().load_state_dict(state_dict)
-        self._look_at_next()
-
-    def _start_watching(self) -> TrainingGradients:
+    def _make_watch(self) -> TrainingGradients:
         assert self.optimizer is not None
-        watch = TrainingGradients(self._targets, self.optimizer, self._take)
-        watch.gathers = self.schedule.is_due(1)
-        return watch
+        return TrainingGradients(self._targets, self.optimizer, self._take)
 
-    def _look_at_next(self) -> None:
-        # Only the gradient of the batch just before an update counts, so no other is looked at.
-        assert isinstance(self._watch, TrainingGradients)
-        self._watch.gathers = self.schedule.is_due(self.step_count + 1)
+    def _is_measured(self) -> bool:
+        return bool(self._gradients)
+
+    def _is_looked_at(self) -> bool:
+        # Only the gradient of the batch just before an update counts.
+        return not self.frozen and (self._is_late or self.schedule.is_due(self.step_count + 1))
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        super()._load(state)
+        self._gradients = {}
 
     def _take(self, gradients: Mapping[Target, Tensor]) -> None:
         self._gradients = {target: gradient.detach().clone() for target, gradient in gradients.items()}
@@ -122,7 +118,7 @@ class RigLPruner(Pruner):
             )
         self._gradients = {}
         weights = [target.parameter for target in self._targets]
-        before = [masks[target] for target in self._targets]
+        before = [masks[target].mask for target in self._targets]
         sizes = [weight.numel() for weight in weights]
         gone = ops.count_zeros(before).tolist()
         share = self.fraction / 2 * (1 + math.cos(math.pi * self.step_count / self.schedule.end))
@@ -132,7 +128,6 @@ class RigLPruner(Pruner):
         )
         gradients = [found[target] for target in self._targets]
         average(gradients)
-        gradients = [gradient.abs() for gradient in gradients]
         grown, worse = ops.threshold(
             gradients,
             [size - count for size, count in zip(sizes, moved, strict=True)],
@@ -145,6 +140,8 @@ class RigLPruner(Pruner):
         # What is dropped becomes zero, and so does its momentum; so it is when it grows again.
         stale = [(tensor, mask) for w, mask in zip(weights, before, strict=True) for tensor in (w, *self._states(w))]
         ops.fold([tensor for tensor, _ in stale], [mask for _, mask in stale])
+        for carried in masks.values():
+            carried.update_followers()
         self.ratio = ratio
 
     def _states(self, weight: Tensor) -> list[Tensor]:

@@ -17,15 +17,16 @@ from pyprune import ops
 from pyprune._prune import contestants, method_with_ratios
 from pyprune.allocation import Amount, check_ratio
 from pyprune.attention import find_attention
-from pyprune.calibration import Calibration, check_callable, check_drop, score_of
+from pyprune.calibration import Calibration, check_callable, score_of
 from pyprune.choosing import choose_masks
+from pyprune.drops import check_drop, worsening
 from pyprune.following import update_followers
 from pyprune.ignored_scope import IgnoredScope
 from pyprune.importance import magnitude
 from pyprune.masks import Mask, NewMask
 from pyprune.methods import Method, PruneMode
 from pyprune.scope import tensor
-from pyprune.sensitivity_result import SensitivityResult, SensitivityTarget, with_score, worsening
+from pyprune.sensitivity_result import SensitivityResult, SensitivityTarget, with_score
 from pyprune.targets import Target
 from pyprune.terminal import tracked
 

@@ -101,7 +101,7 @@ def strip(
     if do_copy:
         model = copy.deepcopy(model)
     attachments = attachments_of(model)
-    masks = {target.parameter: found.mask for target, found in attachments.items() if isinstance(found, Mask)}
+    masks = {target.parameter: found for target, found in attachments.items() if isinstance(found, Mask)}
     gates = {target.parameter: found for target, found in attachments.items() if isinstance(found, StochasticGate)}
     try:
         # The last comes off first, so that attaching again keeps the order. Weights change when all else is done.
@@ -109,8 +109,8 @@ def strip(
             detach(target.owners[::-1])
         unshare_samples(model)
         gated = {weight: _gated(weight, gate, expected_count) for weight, gate in gates.items()}
-        for device in {mask.device for mask in masks.values()}:
-            group = {weight: mask for weight, mask in masks.items() if mask.device == device}
+        for device in {weight.device for weight in masks}:
+            group = {weight: found.mask for weight, found in masks.items() if weight.device == device}
             ops.fold(list(group), list(group.values()))
         with torch.no_grad():
             for weight, value in gated.items():
@@ -122,6 +122,8 @@ def strip(
         raise
     for gate in gates.values():
         gate.folded = True
+    for mask in masks.values():
+        mask.dense_gradient = False  # hooks let gradients pass then
     return model
 
 

@@ -34,12 +34,19 @@ class Owner:
     @property
     def attachment(self) -> Attachment | None:
         """What sits on this place, if anything does."""
-        return _attachment_of(_lists(self.module).get(self.attribute, ()))
+        return _attachment_of(_steps(self.module, self.attribute))
+
+    @property
+    def parameter(self) -> nn.Parameter | None:
+        """What is there now, below what sits on it."""
+        steps = _steps(self.module, self.attribute)
+        below = steps._parameters.get("original") if isinstance(steps, nn.Module) else None
+        return self.module._parameters.get(self.attribute) if below is None else below
 
     @property
     def foreign_steps(self) -> list[str]:
         """Class names of other parametrizations on this place."""
-        steps = _lists(self.module).get(self.attribute, ())
+        steps = _steps(self.module, self.attribute)
         return [type(step).__name__ for step in steps if not isinstance(step, Attachment)]
 
 
@@ -72,7 +79,7 @@ def dense_parameters(model: nn.Module) -> Iterator[tuple[Owner, nn.Parameter]]:
 
 def shared_attachment(owners: Sequence[Owner]) -> Attachment | None:
     """Return what these owners of one parameter share."""
-    return next((owner.attachment for owner in owners if owner.attachment is not None), None)
+    return next((found for owner in owners if (found := owner.attachment) is not None), None)
 
 
 def attach(attachments: Iterable[tuple[Sequence[Owner], Attachment]]) -> list[Owner]:
@@ -115,6 +122,14 @@ def _lists(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
     return dict(cast(nn.ModuleDict, module.parametrizations).items())  # type: ignore[arg-type]
 
 
+def _steps(module: nn.Module, attribute: str) -> Iterable[nn.Module]:
+    """Return the parametrizations of one attribute."""
+    # Looked up as the module itself does, because a mask update asks for every weight.
+    lists = module._modules.get("parametrizations")
+    steps = lists._modules.get(attribute) if isinstance(lists, nn.ModuleDict) else None
+    return cast(parametrize.ParametrizationList, steps) if steps is not None else ()
+
+
 def _attachment_of(steps: Iterable[nn.Module]) -> Attachment | None:
     return next((step for step in steps if isinstance(step, Attachment)), None)
 
@@ -144,8 +159,15 @@ def _register(module: nn.Module, attribute: str, attachment: Attachment) -> None
         _unshare_class(module)
     cls, parameters = type(module), dict(module._parameters)
     try:
+        # torch sets the parameter to itself, by which it loses the gradient accumulator that DistributedDataParallel
+        # hooked into. So that is done to a stand-in.
+        own = parameters.get(attribute)
+        if own is not None:
+            module._parameters[attribute] = nn.Parameter(own.detach(), False)
         # unsafe=True skips a trial run of the attachment, which keeps shape and dtype.
         parametrize.register_parametrization(module, attribute, attachment, unsafe=True)
+        if own is not None:
+            _lists(module)[attribute]._parameters["original"] = own
     except BaseException:
         # It takes the parameter off first, and may fail then, if the class of the user refuses to have subclasses.
         module._parameters.clear()

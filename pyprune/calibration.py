@@ -1,6 +1,5 @@
 """Forward passes that look at a model and leave it as it was, and what they found."""
 
-import math
 import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -92,7 +91,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         for buffer, version, value in values:
-            if buffer._version != version:
+            # BatchNorm in training does not count as a version.
+            if buffer._version != version or not torch.equal(buffer, value):
                 with torch.no_grad():
                     buffer.copy_(value)
         for module, buffers, not_saved in homes:
@@ -133,13 +133,3 @@ def check_callable(name: str, function: object) -> None:
     """Raise TypeError unless an argument is a function."""
     if not callable(function):
         raise TypeError(f"{name} is {function!r:.80}; give a function that takes the model")
-
-
-def check_drop(name: str, drop: object) -> None:
-    """Raise unless an argument, if it is not None, says how much of a score may be lost."""
-    if drop is None:
-        return
-    if isinstance(drop, bool) or not isinstance(drop, numbers.Real):
-        raise TypeError(f"{name} is {drop!r}; give a number, in units of the score, or None")
-    if not 0 <= float(drop) < math.inf:
-        raise ValueError(f"{name} is {drop}; give what the score may lose, 0 or more, in its own units")

@@ -68,6 +68,7 @@ def choose_masks(
     statistics: Mapping[Target, Tensor | None],
     *,
     into: Mapping[Target, Tensor] | None = None,
+    competitors: Sequence[Competitor] | None = None,
 ) -> Choice:
     """Hold the contest that a method asks for between targets, with their statistics; nothing is attached yet.
 
@@ -76,8 +77,10 @@ def choose_masks(
         targets: between which weights.
         statistics: what the importance was measured from, of each target that it needs it for.
         into: bool tensors to write the masks to, laid out as the weights; new ones if None.
+        competitors: what `competitors_of` returns for these, where it is known from before.
     """
-    competitors = competitors_of(method, amount, targets, statistics)
+    if competitors is None:
+        competitors = competitors_of(method, amount, targets, statistics)
     by_name = {target.name: target for target in targets}
     # Ratios by name or size are about all weights, wherever they are.
     ratios = ratios_of(method, amount, competitors)
@@ -96,6 +99,14 @@ def choose_masks(
     return Choice(chosen, what, nonfinite)
 
 
+def units_of(method: Method, targets: Sequence[Target]) -> dict[str, tuple[int, ...] | None]:
+    """Return the size of what goes as one, by the name of the weight; None for single elements."""
+    if method.granularity.name == "element":
+        return {target.name: None for target in targets}
+    competitors = competitors_of(method, Amount(), targets, {})
+    return {member.weight.name: member.block for competitor in competitors for member in competitor.members}
+
+
 def competitors_of(
     method: Method, amount: Amount, targets: Sequence[Target], statistics: Mapping[Target, Tensor | None]
 ) -> list[Competitor]:
@@ -103,13 +114,13 @@ def competitors_of(
 
     def weight_of(target: Target) -> Weight:
         out_dim, in_dim = channel_dims(target)
-        carried = target.attachment
+        carried = target.attachment if amount.has_bases else None
         return Weight(
             target.name,
             target.parameter,
             out_dim,
             in_dim,
-            carried.mask if amount.has_bases and isinstance(carried, Mask) else None,
+            carried.mask if isinstance(carried, Mask) else None,
             statistics.get(target),
             tuple(owner.name for owner in target.owners),
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -70,7 +71,7 @@ class Competitor:
         """Whether the units lie in one weight, so that they keep its dimensions."""
         return len(self.members) == 1 and self.members[0].parts == 1
 
-    @property
+    @cached_property
     def unit_shape(self) -> tuple[int, ...]:
         """The shape of the scores; heads are a vector."""
         first = self.members[0]

@@ -24,6 +24,7 @@ class GradientSums:
     def add(self, target: Target, gradient: Tensor) -> None:
         """Take in the gradient of the weight that a batch used."""
         gradient = gradient.detach().to(_wide(target))
+        self.sums[target] = self.sums[target].to(gradient)  # the model may have been moved or cast
         if self.rule.needs == "momentum":
             decay, scale = cast(tuple[float, float], self.rule.options)
             weight = target.parameter.detach().to(gradient.dtype)
@@ -58,6 +59,7 @@ class ActivationSums:
     def __init__(self, rule: Importance, targets: list[Target], *, only_training: bool = False) -> None:
         self.rule = rule
         self.only_training = only_training
+        self.gathers = True  # False: hooks look at nothing
         self.layers: dict[Target, list[tuple[nn.Module, str]]] = {}
         self.sums: dict[Target, Tensor] = {}
         self.counts: dict[Target, int] = {}
@@ -100,7 +102,7 @@ class ActivationSums:
     def _see(
         self, target: Target, kind: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        if self.only_training and not layer.training:
+        if not self.gathers or (self.only_training and not layer.training):
             return
         if self.rule.needs == "input norm":
             figures = input_squares(kind, layer, args, kwargs, output)

@@ -33,10 +33,55 @@ class Mask(Attachment):
         super().__init__()
         self.register_buffer("mask", mask)
         self.unit = unit
+        # Other modules, but not its submodules; copies of a model link to the copies.
+        self.followers: list[FollowingMask] = []
+        self._seen_by: list[Callable[[Tensor], None]] = []
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight with zeros where the mask is False."""
         return ops.mask_weight(weight, self.mask, dense_gradient=self.dense_gradient)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Hooks of parameters are not copied or saved either.
+        state = {name: value for name, value in vars(self).items() if name not in ("dense_gradient", "_hook")}
+        return {**state, "_seen_by": []}
+
+    def update_followers(self) -> None:
+        """Set the masks of biases and BatchNorm parameters that follow this one to what it has become."""
+        for follower in self.followers:
+            follower.update()
+
+    def show_gradient(self, parameter: Tensor, see: Callable[[Tensor], None]) -> Callable[[], None]:
+        """Let ``see`` look at the gradient of the weight in use, in which dropped weights have theirs.
+
+        What goes on into ``grad`` is masked all the same, so clipping and optimizers see nothing of it.
+
+        Args:
+            parameter: what the mask sits on.
+            see: is called in each backward pass.
+
+        Returns:
+            A function that ends it.
+        """
+        if not self._seen_by:
+            self.dense_gradient = True
+            self._hook = parameter.register_hook(self._show)  # type: ignore[no-untyped-call]
+        self._seen_by.append(see)
+
+        def stop() -> None:
+            self._seen_by.remove(see)
+            if not self._seen_by:
+                self.dense_gradient = False
+                self._hook.remove()
+
+        return stop
+
+    def _show(self, gradient: Tensor) -> Tensor | None:
+        if not self.dense_gradient:  # it was folded into the weight
+            return None
+        for see in self._seen_by:
+            see(gradient.detach())
+        return ops.mask_weight(gradient, self.mask)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Mask":
         # model.type(dtype), unlike model.to(dtype), converts bool buffers too.
@@ -130,6 +175,8 @@ def attach_masks(masks: Sequence[NewMask], followers: Iterable[NewFollower] = ()
         carried[new] = shared or Mask(new.mask, new.unit)
     following = [(follower.owners, FollowingMask(carried[follower.of], follower.groups)) for follower in followers]
     attach([*((new.owners, mask) for new, mask in carried.items()), *following])
+    for _, follower_mask in following:
+        follower_mask.source.followers.append(follower_mask)
     with torch.no_grad():
         for new in updates:
             carried[new].mask.copy_(new.mask)

@@ -2,13 +2,13 @@
 
 import csv
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pyprune.drops import worsening
 from pyprune.sensitivity_plot import draw
 from pyprune.terminal import as_text
 
@@ -187,17 +187,6 @@ class SensitivityResult:
             # Text, because a name with brackets in it is no markup.
             table.add_row(Text(name), f"{target.weights:,}", *scores)
         return as_text(table)
-
-
-def worsening(baseline: float, score: float, higher_is_better: bool) -> float:
-    """Return by how much a score is worse than the baseline; NaN is infinitely worse.
-
-    Example:
-        >>> worsening(0.75, 0.5, higher_is_better=True), worsening(2.0, 1.5, higher_is_better=False)
-        (0.25, -0.5)
-    """
-    drop = baseline - score if higher_is_better else score - baseline
-    return math.inf if math.isnan(drop) else drop
 
 
 def with_score(target: SensitivityTarget, ratio: float, score: float) -> SensitivityTarget:

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, distributed
 from torch.optim import Optimizer
 
-from pyprune import ops
 from pyprune.gathering import ActivationSums, GradientSums
 from pyprune.importance import Importance
 from pyprune.masks import Mask
@@ -18,16 +17,17 @@ from pyprune.targets import Target
 class TrainingGradients:
     """The gradients of the weights in use, of each batch that an optimizer takes a step for.
 
-    They are seen by hooks on the parameters, also where a mask drops the weight (`Mask.dense_gradient`). What goes on
-    into ``grad`` is masked all the same, so clipping and optimizers see nothing of it.
+    They are seen by hooks on the parameters, also where a mask drops the weight (`Mask.show_gradient`). Nothing is
+    hooked before `start`.
 
     Args:
-        targets: weights with a `Mask`.
-        optimizer: whose steps end a batch; of several backward passes before one, the gradients are added.
+        targets: weights, which carry a `Mask` at the latest at `start`.
+        optimizer: whose steps end a batch; of several backward passes before one, the gradients are added. A closure
+            that it is given is run within the step, so each run of it is a batch.
         on_batch: is called with the gradients before the optimizer changes the weights.
 
     Raises:
-        ValueError: for a weight that has no gradient. Nothing is hooked then.
+        ValueError: for a weight that has no gradient.
     """
 
     def __init__(
@@ -40,66 +40,122 @@ class TrainingGradients:
                 "ignored_scope"
             )
         self.gathers = True  # False: the hooks stay, but look at nothing
+        self._targets = targets
+        self._optimizer = optimizer
         self._on_batch = on_batch
         self._batch: dict[Target, Tensor] = {}
+        self._was_skipped = False
+        self._was_dropped = False
         self._hooks = ExitStack()
-        for target in targets:
+
+    def start(self) -> None:
+        """Put all hooks on."""
+        for target in self._targets:
             mask = target.attachment
             assert isinstance(mask, Mask)
-            mask.dense_gradient = True
-            self._hooks.callback(setattr, mask, "dense_gradient", False)
-            hook = partial(self._see, target, mask)
-            self._hooks.callback(target.parameter.register_hook(hook).remove)  # type: ignore[no-untyped-call]
-        self._hooks.callback(optimizer.register_step_pre_hook(self._end_batch).remove)
+            self._hooks.callback(mask.show_gradient(target.parameter, partial(self._see, target)))
+        self._hooks.callback(self._optimizer.register_step_pre_hook(self._before_step).remove)
 
-    def _see(self, target: Target, mask: Mask, gradient: Tensor) -> Tensor:
+    def _see(self, target: Target, gradient: Tensor) -> None:
         if self.gathers:
-            seen = self._batch.get(target)
+            self._was_dropped = False
+            # Where grad is None, the optimizer has used or left out all that was seen before.
+            seen = None if target.parameter.grad is None else self._batch.get(target)
             self._batch[target] = gradient if seen is None else seen + gradient
-        return ops.mask_weight(gradient, mask.mask)
 
-    def _end_batch(self, *_: Any) -> None:
-        if self.gathers:
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        # What a fused optimizer is told by a GradScaler, and leaves the step out for.
+        overflow = getattr(optimizer, "found_inf", None)
+        if overflow is not None and bool(overflow):
+            self._batch.clear()
+            self._was_skipped = True
+            return None
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is the optimizer
+        if closure is None:
+            self._end_batch()
+            return None
+
+        def counted() -> Any:
+            result = closure()
+            self._end_batch()
+            return result
+
+        return args[:1], {**kwargs, "closure": counted}
+
+    def _end_batch(self) -> None:
+        if self.gathers and self._batch:
             self._on_batch(self._batch)
-        self.drop_batch()
-
-    def drop_batch(self) -> None:
-        """Forget gradients that no optimizer used, as those that overflowed in half precision."""
+        elif self._was_dropped:
+            raise ValueError(
+                "step() of the Pruner came between backward() and the optimizer's step; call it after both"
+            )
         self._batch.clear()
+
+    def drop_batch(self) -> bool:
+        """Forget gradients that no optimizer used, as those that overflowed in half precision; say if there were."""
+        self._was_dropped = bool(self._batch)
+        were_there = self._was_skipped or self._was_dropped
+        self._was_skipped = False
+        self._batch.clear()
+        return were_there
 
     def stop(self) -> None:
         """Take all hooks off."""
         self._hooks.close()
-        self.drop_batch()
+        self._batch.clear()
+        self._was_skipped = self._was_dropped = False
 
 
 class TrainingSums:
     """Sums over the batches that a model trains on; of activations by hooks on layers in training mode.
 
+    Nothing is hooked before `start`.
+
     Args:
         rule: an importance that needs gradients or activations.
-        targets: weights with a `Mask`.
-        optimizer: whose steps end a batch.
+        targets: as for `TrainingGradients`.
+        optimizer: whose steps end a batch; for importances of gradients.
 
     Raises:
-        ValueError: for a weight that has no gradient, or whose activations cannot be seen. Nothing is hooked then.
+        ValueError: for a weight that has no gradient, or whose activations cannot be seen.
     """
 
-    def __init__(self, rule: Importance, targets: list[Target], optimizer: Optimizer) -> None:
-        self.count = 0
+    def __init__(self, rule: Importance, targets: list[Target], optimizer: Optimizer | None) -> None:
         self._targets = targets
-        self._of_gradients = rule.needs in ("gradient", "squared gradient", "momentum")
         self._goes_on = rule.needs == "momentum"
+        self._count = 0  # of batches whose gradients were added
         self._gradients: TrainingGradients | None = None
         self._hooks = ExitStack()
         self._sums: GradientSums | ActivationSums
-        if self._of_gradients:
+        if needs_gradients(rule):
+            assert optimizer is not None
             self._gradients = TrainingGradients(targets, optimizer, self._add)
             self._sums = GradientSums(rule, targets)
         else:
             self._sums = ActivationSums(rule, targets, only_training=True)
+
+    @property
+    def gathers(self) -> bool:
+        """Whether something is gathered, or the hooks stay but look at nothing."""
+        return self._sums.gathers if self._gradients is None else self._gradients.gathers  # type: ignore[union-attr]
+
+    @gathers.setter
+    def gathers(self, gathers: bool) -> None:
+        (self._gradients or self._sums).gathers = gathers  # type: ignore[union-attr]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there was no batch yet."""
+        return not self._sums.sums if isinstance(self._sums, ActivationSums) else self._count == 0
+
+    def start(self) -> None:
+        """Put all hooks on."""
+        if isinstance(self._sums, ActivationSums):
             self._hooks.enter_context(self._sums.watching())
-            self._hooks.callback(optimizer.register_step_pre_hook(self._count).remove)
+        if self._gradients is not None:
+            self._gradients.start()
 
     def _add(self, gradients: Mapping[Target, Tensor]) -> None:
         assert isinstance(self._sums, GradientSums)
@@ -108,15 +164,11 @@ class TrainingSums:
                 self._sums.add(target, gradients[target])
             else:
                 self._sums.add_nothing(target)
-        self._count()
+        self._count += 1
 
-    def _count(self, *_: Any) -> None:
-        self.count += 1
-
-    def drop_batch(self) -> None:
-        """Forget gradients that no optimizer used."""
-        if self._gradients is not None:
-            self._gradients.drop_batch()
+    def drop_batch(self) -> bool:
+        """Forget gradients that no optimizer used; say if there were."""
+        return self._gradients is not None and self._gradients.drop_batch()
 
     def results(self) -> dict[Target, Tensor]:
         """Return the statistics, averaged over the ranks of `torch.distributed`, which so choose the same masks.
@@ -124,19 +176,24 @@ class TrainingSums:
         Raises:
             ValueError: if there was no batch.
         """
-        if self.count == 0:
+        if self.is_empty:
             raise ValueError(
                 "masks are due, and no batch was trained on since they were computed last; call step() after the "
                 "optimizer's, and let the schedule start at 1 or later"
             )
-        average([self._sums.sums[target] for target in self._targets if target in self._sums.sums])
-        return {target: self._sums.result(target, self.count) for target in self._targets}
+        sums = self._sums
+        if isinstance(sums, ActivationSums):
+            # Ranks may have seen different numbers of samples.
+            sums.sums = {target: total / max(1, sums.counts[target]) for target, total in sums.sums.items()}
+            sums.counts = dict.fromkeys(sums.counts, 1)
+        average([sums.sums[target] for target in self._targets if target in sums.sums])
+        return {target: sums.result(target, self._count) for target in self._targets}
 
     def restart(self) -> None:
         """Begin anew, but for momentum, which goes on."""
         if self._goes_on:
             return
-        self.count = 0
+        self._count = 0
         if isinstance(self._sums, ActivationSums):
             self._sums.sums.clear()
             self._sums.counts.clear()
@@ -152,30 +209,42 @@ class TrainingSums:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` takes."""
-        state: dict[str, Any] = {
-            "count": self.count,
+        counts = self._sums.counts if isinstance(self._sums, ActivationSums) else {}
+        return {
+            "count": self._count,
             "sums": {target.name: tensor.clone() for target, tensor in self._sums.sums.items()},
+            "counts": {target.name: count for target, count in counts.items()},
         }
-        if isinstance(self._sums, ActivationSums):
-            state["counts"] = {target.name: count for target, count in self._sums.counts.items()}
-        return state
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where the sums that gave ``state`` were.
+    def check_state(self, state: object) -> None:
+        """Raise ValueError unless `load_state_dict` can take this.
 
         Raises:
-            ValueError: if it is of other weights.
+            ValueError: if it is of other weights, or nothing of this kind.
         """
+        if not isinstance(state, Mapping) or set(state) != {"count", "sums", "counts"}:
+            raise ValueError("the state is that of a pruner with another importance; make one as it was made")
+        shapes = {target.name: target.parameter.shape for target in self._targets}
+        names, of_activations = set(state["sums"]), self._gradients is None
+        fits = names == set(state["counts"]) if of_activations else names == set(shapes) and not state["counts"]
+        if not (fits and names <= set(shapes)):
+            raise ValueError(f"the state is of the weights {sorted(names)}, these are {sorted(shapes)}")
+        wrong = [name for name in names if not of_activations and state["sums"][name].shape != shapes[name]]
+        if wrong:
+            raise ValueError(
+                f"the state has other shapes for {', '.join(sorted(wrong))}; load it into the same model"
+            )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where the sums that gave ``state`` were, which `check_state` has seen."""
         by_name = {target.name: target for target in self._targets}
-        unknown = set(state["sums"]) - set(by_name)
-        if unknown or (self._of_gradients and len(state["sums"]) != len(by_name)):
-            raise ValueError(f"the state is of the weights {sorted(state['sums'])}, these are {sorted(by_name)}")
         device = {name: target.parameter.device for name, target in by_name.items()}
-        loaded = {by_name[name]: tensor.to(device[name], copy=True) for name, tensor in state["sums"].items()}
-        self._sums.sums = loaded
+        self._sums.sums = {
+            by_name[name]: tensor.to(device[name], copy=True) for name, tensor in state["sums"].items()
+        }
         if isinstance(self._sums, ActivationSums):
             self._sums.counts = {by_name[name]: count for name, count in state["counts"].items()}
-        self.count = int(state["count"])
+        self._count = int(state["count"])
         self.drop_batch()
 
 
@@ -201,3 +270,14 @@ def needs_training(rule: Importance) -> bool:
         (True, False)
     """
     return rule.needs not in ("none", "given", "norm scale")
+
+
+def needs_gradients(rule: Importance) -> bool:
+    """Whether an importance is computed from gradients.
+
+    Example:
+        >>> from pyprune import importance
+        >>> needs_gradients(importance.snip()), needs_gradients(importance.wanda())
+        (True, False)
+    """
+    return rule.needs in ("gradient", "squared gradient", "momentum")

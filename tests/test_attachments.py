@@ -95,3 +95,18 @@ def test_attach_changes_nothing_when_one_refuses(cnn, unchanged, monkeypatch):
     with pytest.raises(RuntimeError, match="no room"):
         attach((places, Attachment()) for places in owners)
     before.check()
+
+
+def test_attach_keeps_the_gradient_accumulator():
+    # DistributedDataParallel hooks into it, and waits in vain for another one.
+    def accumulator():
+        return weight.view_as(weight).grad_fn.next_functions[0][0]
+
+    linear = nn.Linear(4, 4)
+    weight = linear.weight
+    before = accumulator()
+    pyprune.prune(linear, LOCAL, ratio=0.5)
+    assert linear.parametrizations.weight.original is weight
+    assert accumulator() is before
+    pyprune.strip(linear)
+    assert accumulator() is before

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyprune.calibration import check_initialized, evaluating, forward
+from pyprune.calibration import check_initialized, evaluating, forward, score_of
 
 
 def test_forward_spreads_mappings_and_tuples():
@@ -47,3 +47,31 @@ def test_check_initialized_sees_lazy_parameters_and_buffers():
     for layer, name in ((nn.LazyLinear(3), "0.weight"), (nn.LazyBatchNorm1d(affine=False), "0.running_mean")):
         with pytest.raises(ValueError, match=f"{name} is lazy"):
             check_initialized(nn.Sequential(layer))
+
+
+def test_score_of_runs_in_evaluation_and_gives_all_back(unchanged):
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    before = unchanged(model)
+
+    def score(model):
+        assert not model[1].training
+        model.train()
+        model(torch.randn(8, 2))
+        return torch.tensor([model[1].running_mean.sum()])
+
+    first = score_of(model, score)
+    before.check()
+    assert first == score_of(model, score) != 0  # the same random numbers
+
+
+def test_score_of_refuses_training():
+    model = nn.Linear(2, 2)
+
+    def train(model):
+        with torch.enable_grad():
+            model(torch.ones(1, 2)).sum().backward()
+        torch.optim.SGD([model.bias], lr=0.1).step()
+        return 1.0
+
+    with pytest.raises(ValueError, match="eval_fn changed bias; it is to measure"):
+        score_of(model, train)

@@ -65,6 +65,15 @@ def test_masks_are_at_most_one_more_kernel_per_weight_and_direction(kind, device
         assert kernels(before) <= kernels(after) <= kernels(before) + 3
 
 
+def test_masks_of_large_convolutions_are_not_laid_out_anew(device):
+    """Left to itself, the compiler copies bool masks to channels_last at every step, which takes longest of all."""
+    model = nn.Sequential(nn.Conv2d(3, 64, 3, bias=False), nn.ReLU(), nn.Conv2d(64, 128, 3, bias=False)).to(device)
+    pyprune.prune(model, MASKS, ratio=0.5, ignored_scope=pyprune.IgnoredScope(names=["0"]))
+    forward, backward = generated(model, torch.randn(2, 3, 8, 8, device=device))
+    assert (calls(forward, "mask_weight"), calls(backward, "mask_weight")) == (1, 1)
+    assert "bool*" not in forward + backward
+
+
 @pytest.mark.parametrize("mode", [BERNOULLI, HARD_CONCRETE])
 def test_gates_are_one_call_each_and_nothing_else_per_weight(mode, device):
     inputs = torch.randn(4, 20, device=device)

@@ -176,6 +176,18 @@ def test_sensitivity_stops_early(cnn):
     }
 
 
+def test_sensitivity_measures_smaller_ratios_after_it_stopped(cnn, tmp_path):
+    arguments = {
+        "early_stop": 0.3,
+        "save_to": tmp_path / "result.json",
+        "ignored_scope": IgnoredScope(["fc", "conv2"]),
+    }
+    scores = iter([1.0, 0.5])
+    sensitivity(cnn.model, lambda model: next(scores), ratios=(0.5, 0.8), **arguments)
+    result = sensitivity(cnn.model, lambda model: 0.9, ratios=(0.2, 0.8), **arguments)
+    assert result.scores == {"conv1.weight": {0.2: 0.9, 0.5: 0.5}}
+
+
 def test_sensitivity_resumes_with_what_is_missing(cnn, tmp_path):
     path = tmp_path / "sensitivity.json"
     score = output_norm(cnn.inputs)

@@ -17,6 +17,15 @@ WAYS = ["masks", "keep_sparse"]
 STEPS = 1000
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Fused optimizers wait for all threads at each of many steps, which takes long on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def net():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))

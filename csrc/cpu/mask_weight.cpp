@@ -25,8 +25,8 @@ Tensor mask_weight(const Tensor weight, const Tensor mask) {
     Room weight_room, mask_room, out_room;
     const int64_t start = task * kChunk, count = std::min(kChunk, w.numel - start);
     char* const row = o.to_write(start, count, out_room);
-    run(w.in_a_row(start, count, weight_room),
-        reinterpret_cast<const uint8_t*>(m.in_a_row(start, count, mask_room)), row, w.dtype, count);
+    run(w.in_a_row(start, count, weight_room), reinterpret_cast<const uint8_t*>(m.in_a_row(start, count, mask_room)),
+        row, w.dtype, count);
     if (!o.contiguous()) {
       o.scatter(start, count, row);
     }

@@ -16,8 +16,9 @@ _WORTH_A_KERNEL = 4096
 def mask_weight(weight: Tensor, mask: Tensor, *, dense_gradient: bool = False) -> Tensor:
     """Return ``where(mask, weight, 0)`` in new memory; a dropped infinity or NaN gives 0.
 
-    All that torch does with ``torch.where`` works: derivatives of any order and mode, `torch.func`, compilation,
-    subclasses of tensors, any dtype and device. For large dense weights of `WEIGHT_DTYPES` there is a kernel.
+    All that torch does with ``torch.where`` works: derivatives of any order and mode (with a dense gradient not in
+    forward mode), `torch.func`, compilation, export, subclasses of tensors, any dtype and device. For large dense
+    weights of `WEIGHT_DTYPES` there is a kernel.
 
     Args:
         weight: any floating-point tensor, any strides.
@@ -43,55 +44,58 @@ def mask_weight(weight: Tensor, mask: Tensor, *, dense_gradient: bool = False) -
         raise TypeError(f"mask is {mask.dtype}; give a bool tensor, True = kept")
     if mask.shape != weight.shape:
         raise ValueError(f"mask is {tuple(mask.shape)}, its weight {tuple(weight.shape)}; they must agree")
+    if dense_gradient:
+        return _straight(weight, mask)
     if weight.numel() < _WORTH_A_KERNEL or not _has_kernel(weight):
-        return _straight(weight, mask) if dense_gradient else torch.where(mask, weight, 0)
+        return torch.where(mask, weight, 0)
     if weight.requires_grad and torch.is_grad_enabled():
-        return _with_kernel(weight, mask, dense_gradient)
-    return _masked(weight, mask)
+        return _masked(weight, mask)
+    return _call(weight, mask)
 
 
 def _has_kernel(tensor: Tensor) -> bool:
-    """Whether this is a plain tensor, and nothing traces or transforms what is done with it."""
+    """Whether this is a plain tensor, and what is done with it is neither exported nor transformed."""
     return (
         type(tensor) in (nn.Parameter, Tensor)
         and (tensor.is_cpu or (tensor.is_cuda and CUDA_KERNELS_LOADED))
         and tensor.dtype in WEIGHT_DTYPES
-        and not torch.compiler.is_compiling()
-        and not torch._C._is_tracing()
+        and not torch.compiler.is_exporting()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
     )
 
 
-def _masked(weight: Tensor, mask: Tensor) -> Tensor:
-    with torch._C._AutoDispatchBelowAutograd():
-        out: Tensor = torch.ops.pyprune.mask_weight.default(weight, mask)
-    return out
+def _call(weight: Tensor, mask: Tensor) -> Tensor:
+    if torch.compiler.is_compiling() and weight.is_contiguous() and mask.is_contiguous():
+        # The compiler would lay out what a convolution depends on anew, masks too, which takes longer than the
+        # convolution. What as_strided reads it leaves as it is.
+        flat = (weight.numel(),), (1,)
+        return _operator(weight.as_strided(*flat), mask.as_strided(*flat)).view(weight.shape)
+    return _operator(weight, mask)
 
 
 class _Masked(torch.autograd.Function):
-    """The kernel, and the same as its derivative. In the old style, because the new one takes longer per call."""
+    """The kernel with its derivative, which is the same kernel; the operator's own would take longer per call."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor, dense_gradient: bool) -> Tensor:
-        ctx.dense_gradient = dense_gradient
-        if not dense_gradient:
-            ctx.save_for_backward(mask)
-        return _masked(weight, mask)
+    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        return _call(weight, mask)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad if ctx.dense_gradient else mask_weight(grad, *ctx.saved_tensors), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return mask_weight(grad, *ctx.saved_tensors), None
 
 
 class _Straight(torch.autograd.Function):
-    """The mask in the forward pass only, where there is no kernel."""
+    """The mask in the forward pass only."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(weight: Tensor, mask: Tensor) -> Tensor:
-        return torch.where(mask, weight, 0)
+        return mask_weight(weight, mask)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -101,15 +105,14 @@ class _Straight(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        return tangent.clone()
+
+_operator = cast(Callable[[Tensor, Tensor], Tensor], torch.ops.pyprune.mask_weight.default)
+_masked = cast(Callable[[Tensor, Tensor], Tensor], _Masked.apply)
+_straight = cast(Callable[[Tensor, Tensor], Tensor], _Straight.apply)
 
 
 def _fake(weight: Tensor, mask: Tensor) -> Tensor:
     return torch.empty_like(weight)
 
 
-_with_kernel = cast(Callable[..., Tensor], _Masked.apply)
-_straight = cast(Callable[..., Tensor], _Straight.apply)
 torch.library.register_fake("pyprune::mask_weight", _fake)

@@ -129,6 +129,11 @@ def fold(weights: Sequence[Tensor], masks: Sequence[Tensor], blocks: Sequence[Se
             weight.masked_fill_(~mask, 0)
 
 
+def mask_weight(weight: Tensor, mask: Tensor) -> Tensor:
+    """Take the weight where the mask is True."""
+    return torch.where(mask, weight, 0)
+
+
 def expand(unit_masks: Sequence[Tensor], blocks: Sequence[Sequence[int]], masks: Sequence[Tensor]) -> None:
     """Repeat each unit over its block."""
     for units, block, mask in zip(unit_masks, blocks, masks, strict=True):

@@ -1,0 +1,100 @@
+"""What the callbacks for trainers share."""
+
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from pyprune import ops
+from pyprune._keep_sparse import KeepSparse, keep_sparse
+from pyprune._pruner import Pruner
+from pyprune._strip import strip
+from pyprune.integrations.checkpoints import keep_plain, load_masked_state, masked_state
+from pyprune.masks import Mask
+from pyprune.recipes import Recipe, RecipePruner
+from pyprune.targets import attachments_of
+
+# What prunes in a training, and what makes it: (model, optimizer, steps_per_epoch) -> Pruning.
+Pruning = Pruner | RecipePruner | KeepSparse
+Start = Callable[..., Pruning]
+
+
+def start_of(prune: Recipe | str | os.PathLike[str] | Start, examples_inputs: Any = None) -> Start:
+    """Return the function that begins to prune, of what users give to a callback."""
+    if isinstance(prune, (str, os.PathLike)):
+        prune = Recipe.from_file(prune)
+    if isinstance(prune, Recipe):
+        return partial(prune.apply, examples_inputs=examples_inputs)
+    if prune is keep_sparse:
+        return lambda model, optimizer, _: keep_sparse(model, optimizer, examples_inputs=examples_inputs)
+    if not callable(prune):
+        raise TypeError(
+            f"prune is a {type(prune).__name__}; give a Recipe or its path, pyprune.keep_sparse, or a function that "
+            "takes (model, optimizer, steps_per_epoch) and returns a Pruner"
+        )
+    if examples_inputs is not None:
+        raise ValueError("a function makes its Pruner with examples_inputs itself; leave them out here")
+    return prune
+
+
+class Training:
+    """The pruning of one run of a trainer: while it lasts, checkpoints of the model are plain.
+
+    Args:
+        start: makes what prunes.
+        model, optimizer, steps_per_epoch: its arguments.
+        resumed: what `state` was when the weights of the model were saved; None at the beginning.
+    """
+
+    def __init__(
+        self, start: Start, model: nn.Module, optimizer: Any, steps_per_epoch: int, resumed: Mapping[str, Any] | None
+    ) -> None:
+        while isinstance(getattr(optimizer, "optimizer", None), Optimizer):  # Accelerate's wrapper
+            optimizer = optimizer.optimizer
+        self.model = model
+        self.pruning = start(model, optimizer, steps_per_epoch)
+        if not isinstance(self.pruning, (Pruner, RecipePruner, KeepSparse)):
+            raise TypeError(f"prune returned a {type(self.pruning).__name__}; it must return a Pruner")
+        if resumed is not None:
+            if not isinstance(self.pruning, KeepSparse):
+                self.pruning.load_state_dict(resumed["pruning"])
+            load_masked_state(model, resumed["model"])
+        self._hooks = keep_plain(model)
+
+    def step(self) -> None:
+        """Go on by one step of the optimizer."""
+        if not isinstance(self.pruning, KeepSparse):
+            self.pruning.step()
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint of the model does not have."""
+        pruning = {} if isinstance(self.pruning, KeepSparse) else self.pruning.state_dict()
+        return {"pruning": pruning, "model": masked_state(self.model)}
+
+    def sparsity(self) -> float:
+        """Return the fraction of the weights under masks that is dropped."""
+        if isinstance(self.pruning, KeepSparse):
+            masks = list(self.pruning.masks.values())
+        else:
+            attached = attachments_of(self.model).values()
+            masks = [found.mask for found in attached if isinstance(found, Mask) and found.on_target]
+        total = sum(mask.numel() for mask in masks)
+        return float(ops.count_zeros(masks).sum()) / max(1, total)
+
+    def finish(self, *, strip_masks: bool) -> None:
+        """Let go of the model; with ``strip_masks``, leave it plain, and hold its zeros no longer."""
+        for hook in self._hooks:
+            hook.remove()
+        if not strip_masks:
+            if not isinstance(self.pruning, KeepSparse):
+                self.pruning.freeze()
+        elif isinstance(self.pruning, RecipePruner):
+            self.pruning.finish()
+        elif isinstance(self.pruning, KeepSparse):
+            self.pruning.remove()
+        else:
+            self.pruning.freeze()
+            strip(self.model)

@@ -1,0 +1,144 @@
+"""Prune in a Hugging Face ``Trainer``; needs transformers (``pip install "pyprune[transformers]"``)."""
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+try:
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "pyprune.integrations.transformers needs transformers: pip install 'pyprune[transformers]'", name=error.name
+    ) from error
+
+from pyprune.integrations.training import Start, Training, start_of
+from pyprune.recipes import Recipe
+
+# Beside the model in a checkpoint.
+FILE = "pruning.pt"
+
+
+class PruningCallback(TrainerCallback):
+    """Prune in a Hugging Face ``Trainer``: step after each step of the optimizer, save, resume, strip at the end.
+
+    Steps of gradient accumulation do not count. ``pruning_sparsity`` is logged with the loss.
+
+    Checkpoints hold the plain model, zeros where weights are dropped: ``from_pretrained`` reads them without pyprune,
+    and ``load_best_model_at_end`` works. What they lack to resume in the middle (masks, and the raw values under
+    them) is in ``pruning.pt`` beside the model.
+
+    Args:
+        prune: a `Recipe` or the path of one; `pyprune.keep_sparse`, to hold the zeros that the model has; or a
+            function that takes (model, optimizer, steps_per_epoch) and returns a `Pruner`.
+        strip: whether to fold the masks in at the end of training. Without it masks stay on.
+        steps_per_epoch: steps of the optimizer per epoch; worked out from the number of batches if None.
+        examples_inputs: as in `prune`, for a recipe or `keep_sparse`; without it, weights of layers that are not
+            torch's own (those of GPT-2, for one) are not found.
+        resume_from: the checkpoint that training goes on from. Only needed if it is not in ``args.output_dir``,
+            because the ``Trainer`` does not tell callbacks.
+
+    Raises:
+        TypeError, ValueError: for another ``prune``, and when training begins, for what `Recipe.apply` refuses, an
+            unknown number of batches, or a checkpoint without ``pruning.pt``.
+
+    Example:
+        >>> from pyprune import Recipe
+        >>> callback = PruningCallback(Recipe.from_string("stages: [prune: {final: 0.9, end: 5}]"))
+        >>> # Trainer(model, args, train_dataset=dataset, callbacks=[callback]).train()
+    """
+
+    def __init__(
+        self,
+        prune: Recipe | str | os.PathLike[str] | Start,
+        *,
+        strip: bool = True,
+        steps_per_epoch: int | None = None,
+        examples_inputs: Any = None,
+        resume_from: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self._start = start_of(prune, examples_inputs)
+        self._strip = strip
+        self._steps_per_epoch = steps_per_epoch
+        self._resume_from = resume_from
+        self._training: Training | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        optimizer: Any,
+        train_dataloader: Any,
+        **unused: object,
+    ) -> None:
+        """Begin to prune, or go on: weights and optimizer have been loaded."""
+        if self._training is not None:  # a run that was interrupted
+            self._training.finish(strip_masks=False)
+        resumed = None
+        if state.global_step > 0:
+            resumed = torch.load(self._saved(args, state), map_location="cpu", weights_only=True)
+        steps = self._steps_per_epoch or _steps_per_epoch(train_dataloader, args.gradient_accumulation_steps)
+        self._training = Training(self._start, model, optimizer, steps, resumed)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: object
+    ) -> None:
+        """Go on by a step; this is not called for batches that only accumulate."""
+        if self._training is not None:
+            self._training.step()
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: object
+    ) -> None:
+        """Save what the checkpoint needs beside the plain model."""
+        if self._training is not None and state.is_world_process_zero:
+            torch.save(self._training.state(), _checkpoint(args, state) / FILE)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        logs: dict[str, float] | None = None,
+        **unused: object,
+    ) -> None:
+        """Add the sparsity, for the callbacks that come after this one and for ``state.log_history``."""
+        if self._training is not None and logs is not None:
+            logs["pruning_sparsity"] = state.log_history[-1]["pruning_sparsity"] = self._training.sparsity()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: object
+    ) -> None:
+        """Fold the masks in."""
+        if self._training is not None:
+            self._training.finish(strip_masks=self._strip)
+            self._training = None
+
+    def _saved(self, args: TrainingArguments, state: TrainerState) -> Path:
+        folder = Path(self._resume_from) if self._resume_from is not None else _checkpoint(args, state)
+        if not (folder / FILE).is_file():
+            raise ValueError(
+                f"training goes on at step {state.global_step}, but there is no {folder / FILE}; give "
+                "PruningCallback(resume_from=...) the checkpoint that the Trainer resumes from"
+            )
+        return folder / FILE
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+
+
+def _steps_per_epoch(dataloader: Any, accumulated: int) -> int:
+    try:
+        return max(1, math.ceil(len(dataloader) / accumulated))
+    except TypeError as error:
+        raise ValueError(
+            "the number of batches per epoch is unknown; give PruningCallback(steps_per_epoch=...)"
+        ) from error
