@@ -329,7 +329,9 @@ def nines(accuracy: Any) -> Any:
 def plot(outcomes: Outcomes, path: Path) -> None:
     ratios = list(dict.fromkeys(ratio for _, ratio in outcomes if ratio))
     figure = Figure(figsize=(1 + 6.5 * len(ratios), 8.5), layout="constrained")
-    figure.suptitle("A CNN on handwritten digits, trained sparse: mean over seeds at the end of each epoch")
+    figure.suptitle(
+        "A CNN on handwritten digits, trained sparse: mean over seeds at the end of each epoch, BatchNorm not adapted"
+    )
     grid = figure.subplots(2, len(ratios), sharex=True, sharey="row", squeeze=False, height_ratios=(3, 2))
     for ratio, upper, lower in zip(ratios, *grid, strict=True):
         for (method, of), runs in outcomes.items():
