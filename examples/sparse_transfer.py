@@ -288,8 +288,8 @@ def main() -> None:
     console.print(table)
     console.print(
         "Held, every zero is where it was, no other came, and 2:4 is 2:4 in all groups. Saved with safetensors, "
-        f"these are plain checkpoints. A training step takes {plain:.0f} ms, and {held:.0f} ms with keep_sparse "
-        f"({held / plain - 1:+.1%}).",
+        f"these are plain checkpoints. A training step takes {plain:.0f} ms, and {held:.0f} ms with keep_sparse. "
+        f"That adds the same to a batch of any size; this one has {BATCH} short texts.",
         highlight=False,
     )
     console.print(f"Done in {time.perf_counter() - start:.0f} s.")
