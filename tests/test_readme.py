@@ -11,4 +11,4 @@ def test_readme_examples_run(tmp_path, monkeypatch, capsys):
     for block in blocks:
         exec(block, {})
     assert "Pruning statistics" in capsys.readouterr().out
-    assert {path.name for path in tmp_path.iterdir()} == {"masked.pt", "plain.pt", "last.pt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"masked.pt", "plain.pt", "last.pt", "checkpoint.pt"}
