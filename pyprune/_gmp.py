@@ -30,6 +30,8 @@ def gmp(
 ) -> Pruner:
     """Prune gradually while training: fast at first, when there is much to choose from, and slowly in the end.
 
+    For limits, allocation or another schedule make a `Pruner`.
+
     Args:
         model, optimizer, reintroduce, ignored_scope, examples_inputs: as for `Pruner`.
         ratio: in the end.

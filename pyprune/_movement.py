@@ -42,9 +42,10 @@ class MovementPruner(Pruner):
 
     Args:
         model, ignored_scope, examples_inputs: as for `Pruner`; a model that is trained already.
-        schedule: as for `Pruner`; its start is the end of the warm-up, at step 1 or later.
+        schedule: as for `Pruner`; its start is the end of the warm-up, at step 1 or later. Scores of few batches are
+            noise: an epoch or more is usual.
         optimizer: what trains the weights; scores take their steps just before its own.
-        lr: learning rate of the scores.
+        lr: learning rate of the scores. Hard masks need only their order, which it does not change with Adam.
         score_optimizer: makes the optimizer of the scores from a list of tensors; Adam with ``lr`` if None.
         granularity: the units; blocks of 32 x 32 are usual in transformers.
         scope: `scope.tensor` or `scope.model`; for hard masks.
