@@ -47,15 +47,16 @@ class Recipe:
     * ``prune`` takes, besides, ``allocation``, ``min_ratio``, ``max_ratio``, ``reintroduce`` and
       ``zero_dead_channels`` as `Pruner` does. ``schedule: {multi_step: {2: 0.5, 6: 0.8}}`` has ratios by epoch, and
       ``one_shot`` only ``final`` and ``start``.
-    * ``ac_dc`` takes the same, but no ``schedule`` and ``initial``: it alternates between dense and pruned phases of
-      ``frequency`` epochs, and ends pruned. Its scope is by default model.
+    * ``ac_dc`` takes the same, but no ``schedule``, ``initial`` and ``reintroduce``: it alternates between dense and
+      pruned phases of ``frequency`` epochs, and ends pruned. Its scope is by default model.
     * ``constant`` leaves the masks of the stages before as they are, which says no more than the end of the stage
       before it; alone it holds the zeros that the model has, by `keep_sparse`: sparse transfer.
 
-    A stage begins where the one before ends, unless it has a ``start``. Masks are on from the beginning, so that
-    checkpoints always have the same names; before the first stage they keep everything. What a stage leaves stays as
-    it is until the next one begins, and after the last. Learning rates are a hint that `learning_rate_at` returns;
-    nothing is written into the optimizer.
+    A stage begins where the one before ends, unless it has a ``start``, and at the ratio which that one leaves,
+    unless it has an ``initial``. It needs one if either has ratios by name, or if they ignore different weights. Masks are
+    on from the beginning, so that checkpoints always have the same names; before the first stage they keep
+    everything. What a stage leaves stays as it is until the next one begins, and after the last. Learning rates are a
+    hint that `learning_rate_at` returns; nothing is written into the optimizer.
 
     Args:
         stages: what `pyprune.stages.read_stages` returns.

@@ -96,7 +96,7 @@ def test_stages_follow_each_other_and_what_they_leave_stays():
     recipe = Recipe.from_string("""
 stages:
   - prune: {schedule: one_shot, final: 0.25, start: 1}
-  - prune: {final: 0.5, initial: 0.25, start: 2, end: 3}
+  - prune: {final: 0.5, start: 2, end: 3}
   - constant: {end: 5}
   - prune: {scope: {n_of_m: {keep: 1, of: 4}}, final: 0.75, schedule: one_shot, start: 6}
 """)
@@ -235,10 +235,10 @@ def test_apply_names_the_stage_that_does_not_fit_and_changes_nothing(unchanged):
     model, optimizer = with_optimizer(network())
     before = unchanged(model)
     cases = {
-        "stages:\n- prune: {final: 0.5, initial: 0.2, end: 1}\n- prune: {final: 0.6, end: 2, ignore: {names: [f]}}": (
+        "stages:\n- prune: {final: 0.5, end: 1}\n- prune: {final: 0.6, initial: 0.2, end: 2, ignore: {names: [f]}}": (
             "r.yaml:3: stages[1].prune: IgnoredScope rules that match nothing in the model: name 'f'"
         ),
-        "stages:\n- prune: {final: {fc: 0.5}, end: 1}\n- prune: {final: 0.6, end: 2}": (
+        "stages:\n- prune: {final: {fc: 0.5}, end: 1}\n- prune: {final: 0.6, initial: 0, end: 2}": (
             "r.yaml:2: stages[0].prune: 'fc' matches no weight that is pruned"
         ),
         "stages:\n- prune: {final: 0.5, end: 1, scope: {n_of_m: {keep: 1, of: 4}}}": (
