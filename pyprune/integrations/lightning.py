@@ -24,6 +24,8 @@ class PruningCallback(Callback):
 
     Checkpoints hold the plain model, zeros where weights are dropped: ``load_from_checkpoint`` needs no pyprune.
     What they lack to resume in the middle (masks, and the raw values under them) is in the state of this callback.
+    Lightning saves that of one rank: with several, a training resumes bit for bit only where nothing is measured in
+    it (magnitudes, for one).
 
     Args:
         prune: a `Recipe` or the path of one; `pyprune.keep_sparse`, to hold the zeros that the model has; or a
