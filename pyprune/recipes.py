@@ -3,8 +3,9 @@
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from pyprune._keep_sparse import KeepSparse, keep_sparse
 from pyprune._pruner import Pruner
 from pyprune._strip import strip
 from pyprune.attachments import check_module, detach
+from pyprune.choosing import entrants
 from pyprune.places import read
 from pyprune.schedules import Ratio, check_step
 from pyprune.stages import Stage, by_epoch, read_stages
-from pyprune.targets import attachments_of
+from pyprune.targets import attachments_of, find_targets
+from pyprune.training_sums import needs_gradients
 
 
 @dataclass(frozen=True)
@@ -47,15 +50,16 @@ class Recipe:
     * ``prune`` takes, besides, ``allocation``, ``min_ratio``, ``max_ratio``, ``reintroduce`` and
       ``zero_dead_channels`` as `Pruner` does. ``schedule: {multi_step: {2: 0.5, 6: 0.8}}`` has ratios by epoch, and
       ``one_shot`` only ``final`` and ``start``.
-    * ``ac_dc`` takes the same, but no ``schedule`` and ``initial``: it alternates between dense and pruned phases of
-      ``frequency`` epochs, and ends pruned. Its scope is by default model.
+    * ``ac_dc`` takes the same, but no ``schedule``, ``initial`` and ``reintroduce``: it alternates between dense and
+      pruned phases of ``frequency`` epochs, and ends pruned. Its scope is by default model.
     * ``constant`` leaves the masks of the stages before as they are, which says no more than the end of the stage
       before it; alone it holds the zeros that the model has, by `keep_sparse`: sparse transfer.
 
-    A stage begins where the one before ends, unless it has a ``start``. Masks are on from the beginning, so that
-    checkpoints always have the same names; before the first stage they keep everything. What a stage leaves stays as
-    it is until the next one begins, and after the last. Learning rates are a hint that `learning_rate_at` returns;
-    nothing is written into the optimizer.
+    A stage begins where the one before ends, unless it has a ``start``, and at the ratio which that one leaves,
+    unless it has an ``initial``. It needs one if either has ratios by name, or if they ignore different weights.
+    Masks are on from the beginning, so that checkpoints always have the same names; before the first stage they keep
+    everything. What a stage leaves stays as it is until the next one begins, and after the last. Learning rates are a
+    hint that `learning_rate_at` returns; nothing is written into the optimizer.
 
     Args:
         stages: what `pyprune.stages.read_stages` returns.
@@ -90,7 +94,13 @@ class Recipe:
             OSError: if the file cannot be read.
             ValueError: for whatever is wrong in it; names file, line and field, and what is allowed.
         """
-        return cls.from_string(Path(path).read_text(encoding="utf-8"), os.fspath(path))
+        content = Path(path).read_bytes()
+        try:
+            text = content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            line = content.count(b"\n", 0, error.start) + 1
+            raise ValueError(f"{path}:{line}: this is not UTF-8 ({error.reason}); save the file in UTF-8") from error
+        return cls.from_string(text, os.fspath(path))
 
     @classmethod
     def from_string(cls, text: str, name: str = "<string>") -> "Recipe":
@@ -131,15 +141,22 @@ class Recipe:
         return self.learning_rates[max(begun)] if begun else None
 
     def apply(
-        self, model: nn.Module, optimizer: Optimizer | None, steps_per_epoch: int, *, examples_inputs: Any = None
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Iterable[Optimizer] | None,
+        steps_per_epoch: int,
+        *,
+        examples_inputs: Any = None,
     ) -> "RecipePruner":
         """Put on the masks with which the recipe begins.
 
-        To resume, do the same, and load the states of model, optimizer and what this returns.
+        To resume, do the same, and load the states of model, optimizer and what this returns, in this order. For
+        sparse transfer load the sparse weights first: a ``constant`` stage alone holds the zeros that it finds.
 
         Args:
             model: the model.
-            optimizer: its optimizer; None will do for stages that do not need it (see `Pruner`).
+            optimizer: its optimizer, or several; None will do for stages that do not need it (see `Pruner`). A stage
+                that does needs one that trains all its weights: with several, those of the others are to be ignored.
             steps_per_epoch: how often ``optimizer.step()`` is called per epoch: batches by those that are
                 accumulated.
             examples_inputs: as in `prune`, for all stages.
@@ -154,15 +171,15 @@ class Recipe:
         """
         check_module(model)
         check_step(steps_per_epoch, "steps_per_epoch", least=1)
+        optimizers = _listed(optimizer)
         pruning = [stage for stage in self.stages if stage.kind != "constant"]
-        held = None
+        hold = None
         if not pruning:
-            if optimizer is None:
+            if not optimizers:
                 raise ValueError("a constant recipe holds zeros through the optimizer; give it")
-            scope = self.stages[0].ignored_scope
-            held = keep_sparse(model, optimizer, ignored_scope=scope, examples_inputs=examples_inputs)
-        pruners = _make_pruners(pruning, model, optimizer, steps_per_epoch, examples_inputs)
-        return RecipePruner(model, steps_per_epoch, pruners, held)
+            hold = partial(_hold, self.stages[0], model, examples_inputs)
+        pruners = _make_pruners(pruning, model, optimizers, steps_per_epoch, examples_inputs)
+        return RecipePruner(model, optimizers, steps_per_epoch, pruners, hold)
 
 
 class RecipePruner:
@@ -180,15 +197,18 @@ class RecipePruner:
     def __init__(
         self,
         model: nn.Module,
+        optimizers: Sequence[Optimizer],
         steps_per_epoch: int,
         pruners: Sequence[Pruner],
-        held: KeepSparse | None,
+        hold: Callable[[Sequence[Optimizer]], KeepSparse] | None,
     ) -> None:
         self.model = model
         self.steps_per_epoch = steps_per_epoch
         self.step_count = 0
+        self._optimizers = optimizers
         self._pruners = tuple(pruners)
-        self._held = held
+        self._hold = hold
+        self._held = None if hold is None else hold(optimizers)
 
     @property
     def epoch(self) -> float:
@@ -209,9 +229,11 @@ class RecipePruner:
         """
         self.step_count += 1
         updated = [pruner.step() for pruner in self._pruners]
-        for pruner in self._pruners:
-            # What an importance measures after the last update has no use.
-            if not pruner.frozen and self.step_count >= (pruner.schedule.end or 0):
+        for i, pruner in enumerate(self._pruners):
+            # What an importance measures after the last update has no use, but that one may be late (an overflow);
+            # it comes to nothing where a later stage has begun.
+            is_awaited = pruner._is_late and not any(updated[i + 1 :])
+            if not (pruner.frozen or is_awaited) and self.step_count >= (pruner.schedule.end or 0):
                 pruner.freeze()
         return any(updated)
 
@@ -243,16 +265,17 @@ class RecipePruner:
             "step_count": self.step_count,
             "steps_per_epoch": self.steps_per_epoch,
             "pruners": [pruner.state_dict() for pruner in self._pruners],
-            "held": self._zeros_held(),
+            "held": _count_held(self._held),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on where the `RecipePruner` of the same recipe was; load the model's and the optimizer's state, too.
+        """Go on where the `RecipePruner` of the same recipe was; load the model's and the optimizer's state before.
 
         Raises:
-            ValueError: if it is not such a state, or if a ``constant`` stage holds other zeros than it did.
+            TypeError, ValueError: if it is not such a state, or if the model does not have the zeros that a
+                ``constant`` stage held. Nothing is changed then.
         """
-        if not isinstance(state_dict, Mapping) or set(state_dict) != set(self.state_dict()):
+        if not isinstance(state_dict, Mapping) or set(state_dict) != _STATE:
             raise ValueError(f"{state_dict!r:.80} is not the state_dict() of a RecipePruner")
         step_count = check_step(state_dict["step_count"], "step_count")
         if state_dict["steps_per_epoch"] != self.steps_per_epoch:
@@ -260,24 +283,55 @@ class RecipePruner:
                 f"the state was saved with steps_per_epoch={state_dict['steps_per_epoch']}, and this is "
                 f"{self.steps_per_epoch}; epochs would change their meaning"
             )
-        if len(state_dict["pruners"]) != len(self._pruners):
+        states = state_dict["pruners"]
+        keys = [set(state) if isinstance(state, Mapping) else None for state in states]
+        if keys != [set(pruner._state()) for pruner in self._pruners]:
             raise ValueError("the state is that of another recipe; apply the one that it was saved with")
-        if state_dict["held"] != self._zeros_held():
-            raise ValueError(
-                "the model has other zeros than when the state was saved; load its sparse weights before the recipe "
-                "is applied"
-            )
-        for pruner, state in zip(self._pruners, state_dict["pruners"], strict=True):
+        for pruner, state in zip(self._pruners, states, strict=True):
+            pruner._check_state(state)
+        self._hold_again(state_dict["held"])
+        for pruner, state in zip(self._pruners, states, strict=True):
             pruner.load_state_dict(state)
         self.step_count = step_count
 
-    def _zeros_held(self) -> dict[str, int]:
-        held = {} if self._held is None else self._held.masks
-        return {name: int(mask.numel() - mask.count_nonzero()) for name, mask in held.items()}
+    def _hold_again(self, saved: Mapping[str, int]) -> None:
+        """Hold the zeros that are there now: weights may have been loaded since the recipe was applied."""
+        there = None if self._hold is None else self._hold([])
+        if saved != _count_held(there):
+            raise ValueError(
+                "the model has other zeros than when the state was saved; load its sparse weights before this state"
+            )
+        if self._hold is not None and self._held is not None:
+            self._held.remove()
+            self._held = self._hold(self._optimizers)
+
+
+_STATE = {"step_count", "steps_per_epoch", "pruners", "held"}
+
+
+def _count_held(held: KeepSparse | None) -> dict[str, int]:
+    masks = {} if held is None else held.masks
+    return {name: int(mask.numel() - mask.count_nonzero()) for name, mask in masks.items()}
+
+
+def _listed(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
+    optimizers = list(optimizer) if isinstance(optimizer, Iterable) else [] if optimizer is None else [optimizer]
+    for one in optimizers:
+        if not isinstance(one, Optimizer):
+            raise TypeError(f"optimizer is of type {type(one).__name__}; give a torch.optim.Optimizer, or several")
+    return optimizers
+
+
+def _hold(stage: Stage, model: nn.Module, inputs: Any, optimizers: Sequence[Optimizer]) -> KeepSparse:
+    try:
+        return keep_sparse(model, optimizers or None, ignored_scope=stage.ignored_scope, examples_inputs=inputs)
+    except (TypeError, ValueError) as error:
+        complaint = str(error).replace("ignored_scope", "ignore: {names: [...]}")  # as a recipe calls it
+        raise ValueError(f"{stage.where}: {complaint}") from error
 
 
 def _make_pruners(
-    stages: Sequence[Stage], model: nn.Module, optimizer: Optimizer | None, steps_per_epoch: int, inputs: Any
+    stages: Sequence[Stage], model: nn.Module, optimizers: Sequence[Optimizer], steps_per_epoch: int, inputs: Any
 ) -> list[Pruner]:
     """Return the pruners of all stages; later ones put on masks that keep everything, and wait."""
     carried = {target.parameter for target in attachments_of(model)}
@@ -285,7 +339,7 @@ def _make_pruners(
     try:
         # The first is the only one that may drop something now, and if one of them fails, it has not done so.
         for stage in reversed(stages):
-            pruners.insert(0, _make_pruner(stage, model, optimizer, steps_per_epoch, inputs))
+            pruners.insert(0, _make_pruner(stage, model, optimizers, steps_per_epoch, inputs))
     except BaseException:
         for pruner in pruners:
             pruner.freeze()
@@ -297,7 +351,7 @@ def _make_pruners(
 
 
 def _make_pruner(
-    stage: Stage, model: nn.Module, optimizer: Optimizer | None, steps_per_epoch: int, inputs: Any
+    stage: Stage, model: nn.Module, optimizers: Sequence[Optimizer], steps_per_epoch: int, inputs: Any
 ) -> Pruner:
     assert stage.schedule is not None
     assert stage.method is not None
@@ -305,17 +359,35 @@ def _make_pruner(
         schedule = stage.schedule(steps_per_epoch)
     except ValueError as error:
         raise ValueError(f"{stage.where}: at steps_per_epoch={steps_per_epoch}, in steps: {error}") from error
-    if stage.kind == "ac_dc" and optimizer is None:
+    if stage.kind == "ac_dc" and not optimizers:
         raise ValueError(f"{stage.where}: a dense phase begins without momentum; give the optimizer")
     try:
         return (AcDcPruner if stage.kind == "ac_dc" else Pruner)(
             model,
             stage.method,
             schedule,
-            optimizer,
+            _optimizer_of(stage, model, optimizers, inputs),
             ignored_scope=stage.ignored_scope,
             examples_inputs=inputs,
             **stage.keywords,
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{stage.where}: {error}") from error
+
+
+def _optimizer_of(stage: Stage, model: nn.Module, optimizers: Sequence[Optimizer], inputs: Any) -> Optimizer | None:
+    """Return the one that trains the weights of a stage; None where there are several, and it needs none."""
+    assert stage.method is not None
+    if len(optimizers) < 2:
+        return next(iter(optimizers), None)
+    targets = entrants(stage.method, find_targets(model, stage.ignored_scope, inputs))
+    weights = {target.parameter for target in targets}
+    found = [one for one in optimizers if any(weights.intersection(group["params"]) for group in one.param_groups)]
+    if len(found) == 1:
+        return found[0]
+    if found and stage.kind != "ac_dc" and not needs_gradients(stage.method.importance):
+        return None
+    raise ValueError(
+        f"{len(found)} of {len(optimizers)} optimizers train the weights to prune, and one must train them all; "
+        "leave the weights of the others out, by ignore: {names: [...]}"
+    )

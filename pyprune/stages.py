@@ -34,6 +34,7 @@ class Stage:
         method: how weights are chosen.
         ignored_scope: weights to leave out.
         keywords: further arguments of the `Pruner`.
+        final: the ratio that it leaves.
 
     Example:
         >>> Stage("constant").end is None
@@ -48,6 +49,7 @@ class Stage:
     method: Method | None = None
     ignored_scope: IgnoredScope | None = None
     keywords: Mapping[str, Any] = field(default_factory=dict)
+    final: Ratio = 0.0
 
 
 def steps_of(epochs: float, steps_per_epoch: int) -> int:
@@ -78,7 +80,8 @@ def read_stages(place: Place) -> tuple[Stage, ...]:
         before = stages[-1] if stages else Stage("constant", end=0.0)
         if before.end is None:
             raise body.error(f"{before.where} has no end, and nothing can follow it; give it one")
-        stage = _KINDS[kind](body, before.end)
+        pruned = next((stage for stage in reversed(stages) if stage.kind != "constant"), None)
+        stage = _KINDS[kind](body, before.end, pruned)
         place = body.pairs().get("start", body)
         if stage.start < before.end or (stages and kind != "constant" and stage.start == before.start):
             raise place.error(
@@ -135,7 +138,7 @@ _TIMING = {
 _ALTERNATING = (("final", "end", "frequency"), ("start",))
 
 
-def _prune(body: Place, earliest: float) -> Stage:
+def _prune(body: Place, earliest: float, pruned: Stage | None) -> Stage:
     named = body.pairs().get("schedule")
     name, arguments = named.choice(_TIMING) if named else ("cubic", None)
     needed, other = _TIMING[name]
@@ -147,22 +150,37 @@ def _prune(body: Place, earliest: float) -> Stage:
         return _stage("prune", body, fields, min(ratios), max(ratios), partial(_multi_step, ratios))
     known = ("power",) if name == "polynomial" else ()
     options = {key: place.value() for key, place in (arguments.fields(known, known) if arguments else {}).items()}
+    if pruned is not None and "initial" in other and "initial" not in fields:
+        options["initial"] = _ratio_left(pruned, body, fields)
     return _curve_stage("prune", body, fields, earliest, partial(getattr(schedules, name), **options))
 
 
-def _ac_dc(body: Place, earliest: float) -> Stage:
+def _ac_dc(body: Place, earliest: float, _: object) -> Stage:
     needed, other = _ALTERNATING
-    fields = body.fields((*needed, *other, *_WHAT), needed)
+    # All weights come back in a dense phase: "reintroduce" would say nothing.
+    allowed = (*needed, *other, *(key for key in _WHAT if key != "reintroduce"))
+    fields = body.fields(allowed, needed)
     return _curve_stage("ac_dc", body, fields, earliest, schedules.alternating)
 
 
-def _constant(body: Place, earliest: float) -> Stage:
+def _constant(body: Place, earliest: float, _: object) -> Stage:
     fields = body.fields(("start", "end", "ignore"))
     start, end = _span(fields, earliest)
     return Stage("constant", start, end, str(body), ignored_scope=_ignored_scope(fields))
 
 
 _KINDS = {"prune": _prune, "ac_dc": _ac_dc, "constant": _constant}
+
+
+def _ratio_left(pruned: Stage, body: Place, fields: dict[str, Place]) -> float:
+    """Return the ratio that the stage before leaves in the weights of this one, so that it reopens nothing."""
+    by_name = isinstance(_ratios(fields["final"]), dict)
+    if isinstance(pruned.final, dict) or by_name or pruned.ignored_scope != _ignored_scope(fields):
+        raise body.error(
+            f"it lacks initial: {pruned.where} leaves not the same ratio in all weights that are pruned here; give "
+            "the ratio at which the stage begins (0 lets all weights back)"
+        )
+    return pruned.final
 
 
 def _curve_stage(
@@ -202,9 +220,10 @@ def _stage(
             raise fields[flag].error(f"{keywords[flag]!r} is neither true nor false")
     schedule = body.checked(make, _MANY)
     limits = {key: keywords[key] for key in ("allocation", "min_ratio", "max_ratio") if key in keywords}
-    final = None if method.scope.name == "n_of_m" else schedule(schedule.end or 0)  # N:M has its own
-    body.checked(check_amount, method, Amount(final, **limits))
-    return Stage(kind, start, end, str(body), make, method, _ignored_scope(fields), keywords)
+    final = schedule(schedule.end or 0)
+    ratio = None if method.scope.name == "n_of_m" else final  # N:M has its own
+    body.checked(check_amount, method, Amount(ratio, **limits))
+    return Stage(kind, start, end, str(body), make, method, _ignored_scope(fields), keywords, final)
 
 
 def _in_steps(make: Callable[..., Schedule], epochs: Mapping[str, float], steps_per_epoch: int) -> Schedule:

@@ -1,3 +1,4 @@
+import copy
 import io
 import itertools
 import re
@@ -96,7 +97,7 @@ def test_stages_follow_each_other_and_what_they_leave_stays():
     recipe = Recipe.from_string("""
 stages:
   - prune: {schedule: one_shot, final: 0.25, start: 1}
-  - prune: {final: 0.5, initial: 0.25, start: 2, end: 3}
+  - prune: {final: 0.5, start: 2, end: 3}
   - constant: {end: 5}
   - prune: {scope: {n_of_m: {keep: 1, of: 4}}, final: 0.75, schedule: one_shot, start: 6}
 """)
@@ -192,15 +193,48 @@ def test_constant_leaves_out_what_is_ignored():
     assert [bool((model[i].weight == 0).any()) for i in (0, 2)] == [True, False]
 
 
+def test_constant_resumes_in_a_fresh_model():
+    recipe = Recipe.from_string("stages: [constant]")
+    model, optimizer = with_optimizer(sparse_network())
+    pruner = recipe.apply(model, optimizer, 5)
+    train(model, optimizer, pruner, 3)
+    saved = copy.deepcopy([part.state_dict() for part in (model, optimizer, pruner)])
+    train(model, optimizer, pruner, 3, seed=1)
+    for fresh in (network(), pyprune.strip(pyprune.prune(network(), "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.2))):
+        again, optimizer = with_optimizer(fresh)
+        pruner_again = recipe.apply(again, optimizer, 5)
+        for part, state in zip((again, optimizer, pruner_again), copy.deepcopy(saved), strict=True):
+            part.load_state_dict(state)
+        train(again, optimizer, pruner_again, 3, seed=1)
+        assert same(model.state_dict().values(), again.state_dict().values())
+        pruner_again.finish()
+        train(again, optimizer, pruner_again, 1)
+        assert not torch.equal(again[0].weight == 0, model[0].weight == 0)  # nothing holds them any more
+
+
 def test_constant_refuses_the_state_of_other_zeros():
     recipe = Recipe.from_string("stages: [constant]")
     model, optimizer = with_optimizer(sparse_network())
-    state = recipe.apply(model, optimizer, 5).state_dict()
-    model, optimizer = with_optimizer(sparse_network())
-    recipe.apply(model, optimizer, 5).load_state_dict(state)
+    state = recipe.apply(model, optimizer, 5).state_dict() | {"step_count": 3}
     model, optimizer = with_optimizer(network())
-    with pytest.raises(ValueError, match="load its sparse weights before the recipe is applied"):
-        recipe.apply(model, optimizer, 5).load_state_dict(state)
+    pruner = recipe.apply(model, optimizer, 5)
+    with pytest.raises(ValueError, match="load its sparse weights before this state"):
+        pruner.load_state_dict(state)
+    assert pruner.step_count == 0
+    masked = Recipe.from_string("stages: [prune: {final: 0.5, end: 1}]").apply(network(), None, 5)
+    with pytest.raises(ValueError, match="load its sparse weights"):
+        masked.load_state_dict(masked.state_dict() | {"held": state["held"]})
+
+
+def test_constant_says_what_to_do_about_a_weight_that_is_zero_everywhere(unchanged):
+    model, optimizer = with_optimizer(sparse_network())
+    nn.init.zeros_(model[2].weight)
+    before = unchanged(model)
+    complaint = "r.yaml:1: stages[0]: zero everywhere, and held so these would never train: 2.weight. Name "
+    with pytest.raises(ValueError, match=re.escape(complaint) + r"what is to train in ignore: \{names: \[\.\.\.\]\}"):
+        Recipe.from_string("stages: [constant]", "r.yaml").apply(model, optimizer, 5)
+    before.check()
+    Recipe.from_string("stages: [constant: {ignore: {names: [2.weight]}}]").apply(model, optimizer, 5)
 
 
 def test_freeze_keeps_the_masks():
@@ -231,14 +265,84 @@ def test_measuring_ends_with_the_stage():
     assert states == [[True, False], [True, False]]
 
 
+def overflow(model, optimizer, pruner):
+    """Go through a step that a GradScaler leaves out."""
+    (model(torch.randn(4, 16)).sum() * torch.inf).backward()
+    optimizer.zero_grad()
+    pruner.step()
+
+
+def test_a_last_update_that_was_put_off_comes_late():
+    n = 16 * 24 + 24 * 8
+    for later in ("", ", prune: {final: 0.8, start: 3, end: 4}"):
+        model, optimizer = with_optimizer(network())
+        text = f"stages: [prune: {{final: 0.5, end: 2, frequency: 1, importance: taylor, scope: model}}{later}]"
+        pruner = Recipe.from_string(text).apply(model, optimizer, 1)
+        train(model, optimizer, pruner, 1)
+        before = dropped(masks_of(model).values())
+        overflow(model, optimizer, pruner)
+        assert not pruner.state_dict()["pruners"][0]["frozen"]
+        assert dropped(masks_of(model).values()) == before < n // 2
+        train(model, optimizer, pruner, 1)
+        assert pruner.state_dict()["pruners"][0]["frozen"]
+        assert dropped(masks_of(model).values()) == n // 2
+
+
+def test_a_late_update_gives_way_to_the_stage_that_follows():
+    model, optimizer = with_optimizer(network())
+    text = "stages: [prune: {final: 0.5, end: 1, importance: taylor}, prune: {final: 0.75, end: 3, frequency: 2}]"
+    pruner = Recipe.from_string(text).apply(model, optimizer, 1)
+    overflow(model, optimizer, pruner)
+    assert [part["frozen"] for part in pruner.state_dict()["pruners"]] == [True, False]
+    by_magnitude = [mask.clone() for mask in masks_of(model).values()]
+    assert same(by_magnitude, train(model, optimizer, pruner, 1)[0])
+
+
+def two_optimizers(model):
+    return [torch.optim.SGD(model[i].parameters(), lr=0.05, momentum=0.9) for i in (0, 2)]
+
+
+@pytest.mark.parametrize("kind", ["prune: {importance: snip, ", "ac_dc: {frequency: 1, "])
+def test_apply_takes_the_one_of_several_optimizers_that_trains_the_weights(kind, unchanged):
+    model = network()
+    first, second = two_optimizers(model)
+    before = unchanged(model)
+    text = f"stages: [{kind}final: 0.5, end: 2%s}}]"
+    with pytest.raises(
+        ValueError, match=r"stages\[0\]\..*: 2 of 2 optimizers train .* leave the weights of the others"
+    ):
+        Recipe.from_string(text % "").apply(model, [first, second], 1)
+    before.check()
+    recipe = Recipe.from_string(text % ", ignore: {names: ['0']}")
+    pruner = recipe.apply(model, (first, second), 1)
+    assert pruner._pruners[0].optimizer is second
+    with pytest.raises(ValueError, match="0 of 2 optimizers train"):
+        recipe.apply(network(), [first, second], 1)
+    with pytest.raises(TypeError, match="optimizer is of type str; give a"):
+        recipe.apply(model, [first, "second"], 1)
+
+
+def test_several_optimizers_train_what_needs_none_of_them():
+    model = network()
+    Recipe.from_string("stages: [prune: {schedule: one_shot, final: 0.5}]").apply(model, two_optimizers(model), 1)
+    assert dropped(masks_of(model).values()) == (16 * 24 + 24 * 8) // 2
+    model = sparse_network()
+    zeros = [model[i].weight == 0 for i in (0, 2)]
+    optimizers = two_optimizers(model)
+    pruner = Recipe.from_string("stages: [constant]").apply(model, optimizers, 1)
+    for optimizer in optimizers:
+        train(model, optimizer, pruner, 1)
+    assert same(zeros, [model[i].weight == 0 for i in (0, 2)])
+
+
 def test_apply_names_the_stage_that_does_not_fit_and_changes_nothing(unchanged):
     model, optimizer = with_optimizer(network())
     before = unchanged(model)
     cases = {
-        "stages:\n- prune: {final: 0.5, initial: 0.2, end: 1}\n- prune: {final: 0.6, end: 2, ignore: {names: [f]}}": (
+        "stages:\n- prune: {final: 0.5, end: 1}\n- prune: {final: 0.6, initial: 0.2, end: 2, ignore: {names: [f]}}": (
             "r.yaml:3: stages[1].prune: IgnoredScope rules that match nothing in the model: name 'f'"
         ),
-        "stages:\n- prune: {final: {fc: 0.5}, end: 1}\n- prune: {final: 0.6, end: 2}": (
+        "stages:\n- prune: {final: {fc: 0.5}, end: 1}\n- prune: {final: 0.6, initial: 0, end: 2}": (
             "r.yaml:2: stages[0].prune: 'fc' matches no weight that is pruned"
         ),
         "stages:\n- prune: {final: 0.5, end: 1, scope: {n_of_m: {keep: 1, of: 4}}}": (
@@ -290,6 +394,28 @@ def test_load_state_dict_refuses_others(change, complaint):
     with pytest.raises(ValueError, match=complaint):
         pruner.load_state_dict(pruner.state_dict() | change)
     assert pruner.step_count == 0
+
+
+def test_load_state_dict_changes_nothing_if_one_of_the_states_is_wrong():
+    text = "stages: [prune: {final: 0.5, end: 2}, prune: {final: 0.8, end: 4}]"
+    pruner = Recipe.from_string(text).apply(network(), None, 2)
+    other = Recipe.from_string(text).apply(network(), None, 2)
+    for _ in range(3):
+        other.step()
+    before, state = pruner.state_dict(), other.state_dict()
+    first, second = state["pruners"]
+    for wrong in (second | {"step_count": -1}, second | {"ratio": 2.0}, {"step_count": 3}, None):
+        with pytest.raises(ValueError, match=r"step_count is -1|ratio of the state|another recipe"):
+            pruner.load_state_dict(state | {"pruners": [first, wrong]})
+        assert pruner.state_dict() == before
+    pruner.load_state_dict(state)
+    assert pruner.state_dict() == state
+
+
+def test_from_file_says_where_it_is_not_utf_8(tmp_path):
+    (tmp_path / "r.yaml").write_bytes("stages:\n- constant  # später\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"r\.yaml:2: this is not UTF-8 \(.*\); save the file in UTF-8"):
+        Recipe.from_file(tmp_path / "r.yaml")
 
 
 @pytest.mark.parametrize(

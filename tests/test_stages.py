@@ -111,6 +111,40 @@ def test_stages_follow_each_other():
 
 
 @pytest.mark.parametrize(
+    ("first", "expected"),
+    [
+        ("prune: {final: 0.5, end: 2}", 0.5),
+        ("prune: {schedule: one_shot, final: 0.4, start: 1}", 0.4),
+        ("prune: {schedule: {multi_step: {0: 0.2, 2: 0.3}}}", 0.3),
+        ("prune: {schedule: one_shot, final: 0.75, start: 1, scope: {n_of_m: {keep: 1, of: 4}}}", 0.75),
+        ("ac_dc: {final: 0.6, end: 2, frequency: 0.5}", 0.6),
+    ],
+)
+def test_a_stage_begins_at_the_ratio_that_the_one_before_leaves(first, expected):
+    for between in ("", "- constant: {end: 3}\n"):
+        begins = stages(f"- {first}\n{between}- {LINEAR}final: 0.9, start: 4, end: 6}}")[-1].schedule(10)
+        assert (begins(40), begins(60)) == (expected, 0.9)
+    given = stages(f"- {first}\n- {LINEAR}final: 0.9, initial: 0.1, start: 4, end: 6}}")[-1]
+    assert given.schedule(10)(40) == 0.1
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("final: {fc: 0.5}", "final: 0.9"),
+        ("final: 0.5", "final: {fc: 0.9}"),
+        ("final: 0.5, ignore: {names: [fc]}", "final: 0.9"),
+    ],
+)
+def test_a_stage_needs_initial_where_the_one_before_leaves_different_ratios(first, second):
+    text = f"- prune: {{{first}, end: 2}}\n- prune: {{{second}, end: 4%s}}"
+    assert stages(text % ", initial: 0.5")[1].schedule(1).start == 2
+    complaint = "recipe.yaml:2: [1].prune: it lacks initial: recipe.yaml:1: [0].prune leaves not the same ratio"
+    with pytest.raises(ValueError, match=re.escape(complaint)):
+        stages(text % "")
+
+
+@pytest.mark.parametrize(
     ("text", "complaint"),
     [
         ("[]", "recipe.yaml:1: there are no stages"),
@@ -120,6 +154,8 @@ def test_stages_follow_each_other():
         ("- prune: {final: 0.5}", "recipe.yaml:1: [0].prune: it lacks end; give it"),
         ("- ac_dc: {final: 0.5, end: 4}", "recipe.yaml:1: [0].ac_dc: it lacks frequency; give it"),
         ("- ac_dc: {final: 0.5, end: 4, frequency: 1, initial: 0}", "[0].ac_dc.initial: 'initial' is unknown here"),
+        ("- ac_dc: {final: 0.5, end: 4, frequency: 1, reintroduce: false}", "[0].ac_dc.reintroduce: 'reintroduce' is "
+         "unknown here"),
         ("- constant: {final: 0.5}", "recipe.yaml:1: [0].constant.final: 'final' is unknown here"),
         (PRUNE + "strat: 1", "recipe.yaml:4: [0].prune.strat: 'strat' is unknown here; did you mean start? "),
         (PRUNE + "start: ten", "recipe.yaml:4: [0].prune.start: 'ten' is not a number of epochs; give a number"),

@@ -24,11 +24,13 @@ class PruningCallback(Callback):
 
     Checkpoints hold the plain model, zeros where weights are dropped: ``load_from_checkpoint`` needs no pyprune.
     What they lack to resume in the middle (masks, and the raw values under them) is in the state of this callback.
+    Lightning saves that of one rank: with several, a training resumes bit for bit only where nothing is measured in
+    it (magnitudes, for one).
 
     Args:
         prune: a `Recipe` or the path of one; `pyprune.keep_sparse`, to hold the zeros that the model has; or a
             function that takes (model, optimizer, steps_per_epoch) and returns a `Pruner`. The model is the
-            LightningModule; with several optimizers it gets a list of them.
+            LightningModule; with several optimizers it gets a list of them, as `Recipe.apply` does.
         strip: whether to fold the masks in at the end of training. Without it masks stay on.
         steps_per_epoch: steps of the optimizer per epoch; worked out from the number of batches if None.
         examples_inputs: as in `prune`, for a recipe or `keep_sparse`; without it, weights of layers that are not

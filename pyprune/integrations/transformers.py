@@ -29,7 +29,8 @@ class PruningCallback(TrainerCallback):
 
     Checkpoints hold the plain model, zeros where weights are dropped: ``from_pretrained`` reads them without pyprune,
     and ``load_best_model_at_end`` works. What they lack to resume in the middle (masks, and the raw values under
-    them) is in ``pruning.pt`` beside the model.
+    them) is in ``pruning.pt`` beside the model; what other ranks measured for the next masks, in ``pruning_rank1.pt``
+    and so on. With more ranks than were saved, a training goes on, but not bit for bit.
 
     Args:
         prune: a `Recipe` or the path of one; `pyprune.keep_sparse`, to hold the zeros that the model has; or a
@@ -82,7 +83,7 @@ class PruningCallback(TrainerCallback):
             self._training.finish(strip_masks=False)
         resumed = None
         if state.global_step > 0:
-            resumed = torch.load(self._saved(args, state), map_location="cpu", weights_only=True)
+            resumed = _load(self._saved(args, state), args.process_index)
         steps = self._steps_per_epoch or _steps_per_epoch(train_dataloader, args.gradient_accumulation_steps)
         self._training = Training(self._start, model, optimizer, steps, resumed)
 
@@ -97,8 +98,14 @@ class PruningCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: object
     ) -> None:
         """Save what the checkpoint needs beside the plain model."""
-        if self._training is not None and state.is_world_process_zero:
-            torch.save(self._training.state(), _checkpoint(args, state) / FILE)
+        if self._training is None:
+            return
+        file = _checkpoint(args, state) / FILE
+        if args.should_save:  # one rank, or with save_on_each_node, one of each machine
+            torch.save(self._training.state(), file)
+        if args.process_index > 0:
+            file.parent.mkdir(parents=True, exist_ok=True)  # the other rank may not have been here yet
+            torch.save({"pruning": self._training.state()["pruning"]}, _of_rank(file, args.process_index))
 
     def on_log(
         self,
@@ -129,6 +136,19 @@ class PruningCallback(TrainerCallback):
                 "PruningCallback(resume_from=...) the checkpoint that the Trainer resumes from"
             )
         return folder / FILE
+
+
+def _of_rank(file: Path, rank: int) -> Path:
+    return file.with_stem(f"{file.stem}_rank{rank}")
+
+
+def _load(file: Path, rank: int) -> dict[str, Any]:
+    """Return what was saved for all ranks, with what this one measured."""
+    files = [file, _of_rank(file, rank)] if rank > 0 and _of_rank(file, rank).is_file() else [file]
+    state: dict[str, Any] = {}
+    for one in files:
+        state |= torch.load(one, map_location="cpu", weights_only=True)
+    return state
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

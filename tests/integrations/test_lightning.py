@@ -130,6 +130,42 @@ def test_a_function_gives_the_pruner_and_masks_may_stay():
     assert any("parametrizations" in name for name in model.state_dict())  # checkpoints are plain in training only
 
 
+class TwoOptimizers(Net):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, index):
+        loss = super().training_step(batch, index)
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(layer.parameters(), 1e-2) for layer in (self.net[0], self.net[2])]
+
+
+def fit_two(callback):
+    model = TwoOptimizers()
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = lightning.Trainer(
+        max_epochs=2, accelerator="cpu", callbacks=[callback], enable_model_summary=False, **options
+    )
+    trainer.fit(model, loader())
+    return [sparsity([weight]) for weight in weights(model)]
+
+
+def test_a_recipe_prunes_what_one_of_two_optimizers_trains():
+    text = "stages: [prune: {final: 0.5, end: 2, importance: %s%s}]"
+    assert fit_two(PruningCallback(Recipe.from_string(text % ("magnitude", "")))) == [0.5, 0.5]
+    one = text % ("snip, frequency: 1", ", ignore: {names: [net.0]}")
+    assert fit_two(PruningCallback(Recipe.from_string(one))) == [0, 0.5]
+    with pytest.raises(ValueError, match="2 of 2 optimizers train the weights to prune"):
+        fit_two(PruningCallback(Recipe.from_string(text % ("snip", ""))))
+
+
 def test_a_second_training_begins_anew():
     callback = PruningCallback(Recipe.from_string("stages: [prune: {final: 0.5, start: 1, end: 2}]"))
     for _ in range(2):

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -97,6 +99,50 @@ def test_resume_gives_the_same_end(tmp_path, importance):
     assert equal(again, model)
     with pytest.raises(ValueError, match=r"goes on at step 8, but there is no .*pruning\.pt; give PruningCallback"):
         train(gpt2(), pruning(importance), tmp_path / "elsewhere", checkpoint=str(folder))
+
+
+class OnRank(PruningCallback):
+    """Sees the arguments of another rank, which is not there."""
+
+    def __init__(self, rank, *args, **options):
+        super().__init__(*args, **options)
+        self.rank = rank
+
+    def on_train_begin(self, args, *others, **options):
+        super().on_train_begin(self._as_seen(args), *others, **options)
+
+    def on_save(self, args, *others, **options):
+        super().on_save(args, *others, **options)
+        super().on_save(self._as_seen(args), *others, **options)
+
+    def _as_seen(self, args):
+        return SimpleNamespace(
+            output_dir=args.output_dir,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            process_index=self.rank,
+            should_save=self.rank == 0,
+        )
+
+
+def test_each_rank_saves_what_it_measured(tmp_path):
+    recipe = Recipe.from_string("stages: [prune: {final: 0.75, end: 3, frequency: 1, importance: snip}]")
+    options = {"examples_inputs": {"input_ids": TOKENS[:2]}}
+    train(gpt2(), OnRank(1, recipe, **options), tmp_path, 1, save_strategy="steps", save_steps=1)
+    folder = tmp_path / "checkpoint-3"
+    saved = [torch.load(folder / name, weights_only=True) for name in ("pruning.pt", "pruning_rank1.pt")]
+    assert [set(part) for part in saved] == [{"pruning", "model"}, {"pruning"}]
+    saved[1]["pruning"]["pruners"][0]["sums"]["count"] = 30
+    torch.save(saved[1], folder / "pruning_rank1.pt")
+
+    def counted(rank):
+        """Return how many batches a rank has for the next masks, a step after it resumed."""
+        callback = OnRank(rank, recipe, **options)
+        train(gpt2(), callback, tmp_path, 1, str(folder), save_strategy="steps", save_steps=1)
+        name = f"pruning_rank{rank}.pt" if rank else "pruning.pt"
+        state = torch.load(tmp_path / "checkpoint-4" / name, weights_only=True)
+        return state["pruning"]["pruners"][0]["sums"]["count"]
+
+    assert [counted(rank) for rank in (0, 1, 2)] == [4, 31, 4]  # rank 2 was not there when the state was saved
 
 
 def test_the_best_model_is_loaded_and_stripped(tmp_path):
