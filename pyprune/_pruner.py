@@ -29,9 +29,10 @@ class Pruner:
     Made before the training, it puts masks on the weights at once: those of step 0 of the schedule, or masks that
     keep everything (masks that are there stay until the schedule starts). Then call `step` after each step of the
     optimizer, or after each epoch: the schedule counts these calls. Masks are written in place: nothing is compiled
-    again, and where the method allows it (elements or units by magnitude, N:M) nothing waits for a GPU. After the
-    training `pyprune.strip` leaves the plain model. Just after an update BatchNorm has averages of other weights:
-    evaluate later, or after `pyprune.batch_norm_adaptation`.
+    again (but for activations, in the first batches and after the last update), and where the method allows it
+    (elements or units by magnitude, N:M) nothing waits for a GPU. After the training `pyprune.strip` leaves the plain
+    model. Just after an update BatchNorm has averages of other weights: evaluate later, or after
+    `pyprune.batch_norm_adaptation`.
 
     Gradients and activations are gathered from the training. Gradients are those of the weight in use, which a
     dropped weight has, too; one step of the optimizer is one batch. What ``grad`` holds is masked all the same. Ranks

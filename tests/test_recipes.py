@@ -193,6 +193,7 @@ def test_constant_leaves_out_what_is_ignored():
     assert [bool((model[i].weight == 0).any()) for i in (0, 2)] == [True, False]
 
 
+@pytest.mark.filterwarnings("ignore:the model has no zeros to hold")
 def test_constant_resumes_in_a_fresh_model():
     recipe = Recipe.from_string("stages: [constant]")
     model, optimizer = with_optimizer(sparse_network())
@@ -212,6 +213,7 @@ def test_constant_resumes_in_a_fresh_model():
         assert not torch.equal(again[0].weight == 0, model[0].weight == 0)  # nothing holds them any more
 
 
+@pytest.mark.filterwarnings("ignore:the model has no zeros to hold")
 def test_constant_refuses_the_state_of_other_zeros():
     recipe = Recipe.from_string("stages: [constant]")
     model, optimizer = with_optimizer(sparse_network())

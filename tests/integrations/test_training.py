@@ -15,6 +15,7 @@ def model_and_optimizer():
     return model, torch.optim.SGD(model.parameters(), lr=0.1)
 
 
+@pytest.mark.filterwarnings("ignore:the model has no zeros to hold")
 def test_start_of_takes_recipes_paths_keep_sparse_and_functions(tmp_path):
     (tmp_path / "recipe.yaml").write_text(TEXT)
     recipe = pyprune.Recipe.from_string(TEXT)
@@ -35,6 +36,7 @@ def test_training_refuses_what_does_not_prune():
         Training(lambda *_: None, *model_and_optimizer(), 4, None)
 
 
+@pytest.mark.filterwarnings("ignore:the model has no zeros to hold")
 def test_training_looks_through_wrapped_optimizers():
     model, optimizer = model_and_optimizer()
 
