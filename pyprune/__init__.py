@@ -13,6 +13,7 @@ from pyprune._movement import MovementPruner
 from pyprune._optimizer import check_optimizer, gate_parameters, weight_parameters
 from pyprune._prune import prune
 from pyprune._pruner import Pruner
+from pyprune._recipe_pruner import RecipePruner
 from pyprune._rigl import RigLPruner
 from pyprune._schedulers import (
     ExponentialMagnitudePruningScheduler,
@@ -31,7 +32,7 @@ from pyprune.gates import HardConcreteGate, StochasticGate
 from pyprune.ignored_scope import IgnoredScope
 from pyprune.methods import Method, PruneMode
 from pyprune.passes import one_gate_sample
-from pyprune.recipes import Recipe, RecipePruner
+from pyprune.recipes import Recipe
 from pyprune.schedules import Schedule
 from pyprune.sensitivity_allocation import allocation_from_sensitivity
 from pyprune.sensitivity_result import SensitivityResult, SensitivityTarget

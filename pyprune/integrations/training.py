@@ -11,10 +11,11 @@ from torch.optim import Optimizer
 from pyprune import ops
 from pyprune._keep_sparse import KeepSparse, keep_sparse
 from pyprune._pruner import Pruner
+from pyprune._recipe_pruner import RecipePruner
 from pyprune._strip import strip
 from pyprune.integrations.checkpoints import keep_plain, load_masked_state, masked_state
 from pyprune.masks import Mask
-from pyprune.recipes import Recipe, RecipePruner
+from pyprune.recipes import Recipe
 from pyprune.targets import attachments_of
 
 # What prunes in a training, and what makes it: (model, optimizer, steps_per_epoch) -> Pruning.
