@@ -293,8 +293,18 @@ def _masks_to_hold(model: nn.Module, targets: list[Target]) -> dict[Target, Tens
     return {
         target: carried[target] if target in carried else local_part(target.parameter) != 0
         for target, count in zeros.items()
-        if count
+        if count and not (target not in carried and _is_padding(target, count))
     }
+
+
+def _is_padding(target: Target, zeros: int) -> bool:
+    """Whether all zeros are the row of an embedding that gets no gradient anyway; to hold it costs as much as all."""
+    weight = local_part(target.parameter)
+    for owner in target.owners:
+        row = owner.module.padding_idx if isinstance(owner.module, (nn.Embedding, nn.EmbeddingBag)) else None
+        if row is None or weight is not target.parameter or zeros != weight.shape[1] or bool(weight[row].any()):
+            return False
+    return True
 
 
 def _count_zeros(tensors: Mapping[Target, Tensor]) -> dict[Target, int]:

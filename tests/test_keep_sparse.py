@@ -421,3 +421,22 @@ def test_keep_sparse_refuses_what_it_cannot_hold(change, text, unchanged):
 def test_keep_sparse_refuses_what_is_no_module():
     with pytest.raises(TypeError, match=r"give a torch\.nn\.Module"):
         keep_sparse({}, None)
+
+
+def test_a_padding_row_is_no_sparsity():
+    embedding = nn.Embedding(10, 4, padding_idx=3)
+    model = nn.Sequential(embedding, nn.Linear(4, 4))
+    masked(model[1])
+    optimizer = sgd(model)
+    keep = keep_sparse(model, optimizer)
+    assert list(keep.masks) == ["1.weight"]
+    model(torch.arange(10)).sum().backward()
+    optimizer.step()
+    assert (embedding.weight[3] == 0).all()
+    assert embedding.weight.count_nonzero() == 36
+    tied = nn.Sequential(nn.Embedding(10, 4, padding_idx=3), nn.Linear(4, 10, bias=False))
+    tied[1].weight = tied[0].weight  # as an output its row has a gradient
+    assert list(keep_sparse(tied, None).masks) == ["0.weight"]
+    with torch.no_grad():
+        embedding.weight[0, 0] = 0
+    assert sorted(keep_sparse(model, None).masks) == ["0.weight", "1.weight"]
