@@ -289,7 +289,7 @@ def main() -> None:
     console.print(
         "Held, every zero is where it was, no other came, and 2:4 is 2:4 in all groups. Saved with safetensors, "
         f"these are plain checkpoints. A training step takes {plain:.0f} ms, and {held:.0f} ms with keep_sparse. "
-        f"Most of that is AdamW's, which takes longer on exact zeros unless it is fused (this batch has {BATCH} short "
+        f"Most of that is AdamW's, which takes longer on exact zeros unless fused (this batch has {BATCH} short "
         "texts, and it would be the same for more).",
         highlight=False,
     )
