@@ -90,6 +90,9 @@ def load_from_config(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
         target = _fitting(entry["names"], entry["shape"], by_name)
         attachments[target] = _gate(entry, target.parameter)
     attach_and_share(model, [(target.owners, attachment) for target, attachment in attachments.items()])
+    for attachment in attachments.values():
+        if isinstance(attachment, FollowingMask):
+            attachment.link()
     return model
 
 

@@ -112,6 +112,10 @@ class FollowingMask(Mask):
         """The mask that this one follows."""
         return self._source[0]
 
+    def link(self) -> None:
+        """Let the source keep this one in step, once it is attached."""
+        self.source.followers.append(self)
+
     def update(self) -> None:
         """Become what the source has become."""
         with torch.no_grad():
@@ -176,7 +180,7 @@ def attach_masks(masks: Sequence[NewMask], followers: Iterable[NewFollower] = ()
     following = [(follower.owners, FollowingMask(carried[follower.of], follower.groups)) for follower in followers]
     attach([*((new.owners, mask) for new, mask in carried.items()), *following])
     for _, follower_mask in following:
-        follower_mask.source.followers.append(follower_mask)
+        follower_mask.link()
     with torch.no_grad():
         for new in updates:
             carried[new].mask.copy_(new.mask)

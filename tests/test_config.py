@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import pyprune
-from pyprune import get_config, load_from_config
+from pyprune import Method, get_config, granularity, importance, load_from_config, schedules, scope
 from pyprune.gates import gates_of
 from tests.conftest import masks_of
 
@@ -210,3 +210,15 @@ def test_get_config_describes_no_gate_of_another_class():
     torch.nn.utils.parametrize.register_parametrization(linear, "weight", Own((2, 2)))
     with pytest.raises(TypeError, match="weight carries a Own"):
         get_config(linear)
+
+
+def test_biases_of_a_loaded_model_stay_in_step_with_a_pruner():
+    filters = Method(importance.magnitude(p=2), granularity.channel("out"), scope.tensor())
+    model = pyprune.prune(nn.Linear(6, 8), filters, ratio=0.25, zero_dead_channels=True)
+    fresh = pyprune.load_from_config(nn.Linear(6, 8), pyprune.get_config(model))
+    fresh.load_state_dict(model.state_dict())
+    pruner = pyprune.Pruner(fresh, filters, schedules.multi_step({1: 0.5}))
+    assert pruner.step()
+    dead = (fresh.weight == 0).all(1)
+    assert int(dead.sum()) == 4
+    assert torch.equal(fresh.bias == 0, dead)
