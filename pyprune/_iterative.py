@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import count, islice, pairwise
 from typing import Any
 
@@ -18,7 +19,7 @@ from pyprune.drops import check_drop, worsening
 from pyprune.ignored_scope import IgnoredScope
 from pyprune.importance import magnitude
 from pyprune.methods import Method, PruneMode, check_amount
-from pyprune.schedules import Ratio, Schedule, as_schedule, check_step
+from pyprune.schedules import Ratio, Schedule, as_schedule, check_step, nothing_of
 from pyprune.snapshots import Snapshot, check_rewindable, restored_on_failure, rewind
 from pyprune.targets import attachments_of, find_targets
 from pyprune.terminal import as_text, tracked
@@ -170,21 +171,14 @@ def iterative_prune(
     if not reintroduce:
         _check_rising(amounts)
     _check_model(model, chosen, calibrate_fn, ignored_scope, examples_inputs)
+    prune_to = partial(_prune_to, model, chosen, calibrate_fn, ignored_scope, examples_inputs, zero_dead_channels)
     with restored_on_failure(model) as dense:
         baseline = score_of(model, eval_fn)
         history: list[PruningRound] = []
         kept: PruningRound | None = None
         best = dense
         for i, amount in enumerate(tracked(amounts, len(amounts), "Pruning", shown=progress), start=1):
-            sparsity = _prune_to(
-                model,
-                chosen,
-                amount,
-                calibrate_fn=calibrate_fn,
-                ignored_scope=ignored_scope,
-                examples_inputs=examples_inputs,
-                zero_dead_channels=zero_dead_channels,
-            )
+            sparsity = prune_to(amount)
             before = score_of(model, eval_fn)
             finetune_fn(model)
             score = score_of(model, eval_fn)
@@ -272,6 +266,8 @@ def lottery_ticket(
     if rewind_to is not None:
         check_rewindable(model, rewind_to)
 
+    prune_to = partial(_prune_to, model, chosen, calibrate_fn, ignored_scope, examples_inputs, False)
+
     def score() -> float | None:
         return None if eval_fn is None else score_of(model, eval_fn)
 
@@ -280,14 +276,7 @@ def lottery_ticket(
         baseline = score()
         history: list[PruningRound] = []
         for i, amount in enumerate(tracked(amounts, rounds, "Lottery ticket", shown=progress), start=1):
-            sparsity = _prune_to(
-                model,
-                chosen,
-                amount,
-                calibrate_fn=calibrate_fn,
-                ignored_scope=ignored_scope,
-                examples_inputs=examples_inputs,
-            )
+            sparsity = prune_to(amount)
             rewind(model, dense.state if rewind_to is None else rewind_to)
             before = score()
             train_fn(model)
@@ -315,12 +304,11 @@ def _check_model(
 def _prune_to(
     model: nn.Module,
     method: Method,
-    amount: Amount,
-    *,
     calibrate_fn: Callable[[nn.Module], Calibration] | None,
     ignored_scope: IgnoredScope | None,
     examples_inputs: Any,
-    zero_dead_channels: bool = False,
+    zero_dead_channels: bool,
+    amount: Amount,
 ) -> float:
     """Put masks on, and return how much of the weights that have masks is zero."""
     put_masks(
@@ -351,7 +339,7 @@ def _ratios(schedule: object, num_iterations: int | None) -> list[Ratio]:
                 "out, or give the ratios themselves"
             )
         due = [schedule(step) for step in range(schedule.start, schedule.end + 1) if schedule.is_due(step)]
-        before: list[Ratio] = [_nothing(due[0]), *due]
+        before: list[Ratio] = [nothing_of(due[0]), *due]
         ratios = [ratio for ratio, last in zip(due, before, strict=False) if ratio != last]
         if not ratios:
             raise ValueError(f"the ratio of schedule {schedule.name} is always 0; give one that prunes")
@@ -374,10 +362,6 @@ def _check_rising(amounts: Sequence[Amount]) -> None:
 
 def _plain(ratio: float | Mapping[str, float]) -> Ratio:
     return dict(ratio) if isinstance(ratio, Mapping) else float(ratio)
-
-
-def _nothing(like: Ratio) -> Ratio:
-    return dict.fromkeys(like, 0.0) if isinstance(like, dict) else 0.0
 
 
 def _number(score: float | None) -> str:

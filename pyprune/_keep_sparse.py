@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pyprune import ops
-from pyprune._optimizer import innermost
+from pyprune._optimizer import innermost_of
 from pyprune._strip import strip
 from pyprune.attachments import check_module
 from pyprune.ignored_scope import IgnoredScope
@@ -242,7 +242,7 @@ def keep_sparse(
         (16, ['bias', 'weight'])
     """
     check_module(model)
-    optimizers = _optimizers_of(optimizer)
+    optimizers = innermost_of(optimizer, "; several of them, or None, and call apply() after each step yourself")
     held = _masks_to_hold(model, find_targets(model, ignored_scope, examples_inputs, shards=True))
     if optimizer is not None:
         _check_all_grouped(held, optimizers)
@@ -253,16 +253,6 @@ def keep_sparse(
     for one in optimizers:
         keep._hook_into(one)
     return keep
-
-
-def _optimizers_of(given: object) -> list[Optimizer]:
-    """Return the optimizers themselves, without what wraps them."""
-    if given is None:
-        return []
-    several = given if isinstance(given, Iterable) else [given]
-    return [
-        innermost(one, "; several of them, or None, and call apply() after each step yourself") for one in several
-    ]
 
 
 def _masks_to_hold(model: nn.Module, targets: list[Target]) -> dict[Target, Tensor]:

@@ -1,5 +1,7 @@
 """Put learned gates into an optimizer: they need a group of their own, without weight decay."""
 
+from collections.abc import Iterable
+
 from torch import nn
 from torch.optim import Optimizer
 
@@ -28,6 +30,17 @@ def innermost(optimizer: object, otherwise: str = "") -> Optimizer:
             )
         inner = wrapped
     return inner
+
+
+def innermost_of(given: object, otherwise: str = "") -> list[Optimizer]:
+    """Return the `innermost` of one optimizer or of several; none of None.
+
+    Example:
+        >>> innermost_of(None)
+        []
+    """
+    several = given if isinstance(given, Iterable) else [] if given is None else [given]
+    return [innermost(one, otherwise) for one in several]
 
 
 def gate_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from pyprune._optimizer import innermost
 from pyprune._prune import check_kind, method_of, statistics_of
-from pyprune.allocation import Allocation, Amount, check_ratio
+from pyprune.allocation import Allocation, Amount
 from pyprune.choosing import Choice, choose_masks, competitors_of, entrants, units_of
 from pyprune.competitors import Competitor
 from pyprune.contests import ratios_of
@@ -18,7 +18,7 @@ from pyprune.following import new_followers, update_followers
 from pyprune.ignored_scope import IgnoredScope
 from pyprune.masks import Mask, NewMask, attach_masks
 from pyprune.methods import Method, PruneMode, check_amount
-from pyprune.schedules import Ratio, Schedule, as_schedule, check_step
+from pyprune.schedules import Ratio, Schedule, as_schedule, check_ratios, check_step, is_pruned
 from pyprune.targets import Target, find_targets
 from pyprune.training_sums import TrainingGradients, TrainingSums, needs_gradients, needs_training
 
@@ -181,9 +181,7 @@ class Pruner:
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
         check_step(state["step_count"], "step_count")
-        ratio = state["ratio"]
-        for number in ratio.values() if isinstance(ratio, dict) else [ratio]:
-            check_ratio(number, "the ratio of the state")
+        check_ratios(state["ratio"], "the ratio of the state")
         if isinstance(self._watch, TrainingSums):
             self._watch.check_state(state["sums"])
         elif state["sums"] is not None:
@@ -290,13 +288,11 @@ class Pruner:
         """Return how much goes at a ratio of the schedule, checked."""
         scope = self.method.scope
         last = None if self.schedule.end is None else self.schedule(self.schedule.end)
-        if scope.name == "n_of_m":
-            assert scope.keep is not None
-            assert scope.of is not None
-            own = 1 - scope.keep / scope.of
-            if last is not None and (not isinstance(last, float) or abs(last - own) > 0.01):
+        if scope.ratio is not None:
+            if last is not None and (not isinstance(last, float) or abs(last - scope.ratio) > 0.01):
                 raise ValueError(
-                    f"the schedule ends at {last}, but keeping {scope.keep} of {scope.of} removes {own:g}; give that"
+                    f"the schedule ends at {last}, but keeping {scope.keep} of {scope.of} removes {scope.ratio:g}; "
+                    "give that"
                 )
             return check_amount(self.method, replace(self._options, ratio=None))
         options = replace(self._options, ratio=ratio)
@@ -305,12 +301,8 @@ class Pruner:
 
     def _ratio_in_use(self, ratio: Ratio) -> Ratio:
         """Return the ratio of the masks: N:M has its own as soon as the schedule has any."""
-        scope = self.method.scope
-        if scope.name != "n_of_m" or not is_pruned(ratio):
-            return ratio
-        assert scope.keep is not None
-        assert scope.of is not None
-        return 1 - scope.keep / scope.of
+        own = self.method.scope.ratio
+        return ratio if own is None or not is_pruned(ratio) else own
 
     def _open(self, masks: Mapping[Target, Mask]) -> None:
         """Let the masks keep everything."""
@@ -396,13 +388,3 @@ class Pruner:
 
 def _on_cpu(masks: Mapping[Target, Mask]) -> bool:
     return all(mask.mask.is_cpu for mask in masks.values())
-
-
-def is_pruned(ratio: Ratio) -> bool:
-    """Whether a ratio, or one of a dict, is not 0.
-
-    Example:
-        >>> is_pruned({"fc": 0.0}), is_pruned(0.5)
-        (False, True)
-    """
-    return any(ratio.values()) if isinstance(ratio, dict) else ratio != 0

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from pyprune._ac_dc import AcDcPruner
 from pyprune._keep_sparse import KeepSparse, keep_sparse
+from pyprune._optimizer import innermost_of
 from pyprune._pruner import Pruner
 from pyprune._strip import strip
 from pyprune.attachments import check_module, detach
@@ -155,7 +156,7 @@ def start(
     """Put on the masks with which the stages of a recipe begin; see `Recipe.apply`."""
     check_module(model)
     check_step(steps_per_epoch, "steps_per_epoch", least=1)
-    optimizers = _listed(optimizer)
+    optimizers = innermost_of(optimizer, ", or several")
     pruning = [stage for stage in stages if stage.kind != "constant"]
     hold = None
     if not pruning:
@@ -172,14 +173,6 @@ _STATE = {"step_count", "steps_per_epoch", "pruners", "held"}
 def _count_held(held: KeepSparse | None) -> dict[str, int]:
     masks = {} if held is None else held.masks
     return {name: int(mask.numel() - mask.count_nonzero()) for name, mask in masks.items()}
-
-
-def _listed(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
-    optimizers = list(optimizer) if isinstance(optimizer, Iterable) else [] if optimizer is None else [optimizer]
-    for one in optimizers:
-        if not isinstance(one, Optimizer):
-            raise TypeError(f"optimizer is of type {type(one).__name__}; give a torch.optim.Optimizer, or several")
-    return optimizers
 
 
 def _hold(stage: Stage, model: nn.Module, inputs: Any, optimizers: Sequence[Optimizer]) -> KeepSparse:

@@ -58,8 +58,7 @@ class Schedule:
         """Return the ratio of the last update up to ``step``; 0 before the first."""
         now = check_step(step)
         if now < self.start:
-            first = self.ratio_at(self.start)
-            return dict.fromkeys(first, 0.0) if isinstance(first, dict) else 0.0
+            return nothing_of(self.ratio_at(self.start))
         if self.end is not None and now >= self.end:
             return self.ratio_at(self.end)
         if self.steps:
@@ -83,7 +82,7 @@ def one_shot(final: float | Mapping[str, float], *, start: int = 0) -> Schedule:
         >>> [one_shot(0.7, start=2)(step) for step in range(4)]
         [0.0, 0.0, 0.7, 0.7]
     """
-    ratio, first = _check_ratios(final), check_step(start, "start")
+    ratio, first = check_ratios(final), check_step(start, "start")
     return Schedule("one_shot", partial(_constant, ratio), first, first)
 
 
@@ -94,7 +93,7 @@ def constant(final: float | Mapping[str, float], *, end: int, start: int = 0, fr
         >>> constant(0.7, end=4)(1)
         0.7
     """
-    ratio = _check_ratios(final)
+    ratio = check_ratios(final)
     return Schedule("constant", partial(_constant, ratio), *_check_span(start, end, frequency))
 
 
@@ -212,7 +211,7 @@ def multi_step(steps: Mapping[int, float | Mapping[str, float]]) -> Schedule:
         raise TypeError(f"steps is a {type(steps).__name__}; give a dict from step to ratio, as {{0: 0.3, 5: 0.5}}")
     if not steps:
         raise ValueError("steps is empty; give a dict from step to ratio, as {0: 0.3, 5: 0.5}")
-    ratios = {check_step(step, "a key of steps"): _check_ratios(ratio) for step, ratio in steps.items()}
+    ratios = {check_step(step, "a key of steps"): check_ratios(ratio) for step, ratio in steps.items()}
     due = tuple(sorted(ratios))
     return Schedule("multi_step", ratios.__getitem__, due[0], due[-1], steps=due)
 
@@ -232,8 +231,8 @@ def alternating(final: float | Mapping[str, float], *, end: int, frequency: int,
         [0.0, 0.9, 0.0, 0.9, 0.9]
     """
     first, last, length = _check_span(start, end, frequency)
-    ratio = _check_ratios(final)
-    dense = dict.fromkeys(ratio, 0.0) if isinstance(ratio, dict) else 0.0
+    ratio = check_ratios(final)
+    dense = nothing_of(ratio)
     ratios: dict[int, Ratio] = {}
     for phase, step in enumerate(range(first, last, length)):
         wanted = dense if phase % 2 == 0 and last - step > length else ratio
@@ -294,6 +293,41 @@ def check_step(step: object, name: str = "step", *, least: int = 0) -> int:
     return int(step)
 
 
+def check_ratios(ratio: object, name: str = "final") -> Ratio:
+    """Return a ratio as a float in [0, 1), or each of a mapping.
+
+    Raises:
+        TypeError, ValueError: for one that is none.
+
+    Example:
+        >>> check_ratios({"fc": 0})
+        {'fc': 0.0}
+    """
+    if isinstance(ratio, Mapping):
+        return {rule: check_ratio(value, f"{name}[{rule!r}]") for rule, value in ratio.items()}
+    return check_ratio(ratio, name)
+
+
+def is_pruned(ratio: Ratio) -> bool:
+    """Whether a ratio, or one of a dict, is not 0.
+
+    Example:
+        >>> is_pruned({"fc": 0.0}), is_pruned(0.5)
+        (False, True)
+    """
+    return any(ratio.values()) if isinstance(ratio, dict) else ratio != 0
+
+
+def nothing_of(ratio: Ratio) -> Ratio:
+    """Return the ratio that prunes nothing, by the same names.
+
+    Example:
+        >>> nothing_of({"fc": 0.5}), nothing_of(0.5)
+        ({'fc': 0.0}, 0.0)
+    """
+    return dict.fromkeys(ratio, 0.0) if isinstance(ratio, dict) else 0.0
+
+
 def _check_span(start: int, end: int, frequency: int) -> tuple[int, int, int]:
     first, last, step = (
         check_step(start, "start"),
@@ -305,15 +339,9 @@ def _check_span(start: int, end: int, frequency: int) -> tuple[int, int, int]:
     return first, last, step
 
 
-def _check_ratios(ratio: object, name: str = "final") -> Ratio:
-    if isinstance(ratio, Mapping):
-        return {rule: check_ratio(value, f"{name}[{rule!r}]") for rule, value in ratio.items()}
-    return check_ratio(ratio, name)
-
-
 def _curve(name: str, curve: Curve, final: object, end: int, start: int, initial: float, frequency: int) -> Schedule:
     span = _check_span(start, end, frequency)
-    ratios, first = _check_ratios(final), check_ratio(initial, "initial")
+    ratios, first = check_ratios(final), check_ratio(initial, "initial")
     return Schedule(name, partial(_along, curve, ratios, first, span[0], span[1]), *span)
 
 
@@ -335,7 +363,7 @@ def _constant(ratio: Ratio, step: int) -> Ratio:
 
 
 def _from_function(function: Callable[[int], Ratio], step: int) -> Ratio:
-    return _check_ratios(function(step), f"the ratio of step {step}")
+    return check_ratios(function(step), f"the ratio of step {step}")
 
 
 def _power(power: float, x: float, initial: float, final: float) -> float:

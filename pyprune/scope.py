@@ -20,6 +20,11 @@ class Scope:
     of: int = 0
     groups: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
+    @property
+    def ratio(self) -> float | None:
+        """The ratio that N:M has of its own; None of other scopes."""
+        return 1 - self.keep / self.of if self.name == "n_of_m" else None
+
 
 def model() -> Scope:
     """Let all units of the model compete: one threshold for all.

@@ -71,10 +71,8 @@ class PruningCallback(Callback):
         """Begin to prune, or go on: weights and optimizers have been loaded."""
         if self._training is not None:  # a run that was interrupted
             self._training.finish(strip_masks=False)
-        optimizers = trainer.optimizers
-        optimizer = optimizers[0] if len(optimizers) == 1 else optimizers
         steps = self._steps_per_epoch or _steps_per_epoch(trainer)
-        self._training = Training(self._start, pl_module, optimizer, steps, self._state or None)
+        self._training = Training(self._start, pl_module, trainer.optimizers, steps, self._state or None)
         self._steps = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *unused: object) -> None:

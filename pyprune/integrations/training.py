@@ -6,10 +6,10 @@ from functools import partial
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
 
 from pyprune import ops
 from pyprune._keep_sparse import KeepSparse, keep_sparse
+from pyprune._optimizer import innermost_of
 from pyprune._pruner import Pruner
 from pyprune._recipe_pruner import RecipePruner
 from pyprune._strip import strip
@@ -46,17 +46,16 @@ class Training:
 
     Args:
         start: makes what prunes.
-        model, optimizer, steps_per_epoch: its arguments.
+        model, optimizer, steps_per_epoch: its arguments; of several optimizers it gets a list.
         resumed: what `state` was when the weights of the model were saved; None at the beginning.
     """
 
     def __init__(
         self, start: Start, model: nn.Module, optimizer: Any, steps_per_epoch: int, resumed: Mapping[str, Any] | None
     ) -> None:
-        while isinstance(getattr(optimizer, "optimizer", None), Optimizer):  # Accelerate's wrapper
-            optimizer = optimizer.optimizer
+        found = innermost_of(optimizer)  # without Accelerate's wrapper
         self.model = model
-        self.pruning = start(model, optimizer, steps_per_epoch)
+        self.pruning = start(model, found[0] if len(found) == 1 else found, steps_per_epoch)
         if not isinstance(self.pruning, (Pruner, RecipePruner, KeepSparse)):
             raise TypeError(f"prune returned a {type(self.pruning).__name__}; it must return a Pruner")
         if resumed is not None:
