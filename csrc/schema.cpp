@@ -31,6 +31,10 @@ STABLE_TORCH_LIBRARY(pyprune, m) {
   // The same with a mask for each unit. `blocks` as for unit_scores.
   m.def("fold_units(Tensor(a!)[] weights, Tensor[] unit_masks, int[] blocks) -> ()");
 
+  // weights[i][~masks[i]], in the order of the flat index, and zeros in its place; and the way back, in place.
+  m.def("park(Tensor(a!)[] weights, Tensor[] masks) -> Tensor[]");
+  m.def("unpark(Tensor(a!)[] weights, Tensor[] masks, Tensor[] parked) -> ()");
+
   // A new tensor, laid out as the weight: where(mask, weight, 0).
   m.def("mask_weight(Tensor weight, Tensor mask) -> Tensor");
 

@@ -11,6 +11,7 @@ from pyprune.ops.gate_penalty import gate_penalty
 from pyprune.ops.group_masks import group_masks
 from pyprune.ops.mask_weight import mask_weight
 from pyprune.ops.norms import inverse_norms, norms
+from pyprune.ops.park import park, unpark
 from pyprune.ops.threshold import threshold
 from pyprune.ops.unit_scores import unit_scores
 
@@ -32,7 +33,9 @@ __all__ = [
     "inverse_norms",
     "mask_weight",
     "norms",
+    "park",
     "threshold",
     "unit_scores",
     "unit_shape",
+    "unpark",
 ]

@@ -1,0 +1,99 @@
+"""Move what masks drop out of weights, packed, and back."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from pyprune.ops._library import WEIGHT_DTYPES, check_masks, check_not_expanded, check_tensors
+
+
+@torch.no_grad()
+def park(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
+    """Return ``weights[i][~masks[i]]`` and set it to zero in place; kept elements are not touched.
+
+    What is returned does not depend on the layout: it is in the order of the flat index. On a GPU this waits for the
+    device, because the sizes of the results depend on the masks.
+
+    Args:
+        weights: float32, float64, float16 or bfloat16 tensors on one device, any strides without overlap.
+        masks: one bool tensor per weight, of its shape, True = kept.
+
+    Returns:
+        For each weight a tensor of one dimension, of its dtype.
+
+    Raises:
+        TypeError, ValueError: for other dtypes, mixed devices, expanded weights, or shapes that disagree.
+
+    Example:
+        >>> weight = torch.tensor([1.0, 2.0, 3.0])
+        >>> [values.tolist() for values in park([weight], [torch.tensor([False, True, False])])], weight.tolist()
+        ([[1.0, 3.0]], [0.0, 2.0, 0.0])
+    """
+    _check(weights, masks)
+    if not weights:
+        return []
+    if weights[0].is_cpu:
+        parked = torch.ops.pyprune.park(list(weights), list(masks))
+        torch.autograd.graph.increment_version(list(weights))
+        return cast(list[Tensor], parked)
+    parked = [weight[~mask] for weight, mask in zip(weights, masks, strict=True)]
+    torch.ops.pyprune.fold(list(weights), list(masks))
+    torch.autograd.graph.increment_version(list(weights))
+    return parked
+
+
+@torch.no_grad()
+def unpark(weights: Sequence[Tensor], masks: Sequence[Tensor], parked: Sequence[Tensor]) -> None:
+    """Set ``weights[i][~masks[i]] = parked[i]`` in place: the reverse of `park`, also for another layout.
+
+    Args:
+        weights, masks: as for `park`.
+        parked: what `park` returned; contiguous, of the weight's dtype.
+
+    Raises:
+        TypeError, ValueError: as `park`, and if what is parked is not as much as the mask drops.
+
+    Example:
+        >>> weight = torch.tensor([0.0, 2.0, 0.0])
+        >>> unpark([weight], [torch.tensor([False, True, False])], [torch.tensor([1.0, 3.0])])
+        >>> weight.tolist()
+        [1.0, 2.0, 3.0]
+    """
+    _check(weights, masks)
+    if len(parked) != len(weights):
+        raise ValueError(f"got {len(parked)} parked tensors for {len(weights)} weights; give what park returned")
+    for index, (values, weight) in enumerate(zip(parked, weights, strict=True)):
+        if values.dtype != weight.dtype or values.device != weight.device or not values.is_contiguous():
+            raise ValueError(
+                f"parked[{index}] is {values.dtype} on {values.device} with strides {values.stride()}, its weight "
+                f"{weight.dtype} on {weight.device}; give contiguous tensors of the weight's dtype there"
+            )
+    if not weights:
+        return
+    if weights[0].is_cpu:
+        torch.ops.pyprune.unpark(list(weights), list(masks), list(parked))
+    else:
+        for weight, mask, values in zip(weights, masks, parked, strict=True):
+            weight[~mask] = values
+    torch.autograd.graph.increment_version(list(weights))
+
+
+def _check(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+    check_tensors(weights, "weights", WEIGHT_DTYPES)
+    for index, weight in enumerate(weights):
+        check_not_expanded(weight, f"weights[{index}]")
+    check_masks(masks, weights)
+
+
+def _fake_park(weights: list[Tensor], masks: list[Tensor]) -> list[Tensor]:
+    return [weight.new_empty(torch.library.get_ctx().new_dynamic_size()) for weight in weights]
+
+
+def _fake_unpark(weights: list[Tensor], masks: list[Tensor], parked: list[Tensor]) -> None:
+    return None
+
+
+torch.library.register_fake("pyprune::park", _fake_park)
+torch.library.register_fake("pyprune::unpark", _fake_unpark)
