@@ -10,7 +10,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 PEERS := $(VENV)/peers
-SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
+# A new folder of the package is known to an editable installation only after the next one.
+SOURCES := $(shell find csrc -type f) $(shell find pyprune -name __init__.py) CMakeLists.txt pyproject.toml
 
 .PHONY: demo demo-rb minilm compare sensitivity train-sparse sparse-transfer lightning transformers test test-cpp lint bench bench-full bench-report bench-cpp bench-cuda build-bench-cuda clean help
 

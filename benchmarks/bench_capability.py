@@ -9,7 +9,7 @@ from measure import Way, with_floor
 from shapes import LISTS, Case
 
 from pyprune import _C, ops
-from pyprune.allocation import removed_count
+from pyprune.methods.allocation import removed_count
 
 MODELS = tuple(LISTS)
 DTYPES = ("float32",)

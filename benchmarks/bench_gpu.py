@@ -41,7 +41,7 @@ from shapes import DTYPES
 from torch import Tensor
 
 from pyprune import ops
-from pyprune.allocation import removed_count
+from pyprune.methods.allocation import removed_count
 
 NOTES = f"""\
 floor           the bytes of the job, each read or written once, at the speed of a copy on the device, timed in turns

@@ -6,7 +6,7 @@ from peers import cat_kthvalue
 from shapes import SIZES, Case
 
 from pyprune import ops
-from pyprune.allocation import removed_count
+from pyprune.methods.allocation import removed_count
 
 MODELS = ("tiny", *SIZES)
 GROWTH = "growth of global masks"

@@ -4,7 +4,7 @@ from measure import Way, with_floor
 from shapes import LISTS, Case, as_modules
 
 from pyprune import Method, Pruner, importance, ops, schedules, scope
-from pyprune.allocation import removed_count
+from pyprune.methods.allocation import removed_count
 
 MODELS = tuple(LISTS)
 UPDATE, LOCAL = "masks updated in training", "local masks updated in training"

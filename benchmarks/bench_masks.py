@@ -21,7 +21,7 @@ from torch.nn.utils import prune as torch_prune
 
 import pyprune
 from pyprune import ops
-from pyprune.allocation import removed_count
+from pyprune.methods.allocation import removed_count
 
 MODELS = tuple(LISTS)
 RAW, NORMALISED, LOCAL = "global masks, |w|", "global masks, L2-normalised", "local masks"

@@ -9,9 +9,9 @@ from shapes import LISTS, Case
 from torch import Tensor
 
 from pyprune import ops
-from pyprune.allocation import removed_count
-from pyprune.capped import capped_threshold
-from pyprune.lamp import lamp_removed
+from pyprune.methods.allocation import removed_count
+from pyprune.methods.lamp import lamp_removed
+from pyprune.selection.limits import capped_threshold
 
 MODELS = tuple(LISTS)
 REMAINING, CAPPED, LAMP = "global masks of what is left", "global masks with caps", "global masks, LAMP"

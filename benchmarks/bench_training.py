@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 import pyprune
-from pyprune.masks import Mask
+from pyprune.modules.masks import Mask
 
 MODELS = tuple(NETS)
 DTYPES = ("float32",)

@@ -5,7 +5,7 @@ import logging
 import torch
 from torch import Tensor, nn
 
-from pyprune.masks import Mask
+from pyprune.modules.masks import Mask
 
 try:
     import nncf

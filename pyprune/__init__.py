@@ -1,41 +1,42 @@
 """Prune PyTorch models with fused C++ and CUDA mask kernels, and end with a plain model."""
 
-from pyprune._ac_dc import AcDcPruner, ac_dc
-from pyprune._batch_norm import batch_norm_adaptation
-from pyprune._build_info import build_info
-from pyprune._calibrate import calibrate
-from pyprune._config import get_config, load_from_config
-from pyprune._gmp import gmp
-from pyprune._iterative import IterativeResult, PruningRound, iterative_prune, lottery_ticket
-from pyprune._keep_sparse import KeepSparse, keep_sparse
-from pyprune._losses import L0Loss, LagrangianLoss, RBLoss
-from pyprune._movement import MovementPruner
-from pyprune._optimizer import check_optimizer, gate_parameters, weight_parameters
-from pyprune._prune import prune
-from pyprune._pruner import Pruner
-from pyprune._recipe_pruner import RecipePruner
-from pyprune._rigl import RigLPruner
-from pyprune._schedulers import (
+from pyprune import integrations, ops, torch_prune
+from pyprune.analysis.sensitivity import sensitivity
+from pyprune.analysis.sensitivity_allocation import allocation_from_sensitivity
+from pyprune.analysis.sensitivity_result import SensitivityResult, SensitivityTarget
+from pyprune.calibration.batch_norm import batch_norm_adaptation
+from pyprune.calibration.batches import Dataset
+from pyprune.calibration.calibrate import Calibration, calibrate
+from pyprune.methods import granularity, importance, schedules, scope
+from pyprune.methods.method import Method, PruneMode
+from pyprune.methods.schedules import Schedule
+from pyprune.modules.config import get_config, load_from_config
+from pyprune.modules.forward_pass import one_gate_sample
+from pyprune.modules.gates import HardConcreteGate, StochasticGate
+from pyprune.modules.ignored_scope import IgnoredScope
+from pyprune.modules.optimizer import check_optimizer, gate_parameters, weight_parameters
+from pyprune.modules.statistics import ModelPruningStatistic, TensorPruningStatistic, pruning_statistic
+from pyprune.modules.strip import StripFormat, strip
+from pyprune.ops.build_info import build_info
+from pyprune.recipes.recipe import Recipe
+from pyprune.recipes.recipe_pruner import RecipePruner
+from pyprune.selection.prune import prune
+from pyprune.training.ac_dc import AcDcPruner, ac_dc
+from pyprune.training.gmp import gmp
+from pyprune.training.iterative import IterativeResult, PruningRound, iterative_prune, lottery_ticket
+from pyprune.training.keep_sparse import KeepSparse, keep_sparse
+from pyprune.training.losses import L0Loss, LagrangianLoss, RBLoss
+from pyprune.training.movement import MovementPruner
+from pyprune.training.pruner import Pruner
+from pyprune.training.rigl import RigLPruner
+from pyprune.training.schedulers import (
     ExponentialMagnitudePruningScheduler,
     ExponentialRBPruningScheduler,
     MultiStepMagnitudePruningScheduler,
     MultiStepRBPruningScheduler,
 )
-from pyprune._sensitivity import sensitivity
-from pyprune._slimming import slimming_loss
-from pyprune._snip import snip
-from pyprune._statistics import ModelPruningStatistic, TensorPruningStatistic, pruning_statistic
-from pyprune._strip import StripFormat, strip
-from pyprune.batches import Dataset
-from pyprune.calibration import Calibration
-from pyprune.gates import HardConcreteGate, StochasticGate
-from pyprune.ignored_scope import IgnoredScope
-from pyprune.methods import Method, PruneMode
-from pyprune.passes import one_gate_sample
-from pyprune.recipes import Recipe
-from pyprune.schedules import Schedule
-from pyprune.sensitivity_allocation import allocation_from_sensitivity
-from pyprune.sensitivity_result import SensitivityResult, SensitivityTarget
+from pyprune.training.slimming import slimming_loss
+from pyprune.training.snip import snip
 
 __version__ = build_info()["pyprune"]
 
@@ -79,16 +80,28 @@ __all__ = [
     "gate_parameters",
     "get_config",
     "gmp",
+    "granularity",
+    "importance",
+    "integrations",
     "iterative_prune",
     "keep_sparse",
     "load_from_config",
     "lottery_ticket",
     "one_gate_sample",
+    "ops",
     "prune",
     "pruning_statistic",
+    "schedules",
+    "scope",
     "sensitivity",
     "slimming_loss",
     "snip",
     "strip",
+    "torch_prune",
     "weight_parameters",
 ]
+
+
+def __dir__() -> list[str]:
+    # The rooms in which these names live are no part of the public face.
+    return sorted(__all__)

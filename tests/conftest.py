@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pyprune import ops
-from pyprune.masks import Mask
-from pyprune.targets import Target, attachments_of
+from pyprune.modules.masks import Mask
+from pyprune.modules.targets import Target, attachments_of
 from tests.devices import DEVICES
 
 # gpu.sh runs the tests where these are not beside them.

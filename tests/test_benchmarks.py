@@ -12,8 +12,8 @@ import torch
 from shapes import DISTRIBUTIONS, DTYPES, Case
 
 from pyprune import ops
-from pyprune.capped import capped_threshold
-from pyprune.lamp import lamp_removed
+from pyprune.methods.lamp import lamp_removed
+from pyprune.selection.limits import capped_threshold
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"

@@ -8,8 +8,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import pyprune
-from pyprune.gates import gates_of
-from tests.test_passes import BERNOULLI, HARD_CONCRETE
+from pyprune.modules.gates import gates_of
+from tests.modules.test_forward_pass import BERNOULLI, HARD_CONCRETE
 
 MASKS = "UNSTRUCTURED_MAGNITUDE_GLOBAL"
 # torch warns of itself while it loads its compiler.

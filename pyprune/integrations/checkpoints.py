@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pyprune.attachments import Owner
-from pyprune.following import update_followers
-from pyprune.masks import FollowingMask, Mask
-from pyprune.targets import Target, attachments_of
+from pyprune.modules.attachments import Owner
+from pyprune.modules.dead_channels import update_followers
+from pyprune.modules.masks import FollowingMask, Mask
+from pyprune.modules.targets import Target, attachments_of
 
 
 def keep_plain(model: nn.Module) -> list[RemovableHandle]:

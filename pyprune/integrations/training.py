@@ -8,15 +8,15 @@ from typing import Any
 from torch import nn
 
 from pyprune import ops
-from pyprune._keep_sparse import KeepSparse, keep_sparse
-from pyprune._optimizer import innermost_of
-from pyprune._pruner import Pruner
-from pyprune._recipe_pruner import RecipePruner
-from pyprune._strip import strip
 from pyprune.integrations.checkpoints import keep_plain, load_masked_state, masked_state
-from pyprune.masks import Mask
-from pyprune.recipes import Recipe
-from pyprune.targets import attachments_of
+from pyprune.modules.masks import Mask
+from pyprune.modules.optimizer import innermost_of
+from pyprune.modules.strip import strip
+from pyprune.modules.targets import attachments_of
+from pyprune.recipes.recipe import Recipe
+from pyprune.recipes.recipe_pruner import RecipePruner
+from pyprune.training.keep_sparse import KeepSparse, keep_sparse
+from pyprune.training.pruner import Pruner
 
 # What prunes in a training, and what makes it: (model, optimizer, steps_per_epoch) -> Pruning.
 Pruning = Pruner | RecipePruner | KeepSparse

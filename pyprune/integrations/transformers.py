@@ -16,7 +16,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from pyprune.integrations.training import Start, Training, start_of
-from pyprune.recipes import Recipe
+from pyprune.recipes.recipe import Recipe
 
 # Beside the model in a checkpoint.
 FILE = "pruning.pt"

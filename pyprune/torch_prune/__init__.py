@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
-from pyprune.memory import prefer_huge_pages
+from pyprune.modules.memory import prefer_huge_pages
 from pyprune.torch_prune.amount import Amount, count
 from pyprune.torch_prune.amount import _compute_nparams_toprune as _compute_nparams_toprune
 from pyprune.torch_prune.amount import _validate_pruning_amount as _validate_pruning_amount

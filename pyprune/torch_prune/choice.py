@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyprune import ops
-from pyprune.memory import prefer_huge_pages
+from pyprune.modules.memory import prefer_huge_pages
 
 
 def without_smallest(

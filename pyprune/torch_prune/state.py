@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import prune as torch_prune
 
-from pyprune.memory import prefer_huge_pages
+from pyprune.modules.memory import prefer_huge_pages
 
 
 class Product(torch.autograd.Function):

@@ -1,0 +1,82 @@
+"""Adapt BatchNorm statistics to the weights that are left."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pyprune.calibration.batches import Dataset, batches_of
+from pyprune.modules.attachments import check_module
+from pyprune.modules.evaluation import check_initialized, evaluating, forward
+
+
+def batch_norm_adaptation(
+    model: nn.Module,
+    calibration_dataset: Dataset | Iterable[Any],
+    *,
+    num_iterations: int | None = None,
+    reset: bool = False,
+) -> nn.Module:
+    """Re-estimate the running statistics of BatchNorm and SyncBatchNorm from data, in place.
+
+    Only ``running_mean``, ``running_var`` and ``num_batches_tracked`` change. All other modules run in
+    evaluation mode, without gradients, and every training flag is given back. By default a statistic s moves by
+    its layer's momentum m, s = (1 - m) * s + m * batch, so after k batches (1 - m)^k of the old one is left (a
+    layer with momentum None goes on averaging over all batches it has seen). With ``reset=True`` the old one
+    is forgotten, and the mean over these batches takes its place.
+
+    Args:
+        model: the model, on the device of the data.
+        calibration_dataset: a `Dataset`, or a plain iterable of inputs. A dict becomes keyword arguments, a
+            tuple positional ones. A list of one, which torch's default collate makes of samples without labels, is
+            that one input. A longer list is refused: it makes [input, label] of labelled samples, and nothing tells
+            what of it the model takes; ``Dataset(loader, lambda batch: batch[0])`` does. What a ``transform_func``
+            returns is taken as it is.
+        num_iterations: how many batches to use; all if None or if there are fewer.
+        reset: start from nothing and average over the batches, instead of moving the present statistics.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError, ValueError: for arguments out of range, a lazy model or one without BatchNorm that tracks
+            statistics, no batch, or a batch that is a longer list. After any error, also one of the loader or the
+            model, the statistics are as they were.
+
+    Example:
+        >>> import torch
+        >>> norm = nn.BatchNorm1d(1)
+        >>> _ = batch_norm_adaptation(norm, [torch.tensor([[1.0], [3.0]])], reset=True)
+        >>> norm.running_mean.item()
+        2.0
+    """
+    check_module(model)
+    check_initialized(model)
+    batches = batches_of(calibration_dataset, num_iterations, "BatchNorm adaptation")
+    norms = [norm for norm in model.modules() if isinstance(norm, _BatchNorm) and norm.running_mean is not None]
+    if not norms:
+        raise ValueError(
+            f"{type(model).__name__} has no BatchNorm with running statistics, so there is nothing to adapt; "
+            "leave batch_norm_adaptation out"
+        )
+    if any(buffer.is_inference() for norm in norms for buffer in norm.buffers()):
+        raise ValueError("the statistics were made under torch.inference_mode; build or load the model outside it")
+    saved = [(norm, norm.momentum, [(buffer, buffer.clone()) for buffer in norm.buffers()]) for norm in norms]
+    try:
+        with evaluating(model, training=norms):
+            if reset:
+                for norm in norms:
+                    norm.reset_running_stats()
+                    norm.momentum = None  # a cumulative average
+            for batch in batches:
+                forward(model, batch)
+    except BaseException:
+        for _, _, buffers in saved:
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        raise
+    finally:
+        for norm, momentum, _ in saved:
+            norm.momentum = momentum
+    return model

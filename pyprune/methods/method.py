@@ -1,0 +1,151 @@
+"""Pruning methods: importance x granularity x scope, and the names that some of them have."""
+
+import numbers
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+from pyprune.methods.allocation import Amount, check_ratio
+from pyprune.methods.granularity import Granularity, element
+from pyprune.methods.importance import Importance, custom, magnitude
+from pyprune.methods.scope import Scope, tensor
+from pyprune.methods.scope import model as whole_model
+
+
+class PruneMode(str, Enum):
+    """Pruning methods under the names NNCF gives them where it has them; `prune` takes a member or its string.
+
+    * ``UNSTRUCTURED_MAGNITUDE_LOCAL``: the elements with the smallest |w| of each weight tensor go.
+    * ``UNSTRUCTURED_MAGNITUDE_GLOBAL``: the elements with the smallest |w| / ||W||_2 of the whole model go,
+      where ||W||_2 is the norm of the tensor that holds w.
+    * ``UNSTRUCTURED_REGULARIZATION_BASED``: a learned Bernoulli gate on every element; a loss sets the ratio.
+    * ``UNSTRUCTURED_HARD_CONCRETE``: a learned hard-concrete gate on every element (not in NNCF).
+
+    The first two are rows of the table ``METHODS``; any other combination is a `Method`.
+
+    Example:
+        >>> PruneMode("UNSTRUCTURED_MAGNITUDE_LOCAL")
+        <PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL: 'UNSTRUCTURED_MAGNITUDE_LOCAL'>
+    """
+
+    UNSTRUCTURED_MAGNITUDE_LOCAL = "UNSTRUCTURED_MAGNITUDE_LOCAL"
+    UNSTRUCTURED_MAGNITUDE_GLOBAL = "UNSTRUCTURED_MAGNITUDE_GLOBAL"
+    UNSTRUCTURED_REGULARIZATION_BASED = "UNSTRUCTURED_REGULARIZATION_BASED"
+    UNSTRUCTURED_HARD_CONCRETE = "UNSTRUCTURED_HARD_CONCRETE"
+
+
+@dataclass(frozen=True)
+class Method:
+    """How weights are chosen that go: those of least importance, in units of the granularity, within the scope.
+
+    Args:
+        importance: a function of `pyprune.importance`, or any function of a weight that returns scores of its shape.
+        granularity: what goes as one; single elements by default.
+        scope: what competes; the units of the whole model by default.
+
+    Raises:
+        TypeError, ValueError: for other types, or a combination that means nothing.
+
+    Example:
+        >>> from pyprune.methods import granularity, importance, scope
+        >>> filters = Method(importance.magnitude(p=2), granularity.channel("out"), scope.tensor())
+        >>> filters.scope.name
+        'tensor'
+    """
+
+    importance: Importance
+    granularity: Granularity = field(default_factory=element)
+    scope: Scope = field(default_factory=whole_model)
+
+    def __post_init__(self) -> None:
+        importance: object = self.importance
+        if not isinstance(importance, Importance):
+            if not callable(importance):
+                raise TypeError(f"importance is a {type(importance).__name__}; give one of pyprune.importance")
+            object.__setattr__(self, "importance", custom(importance, getattr(importance, "__name__", "custom")))
+        for name, kind in (("granularity", Granularity), ("scope", Scope)):
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                raise TypeError(
+                    f"{name} is {value!r}; give what a function of pyprune.{name} returns, called with ()"
+                )
+        cut = self.granularity.name
+        if self.importance.scores_of == "channels" and cut != 'channel("out")':
+            raise ValueError(
+                f'{self.importance.name} scores output channels, but the granularity is {cut}; give channel("out")'
+            )
+        if self.importance.scores_of == "rows" and not cut.startswith("channel"):
+            raise ValueError(
+                f"{self.importance.name} compares channels, but the granularity is {cut}; give channel()"
+            )
+        if self.scope.name in ("row", "n_of_m") and (self.granularity.heads or cut == 'channel("out")'):
+            raise ValueError(
+                f"with granularity {cut} an output channel has one unit, so nothing competes within scope "
+                f"{self.scope.name}; give scope.tensor() or scope.model()"
+            )
+
+
+METHODS: Mapping[PruneMode, Method] = {
+    PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL: Method(magnitude(), element(), tensor()),
+    PruneMode.UNSTRUCTURED_MAGNITUDE_GLOBAL: Method(magnitude(normalize="l2"), element(), whole_model()),
+}
+
+
+def check_mode(mode: PruneMode | str) -> PruneMode:
+    """Return the member that ``mode`` names, in upper or lower case.
+
+    Raises:
+        TypeError, ValueError: if it names none.
+
+    Example:
+        >>> check_mode("UNSTRUCTURED_MAGNITUDE_GLOBAL") is PruneMode.UNSTRUCTURED_MAGNITUDE_GLOBAL
+        True
+    """
+    if not isinstance(mode, str):
+        raise TypeError(
+            f"mode is a {type(mode).__name__}; give a PruneMode or its name as a string (prune also takes a Method)"
+        )
+    names = [member.value for member in PruneMode]
+    if mode.upper() not in names:
+        raise ValueError(f"mode is {mode!r}; allowed are {', '.join(names)}")
+    return PruneMode(mode.upper())
+
+
+def check_amount(method: Method, amount: Amount) -> Amount:
+    """Return the amount with its numbers checked.
+
+    Raises:
+        TypeError, ValueError: if it is out of range, or cannot be asked of the method.
+    """
+    scope = method.scope.name
+    by_weight = isinstance(amount.ratio, Mapping)
+    if scope == "n_of_m" and amount.ratio is not None:
+        raise ValueError(
+            f"ratio is {amount.ratio}, but {method.scope.keep} of {method.scope.of} leaves no choice: leave it out"
+        )
+    if by_weight and scope == "model":
+        raise ValueError(
+            "a dict of ratios gives weights ratios of their own, so they do not compete; use scope.tensor()"
+        )
+    if amount.allocation not in ("uniform", "erk"):
+        raise ValueError(f'allocation is {amount.allocation!r}; allowed are "uniform" and "erk"')
+    if amount.allocation == "erk" and (by_weight or scope not in ("tensor", "row")):
+        raise ValueError(
+            'allocation="erk" makes one ratio into one for each weight: use scope.tensor() or scope.row()'
+        )
+    if amount.allocation == "erk" and amount.from_remaining:
+        raise ValueError('allocation="erk" is about all weights; leave from_remaining out, or give ratios by name')
+    if amount.is_capped and scope not in ("model", "group"):
+        raise ValueError(
+            f"min_ratio and max_ratio bound what a weight loses to others, but in scope {scope} none compete"
+        )
+    for name in ("min_ratio", "max_ratio"):
+        value = getattr(amount, name)
+        for number in value.values() if isinstance(value, Mapping) else [value]:
+            if isinstance(number, bool) or not isinstance(number, numbers.Real) or not 0 <= float(number) <= 1:
+                raise ValueError(f"{name} is {number!r}; give a fraction of a weight, from 0 to 1")
+    if scope == "n_of_m":
+        return amount
+    if isinstance(amount.ratio, Mapping):
+        return replace(amount, ratio={rule: check_ratio(ratio) for rule, ratio in amount.ratio.items()})
+    return replace(amount, ratio=check_ratio(amount.ratio))

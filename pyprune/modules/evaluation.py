@@ -1,0 +1,115 @@
+"""Run a model to look at it: forward passes that leave flags, buffers and random numbers as they were."""
+
+import numbers
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+
+def forward(model: nn.Module, inputs: Any) -> Any:
+    """Call the model: a mapping gives keyword arguments, a tuple positional ones, anything else is the one argument.
+
+    Example:
+        >>> forward(nn.Identity(), (torch.ones(1),)).tolist()
+        [1.0]
+    """
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, tuple):
+        return model(*inputs)
+    return model(inputs)
+
+
+def check_inputs(examples_inputs: object) -> None:
+    """Raise TypeError unless inputs say how the model is to be called with them; None is no inputs."""
+    if examples_inputs is not None and not isinstance(examples_inputs, (Tensor, tuple, Mapping)):
+        raise TypeError(
+            f"examples_inputs is a {type(examples_inputs).__name__}; give a tensor, a tuple of positional "
+            "arguments or a dict of keyword arguments"
+        )
+
+
+def check_initialized(model: nn.Module) -> None:
+    """Raise if a parameter or buffer is lazy: a forward pass would give it values, and that changes the model."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(f"{name} is lazy and has no values yet; run one forward pass first")
+
+
+@contextmanager
+def evaluating(model: nn.Module, *, training: Iterable[nn.Module] = ()) -> Iterator[None]:
+    """Switch gradients off and all modules but ``training`` to evaluation; give every flag back, whatever happens.
+
+    The flags are set one by one, not by ``train()``, which some models override with side effects.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in flags:
+            module.training = False
+        for module in training:
+            module.training = True
+        with torch.no_grad():
+            yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Give buffers and torch's random numbers back as they were, whatever happens; new buffers go."""
+    homes = [(module, dict(module._buffers), set(module._non_persistent_buffers_set)) for module in model.modules()]
+    # Only under inference_mode could an inference tensor be written to, and it counts no versions.
+    values = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_inference()]
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        for buffer, version, value in values:
+            # BatchNorm in training does not count as a version.
+            if buffer._version != version or not torch.equal(buffer, value):
+                with torch.no_grad():
+                    buffer.copy_(value)
+        for module, buffers, not_saved in homes:
+            module._buffers.clear()
+            module._buffers.update(buffers)
+            module._non_persistent_buffers_set.clear()
+            module._non_persistent_buffers_set.update(not_saved)
+
+
+def score_of(model: nn.Module, eval_fn: Callable[[nn.Module], object]) -> float:
+    """Return the score that a function gives a model in evaluation; flags, buffers and random numbers stay.
+
+    So every call sees the same random numbers.
+
+    Raises:
+        TypeError: if it returns no number.
+        ValueError: if it trains the model.
+
+    Example:
+        >>> score_of(nn.Linear(2, 1), lambda model: model.in_features)
+        2.0
+    """
+    weights = {name: weight for name, weight in model.named_parameters() if not weight.is_inference()}
+    versions = {name: weight._version for name, weight in weights.items()}
+    with untouched(model), evaluating(model):
+        score = eval_fn(model)
+    changed = [name for name, version in versions.items() if weights[name]._version != version]
+    if changed:
+        raise ValueError(f"eval_fn changed {', '.join(changed[:8])}; it is to measure the model, not to train it")
+    if isinstance(score, Tensor) and score.numel() == 1:
+        score = score.item()
+    if isinstance(score, bool) or not isinstance(score, numbers.Real):
+        raise TypeError(f"eval_fn returned {score!r:.80}; it is to return a number, the score of the model")
+    return float(score)
+
+
+def check_callable(name: str, function: object) -> None:
+    """Raise TypeError unless an argument is a function."""
+    if not callable(function):
+        raise TypeError(f"{name} is {function!r:.80}; give a function that takes the model")

@@ -1,0 +1,215 @@
+"""Gates: learned stochastic masks on weights."""
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pyprune import ops
+from pyprune.modules.attachments import Attachment
+from pyprune.modules.sampling import Sampler
+
+
+class StochasticGate(Attachment):
+    """A straight-through Bernoulli gate on a weight, NNCF's regularization-based mask.
+
+    In training, element w of the weight is kept with probability sigma(m), where m is the logit of its gate:
+    ``keep = m + logit(u) > 0`` with u uniform in (0, 1), and the output is w or 0. The gradient passes the comparison
+    straight through: dL/dm is the sum of g * w * sigma'(m + logit(u)) over the elements of the gate, dL/dw is g where
+    w was kept and 0 elsewhere. In evaluation there is no noise: ``keep = m > 0``.
+
+    All owners of a tied weight share one gate. `prune` puts gates on a model; by hand, a gate goes on any parameter
+    with ``torch.nn.utils.parametrize.register_parametrization``, or is called with a weight. Then every call in
+    training draws a new sample, unless it happens inside `one_gate_sample`.
+
+    Weight decay on the logits would pull every probability to 0.5: give them an optimizer group without it
+    (`gate_parameters`, `check_optimizer`).
+
+    Args:
+        shape: shape of the weight.
+        gate_shape: shape of the logits, by default that of the weight. As many dimensions as the weight; a
+            size l on a dimension of size w, which it divides, makes w / l neighbours share a gate: ``(out, 1, 1, 1)``
+            are output channels, ``(heads, 1)`` heads of a ``(heads * head_dim, in)`` weight.
+        keep_probability: probability in training that a gate is not zero, at the start; in (0, 1).
+        same_on_all_ranks: draw the same noise on all ranks of ``torch.distributed``, if their generators are at the
+            same state (``torch.manual_seed``); otherwise ranks draw different noise even then.
+        dtype: of the logits; float32 by default, or that of the weight.
+        device: of the logits.
+
+    Raises:
+        TypeError, ValueError: for shapes that do not fit, probabilities out of range, and other dtypes.
+
+    Papers: Srinivas et al. 2017, "Training Sparse Neural Networks"; Kozlov et al. 2020, "Neural Network Compression
+    Framework for fast model inference".
+
+    Example:
+        >>> gate = StochasticGate((4, 3), gate_shape=(4, 1))
+        >>> gate.weights_per_gate, round(gate.logits[0].item(), 4)
+        (3, 4.5951)
+        >>> _ = nn.utils.parametrize.register_parametrization(nn.Linear(3, 4), "weight", gate)
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        *,
+        gate_shape: Sequence[int] | None = None,
+        keep_probability: float = 0.99,
+        same_on_all_ranks: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        start = _logit(keep_probability)
+        if dtype is not None and dtype not in ops.WEIGHT_DTYPES:
+            raise TypeError(f"dtype is {dtype}; allowed are {', '.join(map(str, ops.WEIGHT_DTYPES))}")
+        self.shape = tuple(shape)
+        self.gate_shape = self.shape if gate_shape is None else tuple(gate_shape)
+        self.same_on_all_ranks = same_on_all_ranks
+        self.sampler = Sampler()
+        # Whether `strip` made it part of the weights: it changes nothing any more.
+        self.folded = False
+        # Tells gates apart that share a sampler, and so a seed.
+        self.stream = 0
+        ops.check_gate_shape(self.shape, self.gate_shape)
+        self.logits = nn.Parameter(torch.full(self.gate_shape, start, dtype=dtype or torch.float32, device=device))
+
+    @property
+    def weights_per_gate(self) -> int:
+        """How many elements of the weight share one gate."""
+        return math.prod(self.shape) // max(1, math.prod(self.gate_shape))
+
+    @property
+    def shift(self) -> float:
+        """What makes ``sigma(logits + shift)`` the probability that a gate is not zero in training."""
+        return 0.0
+
+    def options(self) -> dict[str, Any]:
+        """Return the keyword arguments that make such a gate, but for ``keep_probability`` and ``device``."""
+        return {
+            "gate_shape": self.gate_shape,
+            "same_on_all_ranks": self.same_on_all_ranks,
+            "dtype": self.logits.dtype,
+        }
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the weight times a sample of the gates, or, in evaluation, times their `values`."""
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weight is of type {type(weight).__name__}; give the tensor to gate")
+        if tuple(weight.shape) != self.shape:
+            raise ValueError(f"the gate is for a weight of shape {self.shape}, not {tuple(weight.shape)}")
+        return self._gated(weight, self.sampler.seed(weight.device) if self.training else None)
+
+    def deterministic(self, weight: Tensor) -> Tensor:
+        """Return what the gate makes of a weight in evaluation."""
+        return self._gated(weight, None)
+
+    @torch.no_grad()
+    def values(self) -> Tensor:
+        """Return the values in [0, 1] that the gates have in evaluation, of shape `gate_shape`."""
+        return self.deterministic(torch.ones_like(self.logits))
+
+    def _gated(self, weight: Tensor, seed: Tensor | None) -> Tensor:
+        return ops.bernoulli_gate(weight, self.logits, seed, stream=self._noise_stream())
+
+    def _noise_stream(self) -> int:
+        # Other noise on each rank, even where all ranks draw the same seeds.
+        if self.same_on_all_ranks or not (dist.is_available() and dist.is_initialized()):
+            return self.stream
+        return self.stream + (dist.get_rank() << 32)
+
+    def extra_repr(self) -> str:
+        """Say what the gate is for."""
+        return f"shape={self.shape}, gate_shape={self.gate_shape}"
+
+
+class HardConcreteGate(StochasticGate):
+    """A hard-concrete gate on a weight, in [0, 1] with some probability of being exactly 0 or 1.
+
+    In training ``s = sigma((m + logit(u)) / beta)``, in evaluation ``s = sigma(m)``; then
+    ``z = clamp(s * (zeta - gamma) + gamma, 0, 1)``, and the output is w * z. The gradient goes through the clamp,
+    and is zero outside of (0, 1). The expected number of gates that are not zero is the sum of ``sigma(m + shift)``.
+
+    Args:
+        shape, gate_shape, keep_probability, same_on_all_ranks, dtype, device: as in `StochasticGate`.
+        beta: temperature, above 0.
+        gamma, zeta: the ends of the stretched interval, gamma < 0 and zeta > 1.
+        straight_through: multiply by 1 where z > 0, and take the gradient of the logits from the soft z.
+
+    Raises:
+        TypeError, ValueError: for shapes that do not fit, numbers out of range, and other dtypes.
+
+    Paper: Louizos, Welling, Kingma 2018, "Learning Sparse Neural Networks through L0 Regularization".
+
+    Example:
+        >>> gate = HardConcreteGate((3,)).eval()
+        >>> _ = gate.logits.data.copy_(torch.tensor([-4.0, 0.0, 4.0]))
+        >>> gate(torch.tensor([2.0, 2.0, 2.0])).tolist()
+        [0.0, 1.0, 2.0]
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        *,
+        gate_shape: Sequence[int] | None = None,
+        keep_probability: float = 0.99,
+        beta: float = 2 / 3,
+        gamma: float = -0.1,
+        zeta: float = 1.1,
+        straight_through: bool = False,
+        same_on_all_ranks: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        ops.check_hard_concrete(beta, gamma, zeta)
+        super().__init__(
+            shape,
+            gate_shape=gate_shape,
+            keep_probability=keep_probability,
+            same_on_all_ranks=same_on_all_ranks,
+            dtype=dtype,
+            device=device,
+        )
+        self.beta, self.gamma, self.zeta = float(beta), float(gamma), float(zeta)
+        self.straight_through = straight_through
+        nn.init.constant_(self.logits, _logit(keep_probability) - self.shift)
+
+    @property
+    def shift(self) -> float:
+        """``-beta * log(-gamma / zeta)``: P(z > 0) is ``sigma(logits + shift)``."""
+        return -self.beta * math.log(-self.gamma / self.zeta)
+
+    def options(self) -> dict[str, Any]:
+        """Return the keyword arguments that make such a gate, but for ``keep_probability`` and ``device``."""
+        own = {name: getattr(self, name) for name in ("beta", "gamma", "zeta", "straight_through")}
+        return super().options() | own
+
+    def _gated(self, weight: Tensor, seed: Tensor | None) -> Tensor:
+        return ops.hard_concrete_gate(
+            weight,
+            self.logits,
+            seed,
+            beta=self.beta,
+            gamma=self.gamma,
+            zeta=self.zeta,
+            straight_through=self.straight_through,
+            stream=self._noise_stream(),
+        )
+
+
+def _logit(probability: float) -> float:
+    if isinstance(probability, bool) or not isinstance(probability, numbers.Real):
+        raise TypeError(f"keep_probability is {probability!r}; give a number in (0, 1)")
+    if not 0 < probability < 1:
+        raise ValueError(f"keep_probability is {probability}; it must be in (0, 1)")
+    return math.log(probability / (1 - probability))
+
+
+def gates_of(model: nn.Module) -> list[StochasticGate]:
+    """List the gates of a model, each once, wherever they are."""
+    return [module for module in model.modules() if isinstance(module, StochasticGate)]

@@ -1,0 +1,112 @@
+"""What a model was, and how it becomes that again."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pyprune.modules.attachments import dense_modules, dense_parameters, detach
+from pyprune.modules.masks import Mask
+from pyprune.modules.targets import Target, attachments_of
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """Weights, buffers and masks of a model at one time.
+
+    Args:
+        state: its state_dict, copied to the CPU.
+        units: of each weight with a mask what `Mask` calls unit.
+    """
+
+    state: dict[str, Tensor]
+    units: dict[str, tuple[int, ...] | None]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Snapshot":
+        """Copy what a model is."""
+        copies: dict[int, Tensor] = {}  # tied weights stay one
+        state = {
+            name: copies.setdefault(id(value), value.detach().to("cpu", copy=True))
+            if isinstance(value, Tensor)
+            else value
+            for name, value in model.state_dict(keep_vars=True).items()
+        }
+        return cls(state, {target.name: mask.unit for target, mask in _masks(model)})
+
+    def restore(self, model: nn.Module) -> None:
+        """Make the model what it was; masks that were put on since are taken off."""
+        for target, mask in reversed(_masks(model)):
+            if target.name in self.units:
+                mask.unit = self.units[target.name]
+            else:
+                detach(target.owners[::-1])
+        model.load_state_dict(self.state)
+
+
+def _masks(model: nn.Module) -> list[tuple[Target, Mask]]:
+    return [(target, found) for target, found in attachments_of(model).items() if isinstance(found, Mask)]
+
+
+@contextmanager
+def restored_on_failure(model: nn.Module) -> Iterator[Snapshot]:
+    """Yield what the model is, and make it that again if the body fails or is interrupted."""
+    before = Snapshot.of(model)
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        yield before
+    except BaseException:
+        before.restore(model)
+        for module, flag in flags:
+            module.training = flag
+        raise
+
+
+def dense_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and saved buffers by the names that they have in the state_dict of the dense model.
+
+    Example:
+        >>> from pyprune.modules.attachments import Attachment, Owner, attach
+        >>> linear = nn.Linear(2, 2)
+        >>> _ = attach([([Owner("weight", linear, "weight")], Attachment())])
+        >>> list(dense_tensors(linear))
+        ['weight', 'bias']
+    """
+    tensors: dict[str, Tensor] = {owner.name: parameter for owner, parameter in dense_parameters(model)}
+    for prefix, module in dense_modules(model):
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                tensors[f"{prefix}.{name}" if prefix else name] = buffer
+    return tensors
+
+
+def check_rewindable(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Raise unless a state_dict of the dense model fits a model, masked or not.
+
+    Raises:
+        TypeError, ValueError: with what is missing, too much or of another shape.
+    """
+    if not isinstance(state, Mapping):
+        raise TypeError(f"rewind_to is a {type(state).__name__}; give a state_dict of the dense model")
+    tensors = dense_tensors(model)
+    lacks = [name for name in tensors if not isinstance(state.get(name), Tensor)]
+    strange = [name for name in state if name not in tensors and not name.endswith("_extra_state")]
+    shapes = [name for name in tensors if name not in lacks and state[name].shape != tensors[name].shape]
+    if lacks or strange or shapes:
+        raise ValueError(
+            f"rewind_to is no state_dict of this model before pruning: it lacks {_some(lacks)}, has besides "
+            f"{_some(strange)}, and has other shapes of {_some(shapes)}"
+        )
+
+
+@torch.no_grad()
+def rewind(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Set weights and buffers to those of a state_dict of the dense model; masks stay."""
+    for name, tensor in dense_tensors(model).items():
+        tensor.copy_(state[name])
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") or "nothing"

@@ -1,0 +1,142 @@
+"""Fold masks and gates into the weights and leave a plain model."""
+
+import copy
+import math
+from enum import Enum
+
+import torch
+from torch import Tensor, nn
+
+from pyprune import ops
+from pyprune.modules.attachments import attach, check_module, detach
+from pyprune.modules.forward_pass import share_samples, unshare_samples
+from pyprune.modules.gates import HardConcreteGate, StochasticGate
+from pyprune.modules.masks import Mask
+from pyprune.modules.targets import attachments_of, check_prunable
+
+
+class StripFormat(str, Enum):
+    """What `strip` leaves behind, under the names NNCF gives it.
+
+    * ``IN_PLACE``: zeros in the weights, and nothing else.
+    * ``NATIVE``: in NNCF, another form of its quantizers, with masks left on. pyprune has no quantizers.
+    """
+
+    IN_PLACE = "in_place"
+    NATIVE = "native"
+
+
+@torch.inference_mode(False)  # a copy made under inference_mode could not be trained
+def strip(
+    model: nn.Module,
+    *,
+    do_copy: bool = False,
+    strip_format: StripFormat | str = StripFormat.IN_PLACE,
+    expected_count: bool = False,
+) -> nn.Module:
+    """Write into the weights what masks and gates make of them in evaluation, and remove every trace of pruning.
+
+    Classes of modules, names and order of parameters, the `Parameter` objects and their ``requires_grad`` are
+    those of the dense model again: an optimizer goes on holding them, and a plain model loads the state_dict. The
+    outputs in evaluation do not change. A model without masks and gates is returned as it is. After this, nothing
+    keeps the zeros at zero in further training.
+
+    Args:
+        model: a model with masks or gates.
+        do_copy: work on a deep copy, and leave ``model`` as it is.
+        strip_format: `StripFormat.IN_PLACE` or its value.
+        expected_count: of the n values of each hard-concrete gate, zero exactly ``round(n - E)``, where E is how many
+            training expects not to be zero: those with the smallest ``soft = sigma(0.8 * logits / beta)``, and of
+            equals the first. The others become their soft value (1 if the gate is straight-through), which changes
+            the outputs. Without this, fewer gates are zero in evaluation than in training.
+
+    Returns:
+        ``model``, or its copy.
+
+    Raises:
+        TypeError, ValueError: for another format, ``expected_count`` without a hard-concrete gate, or a weight that
+            cannot be written to (one that was sharded, or got a second parametrization), or NaN in the logits of a
+            gate. The model is then as it was.
+
+    Paper: Wang, Wohlwend, Lei 2020, "Structured Pruning of Large Language Models" (for ``expected_count``).
+
+    Example:
+        >>> from pyprune import prune
+        >>> linear = prune(nn.Linear(4, 4), "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.75)
+        >>> int(strip(linear).weight.count_nonzero()), type(linear).__name__
+        (4, 'Linear')
+    """
+    check_module(model)
+    if strip_format == StripFormat.NATIVE:
+        raise ValueError(
+            "strip_format NATIVE converts NNCF's quantizers and would leave the masks on; pyprune has no "
+            "quantizers. Use StripFormat.IN_PLACE, which folds the masks into the weights"
+        )
+    if strip_format != StripFormat.IN_PLACE:
+        raise ValueError(f"strip_format is {strip_format!r}; allowed is StripFormat.IN_PLACE")
+    attachments = attachments_of(model)
+    if expected_count and not any(isinstance(found, HardConcreteGate) for found in attachments.values()):
+        raise ValueError(
+            "expected_count is for hard-concrete gates, and this model has none; masks and Bernoulli gates say "
+            "themselves what is zero"
+        )
+    for target in attachments:
+        check_prunable(target)
+        for owner in target.owners:
+            if owner.foreign_steps:
+                raise ValueError(
+                    f"{owner.name} got another parametrization ({', '.join(owner.foreign_steps)}) over its "
+                    "mask or gate; remove that one first"
+                )
+    undecided = [
+        target.name
+        for target, found in attachments.items()
+        if isinstance(found, StochasticGate) and found.logits.isnan().any()
+    ]
+    if undecided:
+        raise ValueError(
+            f"the gates of {', '.join(undecided)} have NaN logits, which are neither open nor closed: the training "
+            "diverged. Load an earlier checkpoint"
+        )
+    if do_copy:
+        model = copy.deepcopy(model)
+    attachments = attachments_of(model)
+    masks = {target.parameter: found for target, found in attachments.items() if isinstance(found, Mask)}
+    gates = {target.parameter: found for target, found in attachments.items() if isinstance(found, StochasticGate)}
+    try:
+        # The last comes off first, so that attaching again keeps the order. Weights change when all else is done.
+        for target in reversed(attachments):
+            detach(target.owners[::-1])
+        unshare_samples(model)
+        gated = {weight: _gated(weight, gate, expected_count) for weight, gate in gates.items()}
+        for device in {weight.device for weight in masks}:
+            group = {weight: found.mask for weight, found in masks.items() if weight.device == device}
+            ops.fold(list(group), list(group.values()))
+        with torch.no_grad():
+            for weight, value in gated.items():
+                weight.copy_(value)
+    except BaseException:
+        attach((target.owners, found) for target, found in attachments.items())
+        if gates:
+            share_samples(model)
+        raise
+    for gate in gates.values():
+        gate.folded = True
+    for mask in masks.values():
+        mask.dense_gradient = False  # hooks let gradients pass then
+    return model
+
+
+@torch.no_grad()
+def _gated(weight: Tensor, gate: StochasticGate, expected_count: bool) -> Tensor:
+    """Return what a gate makes of its weight in evaluation."""
+    if not (expected_count and isinstance(gate, HardConcreteGate)):
+        return gate.deterministic(weight)
+    kept = ops.gate_penalty([gate.logits], shift=gate.shift).item()
+    soft = torch.sigmoid(0.8 * gate.logits.float() / gate.beta)
+    (mask,), _ = ops.threshold([soft], math.floor(soft.numel() - kept + 0.5))
+    values = torch.where(mask, 1.0 if gate.straight_through else soft, 0.0)
+    for dim, size in enumerate(weight.shape):
+        values = values.repeat_interleave(size // max(1, values.shape[dim]), dim)
+    # A product would make NaN of infinity.
+    return torch.where(values != 0, weight * values.to(weight.dtype), 0)

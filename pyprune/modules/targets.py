@@ -1,0 +1,339 @@
+"""Which parameters of a model are pruned, and who owns them."""
+
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from pyprune import ops
+from pyprune.modules.attachments import (
+    Attachment,
+    Owner,
+    check_module,
+    dense_modules,
+    dense_parameters,
+    shared_attachment,
+)
+from pyprune.modules.evaluation import check_initialized, check_inputs
+from pyprune.modules.ignored_scope import IgnoredScope, ignored_by
+from pyprune.modules.memory import overlapping, overlaps_itself
+from pyprune.modules.tracing import used_as_weights
+
+_LAYERS = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Embedding,
+    nn.EmbeddingBag,
+)
+_ADVICE = ". To prune the other weights, name it in ignored_scope"
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A parameter, its first name in the dense model, and every place that holds it (several if it is tied)."""
+
+    name: str
+    parameter: nn.Parameter
+    owners: tuple[Owner, ...]
+
+    @property
+    def attachment(self) -> Attachment | None:
+        """The mask or gate that the owners share, if they carry one."""
+        return shared_attachment(self.owners)
+
+    def is_among(self, names: Set[str]) -> bool:
+        """Whether one of its names is among ``names``."""
+        return not names.isdisjoint(owner.name for owner in self.owners)
+
+
+def find_targets(
+    model: nn.Module,
+    ignored_scope: IgnoredScope | None = None,
+    examples_inputs: Any = None,
+    *,
+    shards: bool = False,
+) -> list[Target]:
+    """Find the weights to prune, by identity: a tied weight is one target with several owners.
+
+    They are the weights of Linear, Conv and ConvTranspose layers, Embedding, EmbeddingBag, MultiheadAttention
+    (all projections), RNN, LSTM, GRU and their cells, subclasses included; what carries a mask or gate already; and,
+    with ``examples_inputs``, what one forward pass takes as a weight (`used_as_weights`). Never biases or norms.
+
+    Args:
+        model: the model; what is attached to it does not change names or order of what is found.
+        ignored_scope: weights to leave out.
+        examples_inputs: a tensor, a tuple of positional or a mapping of keyword arguments for the model.
+        shards: find sharded weights too, for who works on the part of each rank (`local_part`).
+
+    Raises:
+        TypeError, ValueError: if a weight cannot be pruned (lazy, meta, quantised, sharded, of another dtype
+            or device, with sparse gradients, in memory that another parameter uses too, or computed by something
+            else than a mask or gate), if a rule of ``ignored_scope`` matches nothing, or if there is no weight to
+            prune.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+        >>> [target.name for target in find_targets(model)]
+        ['0.weight']
+    """
+    _check_arguments(model, ignored_scope, examples_inputs)
+    survey = _survey(model, ignored_scope)
+    for owner in survey.layers:
+        if not survey.ignored(owner.name):
+            _check_is_parameter(owner)
+    targets = _choose(model, survey, examples_inputs)
+    for target in targets:
+        part = local_part(target.parameter) if shards else target.parameter
+        check_prunable(replace(target, parameter=cast(nn.Parameter, part)), advice=_ADVICE)
+    _check_apart(survey.parameters, targets)
+    if not targets:
+        raise ValueError(
+            f"{type(model).__name__} has no weight to prune: no linear, convolution, embedding, attention or "
+            "recurrent layer outside the ignored scope. To find weights that are bare parameters, give "
+            "examples_inputs"
+        )
+    return targets
+
+
+def choose_targets(
+    model: nn.Module, ignored_scope: IgnoredScope | None = None, examples_inputs: Any = None
+) -> list[Target]:
+    """List what `find_targets` finds, but do not ask whether it can be pruned, and find nothing without an error."""
+    _check_arguments(model, ignored_scope, examples_inputs)
+    return _choose(model, _survey(model, ignored_scope), examples_inputs)
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """What there is to choose from, and what not to choose."""
+
+    parameters: list[Target]
+    layers: list[Owner]
+    ignored: Callable[[str], bool]
+
+
+def _survey(model: nn.Module, scope: IgnoredScope | None) -> _Survey:
+    parameters = all_parameters(model)
+    layers = layer_weights(model)
+    names = {owner.name for owner in layers}.union(owner.name for target in parameters for owner in target.owners)
+    classes = {name: _class_names(module) for name, module in dense_modules(model)}
+    return _Survey(parameters, layers, ignored_by(scope or IgnoredScope(), names, classes))
+
+
+def _choose(model: nn.Module, survey: _Survey, examples_inputs: Any) -> list[Target]:
+    layer_names = {owner.name for owner in survey.layers}
+    used: set[Tensor] = set()
+    if examples_inputs is not None:
+        check_initialized(model)
+        used = used_as_weights(model, examples_inputs)
+    return [
+        target
+        for target in survey.parameters
+        if not any(survey.ignored(owner.name) for owner in target.owners)
+        and (target.parameter in used or _is_attached_to(target) or target.is_among(layer_names))
+    ]
+
+
+def _is_attached_to(target: Target) -> bool:
+    return target.attachment is not None and target.attachment.on_target
+
+
+def by_place(model: nn.Module) -> dict[tuple[nn.Module, str], Target]:
+    """Return every parameter of a model by the modules and attributes that hold it."""
+    return {(owner.module, owner.attribute): target for target in all_parameters(model) for owner in target.owners}
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether a layer is a transposed convolution, the second dimension of whose weight counts outputs."""
+    return isinstance(layer, nn.modules.conv._ConvTransposeNd)
+
+
+def channel_dims(target: Target) -> tuple[int, int]:
+    """Return which dimension of a weight counts output channels, and which input channels (of a group)."""
+    if target.parameter.dim() < 2:
+        return 0, 0
+    return (1, 0) if any(is_transposed(owner.module) for owner in target.owners) else (0, 1)
+
+
+def output_layers(target: Target) -> list[nn.Module]:
+    """Return the linear and convolution layers that have the weight, whose outputs are its output channels."""
+    return [
+        owner.module
+        for owner in target.owners
+        if isinstance(owner.module, (nn.Linear, nn.modules.conv._ConvNd)) and owner.attribute == "weight"
+    ]
+
+
+def all_parameters(model: nn.Module) -> list[Target]:
+    """List every parameter of a model once, pruned or not, in the order of the dense model."""
+    owners: dict[nn.Parameter, tuple[Owner, ...]] = {}
+    for owner, parameter in dense_parameters(model):
+        owners[parameter] = (*owners.get(parameter, ()), owner)
+    return [Target(places[0].name, parameter, places) for parameter, places in owners.items()]
+
+
+def attachments_of(model: nn.Module) -> dict[Target, Attachment]:
+    """Return the masks and gates that the weights of a model carry."""
+    return {target: found for target in all_parameters(model) if (found := target.attachment) is not None}
+
+
+def layer_weights(model: nn.Module) -> list[Owner]:
+    """List the places of weights that the types of the layers promise; they may hold no parameter."""
+    return [
+        Owner(f"{name}.{attribute}" if name else attribute, module, attribute)
+        for name, module in dense_modules(model)
+        for attribute in _weight_attributes(module)
+    ]
+
+
+def check_prunable(target: Target, *, advice: str = "", needs_values: bool = True) -> None:
+    """Raise unless the kernels can read and write the parameter, and its owners can train with one mask or gate.
+
+    Raises:
+        TypeError, ValueError: with the name of the parameter and what to do.
+    """
+    check_readable(target, advice=advice, needs_values=needs_values)
+    problem = ""
+    if target.parameter.is_inference():
+        problem = "was made under torch.inference_mode; build or load the model outside it"
+    elif overlaps_itself(target.parameter):
+        problem = "has elements that share memory (an expanded tensor); give it .contiguous() memory"
+    elif any(isinstance(o.module, (nn.Embedding, nn.EmbeddingBag)) and o.module.sparse for o in target.owners):
+        problem = "has sparse gradients, which masks and gates cannot pass on; set sparse=False on its layer"
+    elif len({owner.attachment for owner in target.owners} - {None}) > 1:
+        names = ", ".join(owner.name for owner in target.owners)
+        problem = (
+            f"was tied after pruning: {names} are one weight with several masks or gates. Untie, strip, then tie"
+        )
+    if problem:
+        raise ValueError(f"{target.name} {problem}{advice}")
+
+
+def check_readable(target: Target, *, advice: str = "", needs_values: bool = True) -> None:
+    """Raise unless the kernels can read the parameter (its values may be missing if nobody needs them).
+
+    Raises:
+        TypeError, ValueError: with the name of the parameter and what to do.
+    """
+    problem = _problem(target.parameter, needs_values)
+    if problem is not None:
+        raise type(problem)(f"{target.name} {problem}{advice}")
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor: its shard if it is a DTensor (as under FSDP2), else all of it.
+
+    Example:
+        >>> local_part(torch.ones(2)).tolist()
+        [1.0, 1.0]
+    """
+    if not _is_sharded(tensor):
+        return tensor
+    with torch.no_grad():  # with gradients it would be another tensor, in the same memory
+        return cast(Tensor, tensor.to_local())  # type: ignore[attr-defined]
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    # By name: importing the class would load all of torch.distributed.
+    return type(tensor).__name__ == "DTensor"
+
+
+def _problem(parameter: nn.Parameter, needs_values: bool = True) -> Exception | None:
+    problem: Exception | None = None
+    if is_lazy(parameter):
+        problem = ValueError("is lazy and has no values yet; run one forward pass first")
+    elif parameter.is_meta and needs_values:
+        problem = ValueError("is on the meta device and has no values; load the weights first")
+    elif _is_sharded(parameter):
+        problem = ValueError("is sharded; prune before, and strip on, an unsharded model")
+    elif is_traceable_wrapper_subclass(parameter):
+        problem = TypeError(
+            f"is a {type(parameter).__name__}; only plain tensors can be pruned: prune before quantising"
+        )
+    elif parameter.is_quantized:
+        problem = TypeError("is quantised; prune before quantising")
+    elif parameter.dtype not in ops.WEIGHT_DTYPES:
+        problem = TypeError(f"has dtype {parameter.dtype}; allowed are {', '.join(map(str, ops.WEIGHT_DTYPES))}")
+    elif parameter.layout is not torch.strided:
+        problem = TypeError(f"has layout {parameter.layout}; only dense (strided) weights can be pruned")
+    elif parameter.device.type not in ("cpu", "cuda", "meta"):
+        problem = ValueError(f"is on {parameter.device}; kernels exist for cpu and cuda: move the model")
+    elif parameter.is_cuda and not ops.CUDA_KERNELS_LOADED:
+        problem = ValueError(
+            f"is on {parameter.device}, but {ops.CUDA_PROBLEM} (see pyprune.build_info()). Or move the model to "
+            "the CPU"
+        )
+    return problem
+
+
+def _check_apart(parameters: Sequence[Target], targets: Sequence[Target]) -> None:
+    """Raise if a target shares memory with another parameter: zeros folded into one would appear in both."""
+    chosen = {target.parameter for target in targets}
+    names: dict[Tensor, str] = {
+        target.parameter: target.name for target in parameters if _problem(target.parameter) is None
+    }
+    for one, other in overlapping(list(names)):
+        if one in chosen or other in chosen:
+            raise ValueError(
+                f"{names[one]} and {names[other]} are different parameters that share memory; give one of them a "
+                "copy, or make both the same Parameter object. To prune the other weights, name both in ignored_scope"
+            )
+
+
+def _check_arguments(model: object, ignored_scope: object, examples_inputs: object) -> None:
+    check_module(model)
+    if ignored_scope is not None and not isinstance(ignored_scope, IgnoredScope):
+        raise TypeError(f"ignored_scope is a {type(ignored_scope).__name__}; give a pyprune.IgnoredScope")
+    check_inputs(examples_inputs)
+
+
+def _class_names(module: nn.Module) -> list[str]:
+    return [cls.__name__ for cls in parametrize.type_before_parametrizations(module).__mro__]
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    home = type(module).__module__
+    if not home.startswith("torch.ao.nn.") or ".quantized" not in home:
+        return False
+    # Others in there, stubs and activations, are found in float models too.
+    return hasattr(module, "weight") or hasattr(module, "get_weight")
+
+
+def _weight_attributes(module: nn.Module) -> list[str]:
+    """Name the weights that a layer of this type has; they may turn out not to be parameters."""
+    names: Sequence[str] = ()
+    if isinstance(module, _LAYERS) or _is_quantised(module):
+        names = ("weight",)
+    elif isinstance(module, nn.MultiheadAttention):
+        names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+    elif isinstance(module, nn.RNNBase):
+        names = [name for name in module._flat_weights_names if name.startswith("weight_")]
+    elif isinstance(module, nn.RNNCellBase):
+        names = ("weight_ih", "weight_hh")
+    return [name for name in names if module._parameters.get(name, "computed") is not None]
+
+
+def _check_is_parameter(owner: Owner) -> None:
+    if _is_quantised(owner.module):
+        raise TypeError(f"{owner.name} is quantised; prune before quantising{_ADVICE}")
+    if owner.foreign_steps:
+        steps = ", ".join(owner.foreign_steps)
+        raise ValueError(
+            f"{owner.name} has another parametrization ({steps}); fold it in with "
+            f"torch.nn.utils.parametrize.remove_parametrizations first{_ADVICE}"
+        )
+    if owner.attachment is None and owner.attribute not in owner.module._parameters:
+        raise ValueError(
+            f"{owner.name} is not a parameter: something computes it (torch.nn.utils.prune, an old-style "
+            f"weight_norm or spectral_norm, FSDP). Prune before that, or remove it first{_ADVICE}"
+        )

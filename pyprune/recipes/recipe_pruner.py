@@ -1,0 +1,246 @@
+"""Go through the stages of a recipe, step by step."""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from pyprune.calibration.training_statistics import needs_gradients
+from pyprune.methods.schedules import Ratio, check_step
+from pyprune.modules.attachments import check_module, detach
+from pyprune.modules.optimizer import innermost_of
+from pyprune.modules.strip import strip
+from pyprune.modules.targets import attachments_of, find_targets
+from pyprune.recipes.stages import Stage
+from pyprune.selection.choose_masks import prunable_targets
+from pyprune.training.ac_dc import AcDcPruner
+from pyprune.training.keep_sparse import KeepSparse, keep_sparse
+from pyprune.training.pruner import Pruner
+
+
+class RecipePruner:
+    """What `Recipe.apply` returns: goes through the stages of a recipe, step by step.
+
+    Example:
+        >>> from pyprune import Recipe
+        >>> recipe = Recipe.from_string("stages: [prune: {final: 0.5, end: 2}]")
+        >>> pruner = recipe.apply(nn.Linear(4, 4), None, steps_per_epoch=2)
+        >>> for _ in range(4):
+        ...     updated = pruner.step()
+        >>> pruner.epoch, pruner.ratio
+        (2.0, 0.5)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        steps_per_epoch: int,
+        pruners: Sequence[Pruner],
+        hold: Callable[[Sequence[Optimizer]], KeepSparse] | None,
+    ) -> None:
+        self.model = model
+        self.steps_per_epoch = steps_per_epoch
+        self.step_count = 0
+        self._optimizers = optimizers
+        self._pruners = tuple(pruners)
+        self._hold = hold
+        self._held = None if hold is None else hold(optimizers)
+
+    @property
+    def epoch(self) -> float:
+        """How many epochs are done."""
+        return self.step_count / self.steps_per_epoch
+
+    @property
+    def ratio(self) -> Ratio:
+        """The ratio of the last update; 0 while the model is dense, and for zeros that it had before."""
+        begun = [pruner for pruner in self._pruners if pruner.schedule.start <= self.step_count]
+        return begun[-1].ratio if begun else 0.0
+
+    def step(self) -> bool:
+        """Count a step of the optimizer; return whether masks were computed anew.
+
+        Raises:
+            ValueError: as `Pruner.step` does.
+        """
+        self.step_count += 1
+        updated = [pruner.step() for pruner in self._pruners]
+        for i, pruner in enumerate(self._pruners):
+            # What an importance measures after the last update has no use, but that one may be late (an overflow);
+            # it comes to nothing where a later stage has begun.
+            is_awaited = pruner._is_late and not any(updated[i + 1 :])
+            if not (pruner.frozen or is_awaited) and self.step_count >= (pruner.schedule.end or 0):
+                pruner.freeze()
+        return any(updated)
+
+    def freeze(self) -> None:
+        """Let the masks stay as they are from now on, whatever the recipe says, and take all hooks off."""
+        for pruner in self._pruners:
+            pruner.freeze()
+
+    def finish(self) -> nn.Module:
+        """End the training: fold the masks in, hold zeros no longer, and return the plain model.
+
+        It warns if the recipe is not at its end: then ``steps_per_epoch`` was not that of the training.
+        """
+        last = max(pruner.schedule.end or 0 for pruner in self._pruners) if self._pruners else 0
+        if self.step_count < last:
+            warnings.warn(
+                f"the recipe ends at step {last}, but the training at step {self.step_count}, with a ratio of "
+                f"{self.ratio}; check steps_per_epoch={self.steps_per_epoch} and the number of epochs",
+                stacklevel=2,
+            )
+        self.freeze()
+        if self._held is not None:
+            self._held.remove()
+        return strip(self.model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `load_state_dict` takes, without the masks: they are buffers in the model's state_dict."""
+        return {
+            "step_count": self.step_count,
+            "steps_per_epoch": self.steps_per_epoch,
+            "pruners": [pruner.state_dict() for pruner in self._pruners],
+            "held": _count_held(self._held),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on where the `RecipePruner` of the same recipe was; load the model's and the optimizer's state before.
+
+        Raises:
+            TypeError, ValueError: if it is not such a state, or if the model does not have the zeros that a
+                ``constant`` stage held. Nothing is changed then.
+        """
+        if not isinstance(state_dict, Mapping) or set(state_dict) != _STATE:
+            raise ValueError(f"{state_dict!r:.80} is not the state_dict() of a RecipePruner")
+        step_count = check_step(state_dict["step_count"], "step_count")
+        if state_dict["steps_per_epoch"] != self.steps_per_epoch:
+            raise ValueError(
+                f"the state was saved with steps_per_epoch={state_dict['steps_per_epoch']}, and this is "
+                f"{self.steps_per_epoch}; epochs would change their meaning"
+            )
+        states = state_dict["pruners"]
+        keys = [set(state) if isinstance(state, Mapping) else None for state in states]
+        if keys != [set(pruner._state()) for pruner in self._pruners]:
+            raise ValueError("the state is that of another recipe; apply the one that it was saved with")
+        for pruner, state in zip(self._pruners, states, strict=True):
+            pruner._check_state(state)
+        self._hold_again(state_dict["held"])
+        for pruner, state in zip(self._pruners, states, strict=True):
+            pruner.load_state_dict(state)
+        self.step_count = step_count
+
+    def _hold_again(self, saved: Mapping[str, int]) -> None:
+        """Hold the zeros that are there now: weights may have been loaded since the recipe was applied."""
+        there = None if self._hold is None else self._hold([])
+        if saved != _count_held(there):
+            raise ValueError(
+                "the model has other zeros than when the state was saved; load its sparse weights before this state"
+            )
+        if self._hold is not None and self._held is not None:
+            self._held.remove()
+            self._held = self._hold(self._optimizers)
+
+
+def start(
+    stages: Sequence[Stage],
+    model: nn.Module,
+    optimizer: Optimizer | Iterable[Optimizer] | None,
+    steps_per_epoch: int,
+    examples_inputs: Any,
+) -> RecipePruner:
+    """Put on the masks with which the stages of a recipe begin; see `Recipe.apply`."""
+    check_module(model)
+    check_step(steps_per_epoch, "steps_per_epoch", least=1)
+    optimizers = innermost_of(optimizer, ", or several")
+    pruning = [stage for stage in stages if stage.kind != "constant"]
+    hold = None
+    if not pruning:
+        if not optimizers:
+            raise ValueError("a constant recipe holds zeros through the optimizer; give it")
+        hold = partial(_hold, stages[0], model, examples_inputs)
+    pruners = _make_pruners(pruning, model, optimizers, steps_per_epoch, examples_inputs)
+    return RecipePruner(model, optimizers, steps_per_epoch, pruners, hold)
+
+
+_STATE = {"step_count", "steps_per_epoch", "pruners", "held"}
+
+
+def _count_held(held: KeepSparse | None) -> dict[str, int]:
+    masks = {} if held is None else held.masks
+    return {name: int(mask.numel() - mask.count_nonzero()) for name, mask in masks.items()}
+
+
+def _hold(stage: Stage, model: nn.Module, inputs: Any, optimizers: Sequence[Optimizer]) -> KeepSparse:
+    try:
+        return keep_sparse(model, optimizers or None, ignored_scope=stage.ignored_scope, examples_inputs=inputs)
+    except (TypeError, ValueError) as error:
+        complaint = str(error).replace("ignored_scope", "ignore: {names: [...]}")  # as a recipe calls it
+        raise ValueError(f"{stage.where}: {complaint}") from error
+
+
+def _make_pruners(
+    stages: Sequence[Stage], model: nn.Module, optimizers: Sequence[Optimizer], steps_per_epoch: int, inputs: Any
+) -> list[Pruner]:
+    """Return the pruners of all stages; later ones put on masks that keep everything, and wait."""
+    carried = {target.parameter for target in attachments_of(model)}
+    pruners: list[Pruner] = []
+    try:
+        # The first is the only one that may drop something now, and if one of them fails, it has not done so.
+        for stage in reversed(stages):
+            pruners.insert(0, _make_pruner(stage, model, optimizers, steps_per_epoch, inputs))
+    except BaseException:
+        for pruner in pruners:
+            pruner.freeze()
+        for target in reversed(attachments_of(model)):
+            if target.parameter not in carried:
+                detach(target.owners[::-1])
+        raise
+    return pruners
+
+
+def _make_pruner(
+    stage: Stage, model: nn.Module, optimizers: Sequence[Optimizer], steps_per_epoch: int, inputs: Any
+) -> Pruner:
+    assert stage.schedule is not None
+    assert stage.method is not None
+    try:
+        schedule = stage.schedule(steps_per_epoch)
+    except ValueError as error:
+        raise ValueError(f"{stage.where}: at steps_per_epoch={steps_per_epoch}, in steps: {error}") from error
+    if stage.kind == "ac_dc" and not optimizers:
+        raise ValueError(f"{stage.where}: a dense phase begins without momentum; give the optimizer")
+    try:
+        return (AcDcPruner if stage.kind == "ac_dc" else Pruner)(
+            model,
+            stage.method,
+            schedule,
+            _optimizer_of(stage, model, optimizers, inputs),
+            ignored_scope=stage.ignored_scope,
+            examples_inputs=inputs,
+            **stage.keywords,
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{stage.where}: {error}") from error
+
+
+def _optimizer_of(stage: Stage, model: nn.Module, optimizers: Sequence[Optimizer], inputs: Any) -> Optimizer | None:
+    """Return the one that trains the weights of a stage; None where there are several, and it needs none."""
+    assert stage.method is not None
+    if len(optimizers) < 2:
+        return next(iter(optimizers), None)
+    targets = prunable_targets(stage.method, find_targets(model, stage.ignored_scope, inputs))
+    weights = {target.parameter for target in targets}
+    found = [one for one in optimizers if any(weights.intersection(group["params"]) for group in one.param_groups)]
+    if len(found) == 1:
+        return found[0]
+    if found and stage.kind != "ac_dc" and not needs_gradients(stage.method.importance):
+        return None
+    raise ValueError(
+        f"{len(found)} of {len(optimizers)} optimizers train the weights to prune, and one must train them all; "
+        "leave the weights of the others out, by ignore: {names: [...]}"
+    )

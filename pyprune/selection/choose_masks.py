@@ -1,0 +1,151 @@
+"""Choose the masks of a model's weights: from targets to unit groups, and back."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pyprune.methods.allocation import Amount, matches
+from pyprune.methods.method import Method
+from pyprune.methods.scope import group_of
+from pyprune.methods.unit_groups import Member, UnitGroup, Weight
+from pyprune.modules.masks import Mask, NewMask
+from pyprune.modules.targets import Target, channel_dims
+from pyprune.selection.attention import find_attention, names_of
+from pyprune.selection.choose_units import choose_units, ratios_of
+
+
+def prunable_targets(method: Method, targets: Sequence[Target]) -> list[Target]:
+    """Leave out the targets that the groups of a scope do not name, or that heads have no part in."""
+    heads = method.granularity.heads
+    if heads is not None:
+        within = set(names_of(find_attention(targets, heads)))
+        targets = [target for target in targets if target.name in within]
+    if method.scope.name != "group":
+        return list(targets)
+    names = {target: [owner.name for owner in target.owners] for target in targets}
+    for group, rules in method.scope.groups:
+        for rule in rules:
+            if not any(matches(rule, name) for some in names.values() for name in some):
+                raise ValueError(
+                    f"{rule!r} of group {group!r} matches no weight; there are "
+                    f"{', '.join(target.name for target in targets[:8])} ..."
+                )
+    return [target for target, some in names.items() if group_of(method.scope, some) is not None]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """New masks, and what says whether they mean anything."""
+
+    masks: dict[Target, NewMask]
+    what: str
+    nonfinite: list[tuple[list[str], Tensor]]
+
+    def check(self) -> None:
+        """Raise ValueError if a score was NaN or infinite. This waits for the device.
+
+        Raises:
+            ValueError: with the names of the weights.
+        """
+        bad = [
+            f"{count} in {name}"
+            for names, counts in self.nonfinite
+            for name, count in zip(names, counts.tolist(), strict=True)
+            if count
+        ]
+        if bad:
+            raise ValueError(
+                f"NaN or infinite {self.what}: {', '.join(bad)}. Repair them, or name them in ignored_scope"
+            )
+
+
+def choose_masks(
+    method: Method,
+    amount: Amount,
+    targets: Sequence[Target],
+    statistics: Mapping[Target, Tensor | None],
+    *,
+    into: Mapping[Target, Tensor] | None = None,
+    unit_groups: Sequence[UnitGroup] | None = None,
+) -> Choice:
+    """Hold the contest that a method asks for between targets, with their statistics; nothing is attached yet.
+
+    Args:
+        method, amount: how and how much, from `pyprune.methods.method.check_amount`.
+        targets: between which weights.
+        statistics: what the importance was measured from, of each target that it needs it for.
+        into: bool tensors to write the masks to, laid out as the weights; new ones if None.
+        unit_groups: what `unit_groups_of` returns for these, where it is known from before.
+    """
+    if unit_groups is None:
+        unit_groups = unit_groups_of(method, amount, targets, statistics)
+    by_name = {target.name: target for target in targets}
+    # Ratios by name or size are about all weights, wherever they are.
+    ratios = ratios_of(method, amount, unit_groups)
+    chosen: dict[Target, NewMask] = {}
+    nonfinite: list[tuple[list[str], Tensor]] = []
+    for together in _by_device(method, unit_groups):
+        part = amount if ratios is None else replace(amount, ratio={c.name: ratios[c.name] for c in together})
+        members = [member for unit_group in together for member in unit_group.members]
+        owners = [by_name[member.weight.name] for member in members]
+        outcome = choose_units(method, together, part, None if into is None else [into[target] for target in owners])
+        for target, member, mask in zip(owners, members, outcome.masks, strict=True):
+            unit = None if method.granularity.name == "element" else member.block
+            chosen[target] = NewMask(target.owners, mask, unit)
+        nonfinite.append(([unit_group.name for unit_group in together], outcome.nonfinite))
+    what = "weights" if method.importance.power is not None else f"scores by {method.importance.name}"
+    return Choice(chosen, what, nonfinite)
+
+
+def units_of(method: Method, targets: Sequence[Target]) -> dict[str, tuple[int, ...] | None]:
+    """Return the size of what goes as one, by the name of the weight; None for single elements."""
+    if method.granularity.name == "element":
+        return {target.name: None for target in targets}
+    unit_groups = unit_groups_of(method, Amount(), targets, {})
+    return {member.weight.name: member.block for unit_group in unit_groups for member in unit_group.members}
+
+
+def unit_groups_of(
+    method: Method, amount: Amount, targets: Sequence[Target], statistics: Mapping[Target, Tensor | None]
+) -> list[UnitGroup]:
+    """Cut weights into the units of a method: one unit group for each weight, or for the heads of a layer."""
+
+    def weight_of(target: Target) -> Weight:
+        out_dim, in_dim = channel_dims(target)
+        carried = target.attachment if amount.has_bases else None
+        return Weight(
+            target.name,
+            target.parameter,
+            out_dim,
+            in_dim,
+            carried.mask if isinstance(carried, Mask) else None,
+            statistics.get(target),
+            tuple(owner.name for owner in target.owners),
+        )
+
+    heads = method.granularity.heads
+    if heads is None:
+        weights = [weight_of(target) for target in targets]
+        return [UnitGroup(w.name, (Member(w, method.granularity.block_of(w)),)) for w in weights]
+    return [
+        UnitGroup(name, tuple(Member(weight_of(target), block, stacked) for target, block, stacked in parts))
+        for name, parts in find_attention(targets, heads).items()
+    ]
+
+
+def _by_device(method: Method, unit_groups: Sequence[UnitGroup]) -> list[list[UnitGroup]]:
+    """Split what does not compete by device; raise if what does is on several."""
+    devices: dict[torch.device, list[UnitGroup]] = {}
+    for unit_group in unit_groups:
+        places = {member.weight.values.device for member in unit_group.members}
+        if len(places) > 1:
+            raise ValueError(f"the weights of {unit_group.name} are on several devices; move them to one")
+        devices.setdefault(places.pop(), []).append(unit_group)
+    if method.scope.name in ("model", "group") and len(devices) > 1:
+        raise ValueError(
+            f"the weights are on {', '.join(map(str, devices))}; they compete with each other and must be on one "
+            "device. Move the model, or use a local mode (UNSTRUCTURED_MAGNITUDE_LOCAL, scope.tensor())"
+        )
+    return list(devices.values())

@@ -1,0 +1,334 @@
+"""Put masks or gates on a model, and compute masks anew."""
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyprune.calibration.calibrate import Calibration
+from pyprune.methods.allocation import Allocation, Amount, check_ratio
+from pyprune.methods.importance import Importance
+from pyprune.methods.method import METHODS, Method, PruneMode, check_amount, check_mode
+from pyprune.modules.attachments import Attachment
+from pyprune.modules.dead_channels import new_followers, norms_after, update_followers
+from pyprune.modules.forward_pass import attach_and_share
+from pyprune.modules.gates import HardConcreteGate, StochasticGate
+from pyprune.modules.ignored_scope import IgnoredScope
+from pyprune.modules.masks import Mask, attach_masks
+from pyprune.modules.targets import Target, attachments_of, by_place, check_prunable, find_targets, output_layers
+from pyprune.selection.choose_masks import choose_masks, prunable_targets
+
+_GATES = {
+    PruneMode.UNSTRUCTURED_REGULARIZATION_BASED: StochasticGate,
+    PruneMode.UNSTRUCTURED_HARD_CONCRETE: HardConcreteGate,
+}
+
+
+@torch.inference_mode(False)  # masks made under inference_mode could not be trained with
+def prune(
+    model: nn.Module,
+    mode: PruneMode | str | Method,
+    *,
+    ratio: float | Mapping[str, float] | None = None,
+    ignored_scope: IgnoredScope | None = None,
+    examples_inputs: Any = None,
+    calibration: Calibration | None = None,
+    allocation: Allocation = "uniform",
+    min_ratio: float | Mapping[str, float] = 0.0,
+    max_ratio: float | Mapping[str, float] = 1.0,
+    from_remaining: bool = False,
+    zero_dead_channels: bool = False,
+    same_on_all_ranks: bool = False,
+) -> nn.Module:
+    """Mask the weights that matter least, or put learned gates on all weights, in place; return the model.
+
+    A `Method` says how weights are chosen, and the magnitude modes are the names of two. Of n units that compete
+    (elements, blocks, channels, heads) exactly ``min(floor(ratio * n + 0.5), n - 1)`` go. Of equals, the one in the
+    first tensor, and there the one with the lowest index, goes first. The masks are computed from the raw weights at
+    every call, and a weight under a mask keeps its value (momentum and weight decay still move it): what was dropped
+    can come back. A tensor that a later call ignores keeps the mask it has.
+
+    In the modes UNSTRUCTURED_REGULARIZATION_BASED and UNSTRUCTURED_HARD_CONCRETE every element gets a gate
+    (`StochasticGate`, `HardConcreteGate`). Its float32 logit is a parameter of the model (`gate_parameters`) and
+    starts at a keep probability of 0.99. In training each call of the model samples the gates once. Nothing is
+    pruned until the logits are trained with a loss that knows the target: `RBLoss`, `L0Loss` or `LagrangianLoss`.
+    What carries such gates already keeps them, with all they learned.
+
+    While a mask or gate is on, assigning to the attribute (``layer.weight = ...``, as code that ties weights does)
+    raises; write to ``layer.parametrizations.weight.original``. Prune before the forward pass or after the
+    backward pass: between them, backward fails, because autograd sees that masks were updated in place.
+    `torch.compile` may come before or after. Gates must be on before the model is wrapped in
+    DistributedDataParallel; it need not know of masks.
+
+    Args:
+        model: the model. Its weights stay the same `Parameter` objects, now under ``parametrizations``.
+        mode: a `Method`, a `PruneMode` or its name.
+        ratio: fraction of the units to remove, in [0, 1). Where weights do not compete with each other, also a dict
+            of such fractions by name or regular expression of weights or of modules above them, or by groups; what
+            it does not name loses nothing. Not for N:M, whose ratio is 1 - keep / of. For gates a loss has it, and
+            here it only warns.
+        ignored_scope: weights to leave out.
+        examples_inputs: a tensor, a tuple of positional or a dict of keyword arguments for the model. If given,
+            one forward pass also finds weights that are bare parameters, and the BatchNorm after each layer.
+        calibration: what `calibrate` gathered, for an importance that needs it.
+        allocation: how one ratio becomes one for each tensor, within scope tensor or row: "uniform", or "erk", by
+            which thin layers keep more (Evci et al. 2020), and all together lose that share of their weights.
+        min_ratio, max_ratio: fraction of its units that each tensor loses at least, and at most, while it competes
+            with others; or a dict, as for ``ratio``. What a limit changes is made up for by the other tensors.
+        from_remaining: choose only among what is still kept, and take ``ratio`` as one of that.
+        zero_dead_channels: mask the bias of an output channel without weights too, and its scale and shift in the
+            BatchNorm that follows (which takes ``examples_inputs``), so that it is really zero. Later calls, with or
+            without this, keep those masks in step.
+        same_on_all_ranks: as in `StochasticGate`; for new gates. Masks have no noise, and it only warns.
+
+    Raises:
+        TypeError, ValueError: for arguments that are out of range or do not fit the model or each other, weights that
+            cannot be pruned, NaN or infinity in a weight or score, weights that carry a mask or gate of another
+            kind, new gates in DistributedDataParallel, and weights on several devices that compete with each other.
+            The model is then as it was.
+
+    Papers: Han et al. 2015, "Learning both Weights and Connections for Efficient Neural Networks"; Kozlov et
+    al. 2020, "Neural Network Compression Framework for fast model inference".
+
+    Example:
+        >>> import torch
+        >>> linear = nn.Linear(2, 2, bias=False)
+        >>> _ = linear.weight.data.copy_(torch.tensor([[1.0, -2.0], [3.0, 4.0]]))
+        >>> prune(linear, PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL, ratio=0.5).weight.tolist()
+        [[0.0, 0.0], [3.0, 4.0]]
+
+        Half of the filters of each convolution, those with the smallest L2 norm:
+
+        >>> from pyprune import Method
+        >>> from pyprune.methods import granularity, importance, scope
+        >>> method = Method(importance.magnitude(p=2), granularity.channel("out"), scope.tensor())
+        >>> conv = prune(nn.Conv2d(3, 8, 3), method, ratio=0.5)
+        >>> int((conv.weight == 0).all(dim=(1, 2, 3)).sum())
+        4
+    """
+    mode, method = method_of(mode)
+    amount = Amount(ratio, allocation, min_ratio, max_ratio, from_remaining)
+    if method is None:
+        return _put_gates(model, mode, amount, ignored_scope, examples_inputs, same_on_all_ranks)
+    if same_on_all_ranks:
+        warnings.warn(f"same_on_all_ranks does nothing in mode {mode}: masks have no noise", stacklevel=3)
+    put_masks(
+        model,
+        method,
+        amount,
+        ignored_scope=ignored_scope,
+        examples_inputs=examples_inputs,
+        calibration=calibration,
+        zero_dead_channels=zero_dead_channels,
+    )
+    return model
+
+
+@torch.inference_mode(False)
+def update_masks(model: nn.Module, mode: PruneMode | str, ratio: float) -> None:
+    """Compute the masks that a model carries anew, from the raw weights, in place.
+
+    Args:
+        model: a model that `prune` put masks on.
+        mode: one of the magnitude modes, or its name.
+        ratio: fraction of the elements to remove, in [0, 1).
+
+    Raises:
+        TypeError, ValueError: as `prune` does, and if there are no masks. The model is then as it was.
+
+    Example:
+        >>> linear = prune(nn.Linear(4, 4), "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.75)
+        >>> update_masks(linear, "UNSTRUCTURED_MAGNITUDE_LOCAL", 0.25)
+        >>> int(linear.weight.count_nonzero())
+        12
+    """
+    mode = check_mode(mode)
+    if mode not in METHODS:
+        raise ValueError(f"mode is {mode.value}; masks are computed by {', '.join(known.value for known in METHODS)}")
+    amount = check_amount(METHODS[mode], Amount(ratio))
+    targets = masked_targets(model)
+    for target in targets:
+        check_prunable(target)
+    choice = choose_masks(METHODS[mode], amount, targets, {})
+    choice.check()
+    attach_masks(list(choice.masks.values()))
+    update_followers(model)
+
+
+def masked_targets(model: nn.Module) -> list[Target]:
+    """Return the weights that carry masks; raise ValueError if there are none."""
+    found = attachments_of(model).items()
+    targets = [target for target, attachment in found if isinstance(attachment, Mask) and attachment.on_target]
+    if not targets:
+        raise ValueError(f"{type(model).__name__} carries no masks; call pyprune.prune in a magnitude mode first")
+    return targets
+
+
+def method_of(mode: PruneMode | str | Method) -> tuple[str, Method | None]:
+    """Return the method, or None if the mode means gates, and its name for messages."""
+    if isinstance(mode, Method):
+        return mode.importance.name, mode
+    member = check_mode(mode)
+    return member.value, METHODS.get(member)
+
+
+def method_with_ratios(mode: PruneMode | str | Method) -> Method:
+    """Return the method that ``mode`` is or names.
+
+    Raises:
+        TypeError, ValueError: if it is none, or there is no ratio to choose: masks of N:M have one only, and that of
+            gates belongs to a loss.
+    """
+    name, method = method_of(mode)
+    if method is None:
+        raise ValueError(f"method is {name}, which trains gates by a loss; give a Method or a magnitude mode")
+    if method.scope.name == "n_of_m":
+        raise ValueError(
+            f"method keeps {method.scope.keep} of {method.scope.of}, which is one ratio and no choice of several; "
+            "give another scope, such as scope.tensor()"
+        )
+    return method
+
+
+# ---- masks ----
+
+
+def put_masks(
+    model: nn.Module,
+    method: Method,
+    amount: Amount,
+    *,
+    ignored_scope: IgnoredScope | None,
+    examples_inputs: Any,
+    calibration: Calibration | None,
+    zero_dead_channels: bool,
+) -> None:
+    """Do what `prune` says of masks."""
+    amount = check_amount(method, amount)
+    statistics = targets_with_statistics(model, method, ignored_scope, examples_inputs, calibration)
+    choice = choose_masks(method, amount, list(statistics), statistics)
+    choice.check()
+    followers = new_followers(model, choice.masks, examples_inputs) if zero_dead_channels else []
+    attach_masks(list(choice.masks.values()), followers)
+    update_followers(model)
+
+
+def targets_with_statistics(
+    model: nn.Module,
+    method: Method,
+    ignored_scope: IgnoredScope | None,
+    examples_inputs: Any,
+    calibration: Calibration | None,
+) -> dict[Target, Tensor | None]:
+    """Return the weights that a method prunes, each with the statistic that its scores are computed from."""
+    targets = prunable_targets(method, find_targets(model, ignored_scope, examples_inputs))
+    check_kind(targets, Mask)
+    statistics = statistics_of(model, method.importance, targets, calibration, examples_inputs)
+    return {target: statistics[target] for target in targets if target in statistics}
+
+
+def statistics_of(
+    model: nn.Module, importance: Importance, targets: Sequence[Target], calibration: object, inputs: Any
+) -> dict[Target, Tensor | None]:
+    """Return the statistic of each target that the importance can score."""
+    if importance.needs in ("none", "norm scale", "given") and calibration is not None:
+        raise ValueError(f"importance {importance.name} takes no calibration; leave it out")
+    if importance.needs == "norm scale":
+        return dict(_norm_scales(model, targets, inputs))
+    if importance.needs == "given":
+        return dict(_given(importance, targets))
+    if importance.needs == "none":
+        return dict.fromkeys(targets)
+    if not isinstance(calibration, Calibration):
+        raise TypeError(
+            f"importance {importance.name} needs statistics, and calibration is {calibration!r:.80}; give "
+            "calibration=pyprune.calibrate(model, dataset, importance, ...)"
+        )
+    if (calibration.statistic, calibration.options) != (importance.needs, importance.options):
+        raise ValueError(
+            f"calibration has {calibration.statistic}, and importance {importance.name} needs {importance.needs} "
+            "with the same options; calibrate with this importance"
+        )
+    found = _by_name(calibration.tensors, targets)
+    missing = [target.name for target in targets if target not in found]
+    if missing:
+        raise ValueError(f"calibration lacks {', '.join(missing)}; calibrate with the same ignored_scope")
+    return {target: statistic.to(target.parameter.device) for target, statistic in found.items()}
+
+
+def _by_name(tensors: Mapping[str, Tensor], targets: Sequence[Target]) -> dict[Target, Tensor]:
+    """Return the tensor that one of its names has, of each target that has one."""
+    named = ((target, tensors.get(owner.name)) for target in targets for owner in target.owners)
+    return {target: tensor for target, tensor in named if isinstance(tensor, Tensor)}
+
+
+def _given(importance: Importance, targets: Sequence[Target]) -> dict[Target, Tensor]:
+    scores = importance.options[0]
+    assert isinstance(scores, Mapping)
+    found = _by_name(scores, targets)
+    missing = [target.name for target in targets if target not in found]
+    unknown = sorted(set(scores) - {owner.name for target in targets for owner in target.owners})
+    if missing or unknown:
+        raise ValueError(
+            f"the scores have no tensor for {', '.join(missing) or 'none'}, and unknown names "
+            f"{', '.join(unknown) or 'none'}; give one for each weight that is pruned, and name the others in "
+            "ignored_scope"
+        )
+    return found
+
+
+def _norm_scales(model: nn.Module, targets: Sequence[Target], inputs: Any) -> dict[Target, Tensor]:
+    layers = {layer: target for target in targets for layer in output_layers(target)}
+    norms = norms_after(model, layers, inputs, "batch_norm_scale")
+    # Not norm.weight: a mask that follows dead channels may be on it, and they are to have a chance to come back.
+    raw = by_place(model)
+    scales: dict[Target, Tensor] = {
+        layers[layer]: raw[norm, "weight"].parameter for layer, norm in norms.items() if (norm, "weight") in raw
+    }
+    if not scales:
+        raise ValueError(f"no layer of {type(model).__name__} is followed by a BatchNorm with a scale")
+    return scales
+
+
+def check_kind(targets: Iterable[Target], kind: type[Attachment]) -> None:
+    """Raise ValueError if a target carries an attachment of another kind."""
+    for target in targets:
+        if target.attachment is not None and type(target.attachment) is not kind:
+            raise ValueError(
+                f"{target.name} carries a {type(target.attachment).__name__}, this mode would put a {kind.__name__} "
+                "there; strip the model first, or name the weight in ignored_scope"
+            )
+
+
+# ---- gates ----
+
+
+def _put_gates(
+    model: nn.Module,
+    name: str,
+    amount: Amount,
+    ignored_scope: IgnoredScope | None,
+    examples_inputs: Any,
+    same_on_all_ranks: bool,
+) -> nn.Module:
+    kind = _GATES[PruneMode(name)]
+    if amount.ratio is not None:
+        check_ratio(amount.ratio)
+    targets = find_targets(model, ignored_scope, examples_inputs)
+    check_kind(targets, kind)
+    # Masks that drop nothing are made, and what is not finite is found on the way.
+    choose_masks(METHODS[PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL], Amount(0.0), targets, {}).check()
+    if amount.ratio is not None:
+        warnings.warn(
+            f"ratio does nothing in mode {name}: the target belongs to RBLoss or LagrangianLoss", stacklevel=4
+        )
+    gates = [(target.owners, target.attachment or _new_gate(target, kind, same_on_all_ranks)) for target in targets]
+    attach_and_share(model, gates)
+    return model
+
+
+def _new_gate(target: Target, kind: type[StochasticGate], same_on_all_ranks: bool) -> StochasticGate:
+    weight = target.parameter
+    return kind(weight.shape, same_on_all_ranks=same_on_all_ranks, device=weight.device)

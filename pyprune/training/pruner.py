@@ -1,0 +1,391 @@
+"""Prune while a model trains."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pyprune.calibration.training_statistics import TrainingGradients, TrainingSums, needs_gradients, needs_training
+from pyprune.methods.allocation import Allocation, Amount
+from pyprune.methods.method import Method, PruneMode, check_amount
+from pyprune.methods.schedules import Ratio, Schedule, as_schedule, check_ratios, check_step, is_pruned
+from pyprune.methods.unit_groups import UnitGroup
+from pyprune.modules.dead_channels import new_followers, update_followers
+from pyprune.modules.ignored_scope import IgnoredScope
+from pyprune.modules.masks import Mask, NewMask, attach_masks
+from pyprune.modules.optimizer import innermost
+from pyprune.modules.targets import Target, find_targets
+from pyprune.selection.choose_masks import Choice, choose_masks, prunable_targets, unit_groups_of, units_of
+from pyprune.selection.choose_units import ratios_of
+from pyprune.selection.prune import check_kind, method_of, statistics_of
+
+
+class Pruner:
+    """Prune a model while it trains: masks follow a schedule, and importances are measured on the training itself.
+
+    Made before the training, it puts masks on the weights at once: those of step 0 of the schedule, or masks that
+    keep everything (masks that are there stay until the schedule starts). Then call `step` after each step of the
+    optimizer, or after each epoch: the schedule counts these calls. Masks are written in place: nothing is compiled
+    again (but for activations, in the first batches and after the last update), and where the method allows it
+    (elements or units by magnitude, N:M) nothing waits for a GPU. After the training `pyprune.strip` leaves the plain
+    model. Just after an update BatchNorm has averages of other weights: evaluate later, or after
+    `pyprune.batch_norm_adaptation`.
+
+    Gradients and activations are gathered from the training. Gradients are those of the weight in use, which a
+    dropped weight has, too; one step of the optimizer is one batch. What ``grad`` holds is masked all the same. Ranks
+    of `torch.distributed` average what they gathered (so save the state of each rank). With a ``GradScaler``
+    gradients are the scaled ones, and steps that it leaves out count for nothing: if nothing else was measured, the
+    masks wait for the next step. After the last update nothing is gathered any more.
+
+    Args:
+        model: the model. Before ``fully_shard``, after which no more updates may come; DistributedDataParallel may be
+            put on before or after.
+        method: a `Method`, a magnitude mode of `PruneMode`, or its name.
+        schedule: one of `pyprune.schedules`, or a function from the step to the ratio, by which masks are due at
+            every step. N:M has a ratio of its own: masks are on wherever that of the schedule is not 0.
+        optimizer: what trains the weights; needed for importances of gradients.
+        ignored_scope, examples_inputs, allocation, zero_dead_channels: as in `prune`.
+        min_ratio, max_ratio: as in `prune`; the least holds where the schedule has its last ratio (always, if it has
+            no end).
+        reintroduce: whether weights that are dropped may come back, with the value that they had; if not, masks
+            only lose elements.
+
+    Attributes:
+        ratio: the ratio of the last update.
+        step_count: how many steps were made.
+
+    Raises:
+        TypeError, ValueError: as `prune` does, and for a schedule that asks for masks before anything was measured.
+            The model is then as it was.
+
+    Paper: Zhu & Gupta 2017, "To prune, or not to prune: exploring the efficacy of pruning for model compression".
+
+    Example:
+        >>> from pyprune import Method, strip
+        >>> from pyprune.methods import importance, schedules
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> method = Method(importance.magnitude())
+        >>> pruner = Pruner(model, method, schedules.cubic(0.75, end=20, frequency=5), optimizer)
+        >>> for _ in range(25):
+        ...     optimizer.zero_grad()
+        ...     model(torch.randn(4, 8)).square().mean().backward()
+        ...     optimizer.step()
+        ...     updated = pruner.step()
+        >>> pruner.ratio, sum(int((layer.weight == 0).sum()) for layer in (strip(model)[0], model[2]))
+        (0.75, 120)
+    """
+
+    @torch.inference_mode(False)  # masks made under inference_mode could not be trained with
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method | PruneMode | str,
+        schedule: Schedule | Callable[[int], Ratio],
+        optimizer: Optimizer | None = None,
+        *,
+        ignored_scope: IgnoredScope | None = None,
+        examples_inputs: Any = None,
+        allocation: Allocation = "uniform",
+        min_ratio: float | Mapping[str, float] = 0.0,
+        max_ratio: float | Mapping[str, float] = 1.0,
+        reintroduce: bool = True,
+        zero_dead_channels: bool = False,
+    ) -> None:
+        name, found = method_of(method)
+        if found is None:
+            raise ValueError(
+                f"mode is {name}, but learned gates are drawn to a ratio by a loss; give a Method or a magnitude mode"
+            )
+        for option, value in (("reintroduce", reintroduce), ("zero_dead_channels", zero_dead_channels)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{option} is {value!r}; give True or False")
+        self.model = model
+        self.method = found
+        self.schedule = as_schedule(schedule)
+        self.optimizer = None if optimizer is None else innermost(optimizer)
+        self.step_count = 0
+        self.ratio: Ratio = 0.0
+        self.frozen = False
+        self._options = Amount(0.0, allocation, min_ratio, max_ratio, dropped_stay=not reintroduce)
+        self._unchecked: Choice | None = None
+        self._same_unit_groups: list[UnitGroup] | None = None
+        self._is_late = False  # masks were due, but there was nothing yet to choose them by
+        self._targets = prunable_targets(found, find_targets(model, ignored_scope, examples_inputs))
+        check_kind(self._targets, Mask)
+        self._check_optimizer()
+        self._statistics = self._known_statistics(examples_inputs)
+        self._watch = self._make_watch()
+        self._check_all()
+        self._attach(zero_dead_channels, examples_inputs)
+        if self._watch is not None:
+            self._watch.start()
+            self._watch.gathers = self._is_looked_at()
+
+    def step(self) -> bool:
+        """Count a step, and compute the masks anew if they are due; return whether they were.
+
+        Raises:
+            ValueError: for NaN or infinity in weights or scores: the training diverged. Masks mean nothing then:
+                load a checkpoint. (On a GPU it comes with the next update, or when the state is saved.)
+        """
+        self.step_count += 1
+        was_skipped = self._watch is not None and self._watch.drop_batch()
+        is_due = not self.frozen and (self._is_late or self.schedule.is_due(self.step_count))
+        self._is_late = is_due and was_skipped and not self._is_measured()
+        if is_due and not self._is_late:
+            self._update(self.schedule(self.step_count))
+        if self._watch is not None:
+            self._watch.gathers = self._is_looked_at()
+        return is_due and not self._is_late
+
+    def freeze(self) -> None:
+        """Let the masks stay as they are from now on, whatever the schedule says, and take all hooks off."""
+        self._check_last()
+        self.frozen = True
+        if self._watch is not None:
+            self._watch.stop()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `load_state_dict` takes, but for the masks: those are buffers in the model's state_dict."""
+        self._check_last()
+        return self._state()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on where the pruner that gave ``state_dict`` was: with the model's state_dict, to the same masks.
+
+        Raises:
+            TypeError, ValueError: if it is not the state of such a pruner. This one is then as it was.
+        """
+        if not isinstance(state_dict, Mapping) or set(state_dict) != set(self._state()):
+            raise ValueError(f"{state_dict!r:.80} is not the state_dict() of a {type(self).__name__}")
+        self._check_state(state_dict)
+        self._load(state_dict)
+
+    def __reduce__(self) -> str:
+        raise TypeError(
+            f"a {type(self).__name__} looks at the training of one model and cannot be copied or pickled; make one "
+            "for the copied model and its optimizer, and load this one's state_dict()"
+        )
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step_count": self.step_count,
+            "ratio": self.ratio,
+            "frozen": self.frozen,
+            "is_late": self._is_late,
+            "sums": self._watch.state_dict() if isinstance(self._watch, TrainingSums) else None,
+        }
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        check_step(state["step_count"], "step_count")
+        check_ratios(state["ratio"], "the ratio of the state")
+        if isinstance(self._watch, TrainingSums):
+            self._watch.check_state(state["sums"])
+        elif state["sums"] is not None:
+            raise ValueError("the state is that of a pruner with another importance; make one as it was made")
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        self._unchecked = None  # of the training that is left
+        was_frozen, self.frozen = self.frozen, bool(state["frozen"])
+        self.step_count, self.ratio, self._is_late = int(state["step_count"]), state["ratio"], bool(state["is_late"])
+        if self._watch is None:
+            return
+        if isinstance(self._watch, TrainingSums):
+            self._watch.load_state_dict(state["sums"])
+        if self.frozen:
+            self._watch.stop()
+        elif was_frozen:
+            self._watch.start()
+        self._watch.gathers = self._is_looked_at()
+
+    # ---- before the training ----
+
+    def _check_optimizer(self) -> None:
+        """Raise if an optimizer is missing, or is that of another model."""
+        if self.optimizer is None:
+            if needs_gradients(self.method.importance):
+                raise ValueError(
+                    f"importance {self.method.importance.name} is measured in training; give the optimizer, whose "
+                    "steps end a batch"
+                )
+            return
+        trained = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        if not any(id(target.parameter) in trained for target in self._targets):
+            raise ValueError(
+                "the optimizer trains none of the weights to prune; make it from this model's parameters"
+            )
+
+    def _known_statistics(self, inputs: Any) -> dict[Target, Tensor | None] | None:
+        """Return what the importance needs, unless it is measured in training."""
+        rule = self.method.importance
+        if not needs_training(rule):
+            found = statistics_of(self.model, rule, self._targets, None, inputs)
+            self._targets = [target for target in self._targets if target in found]
+            return found
+        if self.schedule.is_due(0) and is_pruned(self.schedule(0)):
+            raise ValueError(
+                f"importance {rule.name} is measured in training, and the schedule wants masks at step 0; let it "
+                "start at 1 or later, or with ratio 0"
+            )
+        return None
+
+    def _check_all(self) -> None:
+        """Raise now for what would be wrong with masks at the end of the schedule."""
+        schedule, statistics = self.schedule, self._statistics
+        if statistics is None and needs_gradients(self.method.importance):
+            statistics = {target: torch.zeros_like(target.parameter) for target in self._targets}
+        for step in schedule.steps or (schedule.start if schedule.end is None else schedule.end,):
+            ratio = schedule(step)
+            amount = self._amount(ratio)
+            if statistics is None:
+                ratios_of(self.method, amount, unit_groups_of(self.method, amount, self._targets, {}))
+            elif is_pruned(ratio):
+                choose_masks(self.method, amount, self._targets, statistics).check()
+
+    def _attach(self, zero_dead_channels: bool, inputs: Any) -> None:
+        units = units_of(self.method, self._targets)
+        masks = {
+            target: NewMask(target.owners, torch.ones_like(target.parameter, dtype=torch.bool), units[target.name])
+            for target in self._targets
+            if target.attachment is None
+        }
+        ratio = self.schedule(0)
+        if self.schedule.is_due(0) and is_pruned(ratio):
+            assert self._statistics is not None
+            choice = choose_masks(self.method, self._amount(ratio), self._targets, self._statistics)
+            choice.check()
+            masks = choice.masks
+        carried = {target: target.attachment for target in self._targets if target not in masks}
+        kept = {t: NewMask(t.owners, m.mask.clone(), m.unit) for t, m in carried.items() if isinstance(m, Mask)}
+        followers = new_followers(self.model, masks | kept, inputs) if zero_dead_channels else []
+        attach_masks(list((masks | (kept if followers else {})).values()), followers)
+        if self.schedule.is_due(0) and not is_pruned(ratio) and not self._options.dropped_stay:
+            self._open(self._masks())
+        update_followers(self.model)
+        self.ratio = self._ratio_in_use(ratio)
+
+    def _make_watch(self) -> TrainingSums | TrainingGradients | None:
+        """Return what is to look at the training."""
+        rule = self.method.importance
+        return TrainingSums(rule, self._targets, self.optimizer) if needs_training(rule) else None
+
+    # ---- in training ----
+
+    def _is_measured(self) -> bool:
+        """Whether there is anything to choose masks by."""
+        return not (isinstance(self._watch, TrainingSums) and self._watch.is_empty)
+
+    def _is_looked_at(self) -> bool:
+        """Whether the next batch is of any use."""
+        if self.frozen:
+            return False
+        return self._is_late or self.schedule.end is None or self.step_count < self.schedule.end
+
+    def _amount(self, ratio: Ratio) -> Amount:
+        """Return how much goes at a ratio of the schedule, checked."""
+        scope = self.method.scope
+        last = None if self.schedule.end is None else self.schedule(self.schedule.end)
+        if scope.ratio is not None:
+            if last is not None and (not isinstance(last, float) or abs(last - scope.ratio) > 0.01):
+                raise ValueError(
+                    f"the schedule ends at {last}, but keeping {scope.keep} of {scope.of} removes {scope.ratio:g}; "
+                    "give that"
+                )
+            return check_amount(self.method, replace(self._options, ratio=None))
+        options = replace(self._options, ratio=ratio)
+        is_last = self.schedule.end is None or ratio == last
+        return check_amount(self.method, options if is_last else replace(options, min_ratio=0.0))
+
+    def _ratio_in_use(self, ratio: Ratio) -> Ratio:
+        """Return the ratio of the masks: N:M has its own as soon as the schedule has any."""
+        own = self.method.scope.ratio
+        return ratio if own is None or not is_pruned(ratio) else own
+
+    def _open(self, masks: Mapping[Target, Mask]) -> None:
+        """Let the masks keep everything."""
+        for mask in masks.values():
+            mask.mask.fill_(True)
+
+    @torch.inference_mode(False)
+    def _update(self, ratio: Ratio) -> None:
+        """Compute the masks anew."""
+        masks = self._masks()
+        self._check_before(masks)
+        if is_pruned(ratio):
+            found = self._watch.results() if isinstance(self._watch, TrainingSums) else self._statistics
+            assert found is not None
+            self._write(self._amount(ratio), found, masks)
+        elif not self._options.dropped_stay:
+            self._open(masks)
+        if isinstance(self._watch, TrainingSums):
+            self._watch.restart()
+        for mask in masks.values():
+            mask.update_followers()
+        self.ratio = self._ratio_in_use(ratio)
+
+    def _write(
+        self, amount: Amount, statistics: Mapping[Target, Tensor | None], masks: Mapping[Target, Mask]
+    ) -> None:
+        # In place where nothing reads the old masks meanwhile: new memory would take longer than the kernel.
+        in_place = not amount.has_bases
+        tensors = {target: mask.mask for target, mask in masks.items()}
+        choice = choose_masks(
+            self.method,
+            amount,
+            self._targets,
+            statistics,
+            into=tensors if in_place else None,
+            unit_groups=self._unit_groups(amount),
+        )
+        self._unchecked = choice
+        if _on_cpu(masks):
+            self._check_last()
+        if not in_place:
+            attach_masks(list(choice.masks.values()))
+        for target, new in choice.masks.items():
+            if masks[target].unit != new.unit:  # a module takes its time to set an attribute
+                masks[target].unit = new.unit
+
+    def _unit_groups(self, amount: Amount) -> list[UnitGroup] | None:
+        """Return what competes, if it is the same tensors at every update: to cut them up takes its time."""
+        if amount.has_bases or self._statistics is None:
+            return None
+        if self._same_unit_groups is None:
+            self._same_unit_groups = unit_groups_of(self.method, amount, self._targets, self._statistics)
+        return self._same_unit_groups
+
+    def _masks(self) -> dict[Target, Mask]:
+        """Return the masks, or raise if they were stripped."""
+        masks: dict[Target, Mask] = {}
+        for target in self._targets:
+            owner = target.owners[0]
+            mask = owner.attachment
+            if not isinstance(mask, Mask):
+                raise ValueError(f"{target.name} carries no mask any more; make a new Pruner after strip()")
+            if owner.parameter is not target.parameter:
+                raise ValueError(
+                    f"{target.name} is another parameter than before (load_state_dict(assign=True) and fully_shard "
+                    "make new ones); make a new Pruner, or let no more updates come"
+                )
+            masks[target] = mask
+        return masks
+
+    def _check_before(self, masks: Mapping[Target, Mask]) -> None:
+        """Raise if the masks of the last update were wrong and nobody has been told yet."""
+        last, self._unchecked = self._unchecked, None
+        if last is not None and not _on_cpu(masks):
+            last.check()
+
+    def _check_last(self) -> None:
+        """Raise if the masks of the last update were computed from NaN or infinity."""
+        if self._unchecked is not None:
+            self._unchecked.check()
+            self._unchecked = None
+
+
+def _on_cpu(masks: Mapping[Target, Mask]) -> bool:
+    return all(mask.mask.is_cpu for mask in masks.values())

@@ -1,0 +1,224 @@
+import copy
+import io
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import pyprune
+from pyprune import Method, get_config, granularity, importance, load_from_config, schedules, scope
+from pyprune.modules.gates import gates_of
+from tests.conftest import masks_of
+
+
+def prune(model, ratio=0.6, **options):
+    return pyprune.prune(model, "UNSTRUCTURED_MAGNITUDE_GLOBAL", ratio=ratio, **options)
+
+
+def test_load_from_config_rebuilds_a_saved_model(case):
+    fresh = copy.deepcopy(case.model)
+    prune(case.model).eval()
+    case.model.train()(case.inputs).square().sum().backward()
+    torch.optim.SGD(case.model.parameters(), lr=0.1).step()
+    file = io.BytesIO()
+    torch.save({"state_dict": case.model.state_dict(), "config": get_config(case.model)}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    assert json.loads(json.dumps(saved["config"])) == saved["config"]
+    assert load_from_config(fresh, saved["config"]) is fresh
+    assert all(mask.all() for mask in masks_of(fresh).values())
+    fresh.load_state_dict(saved["state_dict"])
+    assert torch.equal(fresh.eval()(case.inputs), case.model.eval()(case.inputs))
+    assert get_config(fresh) == get_config(case.model)
+
+
+def test_get_config_names_masked_weights_only(transformer):
+    assert get_config(transformer.model) == {"version": 1, "masks": [], "gates": []}
+    prune(transformer.model, ignored_scope=pyprune.IgnoredScope(names=["layer", "cross"]))
+    assert get_config(transformer.model) == {
+        "version": 1,
+        "masks": [{"names": ["embed.weight", "decoder.weight"], "shape": [11, 8]}],
+        "gates": [],
+    }
+
+
+def test_load_from_config_masks_bare_parameters_without_a_trace():
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kernel = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x):
+            return x @ self.kernel
+
+    config = get_config(prune(Bare(), examples_inputs=torch.randn(2, 4)))
+    assert [target.name for target in masks_of(load_from_config(Bare(), config))] == ["kernel"]
+
+
+def entry(names, shape):
+    return {"version": 1, "masks": [{"names": ["fc.weight"], "shape": [3, 6]}, {"names": names, "shape": shape}]}
+
+
+def gate_entry(**values):
+    gate = {"names": ["fc.weight"], "shape": [3, 6], "kind": "StochasticGate", "options": {"dtype": "float32"}}
+    return {"version": 1, "masks": [], "gates": [gate | values]}
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "text"),
+    [
+        ([], TypeError, "dict that get_config returned"),
+        ({}, ValueError, "version None"),
+        ({"version": 2, "masks": []}, ValueError, "version 2; this pyprune reads version 1"),
+        ({"version": 1}, ValueError, "damaged"),
+        ({"version": 1, "masks": [3]}, ValueError, "damaged"),
+        (entry([["weight"]], [4, 1, 3, 3]), ValueError, "damaged"),
+        (entry([3], [4, 1, 3, 3]), ValueError, "damaged"),
+        ({"version": 1, "masks": [{"names": ["fc.weight"]}]}, ValueError, "damaged"),
+        (entry([], []), ValueError, "does not have"),
+        (entry(["conv.weight"], [4, 1, 3, 3]), ValueError, "nearest parameters: conv2.weight|conv1.weight"),
+        (entry(["conv1.weight"], [4, 1, 5, 5]), ValueError, r"shape \[4, 1, 5, 5\] for conv1.weight"),
+        (gate_entry(kind="Gate"), ValueError, "gate for fc.weight: its kind is 'Gate'; this pyprune knows Stoch"),
+        (gate_entry(kind=None), ValueError, "its kind is None; this pyprune knows StochasticGate, HardConcreteGate"),
+        (gate_entry(kind=[]), ValueError, "damaged gate for fc.weight"),
+        (gate_entry(options={}), ValueError, "must name a dtype, float32 or weight"),
+        (gate_entry(options=None), ValueError, "must name a dtype"),
+        (gate_entry(options={"dtype": "int7"}), ValueError, "must name a dtype"),
+        (gate_entry(options={"dtype": "float32", "gate_shape": [5, 5]}), ValueError, "damaged gate"),
+        (gate_entry(options={"dtype": "float32", "droprate": 3}), ValueError, "damaged gate"),
+        (entry(["conv1.weight", "conv2.weight"], [4, 1, 3, 3]), ValueError, "tie the weights"),
+    ],
+)
+def test_load_from_config_says_what_does_not_fit_and_changes_nothing(cnn, config, error, text, unchanged):
+    before = unchanged(cnn.model)
+    with pytest.raises(error, match=text):
+        load_from_config(cnn.model, config)
+    before.check()
+
+
+def test_load_from_config_wants_a_dense_model(cnn, unchanged):
+    config = get_config(prune(cnn.model))
+    before = unchanged(cnn.model)
+    with pytest.raises(ValueError, match=r"conv1\.weight carries a mask or gate already"):
+        load_from_config(cnn.model, config)
+    before.check()
+
+
+def test_load_from_config_wants_the_same_ties(transformer):
+    config = get_config(prune(transformer.model))
+    untied = type(transformer.model)()
+    untied.decoder.weight = nn.Parameter(untied.decoder.weight.detach().clone())
+    with pytest.raises(ValueError, match="tie the weights as they were"):
+        load_from_config(untied, config)
+
+
+def test_config_functions_want_a_module():
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
+        get_config({})
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
+        load_from_config({}, {"version": 1, "masks": []})
+
+
+def test_load_from_config_takes_a_model_on_the_meta_device(case):
+    prune(case.model).eval()
+    with torch.device("meta"):
+        fresh = type(case.model)()
+    load_from_config(fresh, get_config(case.model))
+    fresh.load_state_dict(case.model.state_dict(), assign=True)
+    assert torch.equal(fresh.eval()(case.inputs), case.model(case.inputs))
+    pyprune.strip(fresh)
+    assert torch.equal(fresh(case.inputs), case.model(case.inputs))
+
+
+def test_load_from_config_under_inference_mode_leaves_masks_to_train_with(cnn):
+    config = get_config(prune(copy.deepcopy(cnn.model)))
+    with torch.inference_mode():
+        load_from_config(cnn.model, config)
+    cnn.model(cnn.inputs).sum().backward()
+    prune(cnn.model, 0.3)
+
+
+@pytest.mark.parametrize("mode", ["UNSTRUCTURED_REGULARIZATION_BASED", "UNSTRUCTURED_HARD_CONCRETE"])
+@pytest.mark.parametrize("device_of_fresh", [None, "meta"])
+def test_load_from_config_rebuilds_a_saved_model_with_gates(case, mode, device_of_fresh):
+    with torch.device(device_of_fresh or case.inputs.device):
+        fresh = type(case.model)()
+    pyprune.prune(case.model, mode, same_on_all_ranks=True)
+    for gate in gates_of(case.model):
+        torch.nn.init.normal_(gate.logits)
+    file = io.BytesIO()
+    torch.save({"state_dict": case.model.state_dict(), "config": get_config(case.model)}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    assert json.loads(json.dumps(saved["config"])) == saved["config"]
+    load_from_config(fresh, saved["config"])
+    fresh.load_state_dict(saved["state_dict"], assign=device_of_fresh is not None)
+    assert torch.equal(fresh.eval()(case.inputs), case.model.eval()(case.inputs))
+    if device_of_fresh is None:  # assign=True unties tied weights
+        assert get_config(fresh) == get_config(case.model)
+    fresh.train()
+    case.model.train()
+    torch.manual_seed(1)
+    expected = case.model(case.inputs)
+    torch.manual_seed(1)
+    assert torch.equal(fresh(case.inputs), expected)
+
+
+def test_load_from_config_rebuilds_gates_put_on_by_hand():
+    def build():
+        return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+
+    model = prune(build(), ratio=0.5, ignored_scope=pyprune.IgnoredScope(names=["0"]))
+    gate = pyprune.HardConcreteGate(
+        (4, 4), gate_shape=(2, 1), beta=0.5, gamma=-0.2, zeta=1.2, straight_through=True, dtype=torch.float64
+    )
+    torch.nn.utils.parametrize.register_parametrization(model[0].double(), "weight", gate)
+    config = get_config(model)
+    (rebuilt,) = gates_of(load_from_config(build().double(), config))
+    assert type(rebuilt) is pyprune.HardConcreteGate
+    assert rebuilt.options() == gate.options()
+    del config["gates"]
+    assert not gates_of(load_from_config(build(), config))
+
+
+@pytest.mark.parametrize("saved", [torch.bfloat16, torch.float64, torch.float32])
+@pytest.mark.parametrize("fresh", [torch.bfloat16, torch.float64, torch.float32])
+def test_load_from_config_makes_logits_for_a_fresh_model_of_another_dtype(cnn, saved, fresh):
+    rebuilt = copy.deepcopy(cnn.model).to(fresh)
+    pyprune.prune(cnn.model, "UNSTRUCTURED_HARD_CONCRETE").to(saved)
+    load_from_config(rebuilt, json.loads(json.dumps(get_config(cnn.model))))
+    rebuilt.load_state_dict(cnn.model.state_dict())
+    assert rebuilt(cnn.inputs.to(fresh)).dtype == fresh
+    assert {gate.logits.dtype for gate in gates_of(rebuilt)} <= {torch.float32, fresh}
+
+
+def test_load_from_config_leaves_the_model_as_it_was_when_passes_fail(cnn, unchanged, monkeypatch):
+    config = get_config(pyprune.prune(copy.deepcopy(cnn.model), "UNSTRUCTURED_HARD_CONCRETE"))
+    before = unchanged(cnn.model)
+    monkeypatch.setattr("pyprune.modules.forward_pass._with_passes", lambda cls: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        load_from_config(cnn.model, config)
+    before.check()
+
+
+def test_get_config_describes_no_gate_of_another_class():
+    class Own(pyprune.StochasticGate):
+        pass
+
+    linear = torch.nn.Linear(2, 2)
+    torch.nn.utils.parametrize.register_parametrization(linear, "weight", Own((2, 2)))
+    with pytest.raises(TypeError, match="weight carries a Own"):
+        get_config(linear)
+
+
+def test_biases_of_a_loaded_model_stay_in_step_with_a_pruner():
+    filters = Method(importance.magnitude(p=2), granularity.channel("out"), scope.tensor())
+    model = pyprune.prune(nn.Linear(6, 8), filters, ratio=0.25, zero_dead_channels=True)
+    fresh = pyprune.load_from_config(nn.Linear(6, 8), pyprune.get_config(model))
+    fresh.load_state_dict(model.state_dict())
+    pruner = pyprune.Pruner(fresh, filters, schedules.multi_step({1: 0.5}))
+    assert pruner.step()
+    dead = (fresh.weight == 0).all(1)
+    assert int(dead.sum()) == 4
+    assert torch.equal(fresh.bias == 0, dead)

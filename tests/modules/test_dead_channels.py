@@ -1,0 +1,193 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import pyprune
+from pyprune import Method, granularity, importance, scope
+from pyprune.modules.dead_channels import norms_after
+from pyprune.modules.masks import FollowingMask
+from pyprune.modules.targets import attachments_of
+
+FILTERS = Method(importance.magnitude(p=2), granularity.channel("out"), scope.tensor())
+
+
+def followers(model):
+    return {t.name: m.mask for t, m in attachments_of(model).items() if isinstance(m, FollowingMask)}
+
+
+def test_norms_after_sees_what_goes_in_as_it_is(cnn):
+    model = cnn.model
+    assert norms_after(model, [model.conv1, model.conv2, model.fc], cnn.inputs) == {
+        model.conv1: model.bn1,
+        model.conv2: model.bn2,
+    }
+
+
+class Doubtful(nn.Module):
+    """A convolution whose output is changed before the norm, two that share a norm, and one that two follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.changed, self.one, self.other, self.twice = (nn.Conv2d(2, 2, 1) for _ in range(4))
+        self.norm, self.shared, self.first, self.second = (nn.BatchNorm2d(2) for _ in range(4))
+
+    def forward(self, x):
+        changed = self.changed(x)
+        changed += x
+        both = self.shared(self.one(x)) + self.shared(self.other(x))
+        twice = self.twice(x)
+        return self.norm(changed) + both + self.first(twice) + self.second(twice)
+
+
+def test_norms_after_leaves_out_what_is_not_certain(unchanged):
+    model, x = Doubtful(), torch.randn(1, 2, 3, 3)
+    before = unchanged(model)
+    layers = [model.changed, model.one, model.other, model.twice]
+    assert norms_after(model, layers, x) == {}
+    before.check()
+
+
+def test_dead_channels_are_zero_with_their_bias_and_norm(cnn):
+    model = cnn.model
+    model.train()(cnn.inputs)
+    with torch.no_grad():
+        for norm in (model.bn1, model.bn2):
+            norm.bias.fill_(1.0)
+    pyprune.prune(model, FILTERS, ratio=0.5, examples_inputs=cnn.inputs, zero_dead_channels=True)
+    assert set(followers(model)) == {"conv1.bias", "bn1.weight", "bn1.bias", "bn2.weight", "bn2.bias", "fc.bias"}
+    seen = {}
+    model.bn1.register_forward_hook(lambda *call: seen.update(bn1=call[2]))
+    model.bn2.register_forward_hook(lambda *call: seen.update(bn2=call[2]))
+    output = model.eval()(cnn.inputs)
+    assert (seen["bn1"] == 0).all(3).all(2).all(0).sum() == 2
+    assert (seen["bn2"] == 0).all(3).all(2).all(0).sum() == 3
+    assert (output == 0).all(0).sum() == 2
+    plain = pyprune.strip(model, do_copy=True)
+    torch.testing.assert_close(plain(cnn.inputs), output)
+    assert (plain.bn1.bias == 0).sum() == 2
+
+
+def test_followers_keep_in_step_and_are_no_targets(cnn):
+    model = cnn.model
+    pyprune.prune(model, FILTERS, ratio=0.5, examples_inputs=cnn.inputs, zero_dead_channels=True)
+    names = [tensor.tensor_name for tensor in pyprune.pruning_statistic(model).pruned_tensors]
+    assert names == ["conv1.weight", "conv2.weight", "fc.weight"]
+    model.conv1.parametrizations.weight.original.data[:2] *= 100
+    model.conv1.parametrizations.weight.original.data[2:] *= 0.01
+    pyprune.prune(model, FILTERS, ratio=0.5)
+    assert followers(model)["bn1.bias"].tolist() == [True, True, False, False]
+    pyprune.prune(model, FILTERS, ratio=0.0)
+    assert all(mask.all() for mask in followers(model).values())
+    # again, with the option: nothing is put on twice
+    pyprune.prune(model, FILTERS, ratio=0.5, examples_inputs=cnn.inputs, zero_dead_channels=True)
+    assert len(followers(model)) == 6
+
+
+def test_followers_of_a_grouped_transposed_convolution():
+    model = nn.Sequential(nn.ConvTranspose2d(4, 6, 2, groups=2), nn.BatchNorm2d(6))
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+    # An output channel of its weight is one of each group.
+    model[0].weight.data[:, 1] = 0.1
+    pyprune.prune(model, FILTERS, ratio=0.34, examples_inputs=torch.randn(1, 4, 3, 3), zero_dead_channels=True)
+    assert followers(model)["1.bias"].tolist() == [True, False, True, True, False, True]
+    assert (model.eval()(torch.randn(1, 4, 3, 3)) == 0).all(3).all(2).squeeze(0).tolist() == [
+        False, True, False, False, True, False
+    ]  # fmt: skip
+
+
+def test_followers_are_saved_and_loaded(cnn, device):
+    pyprune.prune(cnn.model, FILTERS, ratio=0.5, examples_inputs=cnn.inputs, zero_dead_channels=True)
+    fresh = type(cnn.model)().to(device)
+    pyprune.load_from_config(fresh, pyprune.get_config(cnn.model)).load_state_dict(cnn.model.state_dict())
+    assert pyprune.pruning_statistic(fresh) == pyprune.pruning_statistic(cnn.model)
+    torch.testing.assert_close(fresh.eval()(cnn.inputs), cnn.model.eval()(cnn.inputs))
+    pyprune.prune(fresh, FILTERS, ratio=0.0)
+    assert all(mask.all() for mask in followers(fresh).values())
+
+
+def test_zero_dead_channels_must_see_the_norms(cnn, unchanged):
+    before = unchanged(cnn.model)
+    with pytest.raises(ValueError, match="give examples_inputs"):
+        pyprune.prune(cnn.model, FILTERS, ratio=0.5, zero_dead_channels=True)
+    before.check()
+    pyprune.prune(cnn.model.fc, FILTERS, ratio=0.5, zero_dead_channels=True)  # no norm, no inputs
+    assert (cnn.model.fc.bias == 0).sum() == 2
+
+
+def test_batch_norm_scale_is_the_raw_one_under_a_mask():
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    model[1].weight.data = torch.arange(8.0, 0.0, -1.0)
+    method = Method(importance.batch_norm_scale(), granularity.channel("out"), scope.tensor())
+    for ratio in (0.9, 0.5):
+        inputs = torch.randn(2, 1, 8, 8)
+        pyprune.prune(model, method, ratio=ratio, examples_inputs=inputs, zero_dead_channels=True)
+    assert followers(model)["1.weight"].tolist() == [True] * 4 + [False] * 4
+
+
+def test_followers_keep_in_step_under_other_names_and_in_copies():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    pyprune.prune(model, FILTERS, ratio=0.5, zero_dead_channels=True)
+    twin = copy.deepcopy(model)
+    for wrapped, inner in ((nn.Sequential(model), model), (torch.compile(twin, backend="eager"), twin)):
+        pyprune.prune(wrapped, FILTERS, ratio=0.0)
+        assert all(mask.all() for mask in followers(inner).values())
+        pyprune.prune(wrapped, FILTERS, ratio=0.25)
+        assert [int(mask.sum()) for mask in followers(inner).values()] == [3, 3]
+    pyprune.prune(model, FILTERS, ratio=0.0)
+    assert [int(mask.sum()) for mask in followers(twin).values()] == [3, 3]  # a copy follows its own weights
+    saved = pyprune.get_config(nn.Sequential(twin))
+    fresh = pyprune.load_from_config(nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))), saved)
+    pyprune.prune(fresh, FILTERS, ratio=0.5)
+    assert [int(mask.sum()) for mask in followers(fresh).values()] == [2, 2]
+    saved["masks"][1]["follows"] = "nowhere"
+    with pytest.raises(ValueError, match="follows 'nowhere', which has none"):
+        pyprune.load_from_config(nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))), saved)
+
+
+def test_a_norm_that_an_ignored_layer_shares_is_left_alone():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.norm = nn.Conv2d(1, 4, 1), nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.norm(self.a(x)) + self.norm(self.b(x))
+
+    model = Shared()
+    ignored = pyprune.IgnoredScope(names=["b"])
+    inputs = torch.randn(1, 1, 3, 3)
+    pyprune.prune(model, FILTERS, ratio=0.5, examples_inputs=inputs, zero_dead_channels=True, ignored_scope=ignored)
+    assert set(followers(model)) == {"a.bias"}
+
+
+@pytest.mark.parametrize("tokens", [4, 5])
+def test_a_norm_over_tokens_does_not_follow_channels(tokens):
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(tokens))
+    inputs = torch.randn(2, tokens, 3)
+    pyprune.prune(model, FILTERS, ratio=0.5, examples_inputs=inputs, zero_dead_channels=True)
+    assert set(followers(model)) == {"0.bias"}
+
+
+def test_a_weight_that_is_tied_the_other_way_round_is_followed_by_both_biases():
+    model = nn.ModuleList([nn.Conv2d(2, 8, 3), nn.ConvTranspose2d(8, 2, 3)])
+    model[1].weight = model[0].weight
+    pyprune.prune(model, Method(importance.magnitude()), ratio=0.9, zero_dead_channels=True)
+    mask = model[0].parametrizations.weight[0].mask
+    assert torch.equal(followers(model)["0.bias"], mask.flatten(1).any(1))
+    assert torch.equal(followers(model)["1.bias"], mask.transpose(0, 1).flatten(1).any(1))
+
+
+def test_what_cannot_be_zeroed_is_refused_before_anything_changes(unchanged):
+    plain = nn.Sequential(nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4, affine=False))
+    shared = nn.ModuleList([nn.Linear(3, 4), nn.Linear(3, 4)])
+    shared[1].bias = shared[0].bias
+    inputs = torch.randn(1, 1, 3, 3)
+    for model, words in ((plain, "no scale and shift"), (shared, r"0\.bias, 1\.bias: layers")):
+        before = unchanged(model)
+        with pytest.raises(ValueError, match=words):
+            pyprune.prune(model, FILTERS, ratio=0.5, examples_inputs=inputs if model is plain else None,
+                          zero_dead_channels=True)  # fmt: skip
+        before.check()

@@ -1,0 +1,118 @@
+import re
+import sys
+
+import pytest
+
+from pyprune.recipes.yaml_source import nearest, read
+
+pytest.importorskip("yaml")
+
+
+def place(text):
+    return read(text, "file.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1", 1),
+        ("1e-3", 1e-3),
+        ("'1e-3'", "1e-3"),
+        ("-2E+5", -2e5),
+        ("1e3x", "1e3x"),
+        ("yes", True),
+        ("[1, a]", [1, "a"]),
+        ("{a: {b: 1}}", {"a": {"b": 1}}),
+    ],
+)
+def test_value_is_that_of_yaml_and_exponents_are_numbers(text, value):
+    assert place(text).value() == value
+
+
+@pytest.mark.parametrize("text", ["ten", "true", "[1]", ".nan", ".inf", "-1", "0"])
+def test_number_refuses_what_is_none_or_out_of_range(text):
+    with pytest.raises(ValueError, match=r"^file.yaml:1: .* is not a length; give a number"):
+        place(text).number("a length", above=True)
+
+
+def test_lines_are_those_of_the_keys():
+    fields = place("a:\n\n  b:\n  - 1\n  - c: 2\n").fields(("a",))
+    assert str(fields["a"]) == "file.yaml:1: a"
+    assert str(fields["a"].pairs()["b"]) == "file.yaml:3: a.b"
+    assert str(fields["a"].pairs()["b"].items()[1].pairs()["c"]) == "file.yaml:5: a.b[1].c"
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("start: 1\nedn: 2", "file.yaml:2: edn: 'edn' is unknown here; did you mean end? Allowed: start, end"),
+        ("end: 1\nend: 2", "file.yaml:2: end: it is in line 1 already; give it once"),
+        ("start: 2", "file.yaml:1: it lacks end; give it"),
+        ("[1]: 2", "file.yaml:1: [1]: a list or dict cannot be a name"),
+        ("- 1", "file.yaml:1: [1] is no dict; give lines of 'name: value'"),
+    ],
+)
+def test_fields_names_what_is_wrong(text, complaint):
+    with pytest.raises(ValueError, match=re.escape(complaint)):
+        place(text).fields(("start", "end"), ("end",))
+
+
+def test_choice_takes_a_name_with_or_without_arguments():
+    assert place("linear").choice(("linear",))[0] == "linear"
+    assert place("linear").choice(("linear",))[1].pairs() == {}
+    assert place("linear:").choice(("linear",))[1].pairs() == {}
+    name, arguments = place("linear: {end: 3}").choice(("linear",))
+    assert (name, arguments.pairs()["end"].value(), arguments.name) == ("linear", 3, "linear")
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("liner", "'liner' is unknown; did you mean linear? Allowed: linear, cubic"),
+        ("{linear: 1, cubic: 2}", "it names linear, cubic; give one name"),
+        ("{}", "it names nothing; give one name"),
+        ("[linear]", "['linear'] is no dict"),
+    ],
+)
+def test_choice_refuses_others(text, complaint):
+    with pytest.raises(ValueError, match=re.escape(complaint)):
+        place(text).choice(("linear", "cubic"))
+
+
+def test_checked_says_where():
+    def refuse(value):
+        raise TypeError(f"{value} is too much")
+
+    with pytest.raises(ValueError, match=r"^file.yaml:1: 7 is too much$"):
+        place("7").checked(refuse, 7)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "file.yaml: the file is empty"),
+        ("a: [1", "file.yaml:1: this is no YAML: expected ',' or ']'"),
+        ("a: 1\n b: 2", "file.yaml:2: this is no YAML: mapping values are not allowed here"),
+        ("a\n---\nb", "file.yaml:2: this is no YAML: but found another document"),
+    ],
+)
+def test_read_refuses_what_is_no_document(text, complaint):
+    with pytest.raises(ValueError, match=re.escape(complaint)):
+        place(text)
+
+
+def test_value_of_an_unknown_tag_says_where():
+    with pytest.raises(
+        ValueError, match=r"file.yaml:2: a: could not determine a constructor for the tag '!Modifier'"
+    ):
+        place("b: 1\na: !Modifier {}").pairs()["a"].value()
+
+
+def test_read_without_yaml_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'pyprune\[recipes\]'"):
+        place("a: 1")
+
+
+def test_nearest_without_one_lists_all():
+    assert nearest("x", ("start", "end")) == "Allowed: start, end"
