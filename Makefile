@@ -2,7 +2,7 @@
 PYTHON ?= python3
 # The torch to install; any release from 2.11 works: make test TORCH=torch==2.11.0
 TORCH ?= torch==2.13.0
-# AUTO builds the CUDA kernels if nvcc is found, ON fails without it, OFF leaves them out.
+# AUTO builds the CUDA kernels if torch has CUDA and nvcc is found, ON for any torch (fails without nvcc), OFF never.
 PYPRUNE_CUDA ?= AUTO
 export PYPRUNE_CUDA
 

@@ -1,6 +1,8 @@
 """The model kinds that every function must cope with, and how to tell that a model did not change."""
 
+import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,6 +101,22 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def build(kind: str, device: torch.device) -> Case:
     model, inputs = _CASES[kind]
     return Case(model().to(device), inputs().to(device))
+
+
+def skip_what_dense_cannot(
+    model: nn.Module, inputs: Tensor, under: AbstractContextManager[object] | None = None
+) -> None:
+    """Skip the test if torch cannot train a copy of the dense model, in this dtype and under this context.
+
+    nn.LSTM on a CPU without AVX-512, for one, raises under autocast to bfloat16, pruned or not.
+    """
+    dense = copy.deepcopy(model)
+    with torch.random.fork_rng():
+        try:
+            with under or nullcontext():
+                dense(inputs).float().square().sum().backward()
+        except RuntimeError as error:
+            pytest.skip(f"the dense model cannot do it here: {error}")
 
 
 @pytest.fixture(params=list(_CASES))

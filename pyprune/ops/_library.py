@@ -26,9 +26,9 @@ def _load_cuda_kernels() -> str:
     """Load the CUDA kernels; return why they are not there, or nothing if they are."""
     library = Path(_C.__file__).with_name("_cuda.so")
     if torch.version.cuda is None:
-        return "this torch has no CUDA"
+        return f"this torch ({torch.__version__}) has no CUDA"
     if not library.exists():
-        return "pyprune was built without its CUDA kernels; rebuild with nvcc on the PATH and PYPRUNE_CUDA=ON"
+        return f"pyprune was built without CUDA kernels: {_C.build_info()['cuda'].removeprefix('none: ')}"
     # The stream and device functions live in torch's CUDA library, which a build against a CPU-only torch could
     # not name: make its symbols visible first.
     torch_cuda = Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"

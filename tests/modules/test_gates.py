@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 import pyprune
 from pyprune import HardConcreteGate, StochasticGate, ops
 from pyprune.modules.gates import gates_of
+from tests.conftest import skip_what_dense_cannot
 from tests.modules.test_forward_pass import BERNOULLI, HARD_CONCRETE, gated
 
 KINDS = [StochasticGate, HardConcreteGate]
@@ -157,6 +158,7 @@ def test_gates_work_in_the_models(case, mode):
 @pytest.mark.parametrize("mode", [BERNOULLI, HARD_CONCRETE])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_gates_work_in_half_precision(cnn, mode, dtype):
+    skip_what_dense_cannot(copy.deepcopy(cnn.model).to(dtype), cnn.inputs.to(dtype))
     gated(cnn.model, mode).to(dtype)
     out = cnn.model(cnn.inputs.to(dtype))
     out.sum().backward()
@@ -167,8 +169,10 @@ def test_gates_work_in_half_precision(cnn, mode, dtype):
 
 @pytest.mark.parametrize("mode", [BERNOULLI, HARD_CONCRETE])
 def test_gates_work_under_autocast(case, mode):
+    autocast = torch.autocast(case.inputs.device.type, dtype=torch.bfloat16)
+    skip_what_dense_cannot(case.model, case.inputs, under=autocast)
     gated(case.model, mode)
-    with torch.autocast(case.inputs.device.type, dtype=torch.bfloat16):
+    with autocast:
         case.model(case.inputs).float().square().sum().backward()
     for gate in gates_of(case.model):
         assert gate.logits.grad.dtype == torch.float32
