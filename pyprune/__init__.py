@@ -10,7 +10,8 @@ from pyprune.calibration.calibrate import Calibration, calibrate
 from pyprune.methods import granularity, importance, schedules, scope
 from pyprune.methods.method import Method, PruneMode
 from pyprune.methods.schedules import Schedule
-from pyprune.modules.config import get_config, load_from_config
+from pyprune.modules.averages import reapply
+from pyprune.modules.config import get_config, load_from_config, upgrade_checkpoint
 from pyprune.modules.forward_pass import one_gate_sample
 from pyprune.modules.gates import HardConcreteGate, StochasticGate
 from pyprune.modules.ignored_scope import IgnoredScope
@@ -91,6 +92,7 @@ __all__ = [
     "ops",
     "prune",
     "pruning_statistic",
+    "reapply",
     "schedules",
     "scope",
     "sensitivity",
@@ -98,6 +100,7 @@ __all__ = [
     "snip",
     "strip",
     "torch_prune",
+    "upgrade_checkpoint",
     "weight_parameters",
 ]
 

@@ -148,8 +148,9 @@ class _Gradients:
             for parameter in frozen:
                 parameter.requires_grad_(True)
             for target in self.targets:
-                if target.attachment is not None:
-                    hooks.append(target.attachment.register_forward_hook(partial(self._see, target)))
+                gate = target.attachment
+                if isinstance(gate, nn.Module):
+                    hooks.append(gate.register_forward_hook(partial(self._see, target)))
             yield
         finally:
             for hook in hooks:

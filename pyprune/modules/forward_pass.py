@@ -18,7 +18,6 @@ from pyprune.modules.attachments import (
     Owner,
     attach,
     check_module,
-    copied_class,
     dense_modules,
     detach,
     shared_attachment,

@@ -14,7 +14,7 @@ from pyprune.modules.attachments import Attachment
 from pyprune.modules.sampling import Sampler
 
 
-class StochasticGate(Attachment):
+class StochasticGate(nn.Module, Attachment):
     """A straight-through Bernoulli gate on a weight, NNCF's regularization-based mask.
 
     In training, element w of the weight is kept with probability sigma(m), where m is the logit of its gate:
