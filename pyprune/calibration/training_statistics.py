@@ -57,11 +57,11 @@ class TrainingGradients:
 
     def _see(self, target: Target, gradient: Tensor) -> None:
         if self.gathers:
-            gradient = gradient.detach()
             self._was_dropped = False
             # Where grad is None, the optimizer has used or left out all that was seen before.
             seen = None if target.parameter.grad is None else self._batch.get(target)
-            self._batch[target] = gradient if seen is None else seen + gradient
+            # A copy: what arrives becomes `grad`, in which what is dropped is zeroed.
+            self._batch[target] = gradient.detach().clone() if seen is None else seen + gradient.detach()
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -16,7 +16,7 @@ from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.modules.masks import FollowingMask, Mask
 from pyprune.modules.optimizer import innermost_of
 from pyprune.modules.sharding import local_part
-from pyprune.modules.steps import mask_gradients
+from pyprune.modules.steps import mask_gradients, mask_state
 from pyprune.modules.strip import strip
 from pyprune.modules.targets import Target, attachments_of, find_targets
 
@@ -163,6 +163,8 @@ def keep_sparse(
     attach((target.owners, mask) for target, mask in masks.items())
     hold_zeros(masks.values())
     watch(model)
+    for one in optimizers:
+        mask_state(one, masks.values())
     return KeepSparse(model, masks)
 
 

@@ -74,7 +74,7 @@ def test_detach_of_one_mask_leaves_the_others(recurrent):
     assert not lstm.weight_hh_l1.any()
     x = torch.ones_like(recurrent.inputs)
     before = lstm(x)[0]
-    lstm.parametrizations.weight_hh_l1.original.data += 1
+    lstm.weight_hh_l1.data += 1
     assert torch.equal(lstm(x)[0], before)
 
 
@@ -114,7 +114,7 @@ def test_attach_keeps_the_gradient_accumulator():
     weight = linear.weight
     before = accumulator()
     pyprune.prune(linear, LOCAL, ratio=0.5)
-    assert linear.parametrizations.weight.original is weight
+    assert linear.weight is weight
     assert accumulator() is before
     pyprune.strip(linear)
     assert accumulator() is before

@@ -9,7 +9,7 @@ import pyprune
 from pyprune.modules.attachments import Owner, dense_parameters
 from pyprune.modules.masks import Mask, NewMask, attach_masks
 from pyprune.modules.targets import find_targets
-from tests.conftest import Case, masks_of, skip_what_dense_cannot
+from tests.conftest import Case, attached, masks_of, skip_what_dense_cannot
 
 LOCAL, GLOBAL = pyprune.PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL, pyprune.PruneMode.UNSTRUCTURED_MAGNITUDE_GLOBAL
 
@@ -113,7 +113,7 @@ def test_masks_share_one_module_over_a_tied_weight_also_in_a_copy(transformer):
     embed, decoder = model.embed.parametrizations.weight, model.decoder.parametrizations.weight
     assert embed.original is decoder.original
     assert embed[0] is decoder[0]
-    assert embed[0] is not transformer.model.embed.parametrizations.weight[0]
+    assert embed[0] is not attached(transformer.model.embed)
     target = next(target for target in find_targets(model) if target.name == "embed.weight")
     assert [owner.name for owner in target.owners] == ["embed.weight", "decoder.weight"]
 
@@ -267,7 +267,7 @@ def test_attach_updates_no_mask_when_one_cannot_be():
     with pytest.raises(ValueError, match=r"shape \(2, 2\) cannot take one of \(3,\)"):
         attach_masks([NewMask(owners[0], ~eye), NewMask(owners[1], torch.ones(3, dtype=torch.bool))])
     with torch.inference_mode():
-        second.parametrizations.weight[0].mask = eye.clone()
+        attached(second).mask = eye.clone()
     with pytest.raises(ValueError, match="inference_mode"):
         attach_masks([NewMask(owners[0], ~eye), NewMask(owners[1], ~eye)])
     assert torch.equal(owners[0][0].attachment.mask, eye)

@@ -92,7 +92,7 @@ def test_iterative_prune_records_scores_before_and_after_training(device):
 
     def double(model):
         with torch.no_grad():
-            model.parametrizations.weight.original.mul_(2)
+            model.weight.mul_(2)
 
     result = run(model, (0.25, 0.5), LOCAL, double, lambda model: model.weight.sum())
     assert result.baseline == 100
