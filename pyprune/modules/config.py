@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -12,6 +12,8 @@ from pyprune.modules.forward_pass import attach_and_share
 from pyprune.modules.gates import HardConcreteGate, StochasticGate
 from pyprune.modules.masks import FollowingMask, Mask
 from pyprune.modules.targets import Target, all_parameters, attachments_of, check_prunable
+
+_M = TypeVar("_M", bound=nn.Module)
 
 _VERSION = 1
 _KINDS = {kind.__name__: kind for kind in (StochasticGate, HardConcreteGate)}
@@ -49,7 +51,7 @@ def get_config(model: nn.Module) -> dict[str, Any]:
 
 
 @torch.inference_mode(False)  # masks made under inference_mode could not be trained with
-def load_from_config(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
+def load_from_config(model: _M, config: Mapping[str, Any]) -> _M:
     """Put masks and gates on a fresh dense model where ``config`` says, in place; return the model.
 
     They keep everything until ``model.load_state_dict`` brings the saved ones.

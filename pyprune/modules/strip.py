@@ -3,6 +3,7 @@
 import copy
 import math
 from enum import Enum
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from pyprune.modules.forward_pass import share_samples, unshare_samples
 from pyprune.modules.gates import HardConcreteGate, StochasticGate
 from pyprune.modules.masks import Mask
 from pyprune.modules.targets import attachments_of, check_prunable
+
+_M = TypeVar("_M", bound=nn.Module)
 
 
 class StripFormat(str, Enum):
@@ -28,12 +31,12 @@ class StripFormat(str, Enum):
 
 @torch.inference_mode(False)  # a copy made under inference_mode could not be trained
 def strip(
-    model: nn.Module,
+    model: _M,
     *,
     do_copy: bool = False,
     strip_format: StripFormat | str = StripFormat.IN_PLACE,
     expected_count: bool = False,
-) -> nn.Module:
+) -> _M:
     """Write into the weights what masks and gates make of them in evaluation, and remove every trace of pruning.
 
     Classes of modules, names and order of parameters, the `Parameter` objects and their ``requires_grad`` are

@@ -1,4 +1,17 @@
-"""Prune while a model trains."""
+"""Prune while a model trains.
+
+A `Pruner` is a schedule, a method and a step counter; what is chosen at an update is chosen as by `prune`.
+
+- Updates write into the masks that are there: fresh memory would cost more than the kernel, and compiled graphs
+  stay valid. Counts of non-finite scores are read at once on the CPU, and on a GPU with the next update, when
+  nobody waits.
+- The optimizer's step ends a batch, before it changes weights; a closure that it runs itself (as in Lightning) is a
+  batch. Accumulated backward passes add up for as long as ``grad`` does. A step that a ``GradScaler`` skips is
+  forgotten.
+- All is checked before anything is put on: what looks at the training is made first, and hooked last.
+- Ranks average what they gathered when masks are due, and so choose the same masks.
+- Nothing of it is in the model but masks. A checkpoint is three states: model, optimizer, pruner.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
