@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,6 +14,8 @@ from pyprune.modules.holding import hold_zeros, watch
 from pyprune.modules.mask_states import check_state, pack_bits, state_of, unpack_bits
 from pyprune.modules.masks import FollowingMask, Mask
 from pyprune.modules.targets import Target, all_parameters, attachments_of, check_prunable
+
+_M = TypeVar("_M", bound=nn.Module)
 
 _VERSION = 2
 _KINDS = {kind.__name__: kind for kind in (StochasticGate, HardConcreteGate)}
@@ -58,7 +60,7 @@ def get_config(model: nn.Module) -> dict[str, Any]:
 
 
 @torch.inference_mode(False)  # masks made under inference_mode could not be trained with
-def load_from_config(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
+def load_from_config(model: _M, config: Mapping[str, Any]) -> _M:
     """Put masks and gates on a fresh dense model where ``config`` says, in place; return the model.
 
     Masks are those that were saved, with what is parked under them; ``model.load_state_dict`` brings the rest, before

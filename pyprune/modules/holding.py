@@ -138,6 +138,7 @@ class Hold(Attachment):
         if not holds:
             del module.__dict__[MASKS]
             _remove_hook(module, before_forward)
+            _remove_hook(module, before_state_dict)
         if self._leave(module, attribute):
             self.unbind()
 
@@ -368,6 +369,11 @@ def before_forward_below(module: nn.Module, args: object) -> None:
             before_forward(part, args)
 
 
+def before_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """Let what is saved have the zeros, whatever wrote to the parameters."""
+    before_forward(module, ())
+
+
 def watch(model: nn.Module) -> None:
     """Give the modules with masks, in a model or a part of one, their look before a forward pass.
 
@@ -377,6 +383,9 @@ def watch(model: nn.Module) -> None:
     for module, hook in _watchers(model, None, set()):
         if hook not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(hook, prepend=True)
+    for module in filter(_has_masks, model.modules()):
+        if before_state_dict not in module._state_dict_pre_hooks.values():
+            module.register_state_dict_pre_hook(before_state_dict)  # type: ignore[no-untyped-call]
 
 
 # They hold modules or parameters, and are not called.
@@ -413,13 +422,15 @@ def unwatch(model: nn.Module) -> None:
     for module in model.modules():
         if not _has_masks(module):
             _remove_hook(module, before_forward)
+            _remove_hook(module, before_state_dict)
         if before_forward_below in module._forward_pre_hooks.values() and not _has_masks_below(module):
             _remove_hook(module, before_forward_below)
 
 
-def _remove_hook(module: nn.Module, hook: Callable[[nn.Module, object], None]) -> None:
-    for key in [key for key, known in module._forward_pre_hooks.items() if known is hook]:
-        del module._forward_pre_hooks[key]
+def _remove_hook(module: nn.Module, hook: Callable[..., None]) -> None:
+    for hooks in (module._forward_pre_hooks, module._state_dict_pre_hooks):
+        for key in [key for key, known in hooks.items() if known is hook]:
+            del hooks[key]
 
 
 def _has_masks(module: nn.Module) -> bool:

@@ -1,4 +1,21 @@
-"""Which seed a gate samples with: one per forward pass of a model, also when activations are computed again."""
+"""Which seed a gate samples with: one per forward pass of a model, also when activations are computed again.
+
+- A pass has one seed per device, drawn by ``torch.randint`` when it begins, so that ``torch.manual_seed`` governs
+  it. The kernel makes noise from (seed, stream, index): each gate of a model has a stream of its own, and each rank
+  of `torch.distributed` other ones. Outside of passes every read of a weight draws.
+- Recomputation calls modules again during the backward pass, possibly after other forward passes. Autograd numbers
+  its nodes in the order in which they are made, so the node that asks for the recomputation tells which pass it was
+  made in: the one whose first and last number enclose it. Its seeds are used again. If the pass began inside the
+  checkpointed part, it drew there and draws again: the generator is in the same state (not with
+  ``preserve_rng_state=False``; and a reentrant checkpoint around the whole model makes no nodes in its forward
+  pass, so then it samples anew).
+- Every thread counts its nodes by itself. Where passes of several threads enclose the number, that of the thread of
+  the backward pass is meant; a GPU's backward thread has none, and then an error asks for a copy of the model per
+  thread.
+- What is recomputed is kept apart, by thread, and held by a callback of the engine, so that it goes when that run
+  ends or fails.
+- Copies share nothing: a sampler knows no gates, gates know the sampler, and a copied sampler is a new one.
+"""
 
 import functools
 import math

@@ -3,6 +3,7 @@
 import copy
 import math
 from enum import Enum
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from pyprune.modules.gates import HardConcreteGate, StochasticGate
 from pyprune.modules.holding import check_places, unwatch
 from pyprune.modules.masks import Mask
 from pyprune.modules.targets import attachments_of, check_prunable
+
+_M = TypeVar("_M", bound=nn.Module)
 
 
 class StripFormat(str, Enum):
@@ -29,12 +32,12 @@ class StripFormat(str, Enum):
 
 @torch.inference_mode(False)  # a copy made under inference_mode could not be trained
 def strip(
-    model: nn.Module,
+    model: _M,
     *,
     do_copy: bool = False,
     strip_format: StripFormat | str = StripFormat.IN_PLACE,
     expected_count: bool = False,
-) -> nn.Module:
+) -> _M:
     """Write into the weights what masks and gates make of them in evaluation, and remove every trace of pruning.
 
     Classes of modules, names and order of parameters, the `Parameter` objects and their ``requires_grad`` are

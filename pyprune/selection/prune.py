@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from pyprune.modules.masks import Mask, attach_masks, changing_masks, masks_in
 from pyprune.modules.targets import Target, attachments_of, by_place, check_prunable, find_targets, output_layers
 from pyprune.selection.choose_masks import choose_masks, prunable_targets
 
+_M = TypeVar("_M", bound=nn.Module)
+
 _GATES = {
     PruneMode.UNSTRUCTURED_REGULARIZATION_BASED: StochasticGate,
     PruneMode.UNSTRUCTURED_HARD_CONCRETE: HardConcreteGate,
@@ -28,7 +30,7 @@ _GATES = {
 
 @torch.inference_mode(False)  # masks made under inference_mode could not be trained with
 def prune(
-    model: nn.Module,
+    model: _M,
     mode: PruneMode | str | Method,
     *,
     ratio: float | Mapping[str, float] | None = None,
@@ -41,7 +43,7 @@ def prune(
     from_remaining: bool = False,
     zero_dead_channels: bool = False,
     same_on_all_ranks: bool = False,
-) -> nn.Module:
+) -> _M:
     """Mask the weights that matter least, or put learned gates on all weights, in place; return the model.
 
     A `Method` says how weights are chosen, and the magnitude modes are the names of two. Of n units that compete
@@ -319,13 +321,13 @@ def check_kind(targets: Iterable[Target], kind: type[Attachment]) -> None:
 
 
 def _put_gates(
-    model: nn.Module,
+    model: _M,
     name: str,
     amount: Amount,
     ignored_scope: IgnoredScope | None,
     examples_inputs: Any,
     same_on_all_ranks: bool,
-) -> nn.Module:
+) -> _M:
     kind = _GATES[PruneMode(name)]
     if amount.ratio is not None:
         check_ratio(amount.ratio)

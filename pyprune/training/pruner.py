@@ -1,4 +1,17 @@
-"""Prune while a model trains."""
+"""Prune while a model trains.
+
+A `Pruner` is a schedule, a method and a step counter; what is chosen at an update is chosen as by `prune`.
+
+- Updates write into the masks that are there: fresh memory would cost more than the kernel, and compiled graphs
+  stay valid. Counts of non-finite scores are read at once on the CPU, and on a GPU with the next update, when
+  nobody waits.
+- The optimizer's step ends a batch, before it changes weights; a closure that it runs itself (as in Lightning) is a
+  batch. Accumulated backward passes add up for as long as ``grad`` does. A step that a ``GradScaler`` skips is
+  forgotten.
+- All is checked before anything is put on: what looks at the training is made first, and hooked last.
+- Ranks average what they gathered when masks are due, and so choose the same masks.
+- Nothing of it is in the model but masks. A checkpoint is three states: model, optimizer, pruner.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -19,6 +32,7 @@ from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.modules.mask_states import check_state, load_states, state_of
 from pyprune.modules.masks import Mask, NewMask, attach_masks, changing_masks, masks_in
 from pyprune.modules.optimizer import innermost
+from pyprune.modules.steps import mask_state
 from pyprune.modules.targets import Target, find_targets
 from pyprune.selection.choose_masks import Choice, choose_masks, prunable_targets, unit_groups_of, units_of
 from pyprune.selection.choose_units import ratios_of
@@ -143,6 +157,8 @@ class Pruner:
         if is_due and not self._is_late:
             self._update(self.schedule(self.step_count))
             self._averages.apply(self.model)
+            if self.optimizer is not None:
+                mask_state(self.optimizer, self._carried().values())
         if self._watch is not None:
             self._watch.gathers = self._is_looked_at()
         return is_due and not self._is_late

@@ -43,7 +43,7 @@ def masked(model):
     for target in targets:
         mask = torch.ones_like(target.parameter, dtype=torch.bool)
         mask.view(-1)[::2] = False
-        attach_masks([NewMask(target.owners, mask)])
+        attach_masks(model, [NewMask(target.owners, mask)])
     return targets
 
 

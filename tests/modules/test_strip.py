@@ -10,6 +10,7 @@ import pyprune
 from pyprune import StripFormat, strip
 from pyprune.modules import attachments
 from pyprune.modules.gates import HardConcreteGate, gates_of
+from pyprune.modules.holding import Hold
 from pyprune.modules.targets import attachments_of
 from tests.conftest import attached, masks_of
 
@@ -164,15 +165,15 @@ def test_strip_puts_masks_on_again_after_an_error(case, failing_call, monkeypatc
     prune(case.model).eval()
     before = {name: tensor.clone() for name, tensor in case.model.state_dict().items()}
     expected = case.model(case.inputs)
-    unregister, calls = attachments._unregister, []
+    take_off, calls = Hold.take_off, []
 
     def fail(*args):
         calls.append(args)
         if len(calls) - 1 == failing_call or failing_call == "fold":
             raise RuntimeError("no room")
-        unregister(*args)
+        take_off(*args)
 
-    monkeypatch.setattr(*((pyprune.ops, "fold") if failing_call == "fold" else (attachments, "_unregister")), fail)
+    monkeypatch.setattr(*((pyprune.ops, "fold") if failing_call == "fold" else (Hold, "take_off")), fail)
     with pytest.raises(RuntimeError, match="no room"):
         strip(case.model)
     assert list(case.model.state_dict()) == list(before)

@@ -7,6 +7,7 @@ from torch import nn
 
 import pyprune
 from pyprune import IgnoredScope, Method, granularity, importance, iterative_prune, lottery_ticket, schedules, scope
+from pyprune.modules.holding import holds_in, settle
 from tests.conftest import masks_of
 from tests.selection.test_prune_methods import grouped_transformer
 
@@ -20,6 +21,7 @@ def shake(model):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter))
+    settle(holds_in(model))
 
 
 def run(model, schedule, method=LOCAL, finetune=shake, score=lambda model: 1.0, **arguments):
