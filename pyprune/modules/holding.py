@@ -265,8 +265,8 @@ def hold_zeros(holds: Iterable[Hold]) -> None:
             parked = ops.park([_weight(one) for one in parking], [one.mask for one in parking])
             for one, values in zip(parking, parked, strict=True):
                 one.parked = values
-            others = [one for one in group if not one.parks]
-            ops.fold([local_part(_weight(one)) for one in others], [one.local_mask for one in others])
+            if others := [one for one in group if not one.parks]:
+                ops.fold([local_part(_weight(one)) for one in others], [one.local_mask for one in others])
         for one in holds:
             one.is_raw = False
             one.changed_at = next(_CHANGES)
