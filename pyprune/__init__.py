@@ -11,7 +11,7 @@ from pyprune.methods import granularity, importance, schedules, scope
 from pyprune.methods.method import Method, PruneMode
 from pyprune.methods.schedules import Schedule
 from pyprune.modules.config import get_config, load_from_config
-from pyprune.modules.forward_pass import one_gate_sample
+from pyprune.modules.forward_pass import attach_gate, one_gate_sample
 from pyprune.modules.gates import HardConcreteGate, StochasticGate
 from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.modules.optimizer import check_optimizer, gate_parameters, weight_parameters
@@ -73,6 +73,7 @@ __all__ = [
     "__version__",
     "ac_dc",
     "allocation_from_sensitivity",
+    "attach_gate",
     "batch_norm_adaptation",
     "build_info",
     "calibrate",

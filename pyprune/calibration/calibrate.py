@@ -148,7 +148,7 @@ class _Gradients:
             for parameter in frozen:
                 parameter.requires_grad_(True)
             for target in self.targets:
-                if target.attachment is not None:
+                if isinstance(target.attachment, nn.Module):  # a gate
                     hooks.append(target.attachment.register_forward_hook(partial(self._see, target)))
             yield
         finally:

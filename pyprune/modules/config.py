@@ -9,7 +9,7 @@ from torch import nn
 
 from pyprune.modules.attachments import Attachment, check_module
 from pyprune.modules.forward_pass import attach_and_share
-from pyprune.modules.gates import HardConcreteGate, StochasticGate
+from pyprune.modules.gates import HardConcreteGate, StochasticGate, check_gates
 from pyprune.modules.masks import FollowingMask, Mask
 from pyprune.modules.targets import Target, all_parameters, attachments_of, check_prunable
 
@@ -23,7 +23,8 @@ def get_config(model: nn.Module) -> dict[str, Any]:
     The masks themselves are buffers, and the logits of gates parameters, in ``model.state_dict()``.
 
     Raises:
-        TypeError: if ``model`` is no module, or has gates of a class that is not pyprune's.
+        TypeError, ValueError: if ``model`` is no module, or has gates of a class that is not pyprune's, or such that
+            torch's parametrize put on.
 
     Example:
         >>> from pyprune import prune
@@ -31,6 +32,7 @@ def get_config(model: nn.Module) -> dict[str, Any]:
         {'version': 1, 'masks': [{'names': ['weight'], 'shape': [2, 4]}], 'gates': []}
     """
     check_module(model)
+    check_gates(model)
     masks: list[dict[str, Any]] = []
     gates: list[dict[str, Any]] = []
     attached = attachments_of(model)

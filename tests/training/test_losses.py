@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.utils import parametrize
 
 import pyprune
 from pyprune.modules.gates import HardConcreteGate, StochasticGate
@@ -263,9 +262,8 @@ def gated(model):
     """Name and gate of each gated weight, tied ones once."""
     found = {}
     for name, module in model.named_modules():
-        if parametrize.is_parametrized(module):
-            for attribute, steps in module.parametrizations.items():
-                found.setdefault(steps[0], f"{name}.{attribute}")
+        if isinstance(module, StochasticGate):
+            found[module] = name.removesuffix("_mask")
     return [(name, gate) for gate, name in found.items()]
 
 
@@ -326,7 +324,7 @@ def test_l0_loss_per_flop_follows_copies_of_a_weight():
             return nn.functional.linear(hidden.float(), self.b.weight)
 
     model = pyprune.prune(Casts(), "UNSTRUCTURED_REGULARIZATION_BASED")
-    nn.init.constant_(model.a.parametrizations.weight[0].logits, -100)
+    nn.init.constant_(model.a.weight_mask.logits, -100)
     loss = L0Loss(model, examples_inputs=torch.randn(2, 4, dtype=torch.bfloat16))
     assert loss().item() == pytest.approx(0.99 / 2)
 
@@ -334,9 +332,9 @@ def test_l0_loss_per_flop_follows_copies_of_a_weight():
 def test_l0_loss_per_flop_warns_of_weights_without_flops():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4))
     pyprune.prune(model, "UNSTRUCTURED_REGULARIZATION_BASED")
-    with pytest.warns(UserWarning, match=r"weights of 0\.parametrizations\.weight\.0;"):
+    with pytest.warns(UserWarning, match=r"weights of 0\.weight;"):
         loss = L0Loss(model, examples_inputs=torch.tensor([[1, 2]]))
-    nn.init.constant_(model[0].parametrizations.weight[0].logits, -100)
+    nn.init.constant_(model[0].weight_mask.logits, -100)
     assert loss().item() == pytest.approx(0.99)
 
 
@@ -538,8 +536,8 @@ def test_losses_have_no_parameters(make):
 
 def test_losses_count_a_tied_weight_once(make, transformer):
     model = pyprune.prune(transformer.model, "UNSTRUCTURED_REGULARIZATION_BASED")
-    assert model.embed.parametrizations.weight[0] is model.decoder.parametrizations.weight[0]
-    nn.init.constant_(model.embed.parametrizations.weight[0].logits, -100)
+    assert model.embed.weight_mask is model.decoder.weight_mask
+    nn.init.constant_(model.embed.weight_mask.logits, -100)
     share = 88 / sum(gate.numel() for gate in gate_parameters(model))
     expected = share if isinstance(make(model), RBLoss) else 1 - 0.99 * (1 - share)
     assert make(model).current_ratio == pytest.approx(expected, abs=1e-6)
@@ -703,7 +701,7 @@ def test_a_model_trains_to_the_target_and_keeps_the_weights_it_needs(kind):
     model = nn.Linear(50, 1)
     mode = "UNSTRUCTURED_REGULARIZATION_BASED" if kind is StochasticGate else "UNSTRUCTURED_HARD_CONCRETE"
     pyprune.prune(model, mode)
-    gate = model.parametrizations.weight[0]
+    gate = model.weight_mask
     loss = RBLoss(model, 0.8) if kind is StochasticGate else LagrangianLoss(model, 0.8)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
     for _, batch in zip(range(1200), itertools.cycle(range(0, 512, 64)), strict=False):
