@@ -268,6 +268,12 @@ def _flat_weights(rnn: nn.RNNBase) -> list[Any]:
     return [getattr(rnn, name, None) for name in rnn._flat_weights_names]
 
 
+def _set_on_rnn(rnn: nn.RNNBase, name: str, value: Any) -> None:
+    # RNNBase would write it into the list too, for which all gates would be sampled.
+    cls: Any = nn.Module if name in rnn.__dict__.get("_flat_weights_names", ()) else cast(Any, rnn)._dense_class
+    cls.__setattr__(rnn, name, value)
+
+
 def _nothing(rnn: nn.RNNBase, value: object = None) -> None:
     pass
 
@@ -279,6 +285,7 @@ _OF_RNNS = {
     "_init_flat_weights": _nothing,
     "_update_flat_weights": _nothing,
     "flatten_parameters": _nothing,
+    "__setattr__": _set_on_rnn,
 }
 
 
