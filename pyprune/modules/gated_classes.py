@@ -120,28 +120,33 @@ def _deepcopied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 # ---- passes ----
 
 
-def begin(model: nn.Module, opener: nn.Module | None) -> list[Sampler]:
-    """Open a pass for all gates of a model that are not in one."""
+def begin(model: nn.Module, opener: nn.Module | None) -> list[Any]:
+    """Open a pass for all gates of a model that are not in one, and return these."""
     devices: dict[Sampler, set[torch.device]] = {}
     # Only gates are attachments and modules too; what they are is not known down here.
     gates: list[Any] = [module for module in model.modules() if isinstance(module, Attachment)]
     if opener is not None and not gates and not torch.compiler.is_compiling():
         forget_passes(opener)  # its parts were stripped one by one
+    gates = [gate for gate in gates if not gate.sampler.is_open]
     for gate in gates:
-        if not gate.sampler.is_open:
-            devices.setdefault(gate.sampler, set()).update({gate.logits.device} if gate.training else ())
+        devices.setdefault(gate.sampler, set()).update({gate.logits.device} if gate.training else ())
     for sampler, places in devices.items():
         sampler.begin(places, opener)
-    return list(devices)
+    for gate in gates:
+        if gate.training:
+            gate.seat.seed = gate.sampler.seed(gate.logits.device, gate.stream)
+    return gates
 
 
-def end(opened: list[Sampler]) -> None:
-    """Close what `begin` opened."""
-    for sampler in opened:
-        sampler.end()
+def end(gates: list[Any]) -> None:
+    """Close the pass that `begin` opened for gates."""
+    for gate in gates:
+        gate.seat.seed = None
+        if gate.sampler.is_open:
+            gate.sampler.end()
 
 
-def _enter(module: nn.Module) -> list[Sampler]:
+def _enter(module: nn.Module) -> list[Any]:
     sampler = module.__dict__.get(SAMPLER)
     return [] if sampler is None or sampler.is_open else begin(module, module)
 

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from pyprune import ops
 from pyprune.modules.attachments import Attachment, gate_name
 from pyprune.modules.gated_classes import gated_attributes, put_gate, take_gate
-from pyprune.modules.sampling import Sampler
+from pyprune.modules.sampling import Sampler, Seat
 
 
 class StochasticGate(nn.Module, Attachment):
@@ -71,10 +71,10 @@ class StochasticGate(nn.Module, Attachment):
         self.shape = tuple(shape)
         self.gate_shape = self.shape if gate_shape is None else tuple(gate_shape)
         self.same_on_all_ranks = same_on_all_ranks
-        self.sampler = Sampler()
+        self.sampler, self.seat = Sampler(), Seat()
         # Whether `strip` made it part of the weights: it changes nothing any more.
         self.folded = False
-        # Tells gates apart that share a sampler, and so a seed.
+        # Tells gates apart that share a sampler.
         self.stream = 0
         ops.check_gate_shape(self.shape, self.gate_shape)
         self.logits = nn.Parameter(torch.full(self.gate_shape, start, dtype=dtype or torch.float32, device=device))
@@ -111,7 +111,12 @@ class StochasticGate(nn.Module, Attachment):
             raise TypeError(f"weight is of type {type(weight).__name__}; give the tensor to gate")
         if tuple(weight.shape) != self.shape:
             raise ValueError(f"the gate is for a weight of shape {self.shape}, not {tuple(weight.shape)}")
-        return self._gated(weight, self.sampler.seed(weight.device) if self.training else None)
+        seed = None
+        if self.training:
+            seed = self.seat.seed
+            if seed is None:
+                seed = self.sampler.seed(weight.device, self.stream)
+        return self._gated(weight, seed)
 
     def deterministic(self, weight: Tensor) -> Tensor:
         """Return what the gate makes of a weight in evaluation."""
@@ -128,8 +133,8 @@ class StochasticGate(nn.Module, Attachment):
     def _noise_stream(self) -> int:
         # Other noise on each rank, even where all ranks draw the same seeds.
         if self.same_on_all_ranks or not (dist.is_available() and dist.is_initialized()):
-            return self.stream
-        return self.stream + (dist.get_rank() << 32)
+            return 0
+        return dist.get_rank() << 32
 
     def extra_repr(self) -> str:
         """Say what the gate is for."""

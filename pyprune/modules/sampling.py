@@ -1,10 +1,15 @@
-"""Which seed a gate samples with: one per forward pass of a model, also when activations are computed again."""
+"""Which seed a gate samples with: one per forward pass of a model, also when activations are computed again.
+
+Gates of one model share a `Sampler`, and each has a `Seat`, in which it finds its own seed while a pass is open. So
+compiled code need not know the number of a gate, and one piece of it serves layers that are alike.
+"""
 
 import functools
 import math
 import threading
 import weakref
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -17,10 +22,10 @@ _REMEMBERED = 1024
 
 @dataclass(eq=False)
 class _Pass:
-    """The seeds of one pass, by device, and the numbers of the autograd nodes that were made in it."""
+    """The seeds of one pass, by device and gate, and the numbers of the autograd nodes that were made in it."""
 
     opener: int
-    seeds: dict[torch.device, Tensor]
+    seeds: dict[torch.device, Sequence[Tensor]]
     thread: object = None
     start: int = 0
     end: float = math.inf
@@ -37,10 +42,23 @@ class _PerThread(threading.local):
         self.itself = object()
 
 
+class Seat(threading.local):
+    """Where one gate finds its seed while a pass is open; each thread has passes of its own."""
+
+    def __init__(self) -> None:
+        self.seed: Tensor | None = None
+
+    def __reduce__(self) -> tuple[type["Seat"], tuple[()]]:
+        return Seat, ()
+
+
 class Sampler:
-    """Hands out the seeds of gates that belong to one model: one seed per device and pass.
+    """Hands out the seeds of gates that belong to one model: one seed per gate, device and pass.
 
     The seeds come from torch's generator of the device, so that ``torch.manual_seed`` reproduces a run.
+
+    Args:
+        gates: how many gates there are; they are numbered from 0.
 
     Example:
         >>> sampler, cpu = Sampler(), torch.device("cpu")
@@ -52,13 +70,14 @@ class Sampler:
         False
     """
 
-    def __init__(self) -> None:
+    def __init__(self, gates: int = 1) -> None:
+        self._gates = gates
         self._thread = _PerThread()
         self._passes: deque[_Pass] = deque(maxlen=_REMEMBERED)
 
-    def __reduce__(self) -> tuple[type["Sampler"], tuple[()]]:
+    def __reduce__(self) -> tuple[type["Sampler"], tuple[int]]:
         # A copy of a model has passes of its own.
-        return Sampler, ()
+        return Sampler, (self._gates,)
 
     @property
     def is_open(self) -> bool:
@@ -74,12 +93,12 @@ class Sampler:
         """
         if torch.compiler.is_compiling():
             # What is checkpointed in here is compiled too: modules are not called again in the backward pass.
-            self._thread.open = _Pass(0, _draw(devices))
+            self._thread.open = _Pass(0, self._draw(devices))
             return
         original = self._recomputed_pass() if devices else None
         # Checkpointing restores the generator to its state where the checkpointed part began. If the pass began
         # in that part, it drew there, and draws again, so that what is random after it is the same too.
-        seeds = _draw(devices) if original is None or original.opener == id(opener) else {}
+        seeds = self._draw(devices) if original is None or original.opener == id(opener) else {}
         started = _Pass(
             id(opener), seeds if original is None else original.seeds, self._thread.itself, start=_next_node()
         )
@@ -99,16 +118,19 @@ class Sampler:
             cast(_Pass, self._thread.open).end = _next_node()
         self._thread.open = None
 
-    def seed(self, device: torch.device) -> Tensor:
-        """Return the seed of the pass; outside of passes, a new one."""
+    def seed(self, device: torch.device, gate: int = 0) -> Tensor:
+        """Return the seed that a gate has in this pass; outside of passes, a new one."""
         current = self._thread.open
         if current is None and not torch.compiler.is_compiling():
             current = self._recomputed_pass()
         if current is None:
-            return _draw({device})[device]
+            return _randint(1, device)[0]
         if device not in current.seeds:
-            current.seeds.update(_draw({device}))
-        return current.seeds[device]
+            current.seeds.update(self._draw({device}))
+        return current.seeds[device][gate]
+
+    def _draw(self, devices: set[torch.device]) -> dict[torch.device, Sequence[Tensor]]:
+        return {device: _randint(self._gates, device) for device in sorted(devices, key=str)}
 
     def _recomputed_pass(self) -> _Pass | None:
         """Return the pass whose activations the backward pass is about to compute again."""
@@ -145,11 +167,8 @@ def _keep(recomputation: _Pass) -> None:
     """Hold a pass that a sampler refers to weakly, as a callback."""
 
 
-def _draw(devices: set[torch.device]) -> dict[torch.device, Tensor]:
-    return {
-        device: torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
-        for device in sorted(devices, key=str)
-    }
+def _randint(count: int, device: torch.device) -> tuple[Tensor, ...]:
+    return torch.randint(-(2**63), 2**63 - 1, (count,), dtype=torch.int64, device=device).unbind()
 
 
 def _next_node() -> int:
