@@ -141,14 +141,13 @@ def share_samples(model: nn.Module) -> None:
 
     It changes all or nothing.
     """
-    gates = gates_of(model)
-    sampler = Sampler(len(gates))
+    sampler = Sampler()
     classes = {
         module: class_with_gates(module, gated_attributes(module))
         for _, module in dense_modules(model)
         if not isinstance(module, _CONTAINERS) and gates_of(module)
     }
-    for stream, gate in enumerate(gates):
+    for stream, gate in enumerate(gates_of(model)):
         gate.sampler, gate.stream = sampler, stream
     for module, cls in classes.items():
         module.__dict__[SAMPLER] = sampler

@@ -122,19 +122,18 @@ def _deepcopied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 def begin(model: nn.Module, opener: nn.Module | None) -> list[Any]:
     """Open a pass for all gates of a model that are not in one, and return these."""
-    devices: dict[Sampler, set[torch.device]] = {}
+    seated: dict[Sampler, dict[torch.device, list[Any]]] = {}
     # Only gates are attachments and modules too; what they are is not known down here.
     gates: list[Any] = [module for module in model.modules() if isinstance(module, Attachment)]
     if opener is not None and not gates and not torch.compiler.is_compiling():
         forget_passes(opener)  # its parts were stripped one by one
     gates = [gate for gate in gates if not gate.sampler.is_open]
     for gate in gates:
-        devices.setdefault(gate.sampler, set()).update({gate.logits.device} if gate.training else ())
-    for sampler, places in devices.items():
-        sampler.begin(places, opener)
-    for gate in gates:
+        by_device = seated.setdefault(gate.sampler, {})
         if gate.training:
-            gate.seat.seed = gate.sampler.seed(gate.logits.device, gate.stream)
+            by_device.setdefault(gate.logits.device, []).append(gate)
+    for sampler, by_device in seated.items():
+        sampler.begin(by_device, opener)
     return gates
 
 

@@ -9,9 +9,9 @@ import math
 import threading
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class _Pass:
     """The seeds of one pass, by device and gate, and the numbers of the autograd nodes that were made in it."""
 
     opener: int
-    seeds: dict[torch.device, Sequence[Tensor]]
+    seeds: dict[torch.device, dict[int, Tensor]]
     thread: object = None
     start: int = 0
     end: float = math.inf
@@ -52,17 +52,21 @@ class Seat(threading.local):
         return Seat, ()
 
 
+class Sampled(Protocol):
+    """What asks for seeds, a gate: the number by which its sampler tells it from others, and its seat."""
+
+    stream: int
+    seat: Seat
+
+
 class Sampler:
     """Hands out the seeds of gates that belong to one model: one seed per gate, device and pass.
 
     The seeds come from torch's generator of the device, so that ``torch.manual_seed`` reproduces a run.
 
-    Args:
-        gates: how many gates there are; they are numbered from 0.
-
     Example:
         >>> sampler, cpu = Sampler(), torch.device("cpu")
-        >>> sampler.begin({cpu})
+        >>> sampler.begin({})
         >>> bool(sampler.seed(cpu) == sampler.seed(cpu))
         True
         >>> sampler.end()
@@ -70,38 +74,48 @@ class Sampler:
         False
     """
 
-    def __init__(self, gates: int = 1) -> None:
-        self._gates = gates
+    def __init__(self) -> None:
         self._thread = _PerThread()
         self._passes: deque[_Pass] = deque(maxlen=_REMEMBERED)
 
-    def __reduce__(self) -> tuple[type["Sampler"], tuple[int]]:
+    def __reduce__(self) -> tuple[type["Sampler"], tuple[()]]:
         # A copy of a model has passes of its own.
-        return Sampler, (self._gates,)
+        return Sampler, ()
 
     @property
     def is_open(self) -> bool:
         """Whether this thread is in a pass."""
         return self._thread.open is not None
 
-    def begin(self, devices: set[torch.device], opener: object = None) -> None:
-        """Open a pass, and draw its seeds.
+    def begin(self, gates: Mapping[torch.device, Sequence[Sampled]], opener: object = None) -> None:
+        """Open a pass, draw seeds, and lay each on the seat of its gate. Who ends the pass clears the seats.
 
         Args:
-            devices: where gates will ask for seeds; nowhere if all are in evaluation.
+            gates: the gates that will ask for seeds, by device; none if all are in evaluation.
             opener: the module whose call is the pass.
         """
         if torch.compiler.is_compiling():
             # What is checkpointed in here is compiled too: modules are not called again in the backward pass.
-            self._thread.open = _Pass(0, self._draw(devices))
+            self._thread.open = _Pass(0, {})
+            for device, several in gates.items():
+                # By their order here: a guard on a number of a gate would forbid its code to gates of other layers.
+                for gate, seed in zip(several, _draw(len(several), device), strict=True):
+                    gate.seat.seed = seed
             return
-        original = self._recomputed_pass() if devices else None
+        original = self._recomputed_pass() if gates else None
         # Checkpointing restores the generator to its state where the checkpointed part began. If the pass began
         # in that part, it drew there, and draws again, so that what is random after it is the same too.
-        seeds = self._draw(devices) if original is None or original.opener == id(opener) else {}
+        seeds: dict[torch.device, dict[int, Tensor]] = {}
+        if original is None or original.opener == id(opener):
+            for device, several in gates.items():
+                drawn = _draw(len(several), device)
+                seeds[device] = {gate.stream: seed for gate, seed in zip(several, drawn, strict=True)}
         started = _Pass(
             id(opener), seeds if original is None else original.seeds, self._thread.itself, start=_next_node()
         )
+        for device, several in gates.items():
+            for gate in several:
+                gate.seat.seed = _seed_in(started, device, gate.stream)
         self._thread.open = started
         if torch._C._current_autograd_node() is None:
             self._passes.append(started)
@@ -118,19 +132,14 @@ class Sampler:
             cast(_Pass, self._thread.open).end = _next_node()
         self._thread.open = None
 
-    def seed(self, device: torch.device, gate: int = 0) -> Tensor:
+    def seed(self, device: torch.device, stream: int = 0) -> Tensor:
         """Return the seed that a gate has in this pass; outside of passes, a new one."""
         current = self._thread.open
         if current is None and not torch.compiler.is_compiling():
             current = self._recomputed_pass()
         if current is None:
-            return _randint(1, device)[0]
-        if device not in current.seeds:
-            current.seeds.update(self._draw({device}))
-        return current.seeds[device][gate]
-
-    def _draw(self, devices: set[torch.device]) -> dict[torch.device, Sequence[Tensor]]:
-        return {device: _randint(self._gates, device) for device in sorted(devices, key=str)}
+            return _draw(1, device)[0]
+        return _seed_in(current, device, stream)
 
     def _recomputed_pass(self) -> _Pass | None:
         """Return the pass whose activations the backward pass is about to compute again."""
@@ -167,7 +176,14 @@ def _keep(recomputation: _Pass) -> None:
     """Hold a pass that a sampler refers to weakly, as a callback."""
 
 
-def _randint(count: int, device: torch.device) -> tuple[Tensor, ...]:
+def _seed_in(one: _Pass, device: torch.device, stream: int) -> Tensor:
+    seeds = one.seeds.setdefault(device, {})
+    if stream not in seeds:
+        seeds[stream] = _draw(1, device)[0]
+    return seeds[stream]
+
+
+def _draw(count: int, device: torch.device) -> tuple[Tensor, ...]:
     return torch.randint(-(2**63), 2**63 - 1, (count,), dtype=torch.int64, device=device).unbind()
 
 
