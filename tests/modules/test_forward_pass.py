@@ -250,10 +250,14 @@ def test_modules_whose_parts_were_stripped_are_plain_again(stack, inputs):
     assert "_gate_sampler" not in vars(stack)
 
 
-def test_a_gated_model_says_that_it_cannot_be_pickled(stack):
+def test_a_pickled_model_samples_for_itself(stack, inputs):
     stack.call = None
-    with pytest.raises(RuntimeError, match="only supported through state_dict"):
-        pickle.dumps(stack)
+    twin = pickle.loads(pickle.dumps(stack))
+    assert type(twin) is type(stack)
+    twin.call = stack.call = lambda block, x: block(x)
+    assert_equal(run(twin, inputs), run(stack, inputs))
+    with one_gate_sample(stack):
+        assert not torch.equal(twin.first(inputs[0]), twin.first(inputs[0]))
 
 
 def test_one_gate_sample_wants_a_module():
