@@ -2,7 +2,13 @@
 //
 // Written with +, -, *, / and square roots alone, each rounded as IEEE 754 says and none fused, so every build that
 // keeps to that (no fast-math, no contraction) finds the same bits, and forward and backward cannot disagree. Real is
-// float, or double for float64 logits.
+// float, or double for float64 logits. The price is fused multiply-adds. The exponential is off by up to (2 + |x| /
+// 2) units in the last place, a tenth of the grain of the noise where decisions are made: about 1 in 30 million
+// sampled decisions differs from float64.
+//
+// No logarithm of the noise: sigma(m + logit(u)) > 1/2 is e^m u > 1 - u, and its slope comes from the same two
+// numbers. With the usual temperature of 2/3, hard concrete needs a square root more; other temperatures take the
+// logarithm. The backward pass draws the noise (philox.h) again instead of keeping it.
 #pragma once
 
 #include <cmath>

@@ -5,12 +5,14 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from pyprune import ops
+from pyprune.modules.attachments import Owner
 from pyprune.modules.masks import Mask
 from pyprune.modules.targets import Target, attachments_of
 from tests.devices import DEVICES
@@ -141,6 +143,11 @@ def recurrent(device: torch.device) -> Case:
 
 def masks_of(model: nn.Module) -> dict[Target, Tensor]:
     return {target: found.mask for target, found in attachments_of(model).items() if isinstance(found, Mask)}
+
+
+def attached(module: nn.Module, attribute: str = "weight") -> Any:
+    """Return the mask or gate on a parameter."""
+    return Owner(attribute, module, attribute).attachment
 
 
 class Unchanged:

@@ -16,7 +16,13 @@
 //
 // Scores that are divided by norms need no second read either. The probes tell the norms within some error, by which
 // the bracket is made wider for each weight, and the sweep sums the squares. In the end the norms are exact, and so
-// are the scores of the candidates.
+// are the scores of the candidates; only if the k-th is not certainly among them, all is swept again. Half types are
+// read twice, which takes less time than their candidates would.
+//
+// Scores compare as integers: the bits of |w| order like |w|, and |w| * scale never falls as |w| grows. So a bound on
+// scores becomes a bound on the bits of |w| per tensor (score.h), and the sweep needs no arithmetic. How far off an
+// estimate may be is judged by how much neighbouring chunks differ, because elements of a chunk are alike. Misses
+// hardly ever happen; tests force them with _C._shift_bracket.
 #include "select.h"
 
 #include <algorithm>

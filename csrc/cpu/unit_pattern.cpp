@@ -1,3 +1,6 @@
+// Masks of units become masks of elements chunk by chunk, in cache: within a unit, what lies one step back is copied.
+// fold reads that instead of a mask in memory, or, where units are long runs, clears those and leaves the rest
+// unread.
 #include "unit_pattern.h"
 
 #include <cstring>

@@ -1,3 +1,9 @@
+// A list of weights is read once, in the order of memory, whatever the block: one dimension after the other is
+// summed, the first one first. Only elements of one dimension are added in a row, so the order is one of memory in
+// both layouts of a convolution. Rows with 64 elements or more behind each are added as rows, others by 16 lanes, so
+// that there is always something for vector registers to do side by side. Rows of a few KiB look like no stream to
+// the processor when four are read at a time: what comes next is fetched by hand, which halves the time of input
+// channels.
 #include "unit_sums.h"
 
 #include <algorithm>

@@ -22,10 +22,10 @@ from pyprune.methods.importance import magnitude
 from pyprune.methods.method import Method, PruneMode
 from pyprune.methods.scope import tensor
 from pyprune.methods.tolerance import check_drop, worsening
-from pyprune.modules.dead_channels import update_followers
+from pyprune.modules.attachments import check_module
 from pyprune.modules.evaluation import check_callable, score_of
 from pyprune.modules.ignored_scope import IgnoredScope
-from pyprune.modules.masks import Mask, NewMask
+from pyprune.modules.masks import Mask, NewMask, changing_masks, masks_in
 from pyprune.modules.targets import Target
 from pyprune.selection.attention import find_attention
 from pyprune.selection.choose_masks import choose_masks
@@ -99,14 +99,17 @@ def sensitivity(
     wanted = _check_ratios(ratios)
     if save_to is not None and not Path(save_to).absolute().parent.is_dir():
         raise ValueError(f"save_to is {save_to}, whose folder does not exist; create it first")
-    statistics = targets_with_statistics(model, chosen, ignored_scope, examples_inputs, calibration)
+    check_module(model)
+    with changing_masks(masks_in(model)):
+        statistics = targets_with_statistics(model, chosen, ignored_scope, examples_inputs, calibration)
     # One target competes with itself alone, so all scopes but rows are the same.
     method = chosen if chosen.scope.name == "row" else replace(chosen, scope=tensor())
     targets = _targets(method, list(statistics))
 
     def masks_of(name: str, ratio: float) -> dict[Target, NewMask]:
-        choice = choose_masks(method, Amount(ratio), targets[name], statistics)
-        choice.check()
+        with changing_masks(mask for target in targets[name] if isinstance(mask := target.attachment, Mask)):
+            choice = choose_masks(method, Amount(ratio), targets[name], statistics)
+            choice.check()
         return choice.masks
 
     # What cannot be pruned is found now, not after hours.
@@ -183,25 +186,21 @@ def _equal(masks: Mapping[Target, NewMask], others: Mapping[Target, NewMask]) ->
 @contextmanager
 def _pruned(model: nn.Module, masks: Mapping[Target, NewMask]) -> Iterator[None]:
     """Write masks into weights, or into the masks that are there, and give all back, whatever happens."""
-    written: dict[Target, Tensor] = {}
-    for target in masks:
-        carried = target.attachment
-        written[target] = carried.mask if isinstance(carried, Mask) else target.parameter
-    saved = {target: values.detach().clone() for target, values in written.items()}
+    carried = {target: mask for target in masks if isinstance(mask := target.attachment, Mask)}
+    plain = {target: target.parameter.detach().clone() for target in masks if target not in carried}
+    before = {target: mask.mask.clone() for target, mask in carried.items()}
     try:
-        with torch.no_grad():
-            for target, values in written.items():
-                if values is target.parameter:
-                    ops.fold([values], [masks[target].mask])
-                else:
-                    values.copy_(masks[target].mask)
-            update_followers(model)
+        with changing_masks(carried.values()), torch.no_grad():
+            for target, mask in carried.items():
+                mask.mask.copy_(masks[target].mask)
+        ops.fold([target.parameter for target in plain], [masks[target].mask for target in plain])
         yield
     finally:
-        with torch.no_grad():
-            for target, values in written.items():
-                values.copy_(saved[target])
-            update_followers(model)
+        with changing_masks(carried.values()), torch.no_grad():
+            for target, mask in carried.items():
+                mask.mask.copy_(before[target])
+            for target, values in plain.items():
+                target.parameter.copy_(values)
 
 
 # ---- resuming ----

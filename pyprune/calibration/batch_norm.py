@@ -1,7 +1,7 @@
 """Adapt BatchNorm statistics to the weights that are left."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -10,14 +10,16 @@ from pyprune.calibration.batches import Dataset, batches_of
 from pyprune.modules.attachments import check_module
 from pyprune.modules.evaluation import check_initialized, evaluating, forward
 
+_M = TypeVar("_M", bound=nn.Module)
+
 
 def batch_norm_adaptation(
-    model: nn.Module,
+    model: _M,
     calibration_dataset: Dataset | Iterable[Any],
     *,
     num_iterations: int | None = None,
     reset: bool = False,
-) -> nn.Module:
+) -> _M:
     """Re-estimate the running statistics of BatchNorm and SyncBatchNorm from data, in place.
 
     Only ``running_mean``, ``running_var`` and ``num_batches_tracked`` change. All other modules run in

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyprune.methods.importance import Importance
 from pyprune.modules.activations import but_channels, input_squares, recurrent_input
+from pyprune.modules.masks import raw_weight
 from pyprune.modules.targets import Target, channel_dims, is_transposed, output_layers
 
 
@@ -27,7 +28,7 @@ class GradientSums:
         self.sums[target] = self.sums[target].to(gradient)  # the model may have been moved or cast
         if self.rule.needs == "momentum":
             decay, scale = cast(tuple[float, float], self.rule.options)
-            weight = target.parameter.detach().to(gradient.dtype)
+            weight = raw_weight(target).to(gradient.dtype)
             self.sums[target].mul_(decay).add_((weight * gradient).abs_(), alpha=scale)
         elif self.rule.needs == "gradient":
             self.sums[target] += gradient

@@ -11,18 +11,17 @@ from torch.optim import Optimizer
 
 from pyprune.calibration.sums import ActivationSums, GradientSums
 from pyprune.methods.importance import Importance
-from pyprune.modules.masks import Mask
 from pyprune.modules.targets import Target
 
 
 class TrainingGradients:
     """The gradients of the weights in use, of each batch that an optimizer takes a step for.
 
-    They are seen by hooks on the parameters, also where a mask drops the weight (`Mask.show_gradient`). Nothing is
-    hooked before `start`.
+    They are seen by hooks on the parameters, as they arrive: the zeros of a mask come after that. Nothing is hooked
+    before `start`.
 
     Args:
-        targets: weights, which carry a `Mask` at the latest at `start`.
+        targets: weights.
         optimizer: whose steps end a batch; of several backward passes before one, the gradients are added. A closure
             that it is given is run within the step, so each run of it is a batch.
         on_batch: is called with the gradients before the optimizer changes the weights.
@@ -52,9 +51,8 @@ class TrainingGradients:
     def start(self) -> None:
         """Put all hooks on."""
         for target in self._targets:
-            mask = target.attachment
-            assert isinstance(mask, Mask)
-            self._hooks.callback(mask.show_gradient(target.parameter, partial(self._see, target)))
+            hook = target.parameter.register_hook(partial(self._see, target))  # type: ignore[no-untyped-call]
+            self._hooks.callback(hook.remove)
         self._hooks.callback(self._optimizer.register_step_pre_hook(self._before_step).remove)
 
     def _see(self, target: Target, gradient: Tensor) -> None:
@@ -62,7 +60,8 @@ class TrainingGradients:
             self._was_dropped = False
             # Where grad is None, the optimizer has used or left out all that was seen before.
             seen = None if target.parameter.grad is None else self._batch.get(target)
-            self._batch[target] = gradient if seen is None else seen + gradient
+            # A copy: what arrives becomes `grad`, in which what is dropped is zeroed.
+            self._batch[target] = gradient.detach().clone() if seen is None else seen + gradient.detach()
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]

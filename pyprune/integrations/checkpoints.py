@@ -1,105 +1,79 @@
-"""Checkpoints of a masked model that are those of the plain model, and what they leave out."""
+"""Masks and the checkpoints of trainers, which save and load the model by themselves."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from pyprune.modules.attachments import Owner
-from pyprune.modules.dead_channels import update_followers
-from pyprune.modules.masks import FollowingMask, Mask
-from pyprune.modules.targets import Target, attachments_of
+from pyprune.modules.attachments import MASKS
+from pyprune.modules.mask_states import check_state, load_states, state_of
+from pyprune.modules.masks import FollowingMask, Mask, changing_masks
+from pyprune.modules.targets import attachments_of
 
 
-def keep_plain(model: nn.Module) -> list[RemovableHandle]:
-    """Make ``state_dict`` and ``load_state_dict`` of a model with masks those of the model that `strip` would leave.
+def masks_follow_loading(model: nn.Module) -> list[RemovableHandle]:
+    """Let the masks of a model become the zeros of what is loaded into it.
 
-    Trainers save and load a model by themselves, and into models without masks: with these hooks
-    ``from_pretrained`` and ``load_from_checkpoint`` work. Loading drops what is zero in the checkpoint.
+    Trainers load the best checkpoint into the model at the end of a training (``load_best_model_at_end``), whose
+    weights are to stay as they were, though masks drop others by now.
 
     Example:
         >>> from pyprune import prune
         >>> linear = prune(nn.Linear(4, 2), "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.5)
-        >>> hooks = keep_plain(linear)
-        >>> sorted(linear.state_dict())
-        ['bias', 'weight']
+        >>> hooks = masks_follow_loading(linear)
+        >>> _ = linear.load_state_dict({"weight": torch.ones(2, 4), "bias": torch.ones(2)})
+        >>> int((linear.weight == 0).sum())
+        0
     """
-    return [
-        model.register_state_dict_post_hook(_to_plain),
-        model.register_load_state_dict_pre_hook(_from_plain),
-        model.register_load_state_dict_post_hook(lambda module, _: update_followers(module)),
+    # Wherever masks are, because a part of the model may be what is loaded.
+    masked = [module for module in model.modules() if MASKS in module.__dict__]
+    return [module.register_load_state_dict_post_hook(_take_zeros) for module in masked]
+
+
+@torch.no_grad()
+def _take_zeros(module: nn.Module, incompatible: object) -> None:
+    masks = [
+        mask
+        for mask in module.__dict__.get(MASKS, {}).values()
+        # A bias that is zero by chance is not dropped; those masks follow the weights'.
+        if isinstance(mask, Mask) and not isinstance(mask, FollowingMask) and mask.is_written()
     ]
+    for mask in masks:
+        mask.parked = None
+        mask.saw()
+    with changing_masks(masks):
+        for mask in masks:
+            if mask.parameter is not None:
+                mask.mask.copy_(mask.parameter != 0)
 
 
-def masked_state(model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """Return what a plain checkpoint lacks: the masks, and what the raw weights are where they drop.
+def state_of_masks(model: nn.Module) -> dict[str, Any]:
+    """Return the masks of a model by name, as `state_of` does.
 
     Example:
         >>> from pyprune import prune
-        >>> linear = prune(nn.Linear(4, 2), "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.5)
-        >>> {name: list(part) for name, part in masked_state(linear).items()}
-        {'masks': ['weight'], 'dropped': ['weight']}
+        >>> list(state_of_masks(prune(nn.Linear(4, 2), "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.5)))
+        ['weight']
     """
-    masks = _masks(model)
-    return {
-        "masks": {target.name: attached.mask.cpu() for target, attached in masks.items()},
-        "dropped": {
-            target.name: target.parameter.detach()[~attached.mask].cpu() for target, attached in masks.items()
-        },
-    }
+    found = attachments_of(model).items()
+    return {target.name: state_of(mask) for target, mask in found if isinstance(mask, Mask)}
 
 
-def load_masked_state(model: nn.Module, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Bring masks and raw weights to what `masked_state` returned, on a model that got the plain checkpoint.
+def load_masks(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Bring the masks of a model to what `state_of_masks` returned.
 
     Raises:
         ValueError: if other weights carry masks.
     """
-    masks = {target.name: (target.parameter, attached) for target, attached in _masks(model).items()}
-    saved = state["masks"]
-    different = sorted(set(masks) ^ set(saved)) + [
-        name for name in set(masks) & set(saved) if masks[name][1].mask.shape != saved[name].shape
-    ]
+    masks = {target.name: mask for target, mask in attachments_of(model).items() if isinstance(mask, Mask)}
+    different = sorted(set(masks) ^ set(state))
     if different:
         raise ValueError(
             f"the masks of the checkpoint and of the model differ in {', '.join(different[:8])}; resume with the "
             "model and the pruning that were saved"
         )
-    with torch.no_grad():
-        for name, (parameter, attached) in masks.items():
-            attached.mask.copy_(saved[name])
-            dropped = state["dropped"][name].to(parameter.device, parameter.dtype)
-            parameter.masked_scatter_(~attached.mask, dropped)
-
-
-def _masks(model: nn.Module) -> dict[Target, Mask]:
-    return {target: attached for target, attached in attachments_of(model).items() if isinstance(attached, Mask)}
-
-
-def _attached_names(owner: Owner, prefix: str) -> tuple[str, str]:
-    """Return where a state_dict has the raw weight and the mask of an owner."""
-    path = prefix + owner.name.removesuffix(owner.attribute) + f"parametrizations.{owner.attribute}."
-    return path + "original", path + "0.mask"
-
-
-@torch.no_grad()
-def _to_plain(model: nn.Module, state: dict[str, Any], prefix: str, local_metadata: object) -> None:
-    for target, attached in _masks(model).items():
-        value = attached(target.parameter)
-        for owner in target.owners:
-            raw, mask = _attached_names(owner, prefix)
-            del state[raw], state[mask]
-            state[prefix + owner.name] = value
-
-
-def _from_plain(model: nn.Module, state: dict[str, Any], prefix: str, *unused: object) -> None:
-    for target, attached in _masks(model).items():
-        for owner in target.owners:
-            if prefix + owner.name in state:
-                value = state.pop(prefix + owner.name)
-                raw, mask = _attached_names(owner, prefix)
-                state[raw] = value
-                # A bias that is zero by chance is not dropped; those masks follow the weights'.
-                state[mask] = attached.mask if isinstance(attached, FollowingMask) else value != 0
+    for name, mask in masks.items():
+        check_state(name, state[name], mask.mask.shape)
+    load_states([(mask, state[name]) for name, mask in masks.items()])

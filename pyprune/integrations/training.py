@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from pyprune import ops
-from pyprune.integrations.checkpoints import keep_plain, load_masked_state, masked_state
+from pyprune.integrations.checkpoints import load_masks, masks_follow_loading, state_of_masks
 from pyprune.modules.masks import Mask
 from pyprune.modules.optimizer import innermost_of
 from pyprune.modules.strip import strip
@@ -42,7 +42,7 @@ def start_of(prune: Recipe | str | os.PathLike[str] | Start, examples_inputs: An
 
 
 class Training:
-    """The pruning of one run of a trainer: while it lasts, checkpoints of the model are plain.
+    """The pruning of one run of a trainer.
 
     Args:
         start: makes what prunes.
@@ -59,10 +59,11 @@ class Training:
         if not isinstance(self.pruning, (Pruner, RecipePruner, KeepSparse)):
             raise TypeError(f"prune returned a {type(self.pruning).__name__}; it must return a Pruner")
         if resumed is not None:
-            if not isinstance(self.pruning, KeepSparse):
+            if isinstance(self.pruning, KeepSparse):
+                load_masks(model, resumed["masks"])
+            else:
                 self.pruning.load_state_dict(resumed["pruning"])
-            load_masked_state(model, resumed["model"])
-        self._hooks = keep_plain(model)
+        self._hooks = masks_follow_loading(model)
 
     def step(self) -> None:
         """Go on by one step of the optimizer."""
@@ -71,8 +72,9 @@ class Training:
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint of the model does not have."""
-        pruning = {} if isinstance(self.pruning, KeepSparse) else self.pruning.state_dict()
-        return {"pruning": pruning, "model": masked_state(self.model)}
+        if isinstance(self.pruning, KeepSparse):
+            return {"pruning": {}, "masks": state_of_masks(self.model)}
+        return {"pruning": self.pruning.state_dict(), "masks": {}}
 
     def sparsity(self) -> float:
         """Return the fraction of the weights under masks that is dropped."""

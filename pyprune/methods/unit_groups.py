@@ -1,4 +1,4 @@
-"""What competes: the units of weights, in pure tensors and numbers."""
+"""Unit groups: the units of one weight, or of several that lose them together, in pure tensors and numbers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ Reduction = Literal["sum", "mean", "max"]
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """A weight as floor 2 sees it.
+    """A weight in plain tensors: its values, which of its dimensions are channels, and what is known of it.
 
     Args:
         name: its name in the dense model.

@@ -2,25 +2,33 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from pyprune.modules.attachments import Attachment, check_module
+from pyprune.modules.attachments import Attachment, check_module, gate_name
 from pyprune.modules.forward_pass import attach_and_share
 from pyprune.modules.gates import HardConcreteGate, StochasticGate, check_gates
+from pyprune.modules.holding import hold_zeros, watch
+from pyprune.modules.mask_states import check_state, pack_bits, state_of, unpack_bits
 from pyprune.modules.masks import FollowingMask, Mask
 from pyprune.modules.targets import Target, all_parameters, attachments_of, check_prunable
 
-_VERSION = 1
+_M = TypeVar("_M", bound=nn.Module)
+
+_VERSION = 2
 _KINDS = {kind.__name__: kind for kind in (StochasticGate, HardConcreteGate)}
 
 
 def get_config(model: nn.Module) -> dict[str, Any]:
-    """Describe where the masks and gates of a model are, in plain dicts and lists that torch.save and JSON take.
+    """Describe the masks and gates of a model: what its state_dict lacks to go on with.
 
-    The masks themselves are buffers, and the logits of gates parameters, in ``model.state_dict()``.
+    The state_dict of a model with masks is that of a plain model with zeros. This has the masks, as bits, and what is
+    parked under them; of gates only where they are, because their logits are in the state_dict.
+
+    Returns:
+        Dicts and lists of numbers, strings and tensors on the CPU, for `torch.save` (``weights_only`` reads it).
 
     Raises:
         TypeError, ValueError: if ``model`` is no module, or has gates of a class that is not pyprune's, or such that
@@ -28,8 +36,9 @@ def get_config(model: nn.Module) -> dict[str, Any]:
 
     Example:
         >>> from pyprune import prune
-        >>> get_config(prune(nn.Linear(4, 2), "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.5))
-        {'version': 1, 'masks': [{'names': ['weight'], 'shape': [2, 4]}], 'gates': []}
+        >>> config = get_config(prune(nn.Linear(4, 2), "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.5))
+        >>> config["version"], config["masks"][0]["names"], len(config["masks"][0]["parked"])
+        (2, ['weight'], 4)
     """
     check_module(model)
     check_gates(model)
@@ -39,22 +48,25 @@ def get_config(model: nn.Module) -> dict[str, Any]:
     followed = {attachment: target.name for target, attachment in attached.items()}
     for target, attachment in attached.items():
         entry = {"names": [owner.name for owner in target.owners], "shape": list(target.parameter.shape)}
-        if isinstance(attachment, FollowingMask):
-            name = followed.get(attachment.source)
-            if name is not None:  # else the weight was stripped by itself, and there is nothing to follow
-                masks.append(entry | {"follows": name, "groups": attachment.groups})
-        elif isinstance(attachment, Mask):
-            masks.append(entry | ({} if attachment.unit is None else {"unit": list(attachment.unit)}))
+        if isinstance(attachment, Mask):
+            state = {key: value for key, value in state_of(attachment).items() if key not in ("shape", "followers")}
+            if isinstance(attachment, FollowingMask):
+                name = followed.get(attachment.source)
+                if name is None:  # the weight was stripped by itself, and there is nothing to follow
+                    continue
+                state |= {"follows": name, "groups": attachment.groups}
+            masks.append(entry | state | {"parks": attachment.parks})
         elif isinstance(attachment, StochasticGate):
             gates.append(entry | _describe(target, attachment))
     return {"version": _VERSION, "masks": masks, "gates": gates}
 
 
 @torch.inference_mode(False)  # masks made under inference_mode could not be trained with
-def load_from_config(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
+def load_from_config(model: _M, config: Mapping[str, Any]) -> _M:
     """Put masks and gates on a fresh dense model where ``config`` says, in place; return the model.
 
-    They keep everything until ``model.load_state_dict`` brings the saved ones.
+    Masks are those that were saved, with what is parked under them; ``model.load_state_dict`` brings the rest, before
+    or after.
 
     Args:
         model: a dense model of the class and the sizes that were saved, with the same weights tied. It may be on
@@ -85,17 +97,75 @@ def load_from_config(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
         target = _fitting(entry["names"], entry["shape"], by_name)
         if "follows" in entry:
             followed = by_name.get(entry["follows"])
-            attachments[target] = _follower(entry, None if followed is None else attachments.get(followed))
+            source = None if followed is None else attachments.get(followed)
+            attachments[target] = _mask(entry, _follower(entry, source))
         else:
-            attachments[target] = _mask(entry, target.parameter)
+            attachments[target] = _mask(entry)
     for entry in gates:
         target = _fitting(entry["names"], entry["shape"], by_name)
         attachments[target] = _gate(entry, target.parameter)
     attach_and_share(model, [(target.owners, attachment) for target, attachment in attachments.items()])
-    for attachment in attachments.values():
-        if isinstance(attachment, FollowingMask):
-            attachment.link()
+    masks_put = [attachment for attachment in attachments.values() if isinstance(attachment, Mask)]
+    parked = {mask: mask.parked for mask in masks_put}
+    hold_zeros(masks_put)
+    for mask, values in parked.items():
+        mask.parked = values
+        if isinstance(mask, FollowingMask):
+            mask.link()
+    watch(model)
     return model
+
+
+def upgrade_checkpoint(
+    state_dict: Mapping[str, Any], config: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a checkpoint of pyprune 0.1.0, which had parametrizations, as one of this version.
+
+    Args:
+        state_dict: of the model with masks or gates.
+        config: what `get_config` returned for it.
+
+    Returns:
+        The state_dict of the model as it is now (dense names, zeros where masks drop, logits of gates as
+        ``NAME_mask.logits``), and the config for `load_from_config`.
+
+    Raises:
+        TypeError, ValueError: if they are not such a checkpoint.
+
+    Example:
+        >>> old = {
+        ...     "parametrizations.weight.original": torch.tensor([1.0, 2.0]),
+        ...     "parametrizations.weight.0.mask": torch.tensor([True, False]),
+        ... }
+        >>> names = {"names": ["weight"], "shape": [2]}
+        >>> state_dict, config = upgrade_checkpoint(old, {"version": 1, "masks": [names], "gates": []})
+        >>> state_dict["weight"].tolist(), config["masks"][0]["parked"].tolist()
+        ([1.0, 0.0], [2.0])
+    """
+    if not isinstance(state_dict, Mapping) or not isinstance(config, Mapping):
+        raise TypeError("give the state_dict and the config, both dicts, that pyprune 0.1.0 saved")
+    if config.get("version") != 1:
+        raise ValueError(f"config has version {config.get('version')!r}; only version 1 is brought up to date")
+    state = dict(state_dict)
+    try:
+        masks = [dict(entry) for entry in config["masks"]]
+        for entry in masks:
+            for name in entry["names"]:
+                raw, mask = state.pop(_old_key(name, "original")), state.pop(_old_key(name, "0.mask"))
+                state[name] = torch.where(mask, raw, torch.zeros_like(raw))
+                entry |= {"bits": pack_bits(mask), "parked": raw[~mask].cpu(), "parks": True}
+        for entry in config.get("gates", ()):
+            for name in entry["names"]:
+                state[name] = state.pop(_old_key(name, "original"))
+                state[gate_name(name) + ".logits"] = state.pop(_old_key(name, "0.logits"))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"state_dict and config do not belong together, or are damaged: {error!r}") from error
+    return state, {**config, "version": _VERSION, "masks": masks}
+
+
+def _old_key(name: str, what: str) -> str:
+    prefix, _, attribute = name.rpartition(".")
+    return f"{prefix}.parametrizations.{attribute}.{what}".removeprefix(".")
 
 
 def _describe(target: Target, gate: StochasticGate) -> dict[str, Any]:
@@ -107,17 +177,22 @@ def _describe(target: Target, gate: StochasticGate) -> dict[str, Any]:
     return {"kind": kind, "options": gate.options() | {"gate_shape": list(gate.gate_shape), "dtype": dtype}}
 
 
-def _mask(entry: Mapping[str, Any], weight: nn.Parameter) -> Attachment:
-    all_kept, unit = torch.ones_like(weight, dtype=torch.bool), entry.get("unit")
-    if unit is None:
-        return Mask(all_kept)
-    if len(unit) != weight.dim() or not all(isinstance(size, int) and size > 0 for size in unit):
-        names = ", ".join(entry["names"])
+def _mask(entry: Mapping[str, Any], following: Mask | None = None) -> Mask:
+    """Return the mask of an entry, or what follows another one, with its state."""
+    names, shape, unit = ", ".join(entry["names"]), entry["shape"], entry.get("unit")
+    try:
+        check_state(names, entry, shape)
+    except ValueError as error:
+        raise ValueError(f"config is damaged: {error}") from error
+    if unit is not None and (len(unit) != len(shape) or not all(isinstance(size, int) and size > 0 for size in unit)):
         raise ValueError(f"config has units of {unit!r} for {names}; give the dict that get_config returned")
-    return Mask(all_kept, tuple(unit))
+    mask = following or Mask(unpack_bits(entry["bits"], shape), None if unit is None else tuple(unit))
+    mask.parks = bool(entry.get("parks", True))
+    mask.parked = None if entry["parked"] is None else entry["parked"].clone()
+    return mask
 
 
-def _follower(entry: Mapping[str, Any], source: Attachment | None) -> Attachment:
+def _follower(entry: Mapping[str, Any], source: Attachment | None) -> Mask:
     groups = entry.get("groups")
     if not isinstance(source, Mask) or not isinstance(groups, int) or source.mask.dim() < 2:
         names = ", ".join(entry["names"])
@@ -152,6 +227,11 @@ def _entries(config: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], list[M
     """Return those of masks and those of gates."""
     if not isinstance(config, Mapping):
         raise TypeError(f"config is a {type(config).__name__}; give the dict that get_config returned")
+    if config.get("version") == 1:
+        raise ValueError(
+            "config was written by pyprune 0.1.0, whose checkpoints have the masks in the state_dict; bring both "
+            "up to date first: state_dict, config = pyprune.upgrade_checkpoint(state_dict, config)"
+        )
     if config.get("version") != _VERSION:
         raise ValueError(
             f"config has version {config.get('version')!r}; this pyprune reads version {_VERSION}: give the dict "

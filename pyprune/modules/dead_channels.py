@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyprune.modules.activations import channel_dim
 from pyprune.modules.evaluation import check_initialized, evaluating, forward, untouched
-from pyprune.modules.masks import FollowingMask, NewFollower, NewMask
+from pyprune.modules.masks import NewFollower, NewMask
 from pyprune.modules.targets import Target, by_place, is_transposed, output_layers
 
 
@@ -64,8 +64,8 @@ def norms_after(
 def new_followers(model: nn.Module, masks: Mapping[Target, NewMask], inputs: Any) -> list[NewFollower]:
     """Plan masks for the biases of these targets' layers, and for scale and shift of the BatchNorm after them.
 
-    They are to drop what belongs to output channels without a weight, so that such a channel is really zero;
-    `update_followers` keeps them so. What carries such a mask already is left out.
+    They are to drop what belongs to output channels without a weight, so that such a channel is really zero. What
+    carries such a mask already is left out.
 
     Raises:
         ValueError: if the model has BatchNorm and there are no inputs to see which layer it follows, if that
@@ -100,10 +100,3 @@ def new_followers(model: nn.Module, masks: Mapping[Target, NewMask], inputs: Any
             groups = cast(int, layer.groups) if is_transposed(layer) else 0
             new.append(NewFollower(found.owners, masks[target], groups))
     return new
-
-
-def update_followers(model: nn.Module) -> None:
-    """Set the masks of biases and BatchNorm parameters to what the masks of the weights have become."""
-    for module in model.modules():
-        if isinstance(module, FollowingMask):
-            module.update()

@@ -1,6 +1,20 @@
 """Where a forward pass of a model begins and ends: with the outermost call of a module that has gates below it.
 
-ARCHITECTURE.md says why it is done so.
+All uses of a weight in one pass must see the same sample of its gate: tied owners, a module that is called twice,
+and the recomputation of checkpointed activations. A gate sees only a weight, so something has to tell it the pass.
+
+- Calls inside the outermost one change nothing. Modules with gates below them get a subclass of their class whose
+  ``__call__`` opens a pass and closes it in ``finally``. Hooks would not do: an interrupt from the keyboard goes
+  past them and leaves the pass open, and attention leaves its fast path when it sees any. ``_call_impl`` does the
+  same, because what was compiled before it was pruned has kept the old ``__call__``. When a module's parts have
+  been stripped one by one, its next call or copy gives it its class back. A ``forward`` that is a generator runs
+  outside of its pass.
+- torch.compile: that ``__call__`` is marked to run in Python, and what it calls is compiled with the seed as an
+  input, so a compiled block shares the sample of its eager model, and can be checkpointed. If the caller is
+  compiled as a whole, the draw is part of the graph, and checkpointing too. Nothing that changes per step is
+  guarded. One gap is left: a block whose ``forward`` is torch's own (``nn.Sequential``), compiled by
+  ``torch.compile(block)`` and checkpointed from outside, draws anew in the recomputation; torch notices this unless
+  the checkpoint is reentrant.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,93 +1,42 @@
 """Masks: what magnitude pruning puts on weights."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pyprune import ops
-from pyprune.modules.attachments import Attachment, Owner, attach, shared_attachment
+from pyprune.modules import steps as _steps  # noqa: F401  (optimizers keep what masks hold)
+from pyprune.modules.attachments import Owner, attach, shared_attachment
+from pyprune.modules.holding import Hold, hold_zeros, holds_in, raw_values, watch
+from pyprune.modules.targets import Target
 
 
-class Mask(Attachment):
-    """A bool tensor that zeroes part of a weight and of its gradient; all owners of a tied weight share one.
-
-    ``where``, not a product: a dropped infinity must give 0, not NaN.
+class Mask(Hold):
+    """What magnitude pruning puts on weights: a bool tensor whose zeros are held; owners of a tied weight share one.
 
     Args:
         mask: True = kept.
         unit: how large what goes as one is along each dimension of the weight; None for single elements.
-
-    Example:
-        >>> Mask(torch.tensor([True, False]))(torch.tensor([1.0, torch.inf])).tolist()
-        [1.0, 0.0]
     """
 
-    mask: Tensor
-    # Whether the gradient of the weight in use reaches the dropped weights too.
-    dense_gradient = False
-
     def __init__(self, mask: Tensor, unit: tuple[int, ...] | None = None) -> None:
-        super().__init__()
-        self.register_buffer("mask", mask)
+        super().__init__(mask)
         self.unit = unit
-        # Other modules, but not its submodules; copies of a model link to the copies.
+        # Copies of a model link to the copies.
         self.followers: list[FollowingMask] = []
-        self._seen_by: list[Callable[[Tensor], None]] = []
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """Return the weight with zeros where the mask is False."""
-        return ops.mask_weight(weight, self.mask, dense_gradient=self.dense_gradient)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Hooks of parameters are not copied or saved either.
-        state = {name: value for name, value in vars(self).items() if name not in ("dense_gradient", "_hook")}
-        return {**state, "_seen_by": []}
+    def _untied(self) -> "Mask":
+        untied = cast(Mask, super()._untied())
+        untied.followers = []
+        return untied
 
     def update_followers(self) -> None:
         """Set the masks of biases and BatchNorm parameters that follow this one to what it has become."""
         for follower in self.followers:
             follower.update()
-
-    def show_gradient(self, parameter: Tensor, see: Callable[[Tensor], None]) -> Callable[[], None]:
-        """Let ``see`` look at the gradient of the weight in use, in which dropped weights have theirs.
-
-        What goes on into ``grad`` is masked all the same, so clipping and optimizers see nothing of it.
-
-        Args:
-            parameter: what the mask sits on.
-            see: is called in each backward pass.
-
-        Returns:
-            A function that ends it.
-        """
-        if not self._seen_by:
-            self.dense_gradient = True
-            self._hook = parameter.register_hook(self._show)  # type: ignore[no-untyped-call]
-        self._seen_by.append(see)
-
-        def stop() -> None:
-            self._seen_by.remove(see)
-            if not self._seen_by:
-                self.dense_gradient = False
-                self._hook.remove()
-
-        return stop
-
-    def _show(self, gradient: Tensor) -> Tensor | None:
-        if not self.dense_gradient:  # it was folded into the weight
-            return None
-        for see in self._seen_by:
-            see(gradient.detach())
-        return ops.mask_weight(gradient, self.mask)
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Mask":
-        # model.type(dtype), unlike model.to(dtype), converts bool buffers too.
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.mask = self.mask.bool()
-        return self
 
 
 class FollowingMask(Mask):
@@ -135,6 +84,38 @@ def channels_alive(mask: Tensor, groups: int = 0) -> Tensor:
     return mask.reshape(groups, mask.shape[0] // groups, mask.shape[1], -1).any(3).any(1).flatten()
 
 
+def masks_in(model: nn.Module) -> list[Mask]:
+    """List the masks of a model, also those that follow others, each once."""
+    return [hold for hold in holds_in(model) if isinstance(hold, Mask)]
+
+
+def raw_weight(target: Target) -> Tensor:
+    """Return the values of a weight without the zeros of its mask; not to be written to."""
+    carried = target.attachment
+    return carried.raw_values() if isinstance(carried, Mask) else target.parameter.detach()
+
+
+@contextmanager
+def changing_masks(masks: Iterable[Mask]) -> Iterator[None]:
+    """Let weights have their raw values while their masks change; then followers follow, and zeros are held again.
+
+    Example:
+        >>> from pyprune import prune
+        >>> linear = prune(nn.Linear(2, 2), "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.5)
+        >>> (mask,) = masks_in(linear)
+        >>> with changing_masks([mask]):
+        ...     _ = mask.mask.fill_(True)
+        >>> int((linear.weight == 0).sum())
+        0
+    """
+    masks = list(masks)
+    followers = [follower for mask in masks for follower in mask.followers]
+    with raw_values(dict.fromkeys([*masks, *followers])):
+        yield
+        for mask in masks:
+            mask.update_followers()
+
+
 @dataclass(frozen=True, eq=False)
 class NewMask:
     """A mask to be, for all owners of one parameter; ``unit`` as in `Mask`."""
@@ -153,14 +134,15 @@ class NewFollower:
     groups: int
 
 
-def attach_masks(masks: Sequence[NewMask], followers: Iterable[NewFollower] = ()) -> None:
+def attach_masks(model: nn.Module, masks: Sequence[NewMask], followers: Iterable[NewFollower] = ()) -> None:
     """Put each mask on all its owners, and new followers on theirs; change nothing if one of them refuses.
 
-    Where a `Mask` is there already it is kept, and updated in place, so that nothing is recompiled.
+    Where a `Mask` is there already it is kept and updated in place. Weights have their zeros afterwards, and what was
+    there is parked; but those of a mask that was there already must be raw (`raw_values`), and stay so.
 
     Example:
         >>> linear = torch.nn.Linear(2, 2)
-        >>> attach_masks([NewMask([Owner("weight", linear, "weight")], torch.eye(2, dtype=torch.bool))])
+        >>> attach_masks(linear, [NewMask([Owner("weight", linear, "weight")], torch.eye(2, dtype=torch.bool))])
         >>> bool(linear.weight[0, 1] == 0)
         True
     """
@@ -170,10 +152,10 @@ def attach_masks(masks: Sequence[NewMask], followers: Iterable[NewFollower] = ()
         shared = cast(Mask | None, shared_attachment(new.owners))
         if shared is not None:
             # Checked before the first is written, so that no copy of the old masks is needed.
-            if new.mask.shape != shared.mask.shape or shared.mask.is_inference():
+            if new.mask.shape != shared.mask.shape:
                 raise ValueError(
-                    f"a mask of shape {tuple(shared.mask.shape)} cannot take one of {tuple(new.mask.shape)}, or it "
-                    "was loaded under torch.inference_mode; load the state_dict outside it"
+                    f"a mask of shape {tuple(shared.mask.shape)} cannot take one of {tuple(new.mask.shape)}; call "
+                    "pyprune.strip before weights are resized"
                 )
             updates.append(new)
         carried[new] = shared or Mask(new.mask, new.unit)
@@ -183,5 +165,12 @@ def attach_masks(masks: Sequence[NewMask], followers: Iterable[NewFollower] = ()
         follower_mask.link()
     with torch.no_grad():
         for new in updates:
-            carried[new].mask.copy_(new.mask)
+            if new.mask is not carried[new].mask:
+                carried[new].mask.copy_(new.mask)
             carried[new].unit = new.unit
+        for _, follower_mask in following:
+            follower_mask.update()
+    updated = {carried[new] for new in updates}
+    hold_zeros([mask for mask in carried.values() if mask not in updated] + [mask for _, mask in following])
+    if len(updated) < len(carried) or following:
+        watch(model)

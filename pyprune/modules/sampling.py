@@ -1,7 +1,22 @@
 """Which seed a gate samples with: one per forward pass of a model, also when activations are computed again.
 
-Gates of one model share a `Sampler`, and each has a `Seat`, in which it finds its own seed while a pass is open. So
-compiled code need not know the number of a gate, and one piece of it serves layers that are alike.
+- A pass has one seed for each gate that it is for, drawn by ``torch.randint`` when it begins (one call per device), so
+  that ``torch.manual_seed`` governs it. Each rank of `torch.distributed` makes other noise of it. Outside of passes
+  every read of a weight draws.
+- While a pass is open, each gate finds its seed in a `Seat` of its own. So compiled code need not know the number of
+  a gate, which torch.compile would guard, and one piece of it serves all layers that are alike.
+- Recomputation calls modules again during the backward pass, possibly after other forward passes. Autograd numbers
+  its nodes in the order in which they are made, so the node that asks for the recomputation tells which pass it was
+  made in: the one whose first and last number enclose it. Its seeds are used again. If the pass began inside the
+  checkpointed part, it drew there and draws again: the generator is in the same state (not with
+  ``preserve_rng_state=False``; and a reentrant checkpoint around the whole model makes no nodes in its forward
+  pass, so then it samples anew).
+- Every thread counts its nodes by itself. Where passes of several threads enclose the number, that of the thread of
+  the backward pass is meant; a GPU's backward thread has none, and then an error asks for a copy of the model per
+  thread.
+- What is recomputed is kept apart, by thread, and held by a callback of the engine, so that it goes when that run
+  ends or fails.
+- Copies share nothing: a sampler knows no gates, gates know the sampler, and a copied sampler is a new one.
 """
 
 import functools

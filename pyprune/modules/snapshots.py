@@ -3,11 +3,14 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyprune.modules.attachments import dense_modules, dense_parameters, detach
+from pyprune.modules.holding import hold_zeros, holds_in, release, unwatch
+from pyprune.modules.mask_states import load_states, state_of
 from pyprune.modules.masks import Mask
 from pyprune.modules.targets import Target, attachments_of
 
@@ -18,11 +21,11 @@ class Snapshot:
 
     Args:
         state: its state_dict, copied to the CPU.
-        units: of each weight with a mask what `Mask` calls unit.
+        masks: of each weight with a mask its `state_of`.
     """
 
     state: dict[str, Tensor]
-    units: dict[str, tuple[int, ...] | None]
+    masks: dict[str, dict[str, Any]]
 
     @classmethod
     def of(cls, model: nn.Module) -> "Snapshot":
@@ -34,16 +37,17 @@ class Snapshot:
             else value
             for name, value in model.state_dict(keep_vars=True).items()
         }
-        return cls(state, {target.name: mask.unit for target, mask in _masks(model)})
+        return cls(state, {target.name: state_of(mask) for target, mask in _masks(model)})
 
     def restore(self, model: nn.Module) -> None:
         """Make the model what it was; masks that were put on since are taken off."""
-        for target, mask in reversed(_masks(model)):
-            if target.name in self.units:
-                mask.unit = self.units[target.name]
-            else:
+        release(holds_in(model))
+        for target, _ in reversed(_masks(model)):
+            if target.name not in self.masks:
                 detach(target.owners[::-1])
+        unwatch(model)
         model.load_state_dict(self.state)
+        load_states([(mask, self.masks[target.name]) for target, mask in _masks(model) if mask.on_target])
 
 
 def _masks(model: nn.Module) -> list[tuple[Target, Mask]]:
@@ -68,10 +72,7 @@ def dense_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return parameters and saved buffers by the names that they have in the state_dict of the dense model.
 
     Example:
-        >>> from pyprune.modules.attachments import Attachment, Owner, attach
-        >>> linear = nn.Linear(2, 2)
-        >>> _ = attach([([Owner("weight", linear, "weight")], Attachment())])
-        >>> list(dense_tensors(linear))
+        >>> list(dense_tensors(nn.Linear(2, 2)))
         ['weight', 'bias']
     """
     tensors: dict[str, Tensor] = {owner.name: parameter for owner, parameter in dense_parameters(model)}
@@ -104,8 +105,11 @@ def check_rewindable(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 @torch.no_grad()
 def rewind(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Set weights and buffers to those of a state_dict of the dense model; masks stay."""
+    holds = holds_in(model)
+    release(holds)
     for name, tensor in dense_tensors(model).items():
         tensor.copy_(state[name])
+    hold_zeros(holds)
 
 
 def _some(names: list[str]) -> str:

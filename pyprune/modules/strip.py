@@ -3,6 +3,7 @@
 import copy
 import math
 from enum import Enum
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,11 @@ from pyprune import ops
 from pyprune.modules.attachments import attach, check_module, detach
 from pyprune.modules.forward_pass import share_samples, unshare_samples
 from pyprune.modules.gates import HardConcreteGate, StochasticGate, check_gates
+from pyprune.modules.holding import check_places, unwatch
 from pyprune.modules.masks import Mask
 from pyprune.modules.targets import attachments_of, check_prunable
+
+_M = TypeVar("_M", bound=nn.Module)
 
 
 class StripFormat(str, Enum):
@@ -28,12 +32,12 @@ class StripFormat(str, Enum):
 
 @torch.inference_mode(False)  # a copy made under inference_mode could not be trained
 def strip(
-    model: nn.Module,
+    model: _M,
     *,
     do_copy: bool = False,
     strip_format: StripFormat | str = StripFormat.IN_PLACE,
     expected_count: bool = False,
-) -> nn.Module:
+) -> _M:
     """Write into the weights what masks and gates make of them in evaluation, and remove every trace of pruning.
 
     Classes of modules, names and order of parameters, the `Parameter` objects and their ``requires_grad`` are
@@ -75,6 +79,7 @@ def strip(
     if strip_format != StripFormat.IN_PLACE:
         raise ValueError(f"strip_format is {strip_format!r}; allowed is StripFormat.IN_PLACE")
     check_gates(model)
+    check_places(model)
     attachments = attachments_of(model)
     if expected_count and not any(isinstance(found, HardConcreteGate) for found in attachments.values()):
         raise ValueError(
@@ -83,12 +88,6 @@ def strip(
         )
     for target in attachments:
         check_prunable(target)
-        for owner in target.owners:
-            if owner.foreign_steps:
-                raise ValueError(
-                    f"{owner.name} got another parametrization ({', '.join(owner.foreign_steps)}) over its "
-                    "mask or gate; remove that one first"
-                )
     undecided = [
         target.name
         for target, found in attachments.items()
@@ -104,6 +103,7 @@ def strip(
     attachments = attachments_of(model)
     masks = {target.parameter: found for target, found in attachments.items() if isinstance(found, Mask)}
     gates = {target.parameter: found for target, found in attachments.items() if isinstance(found, StochasticGate)}
+    kept = {weight: found.mask for weight, found in masks.items()}
     try:
         # The last comes off first, so that attaching again keeps the order. Weights change when all else is done.
         for target in reversed(attachments):
@@ -111,8 +111,8 @@ def strip(
         unshare_samples(model)
         gated = {weight: _gated(weight, gate, expected_count) for weight, gate in gates.items()}
         for device in {weight.device for weight in masks}:
-            group = {weight: found.mask for weight, found in masks.items() if weight.device == device}
-            ops.fold(list(group), list(group.values()))
+            group = [weight for weight in masks if weight.device == device]
+            ops.fold(group, [kept[weight] for weight in group])
         with torch.no_grad():
             for weight, value in gated.items():
                 weight.copy_(value)
@@ -123,8 +123,7 @@ def strip(
         raise
     for gate in gates.values():
         gate.folded = True
-    for mask in masks.values():
-        mask.dense_gradient = False  # hooks let gradients pass then
+    unwatch(model)
     return model
 
 

@@ -22,6 +22,7 @@ from pyprune.modules.attachments import (
 from pyprune.modules.evaluation import check_initialized, check_inputs
 from pyprune.modules.ignored_scope import IgnoredScope, ignored_by
 from pyprune.modules.memory import overlapping, overlaps_itself
+from pyprune.modules.sharding import is_sharded, local_part
 from pyprune.modules.tracing import used_as_weights
 
 _LAYERS = (
@@ -230,31 +231,13 @@ def check_readable(target: Target, *, advice: str = "", needs_values: bool = Tru
         raise type(problem)(f"{target.name} {problem}{advice}")
 
 
-def local_part(tensor: Tensor) -> Tensor:
-    """Return what this rank holds of a tensor: its shard if it is a DTensor (as under FSDP2), else all of it.
-
-    Example:
-        >>> local_part(torch.ones(2)).tolist()
-        [1.0, 1.0]
-    """
-    if not _is_sharded(tensor):
-        return tensor
-    with torch.no_grad():  # with gradients it would be another tensor, in the same memory
-        return cast(Tensor, tensor.to_local())  # type: ignore[attr-defined]
-
-
-def _is_sharded(tensor: Tensor) -> bool:
-    # By name: importing the class would load all of torch.distributed.
-    return type(tensor).__name__ == "DTensor"
-
-
 def _problem(parameter: nn.Parameter, needs_values: bool = True) -> Exception | None:
     problem: Exception | None = None
     if is_lazy(parameter):
         problem = ValueError("is lazy and has no values yet; run one forward pass first")
     elif parameter.is_meta and needs_values:
         problem = ValueError("is on the meta device and has no values; load the weights first")
-    elif _is_sharded(parameter):
+    elif is_sharded(parameter):
         problem = ValueError("is sharded; prune before, and strip on, an unsharded model")
     elif is_traceable_wrapper_subclass(parameter):
         problem = TypeError(

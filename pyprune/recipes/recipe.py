@@ -1,4 +1,11 @@
-"""Recipes: YAML files that say which pruning is done in which epochs of a training."""
+"""Recipes: YAML files that say which pruning is done in which epochs of a training.
+
+A file is read twice: `yaml_source` keeps its nodes, so that each error has a line; `stages` makes of them schedules
+that wait for the number of steps per epoch. All pruners of a recipe are made at once, the later ones with masks
+that keep everything: what does not fit is found before the training, and checkpoints always have the same names. A
+stage is over with its last update, which may be late, unless the next has begun. ``constant`` holds anew what is
+zero when a state is loaded, since weights may have been loaded after the recipe was applied.
+"""
 
 import math
 import os

@@ -70,7 +70,7 @@ def choose_masks(
     into: Mapping[Target, Tensor] | None = None,
     unit_groups: Sequence[UnitGroup] | None = None,
 ) -> Choice:
-    """Hold the contest that a method asks for between targets, with their statistics; nothing is attached yet.
+    """Choose new masks for targets by a method, from their weights and statistics; nothing is put on them yet.
 
     Args:
         method, amount: how and how much, from `pyprune.methods.method.check_amount`.
@@ -90,11 +90,11 @@ def choose_masks(
         part = amount if ratios is None else replace(amount, ratio={c.name: ratios[c.name] for c in together})
         members = [member for unit_group in together for member in unit_group.members]
         owners = [by_name[member.weight.name] for member in members]
-        outcome = choose_units(method, together, part, None if into is None else [into[target] for target in owners])
-        for target, member, mask in zip(owners, members, outcome.masks, strict=True):
+        selected = choose_units(method, together, part, None if into is None else [into[target] for target in owners])
+        for target, member, mask in zip(owners, members, selected.masks, strict=True):
             unit = None if method.granularity.name == "element" else member.block
             chosen[target] = NewMask(target.owners, mask, unit)
-        nonfinite.append(([unit_group.name for unit_group in together], outcome.nonfinite))
+        nonfinite.append(([unit_group.name for unit_group in together], selected.nonfinite))
     what = "weights" if method.importance.power is not None else f"scores by {method.importance.name}"
     return Choice(chosen, what, nonfinite)
 
@@ -110,7 +110,7 @@ def units_of(method: Method, targets: Sequence[Target]) -> dict[str, tuple[int, 
 def unit_groups_of(
     method: Method, amount: Amount, targets: Sequence[Target], statistics: Mapping[Target, Tensor | None]
 ) -> list[UnitGroup]:
-    """Cut weights into the units of a method: one unit group for each weight, or for the heads of a layer."""
+    """Cut weights into the units of a method: a group for each weight, or for the heads of a layer."""
 
     def weight_of(target: Target) -> Weight:
         out_dim, in_dim = channel_dims(target)

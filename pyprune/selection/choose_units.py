@@ -1,4 +1,4 @@
-"""Which units stay: the contests of each scope, decided by the kernels."""
+"""Which units stay: counts from ratios, scope by scope, and masks of units from the kernels."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ class Selected:
     """What stays: a mask (True = kept) for each member of each unit group, in order.
 
     ``nonfinite`` counts the NaN and infinite scores of each unit group; if there are any, the masks mean nothing.
-    Reading it is the only synchronisation with the device that most contests have.
+    Reading it is the only synchronisation with the device that most scopes need.
     """
 
     masks: list[Tensor]
@@ -32,7 +32,7 @@ class Selected:
 def choose_units(
     method: Method, unit_groups: Sequence[UnitGroup], amount: Amount, masks: Sequence[Tensor] | None = None
 ) -> Selected:
-    """Choose the units of the unit groups that stay.
+    """Choose which units stay: of those that compete, the ones with the highest scores, as many as the amount says.
 
     Args:
         method: how.
@@ -49,23 +49,23 @@ def choose_units(
         >>> from pyprune.methods.method import METHODS, PruneMode
         >>> weights = [Weight("a", torch.tensor([3.0, -1.0])), Weight("b", torch.tensor([0.1, 0.2]))]
         >>> unit_groups = [UnitGroup(weight.name, (Member(weight, (1,)),)) for weight in weights]
-        >>> outcome = choose_units(METHODS[PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL], unit_groups, Amount(0.5))
-        >>> [mask.tolist() for mask in outcome.masks]
+        >>> selected = choose_units(METHODS[PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL], unit_groups, Amount(0.5))
+        >>> [mask.tolist() for mask in selected.masks]
         [[True, False], [False, True]]
     """
     bases = _unit_bases(method, unit_groups) if amount.has_bases else [None] * len(unit_groups)
     of_elements = method.granularity.name == "element"
-    units = _HOLD[method.scope.name](_Units(method, unit_groups, bases, amount, masks if of_elements else None))
+    selected = _SELECT[method.scope.name](_Units(method, unit_groups, bases, amount, masks if of_elements else None))
     if of_elements:
-        return units
+        return selected
     members = [member for unit_group in unit_groups for member in unit_group.members]
     if masks is None:
         masks = [torch.empty_like(member.weight.values, dtype=torch.bool) for member in members]
-    spread_units(unit_groups, units.masks, masks)
+    spread_units(unit_groups, selected.masks, masks)
     for member, mask in zip(members, masks, strict=True):
         if amount.has_bases and member.weight.base is not None:
             mask &= member.weight.base  # a unit that is kept may have lost elements before
-    return Selected(list(masks), units.nonfinite)
+    return Selected(list(masks), selected.nonfinite)
 
 
 def ratios_of(method: Method, amount: Amount, unit_groups: Sequence[UnitGroup]) -> dict[str, float] | None:
@@ -87,7 +87,7 @@ def ratios_of(method: Method, amount: Amount, unit_groups: Sequence[UnitGroup]) 
 
 @dataclass(frozen=True)
 class _Units:
-    """What competes; the outcome has a mask of units for each unit group."""
+    """The units that compete, and how much of them goes; what is selected has a mask of units for each unit group."""
 
     method: Method
     unit_groups: Sequence[UnitGroup]
@@ -131,18 +131,18 @@ class _Units:
         return counts
 
 
-def _among_all(contest: _Units) -> Selected:
-    method, amount, sizes, dropped = contest.method, contest.amount, contest.sizes, contest.dropped()
+def _among_all(units: _Units) -> Selected:
+    method, amount, sizes, dropped = units.method, units.amount, units.sizes, units.dropped()
     assert isinstance(amount.ratio, float)
     removed = removed_in_all(sum(sizes), sum(dropped), amount, amount.ratio)
-    bases = contest.known_bases
+    bases = units.known_bases
     is_lamp = method.importance.normalize == "lamp" and is_magnitude_of_elements(method)
     if is_lamp and method.importance.power == 1 and bases is None and not amount.is_capped:
         # Within a weight LAMP orders like |w|, so the weights' counts are all there is to find.
-        weights = [unit_group.weight.values for unit_group in contest.unit_groups]
+        weights = [unit_group.weight.values for unit_group in units.unit_groups]
         finite = bool(ops.norms(weights).isfinite().all())
-        return Selected(*ops.threshold(weights, lamp_removed(weights, removed) if finite else 0, masks=contest.masks))
-    key = keys(method, contest.unit_groups, compared=True)
+        return Selected(*ops.threshold(weights, lamp_removed(weights, removed) if finite else 0, masks=units.masks))
+    key = keys(method, units.unit_groups, compared=True)
     if not amount.is_capped:
         return Selected(
             *ops.threshold(
@@ -151,10 +151,10 @@ def _among_all(contest: _Units) -> Selected:
                 scales=key.scales,
                 normalize=key.normalize,
                 bases=bases,
-                masks=contest.masks,
+                masks=units.masks,
             )
         )
-    bounds = _bounds(contest, sizes, dropped, removed)
+    bounds = _bounds(units, sizes, dropped, removed)
     return Selected(
         *capped_threshold(
             key.tensors,
@@ -164,17 +164,17 @@ def _among_all(contest: _Units) -> Selected:
             scales=key.scales,
             normalize=key.normalize,
             bases=bases,
-            masks=contest.masks,
+            masks=units.masks,
         )
     )
 
 
-def _bounds(contest: _Units, sizes: Sequence[int], dropped: Sequence[int], removed: int) -> list[tuple[int, int]]:
+def _bounds(units: _Units, sizes: Sequence[int], dropped: Sequence[int], removed: int) -> list[tuple[int, int]]:
     """Return how many units of each unit group must go at least, and may at most."""
-    low = by_name(contest.amount.min_ratio, contest.names, 0.0)
-    high = by_name(contest.amount.max_ratio, contest.names, 1.0)
+    low = by_name(units.amount.min_ratio, units.names, 0.0)
+    high = by_name(units.amount.max_ratio, units.names, 1.0)
     bounds = []
-    for (name, *_), size, gone, min_ratio, max_ratio in zip(contest.names, sizes, dropped, low, high, strict=True):
+    for (name, *_), size, gone, min_ratio, max_ratio in zip(units.names, sizes, dropped, low, high, strict=True):
         least, most = limits(size, min_ratio, max_ratio)
         if least > most:
             raise ValueError(
@@ -192,20 +192,20 @@ def _bounds(contest: _Units, sizes: Sequence[int], dropped: Sequence[int], remov
     return bounds
 
 
-def _in_groups(contest: _Units) -> Selected:
-    amount = contest.amount
+def _in_groups(units: _Units) -> Selected:
+    amount = units.amount
     assert amount.ratio is not None
     sets: dict[str, list[int]] = {}
-    for i, names in enumerate(contest.names):
-        sets.setdefault(group_of(contest.method.scope, names) or "", []).append(i)
+    for i, names in enumerate(units.names):
+        sets.setdefault(group_of(units.method.scope, names) or "", []).append(i)
     # Rules are about all weights; each group gets the numbers of its own.
-    low = by_name(amount.min_ratio, contest.names, 0.0)
-    high = by_name(amount.max_ratio, contest.names, 1.0)
+    low = by_name(amount.min_ratio, units.names, 0.0)
+    high = by_name(amount.max_ratio, units.names, 1.0)
     ratios = by_name(amount.ratio, list(sets), 0.0)
     masks: dict[int, Tensor] = {}
     nonfinite: dict[int, Tensor] = {}
     for chosen, ratio in zip(sets.values(), ratios, strict=True):
-        part = contest.subset(chosen)
+        part = units.subset(chosen)
         own = replace(amount, ratio=ratio)
         if amount.is_capped:
             called = [unit_group.name for unit_group in part.unit_groups]
@@ -214,31 +214,31 @@ def _in_groups(contest: _Units) -> Selected:
                 min_ratio=dict(zip(called, [low[i] for i in chosen], strict=True)),
                 max_ratio=dict(zip(called, [high[i] for i in chosen], strict=True)),
             )
-        outcome = _among_all(replace(part, amount=own))
-        masks.update(zip(chosen, outcome.masks, strict=True))
-        nonfinite.update(zip(chosen, outcome.nonfinite, strict=True))
-    order = range(len(contest.unit_groups))
+        selected = _among_all(replace(part, amount=own))
+        masks.update(zip(chosen, selected.masks, strict=True))
+        nonfinite.update(zip(chosen, selected.nonfinite, strict=True))
+    order = range(len(units.unit_groups))
     return Selected([masks[i] for i in order], torch.stack([nonfinite[i] for i in order]))
 
 
-def _by_tensor(contest: _Units) -> Selected:
+def _by_tensor(units: _Units) -> Selected:
     removed = [
-        removed_in_all(size, dropped, contest.amount, ratio)
-        for size, ratio, dropped in zip(contest.sizes, contest.ratios(), contest.dropped(), strict=True)
+        removed_in_all(size, dropped, units.amount, ratio)
+        for size, ratio, dropped in zip(units.sizes, units.ratios(), units.dropped(), strict=True)
     ]
-    key = keys(contest.method, contest.unit_groups, compared=False)
-    return Selected(*ops.threshold(key.tensors, removed, bases=contest.known_bases, masks=contest.masks))
+    key = keys(units.method, units.unit_groups, compared=False)
+    return Selected(*ops.threshold(key.tensors, removed, bases=units.known_bases, masks=units.masks))
 
 
-def _by_row(contest: _Units) -> Selected:
+def _by_row(units: _Units) -> Selected:
     sizes, kept = [], []
-    for unit_group, base, ratio in zip(contest.unit_groups, contest.bases, contest.ratios(), strict=True):
+    for unit_group, base, ratio in zip(units.unit_groups, units.bases, units.ratios(), strict=True):
         shape = unit_group.unit_shape
         columns = torch.Size(shape).numel() // max(1, shape[unit_group.weight.out_dim] if len(shape) > 1 else 1)
         left = columns if base is None else _left_in_rows(base, unit_group)
         sizes.append(max(1, columns))
-        kept.append(columns - removed_in_all(columns, columns - left, contest.amount, ratio))
-    return _in_rows(contest, sizes, kept, neighbours_are_inputs=False)
+        kept.append(columns - removed_in_all(columns, columns - left, units.amount, ratio))
+    return _in_rows(units, sizes, kept, neighbours_are_inputs=False)
 
 
 def _left_in_rows(base: Tensor, unit_group: UnitGroup) -> int:
@@ -251,16 +251,16 @@ def _left_in_rows(base: Tensor, unit_group: UnitGroup) -> int:
     return int(left.max()) if left.numel() else 0
 
 
-def _n_of_m(contest: _Units) -> Selected:
-    count, scope = len(contest.unit_groups), contest.method.scope
-    return _in_rows(contest, [scope.of] * count, [scope.keep] * count, neighbours_are_inputs=True)
+def _n_of_m(units: _Units) -> Selected:
+    count, scope = len(units.unit_groups), units.method.scope
+    return _in_rows(units, [scope.of] * count, [scope.keep] * count, neighbours_are_inputs=True)
 
 
 def _outputs_first(tensor: Tensor, unit_group: UnitGroup) -> Tensor:
     return tensor.movedim(unit_group.weight.out_dim, 0)
 
 
-def _in_rows(contest: _Units, sizes: list[int], kept: list[int], *, neighbours_are_inputs: bool) -> Selected:
+def _in_rows(units: _Units, sizes: list[int], kept: list[int], *, neighbours_are_inputs: bool) -> Selected:
     """Keep ``kept`` of each ``sizes`` neighbours of a row: all units of an output, or only its input channels."""
 
     def in_rows(tensor: Tensor, unit_group: UnitGroup) -> Tensor:
@@ -279,15 +279,15 @@ def _in_rows(contest: _Units, sizes: list[int], kept: list[int], *, neighbours_a
         shape[unit_group.weight.out_dim] = 1
         return _outputs_first(factor.expand(shape), unit_group).flatten()
 
-    pairs = contest.unit_groups
-    key = keys_in_rows(contest.method, pairs)
-    masks = contest.masks or [torch.empty_like(tensor, dtype=torch.bool) for tensor in key.tensors]
+    pairs = units.unit_groups
+    key = keys_in_rows(units.method, pairs)
+    masks = units.masks or [torch.empty_like(tensor, dtype=torch.bool) for tensor in key.tensors]
     views = [in_rows(tensor, unit_group) for tensor, unit_group in zip(key.tensors, pairs, strict=True)]
     factors = [
         None if f is None else per_column(f, c)
         for f, c in zip(key.factors or [None] * len(pairs), pairs, strict=True)
     ]
-    bases = [None if base is None else in_rows(base, c) for base, c in zip(contest.bases, pairs, strict=True)]
+    bases = [None if base is None else in_rows(base, c) for base, c in zip(units.bases, pairs, strict=True)]
     _, nonfinite = ops.group_masks(
         views,
         sizes,
@@ -300,7 +300,7 @@ def _in_rows(contest: _Units, sizes: list[int], kept: list[int], *, neighbours_a
     return Selected(list(masks), nonfinite)
 
 
-_HOLD: Mapping[str, Callable[[_Units], Selected]] = {
+_SELECT: Mapping[str, Callable[[_Units], Selected]] = {
     "model": _among_all,
     "tensor": _by_tensor,
     "row": _by_row,

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +11,16 @@ from pyprune.calibration.calibrate import Calibration
 from pyprune.methods.allocation import Allocation, Amount, check_ratio
 from pyprune.methods.importance import Importance
 from pyprune.methods.method import METHODS, Method, PruneMode, check_amount, check_mode
-from pyprune.modules.attachments import Attachment
-from pyprune.modules.dead_channels import new_followers, norms_after, update_followers
+from pyprune.modules.attachments import Attachment, check_module
+from pyprune.modules.dead_channels import new_followers, norms_after
 from pyprune.modules.forward_pass import attach_and_share
 from pyprune.modules.gates import HardConcreteGate, StochasticGate
 from pyprune.modules.ignored_scope import IgnoredScope
-from pyprune.modules.masks import Mask, attach_masks
+from pyprune.modules.masks import Mask, attach_masks, changing_masks, masks_in
 from pyprune.modules.targets import Target, attachments_of, by_place, check_prunable, find_targets, output_layers
 from pyprune.selection.choose_masks import choose_masks, prunable_targets
+
+_M = TypeVar("_M", bound=nn.Module)
 
 _GATES = {
     PruneMode.UNSTRUCTURED_REGULARIZATION_BASED: StochasticGate,
@@ -28,7 +30,7 @@ _GATES = {
 
 @torch.inference_mode(False)  # masks made under inference_mode could not be trained with
 def prune(
-    model: nn.Module,
+    model: _M,
     mode: PruneMode | str | Method,
     *,
     ratio: float | Mapping[str, float] | None = None,
@@ -41,7 +43,7 @@ def prune(
     from_remaining: bool = False,
     zero_dead_channels: bool = False,
     same_on_all_ranks: bool = False,
-) -> nn.Module:
+) -> _M:
     """Mask the weights that matter least, or put learned gates on all weights, in place; return the model.
 
     A `Method` says how weights are chosen, and the magnitude modes are the names of two. Of n units that compete
@@ -151,10 +153,10 @@ def update_masks(model: nn.Module, mode: PruneMode | str, ratio: float) -> None:
     targets = masked_targets(model)
     for target in targets:
         check_prunable(target)
-    choice = choose_masks(METHODS[mode], amount, targets, {})
-    choice.check()
-    attach_masks(list(choice.masks.values()))
-    update_followers(model)
+    with changing_masks(masks_in(model)):
+        choice = choose_masks(METHODS[mode], amount, targets, {})
+        choice.check()
+        attach_masks(model, list(choice.masks.values()))
 
 
 def masked_targets(model: nn.Module) -> list[Target]:
@@ -207,12 +209,25 @@ def put_masks(
 ) -> None:
     """Do what `prune` says of masks."""
     amount = check_amount(method, amount)
+    check_module(model)
+    with changing_masks(masks_in(model)):
+        _choose_and_attach(model, method, amount, ignored_scope, examples_inputs, calibration, zero_dead_channels)
+
+
+def _choose_and_attach(
+    model: nn.Module,
+    method: Method,
+    amount: Amount,
+    ignored_scope: IgnoredScope | None,
+    examples_inputs: Any,
+    calibration: Calibration | None,
+    zero_dead_channels: bool,
+) -> None:
     statistics = targets_with_statistics(model, method, ignored_scope, examples_inputs, calibration)
     choice = choose_masks(method, amount, list(statistics), statistics)
     choice.check()
     followers = new_followers(model, choice.masks, examples_inputs) if zero_dead_channels else []
-    attach_masks(list(choice.masks.values()), followers)
-    update_followers(model)
+    attach_masks(model, list(choice.masks.values()), followers)
 
 
 def targets_with_statistics(
@@ -282,7 +297,7 @@ def _given(importance: Importance, targets: Sequence[Target]) -> dict[Target, Te
 def _norm_scales(model: nn.Module, targets: Sequence[Target], inputs: Any) -> dict[Target, Tensor]:
     layers = {layer: target for target in targets for layer in output_layers(target)}
     norms = norms_after(model, layers, inputs, "batch_norm_scale")
-    # Not norm.weight: a mask that follows dead channels may be on it, and they are to have a chance to come back.
+    # The parameters themselves, which have their raw values, of dead channels too, where masks are chosen.
     raw = by_place(model)
     scales: dict[Target, Tensor] = {
         layers[layer]: raw[norm, "weight"].parameter for layer, norm in norms.items() if (norm, "weight") in raw
@@ -306,13 +321,13 @@ def check_kind(targets: Iterable[Target], kind: type[Attachment]) -> None:
 
 
 def _put_gates(
-    model: nn.Module,
+    model: _M,
     name: str,
     amount: Amount,
     ignored_scope: IgnoredScope | None,
     examples_inputs: Any,
     same_on_all_ranks: bool,
-) -> nn.Module:
+) -> _M:
     kind = _GATES[PruneMode(name)]
     if amount.ratio is not None:
         check_ratio(amount.ratio)

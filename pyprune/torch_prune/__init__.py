@@ -29,7 +29,7 @@ parameters are pruned one by one; a bias is not pruned with its channel.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,8 @@ from pyprune.torch_prune.methods import (
 )
 from pyprune.torch_prune.state import Product, attach, parts
 
+_M = TypeVar("_M", bound=nn.Module)
+
 __all__ = [
     "BasePruningMethod",
     "CustomFromMask",
@@ -79,7 +81,7 @@ __all__ = [
 Place: TypeAlias = tuple[nn.Module, str]
 
 
-def identity(module: nn.Module, name: str) -> nn.Module:
+def identity(module: _M, name: str) -> _M:
     """Put a mask of ones on a parameter.
 
     Example:
@@ -90,7 +92,7 @@ def identity(module: nn.Module, name: str) -> nn.Module:
     return module
 
 
-def random_unstructured(module: nn.Module, name: str, amount: Amount) -> nn.Module:
+def random_unstructured(module: _M, name: str, amount: Amount) -> _M:
     """Prune elements of a parameter at random.
 
     Args:
@@ -106,9 +108,7 @@ def random_unstructured(module: nn.Module, name: str, amount: Amount) -> nn.Modu
     return module
 
 
-def l1_unstructured(
-    module: nn.Module, name: str, amount: Amount, importance_scores: Tensor | None = None
-) -> nn.Module:
+def l1_unstructured(module: _M, name: str, amount: Amount, importance_scores: Tensor | None = None) -> _M:
     """Prune the elements of a parameter, or those of its scores, that have the smallest magnitude.
 
     Args:
@@ -127,7 +127,7 @@ def l1_unstructured(
     return module
 
 
-def random_structured(module: nn.Module, name: str, amount: Amount, dim: int) -> nn.Module:
+def random_structured(module: _M, name: str, amount: Amount, dim: int) -> _M:
     """Prune channels of a parameter at random.
 
     Args:
@@ -146,13 +146,13 @@ def random_structured(module: nn.Module, name: str, amount: Amount, dim: int) ->
 
 
 def ln_structured(
-    module: nn.Module,
+    module: _M,
     name: str,
     amount: Amount,
     n: float | str,
     dim: int,
     importance_scores: Tensor | None = None,
-) -> nn.Module:
+) -> _M:
     """Prune the channels of a parameter, or of its scores, that have the smallest norm.
 
     Args:
@@ -174,7 +174,7 @@ def ln_structured(
     return module
 
 
-def custom_from_mask(module: nn.Module, name: str, mask: Tensor) -> nn.Module:
+def custom_from_mask(module: _M, name: str, mask: Tensor) -> _M:
     """Prune a parameter where a mask of its shape is zero.
 
     Example:
@@ -229,7 +229,7 @@ def global_unstructured(
         attach(module, name, hook, mask, Product.apply(orig, mask))
 
 
-def remove(module: nn.Module, name: str) -> nn.Module:
+def remove(module: _M, name: str) -> _M:
     """Fold the mask into a parameter for good, and leave no trace of pruning.
 
     Raises:

@@ -20,6 +20,7 @@ from pyprune.methods.schedules import Ratio, Schedule, as_schedule
 from pyprune.methods.scope import Scope, tensor
 from pyprune.methods.unit_groups import reduce_units, spread_units
 from pyprune.modules.ignored_scope import IgnoredScope
+from pyprune.modules.masks import changing_masks, raw_weight
 from pyprune.modules.targets import Target
 from pyprune.selection.choose_masks import Choice, unit_groups_of
 from pyprune.training.pruner import Pruner
@@ -157,7 +158,8 @@ class MovementPruner(Pruner):
         products = []
         for unit_group in self._units:
             for member in unit_group.members:
-                weight, found = member.weight.values, gradients.get(self._by_name[member.weight.name])
+                target = self._by_name[member.weight.name]
+                weight, found = raw_weight(target), gradients.get(target)
                 wide = weight.double() if weight.dtype == torch.float64 else weight.float()
                 products.append(torch.zeros_like(wide) if found is None else found * wide)
         slopes = reduce_units(self._units, products, None, "sum")
@@ -194,11 +196,9 @@ class MovementPruner(Pruner):
             self._check_last()
         members = [member for unit_group in self._units for member in unit_group.members]
         carried = [masks[self._by_name[member.weight.name]] for member in members]
-        spread_units(self._units, units, [mask.mask for mask in carried])
         unit_is_element = self.method.granularity.name == "element"
-        for member, mask in zip(members, carried, strict=True):
-            unit = None if unit_is_element else member.block
-            if mask.unit != unit:  # a module takes its time to set an attribute
-                mask.unit = unit
-            mask.update_followers()
+        with changing_masks(masks.values()):
+            spread_units(self._units, units, [mask.mask for mask in carried])
+            for member, mask in zip(members, carried, strict=True):
+                mask.unit = None if unit_is_element else member.block
         self.ratio = ratio

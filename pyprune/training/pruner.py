@@ -1,4 +1,17 @@
-"""Prune while a model trains."""
+"""Prune while a model trains.
+
+A `Pruner` is a schedule, a method and a step counter; what is chosen at an update is chosen as by `prune`.
+
+- Updates write into the masks that are there: fresh memory would cost more than the kernel, and compiled graphs
+  stay valid. Counts of non-finite scores are read at once on the CPU, and on a GPU with the next update, when
+  nobody waits.
+- The optimizer's step ends a batch, before it changes weights; a closure that it runs itself (as in Lightning) is a
+  batch. Accumulated backward passes add up for as long as ``grad`` does. A step that a ``GradScaler`` skips is
+  forgotten.
+- All is checked before anything is put on: what looks at the training is made first, and hooked last.
+- Ranks average what they gathered when masks are due, and so choose the same masks.
+- Nothing of it is in the model but masks. A checkpoint is three states: model, optimizer, pruner.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -13,10 +26,13 @@ from pyprune.methods.allocation import Allocation, Amount
 from pyprune.methods.method import Method, PruneMode, check_amount
 from pyprune.methods.schedules import Ratio, Schedule, as_schedule, check_ratios, check_step, is_pruned
 from pyprune.methods.unit_groups import UnitGroup
-from pyprune.modules.dead_channels import new_followers, update_followers
+from pyprune.modules.averages import Averages
+from pyprune.modules.dead_channels import new_followers
 from pyprune.modules.ignored_scope import IgnoredScope
-from pyprune.modules.masks import Mask, NewMask, attach_masks
+from pyprune.modules.mask_states import check_state, load_states, state_of
+from pyprune.modules.masks import Mask, NewMask, attach_masks, changing_masks, masks_in
 from pyprune.modules.optimizer import innermost
+from pyprune.modules.steps import mask_state
 from pyprune.modules.targets import Target, find_targets
 from pyprune.selection.choose_masks import Choice, choose_masks, prunable_targets, unit_groups_of, units_of
 from pyprune.selection.choose_units import ratios_of
@@ -117,10 +133,12 @@ class Pruner:
         self._targets = prunable_targets(found, find_targets(model, ignored_scope, examples_inputs))
         check_kind(self._targets, Mask)
         self._check_optimizer()
-        self._statistics = self._known_statistics(examples_inputs)
-        self._watch = self._make_watch()
-        self._check_all()
-        self._attach(zero_dead_channels, examples_inputs)
+        self._averages = Averages(model)
+        with changing_masks(masks_in(model)):
+            self._statistics = self._known_statistics(examples_inputs)
+            self._watch = self._make_watch()
+            self._check_all()
+            self._attach(zero_dead_channels, examples_inputs)
         if self._watch is not None:
             self._watch.start()
             self._watch.gathers = self._is_looked_at()
@@ -138,6 +156,9 @@ class Pruner:
         self._is_late = is_due and was_skipped and not self._is_measured()
         if is_due and not self._is_late:
             self._update(self.schedule(self.step_count))
+            self._averages.apply(self.model)
+            if self.optimizer is not None:
+                mask_state(self.optimizer, self._carried().values())
         if self._watch is not None:
             self._watch.gathers = self._is_looked_at()
         return is_due and not self._is_late
@@ -150,7 +171,7 @@ class Pruner:
             self._watch.stop()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what `load_state_dict` takes, but for the masks: those are buffers in the model's state_dict."""
+        """Return what `load_state_dict` takes: steps, what was measured, masks, and what is parked under them."""
         self._check_last()
         return self._state()
 
@@ -178,6 +199,7 @@ class Pruner:
             "frozen": self.frozen,
             "is_late": self._is_late,
             "sums": self._watch.state_dict() if isinstance(self._watch, TrainingSums) else None,
+            "masks": {target.name: state_of(mask) for target, mask in self._carried().items()},
         }
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
@@ -187,11 +209,17 @@ class Pruner:
             self._watch.check_state(state["sums"])
         elif state["sums"] is not None:
             raise ValueError("the state is that of a pruner with another importance; make one as it was made")
+        shapes = {target.name: target.parameter.shape for target in self._carried()}
+        if not isinstance(state["masks"], Mapping) or set(state["masks"]) != set(shapes):
+            raise ValueError(f"the state is of the weights {sorted(state['masks'])}, these are {sorted(shapes)}")
+        for name, shape in shapes.items():
+            check_state(name, state["masks"][name], shape)
 
     def _load(self, state: Mapping[str, Any]) -> None:
         self._unchecked = None  # of the training that is left
         was_frozen, self.frozen = self.frozen, bool(state["frozen"])
         self.step_count, self.ratio, self._is_late = int(state["step_count"]), state["ratio"], bool(state["is_late"])
+        load_states([(mask, state["masks"][target.name]) for target, mask in self._carried().items()])
         if self._watch is None:
             return
         if isinstance(self._watch, TrainingSums):
@@ -262,10 +290,9 @@ class Pruner:
         carried = {target: target.attachment for target in self._targets if target not in masks}
         kept = {t: NewMask(t.owners, m.mask.clone(), m.unit) for t, m in carried.items() if isinstance(m, Mask)}
         followers = new_followers(self.model, masks | kept, inputs) if zero_dead_channels else []
-        attach_masks(list((masks | (kept if followers else {})).values()), followers)
+        attach_masks(self.model, list((masks | (kept if followers else {})).values()), followers)
         if self.schedule.is_due(0) and not is_pruned(ratio) and not self._options.dropped_stay:
-            self._open(self._masks())
-        update_followers(self.model)
+            self._open({target: mask for target, mask in self._masks().items() if target in carried})
         self.ratio = self._ratio_in_use(ratio)
 
     def _make_watch(self) -> TrainingSums | TrainingGradients | None:
@@ -315,16 +342,15 @@ class Pruner:
         """Compute the masks anew."""
         masks = self._masks()
         self._check_before(masks)
-        if is_pruned(ratio):
-            found = self._watch.results() if isinstance(self._watch, TrainingSums) else self._statistics
-            assert found is not None
-            self._write(self._amount(ratio), found, masks)
-        elif not self._options.dropped_stay:
-            self._open(masks)
+        with changing_masks(masks.values()):
+            if is_pruned(ratio):
+                found = self._watch.results() if isinstance(self._watch, TrainingSums) else self._statistics
+                assert found is not None
+                self._write(self._amount(ratio), found, masks)
+            elif not self._options.dropped_stay:
+                self._open(masks)
         if isinstance(self._watch, TrainingSums):
             self._watch.restart()
-        for mask in masks.values():
-            mask.update_followers()
         self.ratio = self._ratio_in_use(ratio)
 
     def _write(
@@ -345,7 +371,7 @@ class Pruner:
         if _on_cpu(masks):
             self._check_last()
         if not in_place:
-            attach_masks(list(choice.masks.values()))
+            attach_masks(self.model, list(choice.masks.values()))
         for target, new in choice.masks.items():
             if masks[target].unit != new.unit:  # a module takes its time to set an attribute
                 masks[target].unit = new.unit
@@ -358,12 +384,23 @@ class Pruner:
             self._same_unit_groups = unit_groups_of(self.method, amount, self._targets, self._statistics)
         return self._same_unit_groups
 
+    def _carried(self) -> dict[Target, Mask]:
+        """Return the masks of those weights that carry one."""
+        pairs = ((target, target.attachment) for target in self._targets)
+        return {target: mask for target, mask in pairs if isinstance(mask, Mask)}
+
     def _masks(self) -> dict[Target, Mask]:
-        """Return the masks, or raise if they were stripped."""
+        """Return the masks, or raise if they were stripped, or their layers replaced."""
         masks: dict[Target, Mask] = {}
+        modules = set(self.model.modules())
         for target in self._targets:
             owner = target.owners[0]
             mask = owner.attachment
+            if owner.module not in modules:
+                raise ValueError(
+                    f"{target.name} belongs to a layer that is no longer in the model: it was replaced. Make a new "
+                    "Pruner for the model as it is"
+                )
             if not isinstance(mask, Mask):
                 raise ValueError(f"{target.name} carries no mask any more; make a new Pruner after strip()")
             if owner.parameter is not target.parameter:

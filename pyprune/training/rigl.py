@@ -16,7 +16,7 @@ from pyprune.methods.method import Method
 from pyprune.methods.schedules import Ratio, check_step, constant
 from pyprune.methods.scope import tensor
 from pyprune.modules.ignored_scope import IgnoredScope
-from pyprune.modules.masks import Mask
+from pyprune.modules.masks import changing_masks
 from pyprune.modules.targets import Target
 from pyprune.training.pruner import Pruner
 
@@ -86,7 +86,8 @@ class RigLPruner(Pruner):
             examples_inputs=examples_inputs,
             allocation=allocation,
         )
-        self._clear(self._masks())
+        for mask in self._masks().values():
+            mask.parks, mask.parked = False, None  # what grows begins at zero
 
     def _check_optimizer(self) -> None:
         if self.optimizer is None:
@@ -121,7 +122,6 @@ class RigLPruner(Pruner):
                 f"{', '.join(missing)} had no gradient in the last step of the optimizer, so nothing can grow"
             )
         self._gradients = {}
-        self._clear(masks)
         weights = [target.parameter for target in self._targets]
         before = [masks[target].mask for target in self._targets]
         sizes = [weight.numel() for weight in weights]
@@ -140,24 +140,7 @@ class RigLPruner(Pruner):
         )
         if bool(bad.any()) or bool(worse.any()):
             raise ValueError("weights or gradients are NaN or infinite: the training diverged. Load a checkpoint")
-        for mask, kept, new in zip(before, fewer, grown, strict=True):
-            torch.logical_or(kept, new, out=mask)
-        self._clear(masks)
-        for carried in masks.values():
-            carried.update_followers()
+        with changing_masks(masks.values()):
+            for mask, kept, new in zip(before, fewer, grown, strict=True):
+                torch.logical_or(kept, new, out=mask)
         self.ratio = ratio
-
-    def _clear(self, masks: Mapping[Target, Mask]) -> None:
-        """Let what is dropped be zero, and its momentum, so that it is when it grows."""
-        stale = [
-            (tensor, mask.mask)
-            for target, mask in masks.items()
-            for tensor in (target.parameter, *self._states(target.parameter))
-        ]
-        ops.fold([tensor for tensor, _ in stale], [mask for _, mask in stale])
-
-    def _states(self, weight: Tensor) -> list[Tensor]:
-        """Return what the optimizer keeps of each element of a weight."""
-        assert self.optimizer is not None
-        state = self.optimizer.state.get(weight, {}).values()
-        return [value for value in state if isinstance(value, Tensor) and value.shape == weight.shape]

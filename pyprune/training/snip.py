@@ -1,7 +1,7 @@
 """SNIP: prune a model before it is trained."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -12,9 +12,11 @@ from pyprune.methods.method import Method
 from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.selection.prune import prune
 
+_M = TypeVar("_M", bound=nn.Module)
+
 
 def snip(
-    model: nn.Module,
+    model: _M,
     dataset: Dataset | Iterable[Any],
     loss_fn: Callable[[nn.Module, Any], Tensor],
     *,
@@ -22,7 +24,7 @@ def snip(
     num_batches: int | None = 1,
     ignored_scope: IgnoredScope | None = None,
     examples_inputs: Any = None,
-) -> nn.Module:
+) -> _M:
     """Mask the weights of an untrained model for which |w g| is smallest, in place; return the model.
 
     It is ``prune`` by ``Method(importance.snip())`` after `calibrate`, both of which do more. Then train the model.

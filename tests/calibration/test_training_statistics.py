@@ -12,6 +12,7 @@ from pyprune import Method, MovementPruner, Pruner, granularity, importance, sch
 from pyprune.calibration.training_statistics import TrainingGradients, average, needs_gradients, needs_training
 from pyprune.modules.masks import NewMask, attach_masks
 from pyprune.modules.targets import find_targets
+from tests.conftest import attached
 from tests.training.test_pruner import LOCAL, masks, small
 
 RULES = [
@@ -42,7 +43,7 @@ def masked(model):
     for target in targets:
         mask = torch.ones_like(target.parameter, dtype=torch.bool)
         mask.view(-1)[::2] = False
-        attach_masks([NewMask(target.owners, mask)])
+        attach_masks(model, [NewMask(target.owners, mask)])
     return targets
 
 
@@ -57,10 +58,10 @@ def test_large_weights_are_seen_through_the_kernel_too():
     gradients.start()
     x, y = torch.randn(16, 128), torch.randn(16, 64)
     (model(x) * y).sum().backward()
-    grad = model.parametrizations.weight.original.grad.clone()
+    grad = model.weight.grad.clone()
     optimizer.step()
     torch.testing.assert_close(seen[0], y.T @ x)
-    assert torch.equal(grad, seen[0] * model.parametrizations.weight[0].mask)
+    assert torch.equal(grad, seen[0] * attached(model).mask)
     gradients.stop()
     optimizer.step()
     assert len(seen) == 1
@@ -72,7 +73,7 @@ def test_gradients_that_are_differentiated_again_keep_no_graph():
     seen = []
     gradients = TrainingGradients(masked(model), optimizer, lambda batch: seen.extend(batch.values()))
     gradients.start()
-    parameter = model.parametrizations.weight.original
+    parameter = model.weight
     loss = model(torch.randn(5, 4)).square().sum()
     (slope,) = torch.autograd.grad(loss, parameter, create_graph=True)
     (loss + slope.square().sum()).backward()

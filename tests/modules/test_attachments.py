@@ -7,7 +7,6 @@ from torch.nn.utils import parametrize
 
 import pyprune
 from pyprune.modules.attachments import (
-    Attachment,
     Owner,
     attach,
     dense_modules,
@@ -15,7 +14,8 @@ from pyprune.modules.attachments import (
     detach,
     shared_attachment,
 )
-from pyprune.modules.masks import NewMask, attach_masks
+from pyprune.modules.holding import Hold
+from pyprune.modules.masks import NewMask, attach_masks, masks_in
 
 LOCAL, GLOBAL = pyprune.PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL, pyprune.PruneMode.UNSTRUCTURED_MAGNITUDE_GLOBAL
 
@@ -53,8 +53,8 @@ def test_attach_and_detach_reach_a_module_with_two_names():
     model = nn.ModuleDict({"one": shared, "two": shared})
     owners = [owner for owner, _ in dense_parameters(model) if owner.attribute == "weight"]
     assert [owner.name for owner in owners] == ["one.weight", "two.weight"]
-    attach_masks([NewMask(owners, torch.eye(3, dtype=torch.bool))])
-    assert len(shared.parametrizations.weight) == 1
+    attach_masks(model, [NewMask(owners, torch.eye(3, dtype=torch.bool))])
+    assert len(masks_in(model)) == 1
     assert int(shared.weight.count_nonzero()) == 3
     detach(owners)
     assert type(shared) is nn.Linear
@@ -65,7 +65,8 @@ def test_detach_of_one_mask_leaves_the_others(recurrent):
     lstm = recurrent.model.lstm
     owners = [Owner(name, lstm, name) for name in ("weight_ih_l0", "weight_hh_l1")]
     attach_masks(
-        NewMask([owner], torch.zeros_like(getattr(lstm, owner.attribute), dtype=torch.bool)) for owner in owners
+        lstm,
+        [NewMask([owner], torch.zeros_like(getattr(lstm, owner.attribute), dtype=torch.bool)) for owner in owners],
     )
     detach(owners[:1])
     assert shared_attachment(owners[:1]) is None
@@ -74,7 +75,8 @@ def test_detach_of_one_mask_leaves_the_others(recurrent):
     assert not lstm.weight_hh_l1.any()
     x = torch.ones_like(recurrent.inputs)
     before = lstm(x)[0]
-    lstm.parametrizations.weight_hh_l1.original.data += 1
+    with torch.no_grad():
+        lstm.weight_hh_l1 += 1
     assert torch.equal(lstm(x)[0], before)
 
 
@@ -91,17 +93,17 @@ def test_detach_leaves_an_rnn_with_another_parametrization_its_own_methods():
 def test_attach_changes_nothing_when_one_refuses(cnn, unchanged, monkeypatch):
     owners = [[owner] for owner, _ in dense_parameters(cnn.model) if owner.attribute == "weight"]
     before = unchanged(cnn.model)
-    register, calls = parametrize.register_parametrization, []
+    put_on, calls = Hold.put_on, []
 
-    def fail(*args, **kwargs):
+    def fail(*args):
         calls.append(args)
         if len(calls) == 3:
             raise RuntimeError("no room")
-        register(*args, **kwargs)
+        put_on(*args)
 
-    monkeypatch.setattr(parametrize, "register_parametrization", fail)
+    monkeypatch.setattr(Hold, "put_on", fail)
     with pytest.raises(RuntimeError, match="no room"):
-        attach((places, Attachment()) for places in owners)
+        attach((places, Hold(torch.ones_like(places[0].parameter, dtype=torch.bool))) for places in owners)
     before.check()
 
 
@@ -114,7 +116,7 @@ def test_attach_keeps_the_gradient_accumulator():
     weight = linear.weight
     before = accumulator()
     pyprune.prune(linear, LOCAL, ratio=0.5)
-    assert linear.parametrizations.weight.original is weight
+    assert linear.weight is weight
     assert accumulator() is before
     pyprune.strip(linear)
     assert accumulator() is before

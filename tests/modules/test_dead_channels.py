@@ -9,6 +9,7 @@ from pyprune import Method, granularity, importance, scope
 from pyprune.modules.dead_channels import norms_after
 from pyprune.modules.masks import FollowingMask
 from pyprune.modules.targets import attachments_of
+from tests.conftest import attached
 
 FILTERS = Method(importance.magnitude(p=2), granularity.channel("out"), scope.tensor())
 
@@ -74,8 +75,8 @@ def test_followers_keep_in_step_and_are_no_targets(cnn):
     pyprune.prune(model, FILTERS, ratio=0.5, examples_inputs=cnn.inputs, zero_dead_channels=True)
     names = [tensor.tensor_name for tensor in pyprune.pruning_statistic(model).pruned_tensors]
     assert names == ["conv1.weight", "conv2.weight", "fc.weight"]
-    model.conv1.parametrizations.weight.original.data[:2] *= 100
-    model.conv1.parametrizations.weight.original.data[2:] *= 0.01
+    model.conv1.weight.data[:2] *= 100
+    model.conv1.weight.data[2:] *= 0.01
     pyprune.prune(model, FILTERS, ratio=0.5)
     assert followers(model)["bn1.bias"].tolist() == [True, True, False, False]
     pyprune.prune(model, FILTERS, ratio=0.0)
@@ -175,7 +176,7 @@ def test_a_weight_that_is_tied_the_other_way_round_is_followed_by_both_biases():
     model = nn.ModuleList([nn.Conv2d(2, 8, 3), nn.ConvTranspose2d(8, 2, 3)])
     model[1].weight = model[0].weight
     pyprune.prune(model, Method(importance.magnitude()), ratio=0.9, zero_dead_channels=True)
-    mask = model[0].parametrizations.weight[0].mask
+    mask = attached(model[0]).mask
     assert torch.equal(followers(model)["0.bias"], mask.flatten(1).any(1))
     assert torch.equal(followers(model)["1.bias"], mask.transpose(0, 1).flatten(1).any(1))
 

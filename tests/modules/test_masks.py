@@ -7,9 +7,9 @@ from torch import nn
 
 import pyprune
 from pyprune.modules.attachments import Owner, dense_parameters
-from pyprune.modules.masks import Mask, NewMask, attach_masks
+from pyprune.modules.masks import NewMask, attach_masks
 from pyprune.modules.targets import find_targets
-from tests.conftest import Case, masks_of, skip_what_dense_cannot
+from tests.conftest import Case, attached, masks_of, skip_what_dense_cannot
 
 LOCAL, GLOBAL = pyprune.PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL, pyprune.PruneMode.UNSTRUCTURED_MAGNITUDE_GLOBAL
 
@@ -29,20 +29,29 @@ def dense_twin(case, ratio=0.6):
     return twin
 
 
+def mask(layer, kept):
+    attach_masks(layer, [NewMask([Owner("weight", layer, "weight")], kept)])
+
+
 def test_mask_zeroes_infinities_and_their_gradient():
-    weight = torch.tensor([torch.inf, 2.0, torch.nan], requires_grad=True)
-    out = Mask(torch.tensor([False, True, False]))(weight)
-    assert out.tolist() == [0.0, 2.0, 0.0]
-    (out * torch.tensor([torch.inf, 3.0, 1.0])).nan_to_num().sum().backward()
-    assert weight.grad.tolist() == [0.0, 3.0, 0.0]
+    linear = nn.Linear(3, 1, bias=False)
+    linear.weight.data = torch.tensor([[torch.inf, 2.0, torch.nan]])
+    mask(linear, torch.tensor([[False, True, False]]))
+    out = linear(torch.ones(3))
+    assert out.tolist() == [2.0]
+    linear(torch.tensor([torch.inf, 3.0, 1.0])).nan_to_num().sum().backward()
+    assert linear.weight.grad.nan_to_num().tolist() == [[0.0, 3.0, 0.0]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_mask_keeps_dtype_and_layout(dtype):
-    weight = torch.randn(2, 3, 4, 4, dtype=dtype).to(memory_format=torch.channels_last)
-    out = Mask(weight > 0)(weight)
-    assert out.dtype == dtype
-    assert out.stride() == weight.stride()
+    conv = nn.Conv2d(3, 2, 4, dtype=dtype).to(memory_format=torch.channels_last)
+    raw, strides = conv.weight.detach().clone(), conv.weight.stride()
+    mask(conv, raw > 0)
+    assert conv.weight.dtype == dtype
+    assert conv.weight.stride() == strides
+    assert torch.equal(conv.weight, raw.relu())
+    assert torch.equal(attached(conv).raw_values(), raw)
 
 
 def test_masks_zero_the_same_outputs_and_gradients_as_zeros_in_the_weights(case):
@@ -110,10 +119,9 @@ def test_masks_let_a_training_step_through(case):
 
 def test_masks_share_one_module_over_a_tied_weight_also_in_a_copy(transformer):
     model = copy.deepcopy(pyprune.prune(transformer.model, GLOBAL, ratio=0.6))
-    embed, decoder = model.embed.parametrizations.weight, model.decoder.parametrizations.weight
-    assert embed.original is decoder.original
-    assert embed[0] is decoder[0]
-    assert embed[0] is not transformer.model.embed.parametrizations.weight[0]
+    assert model.embed.weight is model.decoder.weight
+    assert attached(model.embed) is attached(model.decoder)
+    assert attached(model.embed) is not attached(transformer.model.embed)
     target = next(target for target in find_targets(model) if target.name == "embed.weight")
     assert [owner.name for owner in target.owners] == ["embed.weight", "decoder.weight"]
 
@@ -260,25 +268,11 @@ def test_masks_work_on_parameter_lists():
 
 
 def test_attach_updates_no_mask_when_one_cannot_be():
-    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
-    owners = [[Owner("weight", linear, "weight")] for linear in (first, second)]
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    owners = [[Owner(f"{i}.weight", linear, "weight")] for i, linear in enumerate(model)]
     eye = torch.eye(2, dtype=torch.bool)
-    attach_masks(NewMask(places, eye.clone()) for places in owners)
+    attach_masks(model, [NewMask(places, eye.clone()) for places in owners])
     with pytest.raises(ValueError, match=r"shape \(2, 2\) cannot take one of \(3,\)"):
-        attach_masks([NewMask(owners[0], ~eye), NewMask(owners[1], torch.ones(3, dtype=torch.bool))])
-    with torch.inference_mode():
-        second.parametrizations.weight[0].mask = eye.clone()
-    with pytest.raises(ValueError, match="inference_mode"):
-        attach_masks([NewMask(owners[0], ~eye), NewMask(owners[1], ~eye)])
+        attach_masks(model, [NewMask(owners[0], ~eye), NewMask(owners[1], torch.ones(3, dtype=torch.bool))])
     assert torch.equal(owners[0][0].attachment.mask, eye)
     assert torch.equal(owners[1][0].attachment.mask, eye)
-
-
-def test_mask_with_a_dense_gradient_zeroes_the_weight_only():
-    weight = torch.tensor([torch.inf, 2.0, torch.nan], requires_grad=True)
-    mask = Mask(torch.tensor([False, True, False]))
-    mask.dense_gradient = True
-    out = mask(weight)
-    assert out.tolist() == [0.0, 2.0, 0.0]
-    (out * torch.tensor([5.0, 3.0, 1.0])).sum().backward()
-    assert weight.grad.tolist() == [5.0, 3.0, 1.0]

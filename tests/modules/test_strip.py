@@ -10,8 +10,9 @@ import pyprune
 from pyprune import StripFormat, strip
 from pyprune.modules import attachments
 from pyprune.modules.gates import HardConcreteGate, gates_of
+from pyprune.modules.holding import Hold
 from pyprune.modules.targets import attachments_of
-from tests.conftest import masks_of
+from tests.conftest import attached, masks_of
 
 
 def prune(model, ratio=0.6):
@@ -86,8 +87,8 @@ def test_strip_writes_zeros_over_infinities_and_minus_zero():
     linear = nn.Linear(4, 1, bias=False)
     linear.weight.data = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
     pyprune.prune(linear, "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.5)
-    linear.parametrizations.weight.original.data[0, 0] = torch.inf
-    linear.parametrizations.weight.original.data[0, 1] = -0.0
+    linear.weight.data[0, 0] = torch.inf
+    linear.weight.data[0, 1] = -0.0
     assert strip(linear).weight.tolist() == [[0.0, 0.0, 3.0, 4.0]]
     assert not linear.weight.signbit().any()
 
@@ -164,15 +165,15 @@ def test_strip_puts_masks_on_again_after_an_error(case, failing_call, monkeypatc
     prune(case.model).eval()
     before = {name: tensor.clone() for name, tensor in case.model.state_dict().items()}
     expected = case.model(case.inputs)
-    unregister, calls = attachments._unregister, []
+    take_off, calls = Hold.take_off, []
 
     def fail(*args):
         calls.append(args)
         if len(calls) - 1 == failing_call or failing_call == "fold":
             raise RuntimeError("no room")
-        unregister(*args)
+        take_off(*args)
 
-    monkeypatch.setattr(*((pyprune.ops, "fold") if failing_call == "fold" else (attachments, "_unregister")), fail)
+    monkeypatch.setattr(*((pyprune.ops, "fold") if failing_call == "fold" else (Hold, "take_off")), fail)
     with pytest.raises(RuntimeError, match="no room"):
         strip(case.model)
     assert list(case.model.state_dict()) == list(before)
@@ -204,9 +205,9 @@ def test_strip_of_gates_leaves_a_dense_model_with_the_same_outputs(case, mode):
 
 def test_strip_multiplies_hard_concrete_values_in():
     linear = gate(nn.Linear(4, 1, bias=False))
-    weight = linear.parametrizations.weight.original
+    weight = linear.weight
     weight.data = torch.tensor([[torch.inf, 2.0, 2.0, 2.0]])
-    linear.parametrizations.weight[0].logits.data = torch.tensor([[-4.0, 0.0, 1.0, 4.0]])
+    attached(linear).logits.data = torch.tensor([[-4.0, 0.0, 1.0, 4.0]])
     expected = [[0.0, 1.0, 2 * 0.77727, 2.0]]
     torch.testing.assert_close(strip(linear).weight.detach(), torch.tensor(expected), rtol=1e-5, atol=1e-5)
 
@@ -219,7 +220,7 @@ def test_strip_with_the_expected_count_zeroes_as_many_gates_as_training(straight
     nn.init.normal_(found.logits, mean=-1)
     found.logits.data[:5] = -1.5  # ties
     parametrize.register_parametrization(linear, "weight", found)
-    weight = linear.parametrizations.weight.original.detach().clone()
+    weight = linear.weight.detach().clone()
     logits = found.logits.detach().double().cpu()
     zeros = round(600 - torch.sigmoid(logits - 2 / 3 * math.log(0.1 / 1.1)).sum().item())
     soft = torch.sigmoid(0.8 * found.logits.detach() / (2 / 3)).cpu()
@@ -245,13 +246,13 @@ def test_strip_with_the_expected_count_leaves_masks_and_other_gates_their_meanin
 @pytest.mark.parametrize("expected_count", [True, False])
 def test_strip_names_gates_with_nan_logits_and_changes_nothing(cnn, expected_count, unchanged):
     gate(cnn.model)
-    cnn.model.conv2.parametrizations.weight[0].logits.data[0, 0] = math.nan
-    cnn.model.fc.parametrizations.weight[0].logits.data[0, 0] = math.inf
+    attached(cnn.model.conv2).logits.data[0, 0] = math.nan
+    attached(cnn.model.fc).logits.data[0, 0] = math.inf
     before = unchanged(cnn.model)
     with pytest.raises(ValueError, match=r"gates of conv2\.weight have NaN logits"):
         strip(cnn.model, expected_count=expected_count)
     before.check()
-    cnn.model.conv2.parametrizations.weight[0].logits.data[0, 0] = -math.inf
+    attached(cnn.model.conv2).logits.data[0, 0] = -math.inf
     assert strip(cnn.model, expected_count=expected_count) is cnn.model
 
 

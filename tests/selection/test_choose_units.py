@@ -22,8 +22,8 @@ def unit_groups_of(method, weights, **options):
 
 
 def magnitude_masks(method, weights, ratio):
-    outcome = choose_units(method, unit_groups_of(method, weights), Amount(ratio))
-    return outcome.masks, outcome.nonfinite.tolist()
+    selected = choose_units(method, unit_groups_of(method, weights), Amount(ratio))
+    return selected.masks, selected.nonfinite.tolist()
 
 
 def numpy_keep(scores, count):
@@ -108,7 +108,7 @@ SHAPES = st.lists(st.tuples(st.integers(3, 7), st.integers(3, 8)), min_size=1, m
 
 
 @st.composite
-def contests(draw, scopes):
+def cases(draw, scopes):
     shapes = draw(SHAPES)
     numbers = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     # Quarters with many ties, whose sums and means over small blocks are exact or rounded alike.
@@ -129,8 +129,8 @@ def all_units(weights, blocks, index):
 
 
 @hypothesis.settings(max_examples=150, deadline=None)
-@hypothesis.given(contests(["model", "tensor", "group"]))
-def test_contest_drops_exactly_the_lowest_units_of_each_set(drawn):
+@hypothesis.given(cases(["model", "tensor", "group"]))
+def test_choose_units_drops_exactly_the_lowest_units_of_each_set(drawn):
     weights, cut, name, ratio = drawn
     halves = {"first": ["0", "1"], "second": [str(index) for index in range(2, len(weights))]}
     among = (
@@ -154,8 +154,8 @@ def test_contest_drops_exactly_the_lowest_units_of_each_set(drawn):
 
 
 @hypothesis.settings(max_examples=150, deadline=None)
-@hypothesis.given(contests(["model"]), st.data())
-def test_contest_with_caps_keeps_each_and_the_total(drawn, data):
+@hypothesis.given(cases(["model"]), st.data())
+def test_choose_units_with_caps_keeps_each_and_the_total(drawn, data):
     weights, cut, _, ratio = drawn
     method = Method(importance.magnitude(), cut, scope.model())
     unit_groups = unit_groups_of(method, weights)
@@ -188,8 +188,8 @@ def test_contest_with_caps_keeps_each_and_the_total(drawn, data):
 
 
 @hypothesis.settings(max_examples=100, deadline=None)
-@hypothesis.given(contests(["row", "n_of_m"]), st.integers(2, 5), st.data())
-def test_contest_in_rows_keeps_the_same_number_everywhere(drawn, of, data):
+@hypothesis.given(cases(["row", "n_of_m"]), st.integers(2, 5), st.data())
+def test_choose_units_in_rows_keeps_the_same_number_everywhere(drawn, of, data):
     weights, _, name, ratio = drawn
     keep = data.draw(st.integers(1, of - 1))
     among = scope.row() if name == "row" else scope.n_of_m(keep=keep, of=of)
@@ -214,7 +214,7 @@ def test_contest_in_rows_keeps_the_same_number_everywhere(drawn, of, data):
 
 @pytest.mark.parametrize("name", ["model", "tensor", "n_of_m"])
 @pytest.mark.parametrize("cut", ["element", "block", "in"])
-def test_contest_among_the_remaining_only_takes_more(name, cut):
+def test_choose_units_among_the_remaining_only_takes_more(name, cut):
     weights = [torch.randn(6, 9), torch.randn(5, 3, 2, 2)]
     bases = [torch.rand(6, 9) > 0.3, torch.ones(5, 3, 2, 2, dtype=torch.bool)]
     among = scope.n_of_m(keep=1, of=3) if name == "n_of_m" else scope.Scope(name)
@@ -241,7 +241,7 @@ def test_contest_among_the_remaining_only_takes_more(name, cut):
         assert sum(map(sum, after)) == left - removed_count(left, 0.5)
 
 
-def test_contest_in_rows_among_the_remaining_wants_rows_alike():
+def test_choose_units_in_rows_among_the_remaining_wants_rows_alike():
     weight = torch.randn(3, 4)
     method = Method(importance.magnitude(), scope=scope.row())
     base = torch.tensor([[True, True, False, False], [True, False, True, False], [False, False, True, True]])
@@ -339,7 +339,7 @@ def test_normalized_magnitude_competes_as_its_formula_says(normalize, cut):
     assert torch.equal(got, want)
 
 
-def test_contest_of_functions_says_what_they_return():
+def test_choose_units_of_functions_says_what_they_return():
     weight = torch.randn(3, 4)
     for function, error, words in (
         (lambda weight: weight.sum(0), ValueError, r"shape \(4,\)"),

@@ -7,6 +7,7 @@ from torch import nn
 
 import pyprune
 from pyprune import IgnoredScope, Method, granularity, importance, iterative_prune, lottery_ticket, schedules, scope
+from pyprune.modules.holding import holds_in, settle
 from tests.conftest import masks_of
 from tests.selection.test_prune_methods import grouped_transformer
 
@@ -20,6 +21,7 @@ def shake(model):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter))
+    settle(holds_in(model))
 
 
 def run(model, schedule, method=LOCAL, finetune=shake, score=lambda model: 1.0, **arguments):
@@ -92,7 +94,7 @@ def test_iterative_prune_records_scores_before_and_after_training(device):
 
     def double(model):
         with torch.no_grad():
-            model.parametrizations.weight.original.mul_(2)
+            model.weight.mul_(2)
 
     result = run(model, (0.25, 0.5), LOCAL, double, lambda model: model.weight.sum())
     assert result.baseline == 100

@@ -67,9 +67,8 @@ def test_keep_sparse_strips_a_masked_model_and_holds_its_masks_not_its_zeros():
     masked(model)
     masks = {target.name: mask.clone() for target, mask in masks_of(model).items()}
     with torch.no_grad():
-        model[0].parametrizations.weight.original[masks["0.weight"]] = 0  # kept, and zero by chance
+        model[0].weight[masks["0.weight"]] = 0  # kept, and zero by chance
     keep = keep_sparse(model, optimizer)
-    assert not masks_of(model)
     assert list(model.state_dict()) == list(two_layers().state_dict())
     dense_step(model, optimizer)
     for name, mask in masks.items():
@@ -182,8 +181,10 @@ def test_state_that_is_loaded_is_masked():
     checkpoint = copy.deepcopy(optimizer.state_dict())
     keep = keep_sparse(sparse(model), optimizer)
     optimizer.load_state_dict(checkpoint)
+    dense_step(model, optimizer)
     for name, mask in keep.masks.items():
         assert torch.equal(optimizer.state[model.get_parameter(name)]["exp_avg"] != 0, mask)
+        assert torch.equal(model.get_parameter(name) != 0, mask)
     assert checkpoint["state"][0]["exp_avg"].all()
 
 
@@ -274,7 +275,7 @@ def test_a_sparse_gradient_is_named():
     keep = keep_sparse(model, optimizer)
     model.weight.grad = torch.ones(4, 2).to_sparse()
     for act in (keep.mask_gradients, optimizer.step):
-        with pytest.raises(TypeError, match="the gradient of weight is sparse"):
+        with pytest.raises(TypeError, match="the gradient of a pruned weight is sparse"):
             act()
 
 
@@ -294,9 +295,8 @@ def test_masks_follow_a_model_that_is_moved(device):
 def test_apply_zeroes_weights_without_an_optimizer():
     model = sparse(two_layers())
     keep = keep_sparse(model, None)
-    optimizer = sgd(model)
-    dense_step(model, optimizer)
-    assert not (model[0].weight == 0).any()
+    for name in keep.masks:
+        model.get_parameter(name).data.fill_(1.0)
     keep.apply()
     for name, mask in keep.masks.items():
         assert torch.equal(model.get_parameter(name) != 0, mask)
@@ -343,12 +343,12 @@ def test_remove_lets_go():
     model = sparse(two_layers())
     optimizer = sgd(model)
     with keep_sparse(model, optimizer) as keep:
-        assert repr(keep) == "KeepSparse(parameters=2, hooked=True)"
+        assert repr(keep) == "KeepSparse(parameters=2)"
         dense_step(model, optimizer)
         assert (model[0].weight == 0).any()
     dense_step(model, optimizer)
     assert not (model[0].weight == 0).any()
-    assert repr(keep) == "KeepSparse(parameters=2, hooked=False)"
+    assert repr(keep) == "KeepSparse(parameters=0)"
 
 
 def test_keep_sparse_is_not_copied_but_what_it_works_on_is():
@@ -356,7 +356,7 @@ def test_keep_sparse_is_not_copied_but_what_it_works_on_is():
     optimizer = sgd(model)
     keep = keep_sparse(model, optimizer)
     for act in (copy.deepcopy, pickle.dumps):
-        with pytest.raises(TypeError, match="call keep_sparse on the copied"):
+        with pytest.raises(TypeError, match="holds its zeros by itself"):
             act(keep)
     twin, other = copy.deepcopy((model, optimizer))
     keep_sparse(twin, other)

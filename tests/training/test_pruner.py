@@ -6,6 +6,7 @@ from torch import nn
 
 import pyprune
 from pyprune import Method, Pruner, granularity, importance, prune, schedules, scope
+from pyprune.modules.masks import changing_masks, masks_in
 from tests.conftest import Unchanged, masks_of
 
 MAGNITUDE = importance.magnitude()
@@ -66,8 +67,9 @@ def masks(model):
 def raw_copy(model):
     """Return a dense model with the raw weights."""
     twin = copy.deepcopy(model)
-    for mask in masks_of(twin).values():
-        mask.fill_(True)
+    with changing_masks(masks_in(twin)):
+        for mask in masks_of(twin).values():
+            mask.fill_(True)
     return pyprune.strip(twin)
 
 
@@ -80,8 +82,7 @@ def assert_same_masks(one, other):
 def has_hooks(model):
     """Whether something looks at a model, or at its gradients."""
     of_layers = any(module._forward_hooks for module in model.modules())
-    dense = any(target.attachment.dense_gradient for target in masks_of(model))
-    return of_layers or dense or any(parameter._backward_hooks for parameter in model.parameters())
+    return of_layers or any(parameter._backward_hooks for parameter in model.parameters())
 
 
 # ---- what the masks are ----
@@ -193,11 +194,11 @@ def test_without_reintroduction_masks_only_lose_and_counts_are_exact(name):
 
 def test_weights_come_back_with_the_value_that_they_had():
     model = small()
-    pruner = Pruner(model, LOCAL, schedules.multi_step({0: 0.5, 1: 0.0}))
     raw = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    pruner = Pruner(model, LOCAL, schedules.multi_step({0: 0.5, 1: 0.0}))
     pruner.step()
     assert_same_masks({n: p.detach() for n, p in pyprune.strip(model).named_parameters() if n == "head.weight"},
-                      {"head.weight": raw["head.parametrizations.weight.original"]})  # fmt: skip
+                      {"head.weight": raw["head.weight"]})  # fmt: skip
 
 
 def test_masks_that_are_there_stay_until_the_first_update():
@@ -453,20 +454,21 @@ def test_grad_is_masked_as_without_a_pruner():
     model, twin = small(), small()
     pruner = Pruner(model, Method(importance.taylor()), schedules.linear(0.5, start=1, end=9), sgd(model))
     prune(twin, LOCAL, ratio=0.5)
-    for target, mask in masks_of(model).items():
-        mask.copy_(masks(twin)[target.name])
+    with changing_masks(masks_in(model)):
+        for target, mask in masks_of(model).items():
+            mask.copy_(masks(twin)[target.name])
     backward(model)
     backward(twin)
     for (name, one), (_, other) in zip(model.named_parameters(), twin.named_parameters(), strict=True):
         assert torch.equal(one.grad, other.grad), name
-    assert (model.head.parametrizations.weight.original.grad == 0).sum() == 16
+    assert (model.head.weight.grad == 0).sum() == 16
     norms = [torch.nn.utils.clip_grad_norm_(each.parameters(), 0.01) for each in (model, twin)]
     assert norms[0] == norms[1]
     pruner.freeze()
     assert not has_hooks(model)
     model.zero_grad()
     backward(model)
-    assert (model.head.parametrizations.weight.original.grad == 0).sum() == 16
+    assert (model.head.weight.grad == 0).sum() == 16
 
 
 def test_a_weight_that_a_batch_does_not_use_counts_as_zero():
@@ -647,7 +649,7 @@ def test_a_checkpoint_can_be_loaded_after_the_training_diverged():
     model = small()
     pruner = Pruner(model, LOCAL, schedules.linear(0.5, end=4))
     state, weights = pruner.state_dict(), copy.deepcopy(model.state_dict())
-    model.head.parametrizations.weight.original.data[0, 0] = torch.nan
+    model.head.weight.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"NaN or infinite weights: 1 in head\.weight"):
         pruner.step()
     model.load_state_dict(weights)
@@ -662,8 +664,9 @@ def test_a_loaded_model_has_the_units_of_the_method():
     pruner = Pruner(model, method, schedules.one_shot(0.5, start=1))
     pruner.step()
     other = small()
-    Pruner(other, method, schedules.one_shot(0.5, start=1))
+    again = Pruner(other, method, schedules.one_shot(0.5, start=1))
     other.load_state_dict(model.state_dict())
+    again.load_state_dict(pruner.state_dict())
     one, two = (pyprune.pruning_statistic(each).pruned_tensors for each in (model, other))
     assert [(t.units, t.pruned_units) for t in one] == [(t.units, t.pruned_units) for t in two]
 
@@ -706,9 +709,9 @@ def test_strip_ends_what_a_pruner_does(rule):
 def test_a_copy_trains_with_masked_gradients():
     model = small()
     Pruner(model, Method(importance.taylor()), schedules.linear(0.5, start=1, end=4), sgd(model))
-    for target, mask in masks_of(model).items():
-        mask.view(-1)[::2] = False
-        assert target.attachment.dense_gradient
+    with changing_masks(masks_in(model)):
+        for mask in masks_of(model).values():
+            mask.view(-1)[::2] = False
     twin = copy.deepcopy(model)
     model.zero_grad()
     for each in (model, twin):
@@ -841,12 +844,13 @@ def test_several_pruners_see_the_same_gradients():
     model = small()
     optimizer = sgd(model)
     first, second = (taylor_pruner(model, optimizer) for _ in range(2))
-    for mask in masks_of(model).values():
-        mask.view(-1)[::2] = False
+    with changing_masks(masks_in(model)):
+        for mask in masks_of(model).values():
+            mask.view(-1)[::2] = False
     train(model, optimizer, first, 1)
     assert_same_masks(sums_of(first)["sums"], sums_of(second)["sums"])
     assert (sums_of(second)["sums"]["head.weight"] != 0).all()
-    assert (model.head.parametrizations.weight.original.grad.view(-1)[::2] == 0).all()
+    assert (model.head.weight.grad.view(-1)[::2] == 0).all()
     first.freeze()
     train(model, optimizer, second, 1)
     assert (sums_of(second)["count"], sums_of(first)["count"]) == (2, 1)
@@ -882,7 +886,7 @@ def test_nan_is_an_error_at_the_update_and_names_the_weight():
     pruner = Pruner(model, TAYLOR, schedules.linear(0.5, end=4), optimizer)
     train(model, optimizer, pruner, 1)
     backward(model)
-    model.conv.parametrizations.weight.original.grad[0] = torch.nan
+    model.conv.weight.grad[0] = torch.nan
     optimizer.step()
     with pytest.raises(ValueError, match=r"NaN or infinite scores by taylor: \d+ in conv\.weight"):
         pruner.step()
@@ -948,7 +952,7 @@ def test_a_weight_without_any_gradient_since_the_last_update_is_an_error():
     optimizer = sgd(model)
     pruner = Pruner(model, Method(importance.taylor()), schedules.linear(0.5, end=4, frequency=2), optimizer)
     train(model, optimizer, pruner, 2)
-    model.hidden.parametrizations.weight.original.requires_grad_(False)
+    model.hidden.weight.requires_grad_(False)
     backward(model)
     optimizer.step()
     pruner.step()
@@ -961,11 +965,11 @@ def test_a_weight_without_any_gradient_since_the_last_update_is_an_error():
 def test_a_state_after_nan_is_not_saved():
     model = small()
     pruner = Pruner(model, LOCAL, schedules.linear(0.5, end=4))
-    model.head.parametrizations.weight.original.data[0, 0] = torch.nan
+    model.head.weight.data[0, 0] = torch.nan
     for save in (pruner.step, pruner.state_dict, pruner.state_dict):
         with pytest.raises(ValueError, match=r"NaN or infinite weights: 1 in head\.weight"):
             save()
-    model.head.parametrizations.weight.original.data[0, 0] = 1.0
+    model.head.weight.data[0, 0] = 1.0
     assert pruner.step()
     assert pruner.state_dict()["step_count"] == 2
 

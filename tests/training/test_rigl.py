@@ -7,7 +7,7 @@ from torch import nn
 
 import pyprune
 from pyprune.methods.allocation import erk
-from tests.conftest import masks_of
+from tests.conftest import attached, masks_of
 from tests.training.test_pruner import backward, masks, plain_gradient, raw, sgd, small
 
 
@@ -147,7 +147,7 @@ def test_nan_is_an_error_that_changes_nothing(where):
         (model(torch.randn(2, 2, 4, 4)).sum() * torch.nan).backward()
     optimizer.step()
     if where == "weight":
-        model.head.parametrizations.weight.original.data.fill_(torch.nan)
+        model.head.weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match="the training diverged"):
         pruner.step()
     assert all(torch.equal(before[name], mask) for name, mask in masks(model).items())
@@ -166,7 +166,7 @@ def test_dead_channels_of_an_earlier_prune_are_followed():
         optimizer.step()
         pruner.step()
         alive = masks(model)["0.weight"].any(1)
-        assert torch.equal(model[0].parametrizations.bias[0].mask, alive)
+        assert torch.equal(attached(model[0], "bias").mask, alive)
 
 
 def test_what_grows_starts_without_the_momentum_of_a_dense_training():

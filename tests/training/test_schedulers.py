@@ -17,7 +17,7 @@ from pyprune.training.schedulers import (
     MultiStepMagnitudePruningScheduler,
     MultiStepRBPruningScheduler,
 )
-from tests.conftest import masks_of
+from tests.conftest import attached, masks_of
 
 LOCAL, GLOBAL = PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL, PruneMode.UNSTRUCTURED_MAGNITUDE_GLOBAL
 GOLDEN = [0.2, 0.3036, 0.3937, 0.4722, 0.5405, 0.6, 0.6518, 0.6969, 0.7361, 0.7703, 0.8]
@@ -81,11 +81,11 @@ def test_magnitude_reads_the_raw_weights_at_every_step():
     model = masked()
     scheduler = MultiStepMagnitudePruningScheduler(model, mode=LOCAL, steps={0: 0.5})
     scheduler.step()
-    mask = model.parametrizations.weight[0].mask.clone()
+    mask = attached(model).mask.clone()
     with torch.no_grad():  # what was small is now large
-        model.parametrizations.weight.original.copy_(torch.where(mask, 0.0, 1.0))
+        model.weight.copy_(torch.where(mask, 0.0, 1.0))
     scheduler.step()
-    assert torch.equal(model.parametrizations.weight[0].mask, ~mask)
+    assert torch.equal(attached(model).mask, ~mask)
 
 
 def test_magnitude_touches_only_weights_with_masks():

@@ -1,3 +1,5 @@
+// Blocks of 256 go through noise, gate values and products in the first-level cache, while what the next block reads
+// is fetched ahead: drawing noise touches no memory, and would leave it idle.
 #include "gate.h"
 
 #include <algorithm>

@@ -1,3 +1,14 @@
+// Everything competes within a few cache lines, so one read and one write are all, and the work is in the ranking.
+//
+// Groups of 4 and 8 are turned in their registers and compared; of two turns that meet the same pairs, one tells the
+// other. In AVX-512 the comparisons of 64 elements are one word, and are counted by adding words. Other groups of up
+// to 64, and those whose columns lie apart, are packed so that each lane holds a group: rows that are neighbours in
+// memory, as the positions of a convolution's kernel, go in as they lie, others are transposed in registers.
+//
+// Longer groups stay in cache while the smallest key that stays is searched (row_select.h): all keys above a bound
+// are counted, and the next bound is interpolated between values, or every third time halved between bits. Rows of
+// one weight are alike, so the bound of the last one is the first guess. Factors and bases make keys first, a piece
+// at a time.
 #include "group_masks.h"
 
 #include <type_traits>

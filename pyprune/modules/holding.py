@@ -1,0 +1,469 @@
+"""Zeros that are held in a parameter, and what was there before, which is parked.
+
+A held parameter is an ordinary one that has zeros where its mask says so. Gradients are zeroed there as they arrive,
+and weights and the optimizer's state in its step (`pyprune.modules.steps`). What else writes to the parameter, such
+as ``load_state_dict``, ``copy_`` or an optimizer that is not torch's, moves its version counter; the next forward
+pass sees that, parks what was written over the zeros as the new raw values, and zeroes it. Nothing is added to the
+forward pass but that look, so nothing is compiled or exported that is not in the dense model.
+"""
+
+import copy
+import itertools
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from pyprune import ops
+from pyprune.modules.attachments import MASKS, Attachment, Owner
+from pyprune.modules.sharding import is_sharded, local_part, local_part_like
+
+# What is held now, by the id of its parameter, which lives as long as this refers to it.
+HELD: "weakref.WeakValueDictionary[int, Hold]" = weakref.WeakValueDictionary()
+
+# Numbers the changes of masks, so that an optimizer can tell which ones its state has not seen.
+_CHANGES = itertools.count(1)
+
+
+class Hold(Attachment):
+    """Zeros of one parameter, which may be at several places (tied).
+
+    Args:
+        mask: bool, True = kept.
+
+    Attributes:
+        parameter: what is held; None before `bind`.
+        parked: what was dropped, packed in the order of the flat index; None if nothing can come back.
+        parks: whether what is dropped is parked at all.
+        changed_at: the number of the last change of the mask.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        self._mask = mask
+        self.parameter: nn.Parameter | None = None
+        self.parked: Tensor | None = None
+        self.parks = True
+        self.is_raw = False
+        self.changed_at = 0
+        self.gradient_is_masked = False
+        self.is_stepping = False  # what an optimizer writes in its step is no raw value
+        self._written = (-1, 0)
+        self._places: list[tuple[weakref.ref[nn.Module], str]] = []
+        self._hook: torch.utils.hooks.RemovableHandle | None = None
+
+    @property
+    def mask(self) -> Tensor:
+        """The mask, on the device of its parameter; True = kept."""
+        parameter = self.parameter
+        if parameter is not None and self._mask.device != parameter.device and not parameter.is_meta:
+            with torch.inference_mode(False):
+                self._mask = self._mask.to(parameter.device)  # the model was moved
+        return self._mask
+
+    @mask.setter
+    def mask(self, mask: Tensor) -> None:
+        self._mask = mask
+
+    @property
+    def local_mask(self) -> Tensor:
+        """The part of the mask that belongs to this rank's part of a sharded parameter; else all of it."""
+        assert self.parameter is not None
+        return local_part_like(self.mask, self.parameter)
+
+    def bind(self, parameter: nn.Parameter) -> None:
+        """Hold this parameter from now on, and no other; its values are looked at before the next forward pass."""
+        self.unbind()
+        self.parameter = parameter
+        self._written = (-1, 0)
+        self.changed_at = next(_CHANGES)
+        HELD[id(parameter)] = self
+        self.watch_gradient()
+
+    def unbind(self) -> None:
+        """Hold nothing any more."""
+        if self.parameter is not None:
+            HELD.pop(id(self.parameter), None)
+        if self._hook is not None:
+            self._hook.remove()
+        self.parameter = self._hook = None
+
+    def watch_gradient(self) -> None:
+        """Zero gradients as they arrive, if the parameter can have any."""
+        if self._hook is None and self.parameter is not None and self.parameter.requires_grad:
+            mask_it = partial(_mask_gradient, weakref.ref(self))
+            self._hook = self.parameter.register_post_accumulate_grad_hook(mask_it)  # type: ignore[no-untyped-call]
+
+    def is_written(self) -> bool:
+        """Whether something wrote to the parameter since `settle` or `saw` was called; not through ``.data``."""
+        parameter = self.parameter
+        assert parameter is not None
+        if is_sharded(parameter) or parameter.is_meta:
+            return False
+        return self._written != (parameter._version, parameter.data_ptr())
+
+    def saw(self) -> None:
+        """Take the values as they are for known."""
+        parameter = self.parameter
+        if parameter is not None and not is_sharded(parameter) and not parameter.is_meta:
+            self._written = (parameter._version, parameter.data_ptr())
+
+    def find_shard(self) -> None:
+        """Hold the sharded parameter that has taken the place of the plain one (``fully_shard``)."""
+        for place, attribute in self._places:
+            module = place()
+            there = None if module is None else module._parameters.get(attribute)
+            if there is not None and there is not self.parameter and is_sharded(there):
+                self.bind(there)
+                return
+
+    def put_on(self, module: nn.Module, attribute: str) -> None:
+        """Be the mask of a place, next to its other ones; `hold_zeros` makes the zeros."""
+        parameter = module._parameters[attribute]
+        assert parameter is not None
+        if self.parameter is None:
+            self.bind(parameter)
+        module.__dict__.setdefault(MASKS, {})[attribute] = self
+        self.add_place(module, attribute)
+
+    def take_off(self, module: nn.Module, attribute: str) -> None:
+        """Hold nothing at a place any more. The zeros stay there."""
+        holds = module.__dict__[MASKS]
+        del holds[attribute]
+        if not holds:
+            del module.__dict__[MASKS]
+            _remove_hook(module, before_forward)
+            _remove_hook(module, before_state_dict)
+        if self._leave(module, attribute):
+            self.unbind()
+
+    def move_to(self, module: nn.Module, attribute: str, parameter: nn.Parameter) -> None:
+        """Hold another parameter at a place, which is about to take the place of the one that is there."""
+        holds, other = module.__dict__[MASKS], HELD.get(id(parameter))
+        is_alone = self._leave(module, attribute)
+        if other is not None:  # it is tied to another weight with a mask now
+            holds[attribute] = other
+            other.add_place(module, attribute)
+            if is_alone:
+                self.unbind()
+            return
+        moved = self if is_alone else self._untied()
+        holds[attribute] = moved
+        moved.bind(parameter)
+        moved.add_place(module, attribute)
+
+    def _untied(self) -> "Hold":
+        copied = copy.copy(self)  # binds the copy to the same parameter
+        copied.unbind()
+        copied._mask = self._mask.clone()
+        copied.parked = None if self.parked is None else self.parked.clone()
+        assert self.parameter is not None
+        HELD[id(self.parameter)] = self
+        return copied
+
+    def add_place(self, module: nn.Module, attribute: str) -> None:
+        """Take down where the parameter is."""
+        if not any(place() is module and known == attribute for place, known in self._places):
+            self._places.append((weakref.ref(module), attribute))
+
+    def _leave(self, module: nn.Module, attribute: str) -> bool:
+        """Forget a place; return whether it was the last."""
+        self._places = [
+            (place, known)
+            for place, known in self._places
+            if place() is not None and not (place() is module and known == attribute)
+        ]
+        return not self._places
+
+    def raw_values(self) -> Tensor:
+        """Return the values that the parameter had without zeros: itself if nothing is parked, else a new tensor."""
+        assert self.parameter is not None
+        weight = self.parameter.detach()
+        if self.parked is None or self.is_raw:
+            return weight
+        weight = weight.clone()
+        ops.unpark([weight], [self.mask], [self._parked_there()])
+        return weight
+
+    def _parked_there(self) -> Tensor:
+        """Return what is parked, after the model was moved or cast."""
+        assert self.parked is not None
+        assert self.parameter is not None
+        self.parked = self.parked.to(self.parameter.device, self.parameter.dtype)
+        return self.parked
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Hooks of parameters are not copied or saved either; a copy is held by hooks of its own.
+        return {**vars(self), "_hook": None, "_places": [], "gradient_is_masked": False, "is_stepping": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        parameter, self.parameter = self.parameter, None
+        if parameter is not None:
+            self.bind(parameter)
+
+
+def _mask_gradient(held: "weakref.ref[Hold]", parameter: Tensor) -> None:
+    hold = held()
+    gradient = parameter.grad
+    if hold is None or hold.parameter is not parameter or gradient is None:
+        return
+    if gradient.layout is not torch.strided:
+        raise TypeError("the gradient of a pruned weight is sparse, which cannot be masked; set sparse=False")
+    if gradient.requires_grad:  # create_graph=True: what is done to it is differentiated
+        parameter.grad = ops.mask_weight(gradient, hold.mask)
+    else:
+        ops.fold([gradient], [hold.mask])
+    hold.gradient_is_masked = True
+
+
+# ---- all of a model ----
+
+
+def holds_in(model: nn.Module) -> list[Hold]:
+    """List what is held in a model, each once."""
+    found = (hold for module in model.modules() for hold in module.__dict__.get(MASKS, {}).values())
+    return list(dict.fromkeys(found))
+
+
+def check_places(model: nn.Module) -> None:
+    """Raise if the parameter under a mask was taken away, as a parametrization does.
+
+    Raises:
+        ValueError: with the name of the weight and what is on it.
+    """
+    for name, module in model.named_modules():
+        for attribute in module.__dict__.get(MASKS, {}):
+            if attribute not in module._parameters:
+                owner = Owner(f"{name}.{attribute}" if name else attribute, module, attribute)
+                raise ValueError(
+                    f"{owner.name} got another parametrization ({', '.join(owner.foreign_steps) or 'unknown'}) over "
+                    "its mask; remove that one first"
+                )
+
+
+def _by_device(holds: Iterable[Hold]) -> Iterator[list[Hold]]:
+    groups: dict[torch.device, list[Hold]] = {}
+    for hold in holds:
+        if hold.parameter is not None and not hold.parameter.is_meta:
+            groups.setdefault(hold.parameter.device, []).append(hold)
+    yield from groups.values()
+
+
+def hold_zeros(holds: Iterable[Hold]) -> None:
+    """Zero what masks drop, and park what was there, as after any change of masks: a call of a kernel per device."""
+    holds = list(holds)
+    with torch.inference_mode(False), torch.no_grad():
+        for group in _by_device(holds):
+            _check_shapes(group)
+            parking = [one for one in group if one.parks]
+            parked = ops.park([_weight(one) for one in parking], [one.mask for one in parking])
+            for one, values in zip(parking, parked, strict=True):
+                one.parked = values
+            others = [one for one in group if not one.parks]
+            ops.fold([local_part(_weight(one)) for one in others], [one.local_mask for one in others])
+        for one in holds:
+            one.is_raw = False
+            one.changed_at = next(_CHANGES)
+            one.saw()
+
+
+def release(holds: Iterable[Hold]) -> None:
+    """Put back what is parked; nothing is held until `hold_zeros`."""
+    holds = list(holds)
+    settle([one for one in holds if not one.is_raw and one.is_written()])
+    with torch.inference_mode(False), torch.no_grad():
+        for group in _by_device(holds):
+            parked = [one for one in group if one.parked is not None]
+            ops.unpark(
+                [_weight(one) for one in parked],
+                [one.mask for one in parked],
+                [one._parked_there() for one in parked],
+            )
+            for one in group:
+                one.is_raw = True
+                one.parked = None
+                one.saw()
+
+
+@contextmanager
+def raw_values(holds: Iterable[Hold]) -> Iterator[None]:
+    """Let parameters have their raw values; after it they have zeros where masks are False by then.
+
+    Example:
+        >>> from pyprune import prune
+        >>> linear = prune(nn.Linear(2, 2), "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.5)
+        >>> with raw_values(holds_in(linear)):
+        ...     int((linear.weight == 0).sum())
+        0
+        >>> int((linear.weight == 0).sum())
+        2
+    """
+    holds = list(holds)
+    release(holds)
+    try:
+        yield
+    finally:
+        hold_zeros(holds)
+
+
+def settle(holds: Sequence[Hold]) -> None:
+    """Take what was written over zeros for the raw values, and zero it. A zero that was written changes nothing."""
+    if not holds:
+        return
+    before = {one: (one.parked, one.changed_at) for one in holds}
+    hold_zeros(holds)
+    for one, (parked, changed_at) in before.items():
+        one.changed_at = changed_at
+        if parked is not None and one.parked is not None:
+            written = one.parked
+            one.parked = parked
+            with torch.inference_mode(False), torch.no_grad():
+                there = one._parked_there()
+                one.parked = there if one.is_stepping else torch.where(written != 0, written, there)
+
+
+def _weight(hold: Hold) -> nn.Parameter:
+    assert hold.parameter is not None
+    return hold.parameter
+
+
+def _check_shapes(holds: Iterable[Hold]) -> None:
+    for hold in holds:
+        assert hold.parameter is not None
+        if not is_sharded(hold.parameter) and hold.parameter.shape != hold._mask.shape:
+            raise ValueError(
+                f"a weight under a mask of shape {tuple(hold._mask.shape)} has become one of shape "
+                f"{tuple(hold.parameter.shape)}; call pyprune.strip before weights are resized, and prune again"
+            )
+
+
+# ---- before a forward pass ----
+
+
+def before_forward(module: nn.Module, args: object) -> None:
+    """Hold the zeros of a module's own parameters if something wrote to them (a forward pre-hook)."""
+    if torch.compiler.is_compiling():
+        return
+    holds: dict[str, Hold] = module.__dict__.get(MASKS, {})
+    written = []
+    for attribute, hold in holds.items():
+        is_there = module._parameters.get(attribute) is hold.parameter
+        if not is_there or (not hold.is_raw and hold.is_written()):
+            hold.add_place(module, attribute)  # copies do not know theirs
+            if is_there and hold.parameter is not None:
+                written.append(hold)
+    if written:
+        settle(written)
+
+
+def before_forward_below(module: nn.Module, args: object) -> None:
+    """Do what `before_forward` does for a module whose parts are not called or may not have hooks."""
+    if not torch.compiler.is_compiling():
+        for part in module.modules():
+            before_forward(part, args)
+
+
+def before_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """Let what is saved have the zeros, whatever wrote to the parameters."""
+    before_forward(module, ())
+
+
+def watch(model: nn.Module) -> None:
+    """Give the modules with masks, in a model or a part of one, their look before a forward pass.
+
+    Hooks in a ``nn.TransformerEncoderLayer`` would switch its fast path off, so the look is in what is around it. The
+    parts of attention and of lists of parameters are not called by themselves.
+    """
+    for module, hook in _watchers(model, None, set()):
+        if hook not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(hook, prepend=True)
+    for module in filter(_has_masks, model.modules()):
+        if before_state_dict not in module._state_dict_pre_hooks.values():
+            module.register_state_dict_pre_hook(before_state_dict)  # type: ignore[no-untyped-call]
+
+
+# They hold modules or parameters, and are not called.
+_CONTAINERS = (nn.ParameterList, nn.ParameterDict, nn.ModuleList, nn.ModuleDict)
+
+
+def _watchers(
+    module: nn.Module, around: nn.Module | None, seen: set[nn.Module]
+) -> Iterator[tuple[nn.Module, Callable[[nn.Module, object], None]]]:
+    """Yield which modules look, and whether at themselves or at all of their parts."""
+    if module in seen:
+        return
+    seen.add(module)
+    if isinstance(module, nn.TransformerEncoderLayer):
+        if around is not None and _has_masks_below(module):
+            yield around, before_forward_below
+        return
+    if isinstance(module, nn.MultiheadAttention):
+        if _has_masks_below(module):
+            yield module, before_forward_below
+        return
+    is_called = not isinstance(module, _CONTAINERS)
+    if _has_masks(module):
+        if is_called:
+            yield module, before_forward
+        elif around is not None:
+            yield around, before_forward_below
+    for child in module.children():
+        yield from _watchers(child, module if is_called else around, seen)
+
+
+def unwatch(model: nn.Module) -> None:
+    """Take off what `watch` put on, of modules that have no masks any more."""
+    for module in model.modules():
+        if not _has_masks(module):
+            _remove_hook(module, before_forward)
+            _remove_hook(module, before_state_dict)
+        if before_forward_below in module._forward_pre_hooks.values() and not _has_masks_below(module):
+            _remove_hook(module, before_forward_below)
+
+
+def _remove_hook(module: nn.Module, hook: Callable[..., None]) -> None:
+    for hooks in (module._forward_pre_hooks, module._state_dict_pre_hooks):
+        for key in [key for key, known in hooks.items() if known is hook]:
+            del hooks[key]
+
+
+def _has_masks(module: nn.Module) -> bool:
+    return MASKS in module.__dict__
+
+
+def _has_masks_below(module: nn.Module) -> bool:
+    return any(map(_has_masks, module.modules()))
+
+
+# ---- when a parameter is assigned ----
+
+
+def _on_registration(module: nn.Module, attribute: str, parameter: nn.Parameter | None) -> None:
+    """Let a mask follow when a `Parameter` is assigned to its place: its values are the new raw ones."""
+    holds: dict[str, Hold] = module.__dict__.get(MASKS, {})
+    hold = holds.get(attribute)
+    if hold is None or parameter is hold.parameter:
+        return
+    if parameter is None:
+        hold.take_off(module, attribute)
+        return
+    problem = ""
+    if is_traceable_wrapper_subclass(parameter) and not is_sharded(parameter):
+        problem = f"a {type(parameter).__name__}"
+    elif parameter.shape != hold._mask.shape:
+        problem = f"a parameter of shape {tuple(parameter.shape)}"
+    if problem:
+        raise ValueError(
+            f"{attribute!r} of a {type(module).__name__} has a mask for shape {tuple(hold._mask.shape)}, and cannot "
+            f"become {problem}; call pyprune.strip first"
+        )
+    hold.move_to(module, attribute, parameter)
+
+
+register_module_parameter_registration_hook(_on_registration)

@@ -1,0 +1,86 @@
+"""Masks and what is parked under them as plain tensors, to save and to load: a state_dict of the model lacks them."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyprune.modules.masks import Mask, changing_masks
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Return a bool tensor as bits, eight in a byte.
+
+    Example:
+        >>> pack_bits(torch.tensor([True, False, True])).tolist()
+        [160]
+    """
+    return torch.from_numpy(np.packbits(mask.detach().cpu().reshape(-1).numpy()))
+
+
+def unpack_bits(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return the bool tensor of a shape that `pack_bits` was given.
+
+    Example:
+        >>> unpack_bits(torch.tensor([160], dtype=torch.uint8), (3,)).tolist()
+        [True, False, True]
+    """
+    flat = np.unpackbits(bits.cpu().numpy(), count=math.prod(shape))
+    return torch.from_numpy(flat.astype(bool)).reshape(tuple(shape))
+
+
+def state_of(mask: Mask) -> dict[str, Any]:
+    """Return what `check_state` and `load_states` take: bits, shape, units, and what is parked, all on the CPU."""
+    return {
+        "shape": list(mask.mask.shape),
+        "bits": pack_bits(mask.mask),
+        "parked": None if mask.parked is None else mask.parked.detach().to("cpu", copy=True),
+        "unit": None if mask.unit is None else list(mask.unit),
+        "followers": [None if one.parked is None else one.parked.detach().cpu() for one in mask.followers],
+    }
+
+
+def check_state(name: str, state: object, shape: Sequence[int]) -> None:
+    """Raise ValueError unless a state is that of a mask of a shape.
+
+    Raises:
+        ValueError: with the name of the weight and what is wrong.
+    """
+    problem = ""
+    if not isinstance(state, Mapping) or not {"shape", "bits", "parked"} <= set(state):
+        problem = "is no state of a mask"
+    elif list(state["shape"]) != list(shape):
+        problem = f"has a mask of shape {state['shape']}, and the model one of {list(shape)}"
+    elif not isinstance(state["bits"], Tensor) or state["bits"].dtype is not torch.uint8:
+        problem = "has bits that are no tensor of bytes"
+    elif state["bits"].numel() != -(-math.prod(shape) // 8):
+        problem = f"has {state['bits'].numel()} bytes of bits for a mask of shape {list(shape)}"
+    elif state["parked"] is not None:
+        dropped = int((~unpack_bits(state["bits"], shape)).sum())
+        if not isinstance(state["parked"], Tensor) or state["parked"].shape != (dropped,):
+            problem = f"has not as many parked values as the {dropped} that its mask drops"
+    if problem:
+        raise ValueError(f"the state of {name} {problem}; load it into the model and the pruning that were saved")
+
+
+@torch.no_grad()
+def load_states(pairs: Sequence[tuple[Mask, Mapping[str, Any]]]) -> None:
+    """Bring masks, and what is parked under them, to states that `check_state` has seen."""
+    with torch.inference_mode(False):
+        for mask, _ in pairs:
+            for one in (mask, *mask.followers):
+                if one.is_written():  # weights were loaded before: they are right where the new mask keeps them
+                    one.parked = None
+                    one.saw()
+        with changing_masks([mask for mask, _ in pairs]):
+            for mask, state in pairs:
+                mask.mask.copy_(unpack_bits(state["bits"], state["shape"]))
+                unit = state.get("unit")
+                mask.unit = None if unit is None else tuple(unit)
+        for mask, state in pairs:
+            followers = state.get("followers", [])
+            for one, parked in [(mask, state["parked"]), *zip(mask.followers, followers, strict=False)]:
+                one.parked = None if parked is None else parked.clone()

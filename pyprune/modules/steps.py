@@ -1,0 +1,139 @@
+"""What the step of an optimizer does to held zeros: it keeps them, whichever optimizer it is, told or not.
+
+Hooks that torch has for all optimizers look, in each step, for parameters that are held. Where gradient, weight and
+state are zero, most optimizers leave them so: only weights are looked at then, because something may have written to
+them through ``.data``. The state (momentum, moments) is zeroed when masks change or a state was loaded, and at every
+step of an optimizer that mixes elements or is not known.
+"""
+
+import weakref
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from pyprune import ops
+from pyprune.modules.holding import HELD, Hold, settle
+from pyprune.modules.sharding import is_sharded, local_part
+
+# With an eps of 0 they divide zero by zero.
+_LEAVE_ZEROS = {
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.Adamax,
+    torch.optim.Adagrad,
+    torch.optim.RMSprop,
+    torch.optim.Rprop,
+    torch.optim.Adadelta,
+    torch.optim.ASGD,
+}
+
+
+class _Known:
+    """What an optimizer's state was when its dropped elements were zeroed last."""
+
+    def __init__(self) -> None:
+        self.state: object = None
+        self.changed_at = 0
+
+
+_KNOWN: "weakref.WeakKeyDictionary[Optimizer, _Known]" = weakref.WeakKeyDictionary()
+
+
+def held_by(optimizer: Optimizer) -> list[Hold]:
+    """List what is held of the parameters of an optimizer."""
+    if not HELD:
+        return []
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if any(is_sharded(parameter) and id(parameter) not in HELD for parameter in parameters):
+        for one in list(HELD.values()):
+            one.find_shard()
+    return [hold for parameter in parameters if (hold := HELD.get(id(parameter))) is not None]
+
+
+def _before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
+    if torch.compiler.is_compiling() or not HELD:
+        return
+    holds = [hold for hold in held_by(optimizer) if not hold.is_raw]
+    if not holds:
+        return
+    settle([hold for hold in holds if hold.is_written()])
+    mask_gradients(hold for hold in holds if not hold.gradient_is_masked)
+    mask_state(optimizer, holds)
+    for hold in holds:
+        hold.is_stepping = True
+
+
+def _after_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
+    if torch.compiler.is_compiling() or not HELD:
+        return
+    holds = [hold for hold in held_by(optimizer) if not hold.is_raw]
+    if not holds:
+        return
+    _fold((hold.parameter, hold) for hold in holds)
+    if not _leaves_zeros(optimizer):
+        _KNOWN.pop(optimizer, None)
+        mask_state(optimizer, holds)
+    for hold in holds:
+        hold.gradient_is_masked = hold.is_stepping = False
+        hold.saw()
+
+
+def _leaves_zeros(optimizer: Optimizer) -> bool:
+    return type(optimizer) in _LEAVE_ZEROS and all(group.get("eps", 1) != 0 for group in optimizer.param_groups)
+
+
+def mask_gradients(holds: Iterable[Hold]) -> None:
+    """Zero gradients that did not come by a backward pass, or before the parameter was held."""
+    pairs: list[tuple[Tensor | None, Hold]] = []
+    for hold in holds:
+        assert hold.parameter is not None
+        hold.watch_gradient()
+        gradient = hold.parameter.grad
+        if gradient is not None:
+            if gradient.layout is not torch.strided:
+                raise TypeError("the gradient of a pruned weight is sparse, which cannot be masked; set sparse=False")
+            pairs.append((gradient, hold))
+    _fold(pairs)
+
+
+def mask_state(optimizer: Optimizer, holds: Iterable[Hold]) -> None:
+    """Zero momentum, moments and the like of what is dropped, where masks or the state are new to each other."""
+    known = _KNOWN.setdefault(optimizer, _Known())
+    is_loaded = known.state is not optimizer.state
+    if is_loaded:
+        known.state, known.changed_at = optimizer.state, 0
+    stale = [hold for hold in holds if hold.changed_at > known.changed_at]
+    pairs: list[tuple[Tensor | None, Hold]] = []
+    for hold in stale:
+        assert hold.parameter is not None
+        known.changed_at = max(known.changed_at, hold.changed_at)
+        state = optimizer.state.get(hold.parameter, {})
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == hold.parameter.shape and value.dtype in ops.WEIGHT_DTYPES:
+                if is_loaded:  # what was loaded may still be the tensors of a checkpoint that someone else uses
+                    state[key] = value.clone()
+                pairs.append((state[key], hold))
+    _fold(pairs)
+
+
+@torch.no_grad()
+def _fold(pairs: Iterable[tuple[Tensor | None, Hold]]) -> None:
+    """Zero in each tensor what its mask drops: one call per device."""
+    by_device: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
+    for tensor, hold in pairs:
+        assert tensor is not None
+        tensors, masks = by_device.setdefault(tensor.device, ([], []))
+        tensors.append(local_part(tensor))
+        masks.append(hold.local_mask)
+    for tensors, masks in by_device.values():
+        ops.fold(tensors, masks)
+
+
+register_optimizer_step_pre_hook(_before_step)
+register_optimizer_step_post_hook(_after_step)
