@@ -10,14 +10,9 @@ from pyprune.calibration.calibrate import Calibration, calibrate
 from pyprune.methods import granularity, importance, schedules, scope
 from pyprune.methods.method import Method, PruneMode
 from pyprune.methods.schedules import Schedule
-<<<<<<< HEAD
-from pyprune.modules.config import get_config, load_from_config
-from pyprune.modules.forward_pass import attach_gate, one_gate_sample
-=======
 from pyprune.modules.averages import reapply
 from pyprune.modules.config import get_config, load_from_config, upgrade_checkpoint
-from pyprune.modules.forward_pass import one_gate_sample
->>>>>>> masks
+from pyprune.modules.forward_pass import attach_gate, one_gate_sample
 from pyprune.modules.gates import HardConcreteGate, StochasticGate
 from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.modules.optimizer import check_optimizer, gate_parameters, weight_parameters

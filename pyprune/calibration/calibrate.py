@@ -148,14 +148,9 @@ class _Gradients:
             for parameter in frozen:
                 parameter.requires_grad_(True)
             for target in self.targets:
-<<<<<<< HEAD
-                if isinstance(target.attachment, nn.Module):  # a gate
-                    hooks.append(target.attachment.register_forward_hook(partial(self._see, target)))
-=======
                 gate = target.attachment
                 if isinstance(gate, nn.Module):
                     hooks.append(gate.register_forward_hook(partial(self._see, target)))
->>>>>>> masks
             yield
         finally:
             for hook in hooks:

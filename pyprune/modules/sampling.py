@@ -1,7 +1,7 @@
 """Which seed a gate samples with: one per forward pass of a model, also when activations are computed again.
 
-- A pass has one seed for each gate that it is for, drawn by ``torch.randint`` when it begins (one call per device), so
-  that ``torch.manual_seed`` governs it. Each rank of `torch.distributed` makes other noise of it. Outside of passes
+- A pass has one seed for each of its gates, drawn by ``torch.randint`` when it begins (one call per device), so that
+  ``torch.manual_seed`` governs it. Each rank of `torch.distributed` makes other noise of it. Outside of passes
   every read of a weight draws.
 - While a pass is open, each gate finds its seed in a `Seat` of its own. So compiled code need not know the number of
   a gate, which torch.compile would guard, and one piece of it serves all layers that are alike.
