@@ -12,7 +12,7 @@ from pyprune.methods.method import Method, PruneMode
 from pyprune.methods.schedules import Schedule
 from pyprune.modules.averages import reapply
 from pyprune.modules.config import get_config, load_from_config, upgrade_checkpoint
-from pyprune.modules.forward_pass import one_gate_sample
+from pyprune.modules.forward_pass import attach_gate, one_gate_sample
 from pyprune.modules.gates import HardConcreteGate, StochasticGate
 from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.modules.optimizer import check_optimizer, gate_parameters, weight_parameters
@@ -74,6 +74,7 @@ __all__ = [
     "__version__",
     "ac_dc",
     "allocation_from_sensitivity",
+    "attach_gate",
     "batch_norm_adaptation",
     "build_info",
     "calibrate",

@@ -9,7 +9,7 @@ from torch import nn
 
 from pyprune.modules.attachments import Attachment, check_module, gate_name
 from pyprune.modules.forward_pass import attach_and_share
-from pyprune.modules.gates import HardConcreteGate, StochasticGate
+from pyprune.modules.gates import HardConcreteGate, StochasticGate, check_gates
 from pyprune.modules.holding import hold_zeros, watch
 from pyprune.modules.mask_states import check_state, pack_bits, state_of, unpack_bits
 from pyprune.modules.masks import FollowingMask, Mask
@@ -31,7 +31,8 @@ def get_config(model: nn.Module) -> dict[str, Any]:
         Dicts and lists of numbers, strings and tensors on the CPU, for `torch.save` (``weights_only`` reads it).
 
     Raises:
-        TypeError: if ``model`` is no module, or has gates of a class that is not pyprune's.
+        TypeError, ValueError: if ``model`` is no module, or has gates of a class that is not pyprune's, or such that
+            torch's parametrize put on.
 
     Example:
         >>> from pyprune import prune
@@ -40,6 +41,7 @@ def get_config(model: nn.Module) -> dict[str, Any]:
         (2, ['weight'], 4)
     """
     check_module(model)
+    check_gates(model)
     masks: list[dict[str, Any]] = []
     gates: list[dict[str, Any]] = []
     attached = attachments_of(model)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pyprune.modules.attachments import gate_name
 from pyprune.modules.evaluation import check_initialized, check_inputs, evaluating, forward, untouched
 from pyprune.modules.gates import StochasticGate
 
@@ -78,9 +79,9 @@ def flop_costs(
         TypeError, ValueError: for other inputs, if there are none at all, or if the model is not initialised.
 
     Example:
+        >>> from pyprune.modules.forward_pass import attach_gate
         >>> from pyprune.modules.gates import gates_of
-        >>> linear = nn.Linear(4, 2)
-        >>> _ = nn.utils.parametrize.register_parametrization(linear, "weight", StochasticGate((2, 4)))
+        >>> linear = attach_gate(nn.Linear(4, 2), "weight", StochasticGate((2, 4)))
         >>> list(flop_costs(linear, gates_of(linear), torch.ones(3, 4)).values())
         [6.0]
     """
@@ -96,7 +97,8 @@ def flop_costs(
             hook.remove()
     if not any(counter.flops.values()):
         raise ValueError("the forward pass has no countable FLOPs with gated weights; leave examples_inputs out")
-    free = [name for name, module in model.named_modules() if counter.flops.get(module) == 0]
+    names = {module: name.removesuffix(gate_name("")) for name, module in model.named_modules()}
+    free = [names[gate] for gate, flops in counter.flops.items() if flops == 0]
     if free:
         warnings.warn(
             f"no FLOPs were counted for the weights of {', '.join(free)}; the loss leaves them alone", stacklevel=3

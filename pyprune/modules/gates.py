@@ -8,10 +8,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from pyprune import ops
-from pyprune.modules.attachments import Attachment
-from pyprune.modules.sampling import Sampler
+from pyprune.modules.attachments import Attachment, gate_name
+from pyprune.modules.gated_classes import gated_attributes, put_gate, take_gate
+from pyprune.modules.sampling import Sampler, Seat
 
 
 class StochasticGate(nn.Module, Attachment):
@@ -23,8 +25,8 @@ class StochasticGate(nn.Module, Attachment):
     w was kept and 0 elsewhere. In evaluation there is no noise: ``keep = m > 0``.
 
     All owners of a tied weight share one gate. `prune` puts gates on a model; by hand, a gate goes on any parameter
-    with ``torch.nn.utils.parametrize.register_parametrization``, or is called with a weight. Then every call in
-    training draws a new sample, unless it happens inside `one_gate_sample`.
+    with `attach_gate`, or is called with a weight. Then every call in training draws a new sample, unless it happens
+    inside `one_gate_sample`. On a layer it is a submodule, named after its parameter: ``layer.weight_mask``.
 
     Weight decay on the logits would pull every probability to 0.5: give them an optimizer group without it
     (`gate_parameters`, `check_optimizer`).
@@ -50,7 +52,6 @@ class StochasticGate(nn.Module, Attachment):
         >>> gate = StochasticGate((4, 3), gate_shape=(4, 1))
         >>> gate.weights_per_gate, round(gate.logits[0].item(), 4)
         (3, 4.5951)
-        >>> _ = nn.utils.parametrize.register_parametrization(nn.Linear(3, 4), "weight", gate)
     """
 
     def __init__(
@@ -70,10 +71,10 @@ class StochasticGate(nn.Module, Attachment):
         self.shape = tuple(shape)
         self.gate_shape = self.shape if gate_shape is None else tuple(gate_shape)
         self.same_on_all_ranks = same_on_all_ranks
-        self.sampler = Sampler()
+        self.sampler, self.seat = Sampler(), Seat()
         # Whether `strip` made it part of the weights: it changes nothing any more.
         self.folded = False
-        # Tells gates apart that share a sampler, and so a seed.
+        # Tells gates apart that share a sampler.
         self.stream = 0
         ops.check_gate_shape(self.shape, self.gate_shape)
         self.logits = nn.Parameter(torch.full(self.gate_shape, start, dtype=dtype or torch.float32, device=device))
@@ -96,13 +97,26 @@ class StochasticGate(nn.Module, Attachment):
             "dtype": self.logits.dtype,
         }
 
+    def put_on(self, module: nn.Module, attribute: str) -> None:
+        """Let ``module.attribute`` be what the gate makes of the parameter, which stays where it is."""
+        put_gate(module, attribute, self)
+
+    def take_off(self, module: nn.Module, attribute: str) -> None:
+        """Let ``module.attribute`` be the parameter again."""
+        take_gate(module, attribute)
+
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight times a sample of the gates, or, in evaluation, times their `values`."""
         if not isinstance(weight, Tensor):
             raise TypeError(f"weight is of type {type(weight).__name__}; give the tensor to gate")
         if tuple(weight.shape) != self.shape:
             raise ValueError(f"the gate is for a weight of shape {self.shape}, not {tuple(weight.shape)}")
-        return self._gated(weight, self.sampler.seed(weight.device) if self.training else None)
+        seed = None
+        if self.training:
+            seed = self.seat.seed
+            if seed is None:
+                seed = self.sampler.seed(weight.device, self.stream)
+        return self._gated(weight, seed)
 
     def deterministic(self, weight: Tensor) -> Tensor:
         """Return what the gate makes of a weight in evaluation."""
@@ -119,8 +133,8 @@ class StochasticGate(nn.Module, Attachment):
     def _noise_stream(self) -> int:
         # Other noise on each rank, even where all ranks draw the same seeds.
         if self.same_on_all_ranks or not (dist.is_available() and dist.is_initialized()):
-            return self.stream
-        return self.stream + (dist.get_rank() << 32)
+            return 0
+        return dist.get_rank() << 32
 
     def extra_repr(self) -> str:
         """Say what the gate is for."""
@@ -213,3 +227,31 @@ def _logit(probability: float) -> float:
 def gates_of(model: nn.Module) -> list[StochasticGate]:
     """List the gates of a model, each once, wherever they are."""
     return [module for module in model.modules() if isinstance(module, StochasticGate)]
+
+
+def check_gates(model: nn.Module) -> None:
+    """Raise ValueError if a gate was put on in a way that `strip` could not undo.
+
+    Example:
+        >>> linear = nn.Linear(3, 4)
+        >>> _ = parametrize.register_parametrization(linear, "weight", StochasticGate((4, 3)))
+        >>> check_gates(linear)
+        Traceback (most recent call last):
+        ValueError: weight carries a StochasticGate by torch's parametrize; take it off by ...
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, parametrize.ParametrizationList):
+            weight = name.replace("parametrizations.", "")
+            for step in module:
+                if isinstance(step, StochasticGate):
+                    raise ValueError(
+                        f"{weight} carries a {type(step).__name__} by torch's parametrize; take it off by "
+                        "torch.nn.utils.parametrize.remove_parametrizations(..., leave_parametrized=False), and put "
+                        "it on by pyprune.attach_gate"
+                    )
+        for attribute in gated_attributes(module):
+            if attribute not in module._parameters or gate_name(attribute) not in module._modules:
+                raise ValueError(
+                    f"{name}.{attribute} lost its parameter or its gate while it was gated; build the model anew, "
+                    "and call pyprune.strip before something else computes the weight"
+                )

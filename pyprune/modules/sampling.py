@@ -1,8 +1,10 @@
 """Which seed a gate samples with: one per forward pass of a model, also when activations are computed again.
 
-- A pass has one seed per device, drawn by ``torch.randint`` when it begins, so that ``torch.manual_seed`` governs
-  it. The kernel makes noise from (seed, stream, index): each gate of a model has a stream of its own, and each rank
-  of `torch.distributed` other ones. Outside of passes every read of a weight draws.
+- A pass has one seed for each of its gates, drawn by ``torch.randint`` when it begins (one call per device), so that
+  ``torch.manual_seed`` governs it. Each rank of `torch.distributed` makes other noise of it. Outside of passes
+  every read of a weight draws.
+- While a pass is open, each gate finds its seed in a `Seat` of its own. So compiled code need not know the number of
+  a gate, which torch.compile would guard, and one piece of it serves all layers that are alike.
 - Recomputation calls modules again during the backward pass, possibly after other forward passes. Autograd numbers
   its nodes in the order in which they are made, so the node that asks for the recomputation tells which pass it was
   made in: the one whose first and last number enclose it. Its seeds are used again. If the pass began inside the
@@ -22,8 +24,9 @@ import math
 import threading
 import weakref
 from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -34,10 +37,10 @@ _REMEMBERED = 1024
 
 @dataclass(eq=False)
 class _Pass:
-    """The seeds of one pass, by device, and the numbers of the autograd nodes that were made in it."""
+    """The seeds of one pass, by device and gate, and the numbers of the autograd nodes that were made in it."""
 
     opener: int
-    seeds: dict[torch.device, Tensor]
+    seeds: dict[torch.device, dict[int, Tensor]]
     thread: object = None
     start: int = 0
     end: float = math.inf
@@ -54,14 +57,31 @@ class _PerThread(threading.local):
         self.itself = object()
 
 
+class Seat(threading.local):
+    """Where one gate finds its seed while a pass is open; each thread has passes of its own."""
+
+    def __init__(self) -> None:
+        self.seed: Tensor | None = None
+
+    def __reduce__(self) -> tuple[type["Seat"], tuple[()]]:
+        return Seat, ()
+
+
+class Sampled(Protocol):
+    """What asks for seeds, a gate: the number by which its sampler tells it from others, and its seat."""
+
+    stream: int
+    seat: Seat
+
+
 class Sampler:
-    """Hands out the seeds of gates that belong to one model: one seed per device and pass.
+    """Hands out the seeds of gates that belong to one model: one seed per gate, device and pass.
 
     The seeds come from torch's generator of the device, so that ``torch.manual_seed`` reproduces a run.
 
     Example:
         >>> sampler, cpu = Sampler(), torch.device("cpu")
-        >>> sampler.begin({cpu})
+        >>> sampler.begin({})
         >>> bool(sampler.seed(cpu) == sampler.seed(cpu))
         True
         >>> sampler.end()
@@ -82,24 +102,35 @@ class Sampler:
         """Whether this thread is in a pass."""
         return self._thread.open is not None
 
-    def begin(self, devices: set[torch.device], opener: object = None) -> None:
-        """Open a pass, and draw its seeds.
+    def begin(self, gates: Mapping[torch.device, Sequence[Sampled]], opener: object = None) -> None:
+        """Open a pass, draw seeds, and lay each on the seat of its gate. Who ends the pass clears the seats.
 
         Args:
-            devices: where gates will ask for seeds; nowhere if all are in evaluation.
+            gates: the gates that will ask for seeds, by device; none if all are in evaluation.
             opener: the module whose call is the pass.
         """
         if torch.compiler.is_compiling():
             # What is checkpointed in here is compiled too: modules are not called again in the backward pass.
-            self._thread.open = _Pass(0, _draw(devices))
+            self._thread.open = _Pass(0, {})
+            for device, several in gates.items():
+                # By their order here: a guard on a number of a gate would forbid its code to gates of other layers.
+                for gate, seed in zip(several, _draw(len(several), device), strict=True):
+                    gate.seat.seed = seed
             return
-        original = self._recomputed_pass() if devices else None
+        original = self._recomputed_pass() if gates else None
         # Checkpointing restores the generator to its state where the checkpointed part began. If the pass began
         # in that part, it drew there, and draws again, so that what is random after it is the same too.
-        seeds = _draw(devices) if original is None or original.opener == id(opener) else {}
+        seeds: dict[torch.device, dict[int, Tensor]] = {}
+        if original is None or original.opener == id(opener):
+            for device, several in gates.items():
+                drawn = _draw(len(several), device)
+                seeds[device] = {gate.stream: seed for gate, seed in zip(several, drawn, strict=True)}
         started = _Pass(
             id(opener), seeds if original is None else original.seeds, self._thread.itself, start=_next_node()
         )
+        for device, several in gates.items():
+            for gate in several:
+                gate.seat.seed = _seed_in(started, device, gate.stream)
         self._thread.open = started
         if torch._C._current_autograd_node() is None:
             self._passes.append(started)
@@ -116,16 +147,14 @@ class Sampler:
             cast(_Pass, self._thread.open).end = _next_node()
         self._thread.open = None
 
-    def seed(self, device: torch.device) -> Tensor:
-        """Return the seed of the pass; outside of passes, a new one."""
+    def seed(self, device: torch.device, stream: int = 0) -> Tensor:
+        """Return the seed that a gate has in this pass; outside of passes, a new one."""
         current = self._thread.open
         if current is None and not torch.compiler.is_compiling():
             current = self._recomputed_pass()
         if current is None:
-            return _draw({device})[device]
-        if device not in current.seeds:
-            current.seeds.update(_draw({device}))
-        return current.seeds[device]
+            return _draw(1, device)[0]
+        return _seed_in(current, device, stream)
 
     def _recomputed_pass(self) -> _Pass | None:
         """Return the pass whose activations the backward pass is about to compute again."""
@@ -162,11 +191,15 @@ def _keep(recomputation: _Pass) -> None:
     """Hold a pass that a sampler refers to weakly, as a callback."""
 
 
-def _draw(devices: set[torch.device]) -> dict[torch.device, Tensor]:
-    return {
-        device: torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
-        for device in sorted(devices, key=str)
-    }
+def _seed_in(one: _Pass, device: torch.device, stream: int) -> Tensor:
+    seeds = one.seeds.setdefault(device, {})
+    if stream not in seeds:
+        seeds[stream] = _draw(1, device)[0]
+    return seeds[stream]
+
+
+def _draw(count: int, device: torch.device) -> tuple[Tensor, ...]:
+    return torch.randint(-(2**63), 2**63 - 1, (count,), dtype=torch.int64, device=device).unbind()
 
 
 def _next_node() -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pyprune import ops
 from pyprune.modules.attachments import attach, check_module, detach
 from pyprune.modules.forward_pass import share_samples, unshare_samples
-from pyprune.modules.gates import HardConcreteGate, StochasticGate
+from pyprune.modules.gates import HardConcreteGate, StochasticGate, check_gates
 from pyprune.modules.holding import check_places, unwatch
 from pyprune.modules.masks import Mask
 from pyprune.modules.targets import attachments_of, check_prunable
@@ -78,6 +78,7 @@ def strip(
         )
     if strip_format != StripFormat.IN_PLACE:
         raise ValueError(f"strip_format is {strip_format!r}; allowed is StripFormat.IN_PLACE")
+    check_gates(model)
     check_places(model)
     attachments = attachments_of(model)
     if expected_count and not any(isinstance(found, HardConcreteGate) for found in attachments.values()):

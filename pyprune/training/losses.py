@@ -1,7 +1,8 @@
 """Losses that draw learned gates to a target ratio, or put a price on every open gate.
 
 They hold the gates of a model without registering their logits as parameters of the loss: the logits belong to the
-model, and move, train and are saved with it. After `strip` they raise RuntimeError.
+model, and move, train and are saved with it. After `strip` they raise RuntimeError, and where a layer with gates was
+replaced in the model, ValueError. They warn once if optimizers step without the gates, or with weight decay on them.
 """
 
 import math
@@ -18,6 +19,7 @@ from pyprune.methods.allocation import check_ratio
 from pyprune.modules.attachments import check_module
 from pyprune.modules.flops import flop_costs
 from pyprune.modules.gates import HardConcreteGate, StochasticGate, gates_of
+from pyprune.training.gate_checks import GatePlaces, OptimizerWatch
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,11 @@ class _GateLoss(nn.Module):
     # Count the gates that are open at test time, or sum the probabilities that gates are open.
     _hard = False
 
-    def __init__(self, gates: Mapping[StochasticGate, float]) -> None:
+    def __init__(self, model: nn.Module, gates: Mapping[StochasticGate, float]) -> None:
         """Take the gates and the cost of each logit; the whole is what all open gates cost."""
         super().__init__()
+        self._places = GatePlaces(model)
+        self._watch = OptimizerWatch()
         self._whole = math.fsum(cost * gate.logits.numel() for gate, cost in gates.items())
         members: dict[tuple[torch.device, float], list[StochasticGate]] = {}
         for gate in gates:
@@ -57,10 +61,18 @@ class _GateLoss(nn.Module):
         with torch.no_grad():
             return 1 - self._kept().item()
 
-    def _kept(self) -> Tensor:
-        """Return the kept share of the whole: float64, on the device of the first gate."""
+    def check(self) -> None:
+        """Raise RuntimeError if the gates were stripped, ValueError if layers that had them were replaced."""
         if any(gate.folded for group in self._groups for gate in group.gates):
             raise RuntimeError("the gates of this loss were folded in by strip, and train nothing; drop the loss")
+        if not torch.compiler.is_compiling():
+            self._places.check()
+
+    def _kept(self) -> Tensor:
+        """Return the kept share of the whole: float64, on the device of the first gate."""
+        self.check()
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._watch.loss_is_called(self._places)
         parts = []
         for group in self._groups:
             sums = ops.gate_penalty([gate.logits for gate in group.gates], hard=self._hard, shift=group.shift)
@@ -116,7 +128,7 @@ class RBLoss(_GateLoss):
         gates = _find_gates(model)
         if any(isinstance(gate, HardConcreteGate) for gate in gates):
             raise ValueError("the model has hard-concrete gates; train those with LagrangianLoss or L0Loss")
-        super().__init__(gates)
+        super().__init__(model, gates)
         self.target_ratio = target_ratio
         self._p = _check_positive(p, "p")
 
@@ -170,7 +182,7 @@ class L0Loss(_GateLoss):
     def __init__(self, model: nn.Module, weight: float = 1.0, *, examples_inputs: Any = None) -> None:
         gates = _find_gates(model)
         price = _check_positive(weight, "weight")
-        super().__init__(gates if examples_inputs is None else flop_costs(model, gates, examples_inputs))
+        super().__init__(model, gates if examples_inputs is None else flop_costs(model, gates, examples_inputs))
         self.weight = price
 
     def forward(self) -> Tensor:
@@ -236,7 +248,7 @@ class LagrangianLoss(_GateLoss):
         start_ratio: float = 0.0,
         learning_rate: float = 0.1,
     ) -> None:
-        super().__init__(_find_gates(model))
+        super().__init__(model, _find_gates(model))
         if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, numbers.Integral):
             raise TypeError(f"warmup_steps is {warmup_steps!r}; give a number of optimizer steps")
         if warmup_steps < 0:

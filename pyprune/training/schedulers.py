@@ -190,6 +190,7 @@ class _RBScheduler(_Scheduler):
             self._set_ratio(self._ratio)
 
     def _set_ratio(self, ratio: float) -> None:
+        self._rb_loss.check()
         self._rb_loss.target_ratio = ratio
 
 
@@ -201,7 +202,8 @@ class MultiStepRBPruningScheduler(_RBScheduler):
         steps: ratio in [0, 1) from each of these epochs on; one of them is 0.
 
     Raises:
-        TypeError, ValueError: for wrong arguments.
+        TypeError, ValueError: for wrong arguments. `step` also raises ValueError if a layer with gates was replaced
+            in the model, and RuntimeError after `strip`.
 
     Paper: Kozlov et al. 2020, "Neural Network Compression Framework for fast model inference".
 
@@ -232,7 +234,8 @@ class ExponentialRBPruningScheduler(_RBScheduler):
         target_epoch: at least 1.
 
     Raises:
-        TypeError, ValueError: for wrong arguments.
+        TypeError, ValueError: for wrong arguments. `step` also raises ValueError if a layer with gates was replaced
+            in the model, and RuntimeError after `strip`.
 
     Paper: Kozlov et al. 2020, "Neural Network Compression Framework for fast model inference".
 

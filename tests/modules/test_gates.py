@@ -5,7 +5,6 @@ import os
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 import pyprune
 from pyprune import HardConcreteGate, StochasticGate, ops
@@ -130,7 +129,7 @@ def test_gate_put_on_by_hand_can_be_stripped(kind, device):
     for module, name in ((model[0], "weight"), (model[1], "weight_hh_l0")):
         weight = getattr(module, name)
         gate = kind(weight.shape, gate_shape=(4, 1), keep_probability=0.7, device=device)
-        parametrize.register_parametrization(module, name, gate)
+        assert pyprune.attach_gate(module, name, gate) is module
     nn.init.normal_(gate.logits, std=3)
     model.eval()
     expected = model[0].weight.detach().clone(), model[1].weight_hh_l0.detach().clone()
@@ -183,7 +182,7 @@ def test_gates_of_finds_each_gate_once(transformer):
     model = gated(transformer.model)
     gates = gates_of(model)
     assert len(gates) == len(set(gates))
-    assert model.embed.parametrizations.weight[0] is model.decoder.parametrizations.weight[0]
+    assert model.embed.weight_mask is model.decoder.weight_mask
     assert gates_of(nn.Linear(2, 2)) == []
     assert len({gate.stream for gate in gates}) == len(gates)
 

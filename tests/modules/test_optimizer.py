@@ -48,9 +48,9 @@ def test_check_optimizer_names_only_the_gates_concerned():
     model = pyprune.prune(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "UNSTRUCTURED_REGULARIZATION_BASED")
     first, second = gate_parameters(model)
     groups = [{"params": [first]}, {"params": [second], "weight_decay": 0.1}]
-    with pytest.raises(ValueError, match=r"1/2: 1\.parametrizations\.weight\.0\.logits\. Put"):
+    with pytest.raises(ValueError, match=r"1/2: 1\.weight_mask\.logits\. Put"):
         check_optimizer(model, torch.optim.SGD(groups, lr=0.1))
-    with pytest.raises(ValueError, match=r"not learn: 0\.parametrizations\.weight\.0\.logits\. Build"):
+    with pytest.raises(ValueError, match=r"not learn: 0\.weight_mask\.logits\. Build"):
         check_optimizer(model, torch.optim.SGD([second], lr=0.1))
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from pyprune.modules.gates import gates_of
+from pyprune.modules.gates import StochasticGate, gates_of
 from pyprune.modules.sampling import Sampler
 from tests.modules.test_forward_pass import Stack, assert_equal, gated, gradients, in_thread, run
 
@@ -26,13 +26,15 @@ def test_sampler_draws_one_seed_per_pass_from_the_generator(device):
     seeds = [torch.randint(-(2**63), 2**63 - 1, (), device=device) for _ in range(2)]
     torch.manual_seed(1)
     for seed in seeds:
-        sampler.begin({device})
-        assert sampler.seed(device) == sampler.seed(device) == seed
+        gate = StochasticGate((2,), device=device)
+        sampler.begin({device: [gate]})
+        assert sampler.seed(device) == sampler.seed(device) == gate.seat.seed == seed
         sampler.end()
     torch.manual_seed(1)
     assert [sampler.seed(device), sampler.seed(device)] == seeds
-    sampler.begin(set())
+    sampler.begin({})
     assert sampler.seed(device) == sampler.seed(device)
+    assert sampler.seed(device) != sampler.seed(device, 1)
     sampler.end()
 
 
@@ -185,7 +187,7 @@ def test_recomputation_leaves_nothing_behind(stack, inputs):
     run(stack, inputs)
     assert not sampler._thread.recomputations
     out = stack(inputs[0])
-    handle = stack.first.parametrizations.weight.original.register_hook(lambda gradient: 1 / 0)
+    handle = stack.first._parameters["weight"].register_hook(lambda gradient: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         out.sum().backward()
     handle.remove()

@@ -1,13 +1,15 @@
 import copy
+import gc
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.utils import parametrize
+from torch.optim.optimizer import _global_optimizer_post_hooks as HOOKS
 
 import pyprune
 from pyprune.modules.gates import HardConcreteGate, StochasticGate
@@ -263,9 +265,8 @@ def gated(model):
     """Name and gate of each gated weight, tied ones once."""
     found = {}
     for name, module in model.named_modules():
-        if parametrize.is_parametrized(module):
-            for attribute, steps in module.parametrizations.items():
-                found.setdefault(steps[0], f"{name}.{attribute}")
+        if isinstance(module, StochasticGate):
+            found[module] = name.removesuffix("_mask")
     return [(name, gate) for gate, name in found.items()]
 
 
@@ -326,7 +327,7 @@ def test_l0_loss_per_flop_follows_copies_of_a_weight():
             return nn.functional.linear(hidden.float(), self.b.weight)
 
     model = pyprune.prune(Casts(), "UNSTRUCTURED_REGULARIZATION_BASED")
-    nn.init.constant_(model.a.parametrizations.weight[0].logits, -100)
+    nn.init.constant_(model.a.weight_mask.logits, -100)
     loss = L0Loss(model, examples_inputs=torch.randn(2, 4, dtype=torch.bfloat16))
     assert loss().item() == pytest.approx(0.99 / 2)
 
@@ -334,9 +335,9 @@ def test_l0_loss_per_flop_follows_copies_of_a_weight():
 def test_l0_loss_per_flop_warns_of_weights_without_flops():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4))
     pyprune.prune(model, "UNSTRUCTURED_REGULARIZATION_BASED")
-    with pytest.warns(UserWarning, match=r"weights of 0\.parametrizations\.weight\.0;"):
+    with pytest.warns(UserWarning, match=r"weights of 0\.weight;"):
         loss = L0Loss(model, examples_inputs=torch.tensor([[1, 2]]))
-    nn.init.constant_(model[0].parametrizations.weight[0].logits, -100)
+    nn.init.constant_(model[0].weight_mask.logits, -100)
     assert loss().item() == pytest.approx(0.99)
 
 
@@ -538,8 +539,8 @@ def test_losses_have_no_parameters(make):
 
 def test_losses_count_a_tied_weight_once(make, transformer):
     model = pyprune.prune(transformer.model, "UNSTRUCTURED_REGULARIZATION_BASED")
-    assert model.embed.parametrizations.weight[0] is model.decoder.parametrizations.weight[0]
-    nn.init.constant_(model.embed.parametrizations.weight[0].logits, -100)
+    assert model.embed.weight_mask is model.decoder.weight_mask
+    nn.init.constant_(model.embed.weight_mask.logits, -100)
     share = 88 / sum(gate.numel() for gate in gate_parameters(model))
     expected = share if isinstance(make(model), RBLoss) else 1 - 0.99 * (1 - share)
     assert make(model).current_ratio == pytest.approx(expected, abs=1e-6)
@@ -703,7 +704,7 @@ def test_a_model_trains_to_the_target_and_keeps_the_weights_it_needs(kind):
     model = nn.Linear(50, 1)
     mode = "UNSTRUCTURED_REGULARIZATION_BASED" if kind is StochasticGate else "UNSTRUCTURED_HARD_CONCRETE"
     pyprune.prune(model, mode)
-    gate = model.parametrizations.weight[0]
+    gate = model.weight_mask
     loss = RBLoss(model, 0.8) if kind is StochasticGate else LagrangianLoss(model, 0.8)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
     for _, batch in zip(range(1200), itertools.cycle(range(0, 512, 64)), strict=False):
@@ -744,3 +745,154 @@ def test_losses_say_that_their_gates_were_stripped(make):
     pyprune.strip(model)
     with pytest.raises(RuntimeError, match="folded in by strip"):
         loss()
+
+
+# What happens behind their back
+
+
+def two_layers():
+    return pyprune.prune(
+        nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), "UNSTRUCTURED_REGULARIZATION_BASED"
+    )
+
+
+def test_losses_name_layers_that_were_replaced(make):
+    model = two_layers()
+    loss = make(model)
+    loss()
+    layer, model[2] = model[2], nn.Linear(4, 4)
+    for look in (loss, lambda: loss.current_ratio):
+        with pytest.raises(ValueError, match=r"in the model no more: 2\.weight\. Their layers were replaced"):
+            look()
+    if isinstance(loss, LagrangianLoss):
+        with pytest.raises(ValueError, match=r"2\.weight"):
+            loss.step()
+    model[2] = layer
+    loss()
+
+
+def test_losses_name_layers_that_another_gate_replaced(make):
+    model = nn.ModuleDict({"inner": two_layers()})
+    loss = make(model)
+    model["inner"] = two_layers()
+    with pytest.raises(ValueError, match=r"inner\.0\.weight, inner\.2\.weight"):
+        loss()
+    make(model)()
+
+
+def test_losses_do_not_mind_what_is_put_around_their_layers(make, transformer):
+    model = two_layers()
+    loss = make(model)
+    expected = loss()
+    model[2] = nn.Sequential(model[2])
+    assert torch.equal(loss(), expected)
+    # A tied weight keeps its gate where one of its layers stays.
+    tied = pyprune.prune(transformer.model, "UNSTRUCTURED_REGULARIZATION_BASED")
+    loss = make(tied)
+    tied.embed = nn.Embedding(11, 8)
+    loss()
+    tied.decoder = nn.Linear(8, 11)
+    with pytest.raises(ValueError, match=r"embed\.weight"):
+        loss()
+
+
+def test_copies_of_a_model_and_its_loss_look_at_each_other(make):
+    model = two_layers()
+    loss = make(model)
+    loss()
+    model_copy, loss_copy = copy.deepcopy((model, loss))
+    model[2] = nn.Linear(4, 4)
+    loss_copy()
+    model_copy[2] = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match=r"2\.weight"):
+        loss_copy()
+
+
+def step(loss, *optimizers):
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    loss().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+def silent(make, model, optimizers, turns=8):
+    """Train, and return the warnings."""
+    loss = make(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for turn in range(turns):
+            model(torch.ones(1, 4)).sum().backward()
+            step(loss, *optimizers(turn))
+    return [str(one.message) for one in caught]
+
+
+def test_losses_warn_once_of_an_optimizer_without_the_gates(make):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pyprune.prune(model, "UNSTRUCTURED_REGULARIZATION_BASED")
+    (message,) = silent(make, model, lambda turn: [optimizer])
+    assert "SGD stepped without them: 0.weight, 2.weight. Build the optimizer after prune()" in message
+    optimizer.add_param_group({"params": gate_parameters(model)[:1]})
+    (message,) = silent(make, model, lambda turn: [optimizer])
+    assert "without them: 2.weight. Build" in message
+    optimizer.add_param_group({"params": gate_parameters(model)[1:]})
+    assert silent(make, model, lambda turn: [optimizer]) == []
+
+
+def test_losses_warn_once_of_weight_decay_on_gates(make):
+    model = two_layers()
+    (message,) = silent(make, model, lambda turn: [torch.optim.AdamW(model.parameters())])
+    assert "AdamW has weight decay on gates" in message
+    assert "0.weight, 2.weight. Put pyprune.gate_parameters(model) in a group with weight_decay=0" in message
+    groups = [{"params": pyprune.weight_parameters(model)}, {"params": gate_parameters(model), "weight_decay": 0.0}]
+    assert silent(make, model, lambda turn: [torch.optim.AdamW(groups)]) == []
+
+
+def test_losses_do_not_warn_where_optimizers_take_turns(make):
+    model, other = two_layers(), nn.Linear(2, 2)
+    weights = torch.optim.SGD(pyprune.weight_parameters(model), lr=0.1)
+    some, others = (torch.optim.SGD([logits], lr=0.1) for logits in gate_parameters(model))
+    foreign = torch.optim.SGD(other.parameters(), lr=0.1)
+    for turns in (
+        lambda turn: [weights, some, others],
+        lambda turn: [others, weights, some],
+        lambda turn: [weights] if turn % 3 else [some, others],
+        lambda turn: [foreign],
+    ):
+        assert silent(make, model, turns) == []
+
+
+def test_losses_do_not_warn_of_frozen_gates_or_of_what_gets_no_gradient(make):
+    model = two_layers()
+    weights = torch.optim.SGD(pyprune.weight_parameters(model), lr=0.1)
+    loss = make(model)
+    for _ in range(8):  # looked at, not trained with
+        model.eval()(torch.ones(1, 4)).sum()
+        loss()
+        weights.step()
+    for logits in gate_parameters(model):
+        logits.requires_grad_(False)
+    loss = make(model)
+    for _ in range(8):
+        model(torch.ones(1, 4)).sum().backward()
+        loss()
+        weights.step()
+
+
+def test_the_watch_of_a_loss_ends_with_it_and_where_all_is_well(make):
+    before, model = set(HOOKS), two_layers()
+    loss = make(model)
+    assert set(HOOKS) == before
+    loss()
+    assert len(HOOKS) == len(before) + 1
+    copy.deepcopy(loss)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step(loss, optimizer)
+    assert set(HOOKS) == before
+    loss = make(model)
+    loss()
+    assert len(HOOKS) == len(before) + 1
+    del loss
+    gc.collect()
+    assert set(HOOKS) == before

@@ -120,6 +120,16 @@ def test_rb_takes_a_compiled_loss():
     assert loss.target_ratio == 0.25
 
 
+def test_rb_says_that_a_layer_was_replaced():
+    model = pyprune.prune(nn.Sequential(nn.Linear(4, 4)), PruneMode.UNSTRUCTURED_REGULARIZATION_BASED)
+    scheduler = MultiStepRBPruningScheduler(pyprune.RBLoss(model, 0.1), STEPS)
+    scheduler.step()
+    model[0] = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match=r"in the model no more: 0\.weight"):
+        scheduler.step()
+    assert scheduler.epoch == 1
+
+
 def test_step_sets_the_present_epoch_then_goes_on(scheduler_and_read):
     scheduler, read = scheduler_and_read
     for epoch in range(5):
