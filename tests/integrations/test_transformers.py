@@ -130,7 +130,7 @@ def test_each_rank_saves_what_it_measured(tmp_path):
     train(gpt2(), OnRank(1, recipe, **options), tmp_path, 1, save_strategy="steps", save_steps=1)
     folder = tmp_path / "checkpoint-3"
     saved = [torch.load(folder / name, weights_only=True) for name in ("pruning.pt", "pruning_rank1.pt")]
-    assert [set(part) for part in saved] == [{"pruning", "model"}, {"pruning"}]
+    assert [set(part) for part in saved] == [{"pruning", "masks"}, {"pruning"}]
     saved[1]["pruning"]["pruners"][0]["sums"]["count"] = 30
     torch.save(saved[1], folder / "pruning_rank1.pt")
 

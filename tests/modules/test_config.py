@@ -256,15 +256,15 @@ def test_upgrade_checkpoint_brings_one_of_version_0_1_0_up_to_date(transformer):
     prune(transformer.model)
     config = get_config(transformer.model)
     names = {name for one in config["masks"] for name in one["names"]}
-    old = {}
+    old, masks = {}, masks_of(transformer.model)
     for name, tensor in raw.items():
         prefix, _, attribute = name.rpartition(".")
         path = f"{prefix}.parametrizations.{attribute}."
-        owner = next((t for t in masks_of(transformer.model) if t.is_among({name})), None)
+        owner = next((target for target in masks if target.is_among({name})), None)
         if owner is None:
             old[name] = tensor
         else:
-            old |= {path + "original": tensor, path + "0.mask": masks_of(transformer.model)[owner]}
+            old |= {path + "original": tensor, path + "0.mask": masks[owner]}
     old_config = {
         "version": 1,
         "masks": [{"names": m["names"], "shape": m["shape"]} for m in config["masks"]],
