@@ -196,7 +196,7 @@ def take_gate(module: nn.Module, attribute: str) -> None:
     """Undo `put_gate`. What has no gates left is no `_GatedModule` any more, and knows of no passes."""
     del module._modules[gate_name(attribute)]
     left = tuple(name for name in gated_attributes(module) if name != attribute)
-    if left or has_gates(module):
+    if left or (SAMPLER in module.__dict__ and has_gates(module)):
         set_class(module, class_with_gates(module, left))
     else:
         module.__dict__.pop(SAMPLER, None)

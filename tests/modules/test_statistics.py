@@ -155,7 +155,7 @@ def test_pruning_statistic_counts_gates_that_are_zero_in_evaluation(case, mode):
 def test_pruning_statistic_counts_all_weights_of_a_gate():
     model = nn.Linear(6, 4)
     gate = pyprune.StochasticGate((4, 6), gate_shape=(2, 6))
-    torch.nn.utils.parametrize.register_parametrization(model, "weight", gate)
+    pyprune.attach_gate(model, "weight", gate)
     gate.logits.data[0, :3] = -1
     (tensor,) = pruning_statistic(model).pruned_tensors
     assert tensor == TensorPruningStatistic("weight", (4, 6), 0.25, 24, 6)

@@ -8,7 +8,6 @@ from torch.nn.utils import parametrize
 
 import pyprune
 from pyprune import StripFormat, strip
-from pyprune.modules import attachments
 from pyprune.modules.gates import HardConcreteGate, gates_of
 from pyprune.modules.holding import Hold
 from pyprune.modules.targets import attachments_of
@@ -205,7 +204,7 @@ def test_strip_of_gates_leaves_a_dense_model_with_the_same_outputs(case, mode):
 
 def test_strip_multiplies_hard_concrete_values_in():
     linear = gate(nn.Linear(4, 1, bias=False))
-    weight = linear.weight
+    weight = linear._parameters["weight"]
     weight.data = torch.tensor([[torch.inf, 2.0, 2.0, 2.0]])
     attached(linear).logits.data = torch.tensor([[-4.0, 0.0, 1.0, 4.0]])
     expected = [[0.0, 1.0, 2 * 0.77727, 2.0]]
@@ -219,8 +218,8 @@ def test_strip_with_the_expected_count_zeroes_as_many_gates_as_training(straight
     found = HardConcreteGate((40, 30), **options)
     nn.init.normal_(found.logits, mean=-1)
     found.logits.data[:5] = -1.5  # ties
-    parametrize.register_parametrization(linear, "weight", found)
     weight = linear.weight.detach().clone()
+    pyprune.attach_gate(linear, "weight", found)
     logits = found.logits.detach().double().cpu()
     zeros = round(600 - torch.sigmoid(logits - 2 / 3 * math.log(0.1 / 1.1)).sum().item())
     soft = torch.sigmoid(0.8 * found.logits.detach() / (2 / 3)).cpu()
@@ -256,7 +255,7 @@ def test_strip_names_gates_with_nan_logits_and_changes_nothing(cnn, expected_cou
     assert strip(cnn.model, expected_count=expected_count) is cnn.model
 
 
-@pytest.mark.parametrize("failing", ["_unregister", "unshare_samples", "_gated"])
+@pytest.mark.parametrize("failing", ["take_off", "unshare_samples", "_gated"])
 def test_strip_puts_gates_on_again_after_an_error(case, failing, monkeypatch):
     gate(case.model).eval()
     expected = case.model(case.inputs)
@@ -265,7 +264,7 @@ def test_strip_puts_gates_on_again_after_an_error(case, failing, monkeypatch):
     def fail(*args):
         raise RuntimeError("no room")
 
-    monkeypatch.setattr(attachments if failing == "_unregister" else pyprune.modules.strip, failing, fail)
+    monkeypatch.setattr(pyprune.StochasticGate if failing == "take_off" else pyprune.modules.strip, failing, fail)
     with pytest.raises(RuntimeError, match="no room"):
         strip(case.model)
     monkeypatch.undo()

@@ -391,7 +391,7 @@ def test_prune_puts_no_gate_on_nonfinite_weights(case, mode, value, unchanged):
 
 @pytest.mark.parametrize("failing_call", [0, 2])
 def test_prune_takes_gates_off_again_when_attaching_fails(case, failing_call, unchanged, monkeypatch):
-    put_on = Hold.put_on
+    put_on = pyprune.StochasticGate.put_on
     calls = []
 
     def fail(*args):
@@ -401,7 +401,7 @@ def test_prune_takes_gates_off_again_when_attaching_fails(case, failing_call, un
         put_on(*args)
 
     before = unchanged(case.model)
-    monkeypatch.setattr(nn.utils.parametrize, "register_parametrization", fail)
+    monkeypatch.setattr(pyprune.StochasticGate, "put_on", fail)
     with pytest.raises(RuntimeError, match="no room"):
         pyprune.prune(case.model, BERNOULLI)
     before.check()
@@ -410,14 +410,14 @@ def test_prune_takes_gates_off_again_when_attaching_fails(case, failing_call, un
 def test_prune_leaves_the_model_as_it_was_when_passes_fail(case, unchanged, monkeypatch):
     before = unchanged(case.model)
     with monkeypatch.context() as patch:
-        patch.setattr("pyprune.modules.forward_pass._with_passes", lambda cls: 1 / 0)
+        patch.setattr("pyprune.modules.forward_pass.class_with_gates", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             pyprune.prune(case.model, BERNOULLI)
     before.check()
     pyprune.prune(case.model, BERNOULLI)(case.inputs)
 
 
-def test_prune_does_not_show_its_classes_to_a_registry(unchanged):
+def test_prune_does_not_show_its_classes_to_a_registry():
     registry = {}
 
     class Base(nn.Module):
@@ -444,9 +444,24 @@ def test_prune_does_not_show_its_classes_to_a_registry(unchanged):
     class Layer(nn.Linear, Base, tag="layer"):
         pass
 
+    model = pyprune.prune(nn.Sequential(nn.Linear(4, 4), Layer(4, 4)), BERNOULLI)
+    assert isinstance(model[1], Layer)
+    assert registry == {"net": Net, "layer": Layer}
+
+
+def test_prune_changes_nothing_where_a_class_refuses_to_have_subclasses(unchanged):
+    class Final(type):
+        def __new__(cls, name, bases, namespace):
+            if any(isinstance(base, Final) for base in bases):
+                raise TypeError("this class is final")
+            return super().__new__(cls, name, bases, namespace)
+
+    class Layer(nn.Linear, metaclass=Final):
+        pass
+
     model = nn.Sequential(nn.Linear(4, 4), Layer(4, 4))
     before = unchanged(model)
-    with pytest.raises(TypeError, match="tag"):  # of parametrize, which derives from the class of a layer
+    with pytest.raises(TypeError, match="this class is final"):
         pyprune.prune(model, BERNOULLI)
     before.check()
 
