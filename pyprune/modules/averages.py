@@ -1,9 +1,8 @@
 """Other models that are to have the same zeros: averages of the weights, and what adapters were merged into."""
 
 import gc
+import sys
 from collections.abc import Mapping
-from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +74,7 @@ def reapply(model: nn.Module, other: nn.Module) -> None:
 
     For an average of the weights (EMA, SWA) that was made before the masks or has old ones, or for weights that
     changed as a whole. Values under masks fade in an average, but do not become zero by themselves. A `Pruner` does
-    this for averages of torch, timm, Lightning and Ultralytics that it finds, whenever its masks change.
+    this for averages of torch, timm, Lightning and Ultralytics that it finds, after the last update of its masks.
 
     Args:
         model: has masks.
@@ -108,39 +107,46 @@ def masks_by_name(model: nn.Module) -> dict[str, Tensor]:
     return {plain_name(target.name): mask.mask for target, mask in found if isinstance(mask, Mask)}
 
 
-# Who keeps an average of a model, by class, and in which attribute.
-_KEEPERS = {
-    "AveragedModel": "module",  # torch.optim.swa_utils; Lightning's WeightAveraging has one
-    "StochasticWeightAveraging": "_average_model",  # Lightning
-    "ModelEma": "ema",  # timm
-    "ModelEmaV2": "module",
-    "ModelEmaV3": "module",
-    "ModelEMA": "ema",  # Ultralytics
-}
+# Who keeps an average of a model: module, class, and the attribute with the average.
+_KEEPERS = (
+    ("torch.optim.swa_utils", "AveragedModel", "module"),  # Lightning's WeightAveraging has one
+    ("lightning.pytorch.callbacks", "StochasticWeightAveraging", "_average_model"),
+    ("pytorch_lightning.callbacks", "StochasticWeightAveraging", "_average_model"),
+    ("timm.utils.model_ema", "ModelEma", "ema"),
+    ("timm.utils.model_ema", "ModelEmaV2", "module"),
+    ("timm.utils.model_ema", "ModelEmaV3", "module"),
+    ("ultralytics.utils.torch_utils", "ModelEMA", "ema"),
+)
 
 
-class Averages:
-    """The averages of a model that well-known classes keep, found once among all objects."""
+def reapply_to_averages(model: nn.Module) -> None:
+    """Give the averages of a model that well-known classes keep its zeros; they are found among all objects.
 
-    def __init__(self, model: nn.Module) -> None:
-        self._keepers: list[tuple[ref[Any], str]] = []
-        names = _names(model)
-        for found in gc.get_objects():
-            attribute = _KEEPERS.get(type(found).__name__)
-            average = None if attribute is None else getattr(found, attribute, None)
-            if attribute is None or not isinstance(average, nn.Module) or average is model:
-                continue
+    Example:
+        >>> from pyprune import prune
+        >>> from torch.optim.swa_utils import AveragedModel
+        >>> model = nn.Linear(4, 4)
+        >>> average = AveragedModel(model)
+        >>> reapply_to_averages(prune(model, "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.75))
+        >>> int((average.module.weight == 0).sum())
+        12
+    """
+    kept_in = {
+        getattr(sys.modules[module], name, None): attribute
+        for module, name, attribute in _KEEPERS
+        if module in sys.modules
+    }
+    averages = [
+        average
+        for keeper in gc.get_referrers(*kept_in)
+        if type(keeper) in kept_in
+        and isinstance(average := getattr(keeper, kept_in[type(keeper)], None), nn.Module)
+        and average is not model
+    ]
+    if averages:
+        names, masks = _names(model), masks_by_name(model)
+        for average in averages:
             if _names(average) == names:
-                self._keepers.append((ref(found), attribute))
-
-    def apply(self, model: nn.Module) -> None:
-        """Give them the zeros of the model."""
-        if not self._keepers:
-            return
-        masks = masks_by_name(model)
-        for keeper, attribute in self._keepers:
-            average = getattr(keeper(), attribute, None)
-            if isinstance(average, nn.Module) and _names(average) == _names(model):
                 apply_masks(masks, average)
 
 

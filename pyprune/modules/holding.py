@@ -9,6 +9,7 @@ forward pass but that look, so nothing is compiled or exported that is not in th
 
 import copy
 import itertools
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -61,9 +62,12 @@ class Hold(Attachment):
     def mask(self) -> Tensor:
         """The mask, on the device of its parameter; True = kept."""
         parameter = self.parameter
-        if parameter is not None and self._mask.device != parameter.device and not parameter.is_meta:
-            with torch.inference_mode(False):
-                self._mask = self._mask.to(parameter.device)  # the model was moved
+        if parameter is not None and not parameter.is_meta:
+            if self._mask.device != parameter.device:
+                with torch.inference_mode(False):
+                    self._mask = self._mask.to(parameter.device)  # the model was moved
+            if self._mask.shape != parameter.shape and not is_sharded(parameter):
+                self._resize(parameter.shape)
         return self._mask
 
     @mask.setter
@@ -112,6 +116,26 @@ class Hold(Attachment):
         parameter = self.parameter
         if parameter is not None and not is_sharded(parameter) and not parameter.is_meta:
             self._written = (parameter._version, parameter.data_ptr())
+
+    def _resize(self, shape: torch.Size) -> None:
+        """Follow a parameter whose rows have become more or fewer, as ``resize_token_embeddings`` does it."""
+        old = self._mask
+        if len(shape) != old.dim() or shape[1:] != old.shape[1:] or not old.dim():
+            raise ValueError(
+                f"a weight under a mask of shape {tuple(old.shape)} has become one of shape {tuple(shape)}; call "
+                "pyprune.strip before weights are resized, and prune again"
+            )
+        warnings.warn(
+            f"a weight under a mask of shape {tuple(old.shape)} has become one of shape {tuple(shape)}: its new rows "
+            "are kept, and the others go on as they were",
+            stacklevel=2,
+        )
+        rows = min(shape[0], old.shape[0])
+        with torch.inference_mode(False):
+            self._mask = torch.ones(shape, dtype=torch.bool, device=old.device)
+            self._mask[:rows] = old[:rows]
+            if self.parked is not None:
+                self.parked = self.parked[: int((~old[:rows]).sum())].clone()
 
     def find_shard(self) -> None:
         """Hold the sharded parameter that has taken the place of the plain one (``fully_shard``)."""
@@ -260,7 +284,6 @@ def hold_zeros(holds: Iterable[Hold]) -> None:
     holds = list(holds)
     with torch.inference_mode(False), torch.no_grad():
         for group in _by_device(holds):
-            _check_shapes(group)
             parking = [one for one in group if one.parks]
             parked = ops.park([_weight(one) for one in parking], [one.mask for one in parking])
             for one, values in zip(parking, parked, strict=True):
@@ -331,16 +354,6 @@ def settle(holds: Sequence[Hold]) -> None:
 def _weight(hold: Hold) -> nn.Parameter:
     assert hold.parameter is not None
     return hold.parameter
-
-
-def _check_shapes(holds: Iterable[Hold]) -> None:
-    for hold in holds:
-        assert hold.parameter is not None
-        if not is_sharded(hold.parameter) and hold.parameter.shape != hold._mask.shape:
-            raise ValueError(
-                f"a weight under a mask of shape {tuple(hold._mask.shape)} has become one of shape "
-                f"{tuple(hold.parameter.shape)}; call pyprune.strip before weights are resized, and prune again"
-            )
 
 
 # ---- before a forward pass ----

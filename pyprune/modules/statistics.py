@@ -11,7 +11,14 @@ from pyprune.console import as_text
 from pyprune.modules.gates import StochasticGate
 from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.modules.masks import Mask
-from pyprune.modules.targets import Target, all_parameters, attachments_of, check_readable, choose_targets
+from pyprune.modules.targets import (
+    Target,
+    all_parameters,
+    attachments_of,
+    check_readable,
+    choose_targets,
+    is_readable,
+)
 
 
 @dataclass(frozen=True)
@@ -75,8 +82,9 @@ def pruning_statistic(
         examples_inputs: as in `prune`; finds bare parameters in a model without masks and gates.
 
     Returns:
-        ``pruning_ratio``: zeros / elements of the listed weights; ``global_pruning_ratio``: the same zeros /
-        elements of all parameters of the model; ``pruned_tensors``: name, shape and ratio of each, how many units
+        ``pruning_ratio``: zeros / elements of the listed weights; ``global_pruning_ratio``: these zeros,
+        and those of weights that `prune` would choose and that carry nothing (a layer that was stripped by itself),
+        / elements of all parameters of the model; ``pruned_tensors``: name, shape and ratio of each, how many units
         it has (blocks, channels or heads, as `prune` cut it; else elements; heads count once for each projection
         that is stacked in a weight), and how many of these have no weight left. 0.0 of nothing.
 
@@ -115,9 +123,13 @@ def pruning_statistic(
         for target in counted
     )
     total = sum(zeros.values())
+    # What was stripped by itself carries nothing any more.
+    others = {target: target.parameter for target in chosen if target not in counted and is_readable(target)}
     return ModelPruningStatistic(
         _ratio(total, sum(target.parameter.numel() for target in counted)),
-        _ratio(total, sum(target.parameter.numel() for target in all_parameters(model))),
+        _ratio(
+            total + sum(_count(others).values()), sum(target.parameter.numel() for target in all_parameters(model))
+        ),
         tensors,
     )
 

@@ -231,6 +231,11 @@ def check_readable(target: Target, *, advice: str = "", needs_values: bool = Tru
         raise type(problem)(f"{target.name} {problem}{advice}")
 
 
+def is_readable(target: Target) -> bool:
+    """Whether the kernels can read the parameter."""
+    return _problem(target.parameter) is None
+
+
 def _problem(parameter: nn.Parameter, needs_values: bool = True) -> Exception | None:
     problem: Exception | None = None
     if is_lazy(parameter):

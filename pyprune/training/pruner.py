@@ -26,7 +26,7 @@ from pyprune.methods.allocation import Allocation, Amount
 from pyprune.methods.method import Method, PruneMode, check_amount
 from pyprune.methods.schedules import Ratio, Schedule, as_schedule, check_ratios, check_step, is_pruned
 from pyprune.methods.unit_groups import UnitGroup
-from pyprune.modules.averages import Averages
+from pyprune.modules.averages import reapply_to_averages
 from pyprune.modules.dead_channels import new_followers
 from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.modules.mask_states import check_state, load_states, state_of
@@ -133,7 +133,6 @@ class Pruner:
         self._targets = prunable_targets(found, find_targets(model, ignored_scope, examples_inputs))
         check_kind(self._targets, Mask)
         self._check_optimizer()
-        self._averages = Averages(model)
         with changing_masks(masks_in(model)):
             self._statistics = self._known_statistics(examples_inputs)
             self._watch = self._make_watch()
@@ -156,7 +155,8 @@ class Pruner:
         self._is_late = is_due and was_skipped and not self._is_measured()
         if is_due and not self._is_late:
             self._update(self.schedule(self.step_count))
-            self._averages.apply(self.model)
+            if self.schedule.end is not None and self.step_count >= self.schedule.end:
+                reapply_to_averages(self.model)  # what is zero in them by then stays so
             if self.optimizer is not None:
                 mask_state(self.optimizer, self._carried().values())
         if self._watch is not None:
