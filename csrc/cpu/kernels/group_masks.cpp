@@ -45,7 +45,7 @@ void for_each_run(T* tensor, const LaneTile& tile, const Move& move) {
 
 // Copies element i of lane l to out[i * kLanes + l].
 template <class T>
-void pack(const T* from, const LaneTile& tile, T* out) {
+[[gnu::noinline]] void pack(const T* from, const LaneTile& tile, T* out) {
   const auto [row_step, column_step] = tile.steps;
   if (column_step == 1 && row_step != 0) {
     for (int64_t g = 0; g < tile.groups; ++g) {
@@ -65,7 +65,7 @@ void pack(const T* from, const LaneTile& tile, T* out) {
 }
 
 // The way back.
-void unpack(const uint8_t* from, const LaneTile& tile, uint8_t* to) {
+[[gnu::noinline]] void unpack(const uint8_t* from, const LaneTile& tile, uint8_t* to) {
   const auto [row_step, column_step] = tile.steps;
   if (column_step == 1) {
     for (int64_t g = 0; g < tile.groups; ++g) {
@@ -113,8 +113,9 @@ struct Masker {
   }
 
  private:
-  // Returns the largest magnitude.
-  Bits make_keys(const Bits* x, const Real* factor, const uint8_t* base, int64_t count, Key* __restrict to) {
+  // Returns the largest magnitude. A call for thousands of keys costs nothing; inlined wherever keys are made, these
+  // loops took most of the compilation.
+  [[gnu::noinline]] Bits make_keys(const Bits* x, const Real* factor, const uint8_t* base, int64_t count, Key* __restrict to) {
     const auto write = [&](const auto& key) {
       Bits largest = 0;
       for (int64_t i = 0; i < count; ++i) {
@@ -213,7 +214,7 @@ struct Masker {
     }
   }
 
-  void rank_lanes_at(int64_t row, int64_t rows, int64_t column, int64_t size, int64_t groups) {
+  [[gnu::noinline]] void rank_lanes_at(int64_t row, int64_t rows, int64_t column, int64_t size, int64_t groups) {
     const auto at = [&](const Steps& steps) { return row * steps.row + column * steps.column; };
     const auto lanes_of = [&](const Steps& steps) { return LaneTile(steps, size, groups, rows); };
     const int64_t lanes = groups * rows, count = size * kLanes;
@@ -258,7 +259,7 @@ struct Masker {
   }
 
   // Returns the bound that it found.
-  Key mask_row(int64_t row, int64_t column, Key guess) {
+  [[gnu::noinline]] Key mask_row(int64_t row, int64_t column, Key guess) {
     const int64_t count = tile.columns - column < tile.size ? tile.columns - column : tile.size;
     const Bits* const x = weight + row * tile.weight_steps.row + column;
     const uint8_t* const base = tile.base == nullptr ? nullptr : tile.base + row * tile.base_steps.row + column;

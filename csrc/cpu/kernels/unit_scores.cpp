@@ -11,28 +11,17 @@ namespace {
 
 // --- what is done with an element: Terms, and how terms come together: Sum, Maximum. For vectors and single ones.
 
-template <class V>
-inline V magnitude(V v) {
-  if constexpr (sizeof(V) == sizeof(double)) {
-    return std::fabs(v);
-  } else {
+// x or |x|, by the bits that stay: one instruction more than x, and one loop to compile instead of two.
+struct Masked {
+  int64_t bits;
+  double operator()(double v) const { return std::bit_cast<double>(std::bit_cast<int64_t>(v) & bits); }
+  template <class V>
+  V operator()(V v) const {
     typedef int64_t Bits __attribute__((vector_size(sizeof(V))));
-    return std::bit_cast<V>(std::bit_cast<Bits>(v) & std::numeric_limits<int64_t>::max());
-  }
-}
-
-struct Signed {
-  template <class V>
-  V operator()(V v) const {
-    return v;
+    return std::bit_cast<V>(std::bit_cast<Bits>(v) & bits);
   }
 };
-struct Magnitude {
-  template <class V>
-  V operator()(V v) const {
-    return magnitude(v);
-  }
-};
+constexpr Masked kSigned{-1}, kMagnitudes{std::numeric_limits<int64_t>::max()};
 struct Square {
   template <class V>
   V operator()(V v) const {
@@ -43,7 +32,7 @@ struct Power {
   double p;
   double operator()(double v) const { return std::pow(std::fabs(v), p); }
   template <class V>
-  V operator()(V v) const {
+  [[gnu::noinline]] V operator()(V v) const {  // many calls of pow: one more costs nothing
     for (size_t i = 0; i < sizeof(V) / sizeof(double); ++i) {
       v[i] = (*this)(v[i]);
     }
@@ -221,13 +210,13 @@ void sum_all(const void* data, int64_t rows, int64_t behind, int64_t lanes, int6
 template <class Type>
 void with_term(const void* x, const UnitTerm& term, int64_t rows, int64_t behind, int64_t lanes, int64_t count,
                double* out) {
+  const Masked masked = term.power == UnitPower::kSigned ? kSigned : kMagnitudes;
   if (term.maximum) {
-    return term.power == UnitPower::kSigned ? sum_all<Type, Maximum>(x, rows, behind, lanes, count, Signed(), out)
-                                            : sum_all<Type, Maximum>(x, rows, behind, lanes, count, Magnitude(), out);
+    return sum_all<Type, Maximum>(x, rows, behind, lanes, count, masked, out);
   }
   switch (term.power) {
-    case UnitPower::kSigned: return sum_all<Type, Sum>(x, rows, behind, lanes, count, Signed(), out);
-    case UnitPower::kMagnitude: return sum_all<Type, Sum>(x, rows, behind, lanes, count, Magnitude(), out);
+    case UnitPower::kSigned:
+    case UnitPower::kMagnitude: return sum_all<Type, Sum>(x, rows, behind, lanes, count, masked, out);
     case UnitPower::kSquare: return sum_all<Type, Sum>(x, rows, behind, lanes, count, Square(), out);
     default: return sum_all<Type, Sum>(x, rows, behind, lanes, count, Power{term.p}, out);
   }
@@ -251,8 +240,8 @@ void sum_units(const void* x, Dtype dtype, const UnitTerm& term, int64_t rows, i
     case Dtype::kFloat16: return with_term<Float16>(x, term, rows, behind, lanes, count, out);
     case Dtype::kBFloat16: return with_term<BFloat16>(x, term, rows, behind, lanes, count, out);
     case Dtype::kBool:
-      return term.maximum ? sum_all<Bool, Maximum>(x, rows, behind, lanes, count, Signed(), out)
-                          : sum_all<Bool, Sum>(x, rows, behind, lanes, count, Signed(), out);
+      return term.maximum ? sum_all<Bool, Maximum>(x, rows, behind, lanes, count, kSigned, out)
+                          : sum_all<Bool, Sum>(x, rows, behind, lanes, count, kSigned, out);
   }
 }
 
