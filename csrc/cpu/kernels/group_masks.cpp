@@ -45,7 +45,7 @@ void for_each_run(T* tensor, const LaneTile& tile, const Move& move) {
 
 // Copies element i of lane l to out[i * kLanes + l].
 template <class T>
-[[gnu::noinline]] void pack(const T* from, const LaneTile& tile, T* out) {
+void pack(const T* from, const LaneTile& tile, T* out) {
   const auto [row_step, column_step] = tile.steps;
   if (column_step == 1 && row_step != 0) {
     for (int64_t g = 0; g < tile.groups; ++g) {
@@ -65,7 +65,7 @@ template <class T>
 }
 
 // The way back.
-[[gnu::noinline]] void unpack(const uint8_t* from, const LaneTile& tile, uint8_t* to) {
+void unpack(const uint8_t* from, const LaneTile& tile, uint8_t* to) {
   const auto [row_step, column_step] = tile.steps;
   if (column_step == 1) {
     for (int64_t g = 0; g < tile.groups; ++g) {
@@ -214,7 +214,7 @@ struct Masker {
     }
   }
 
-  [[gnu::noinline]] void rank_lanes_at(int64_t row, int64_t rows, int64_t column, int64_t size, int64_t groups) {
+  void rank_lanes_at(int64_t row, int64_t rows, int64_t column, int64_t size, int64_t groups) {
     const auto at = [&](const Steps& steps) { return row * steps.row + column * steps.column; };
     const auto lanes_of = [&](const Steps& steps) { return LaneTile(steps, size, groups, rows); };
     const int64_t lanes = groups * rows, count = size * kLanes;

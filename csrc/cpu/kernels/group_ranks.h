@@ -18,7 +18,7 @@ constexpr int64_t kLanes = 64;
 // Keys and masks of element j lie at j * kLanes; `lanes` of them are in use, the others are written as well. kSize is
 // the size where the compiler shall know it, or 0.
 template <class Key, int kSize>
-[[gnu::noinline]] void rank_lanes(const Key* keys, int64_t size, int64_t lanes, int64_t kept, uint8_t* mask) {
+void rank_lanes(const Key* keys, int64_t size, int64_t lanes, int64_t kept, uint8_t* mask) {
   using Vector = typename Lanes<Key>::Vector;
   using Bytes = typename Lanes<Key>::Bytes;
   constexpr int kWidth = Lanes<Key>::kWidth;

@@ -50,7 +50,7 @@ struct Square {
 
 // The same of a matrix of any size.
 template <class T>
-[[gnu::noinline]] void transpose(const T* from, int64_t from_step, int64_t rows, int64_t columns, T* to, int64_t to_step) {
+void transpose(const T* from, int64_t from_step, int64_t rows, int64_t columns, T* to, int64_t to_step) {
   constexpr int kSide = Square<T>::kSide;
   const int64_t whole_rows = rows / kSide * kSide, whole_columns = columns / kSide * kSide;
   for (int64_t row = 0; row < whole_rows; row += kSide) {

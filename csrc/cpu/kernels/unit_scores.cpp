@@ -11,17 +11,28 @@ namespace {
 
 // --- what is done with an element: Terms, and how terms come together: Sum, Maximum. For vectors and single ones.
 
-// x or |x|, by the bits that stay: one instruction more than x, and one loop to compile instead of two.
-struct Masked {
-  int64_t bits;
-  double operator()(double v) const { return std::bit_cast<double>(std::bit_cast<int64_t>(v) & bits); }
+template <class V>
+inline V magnitude(V v) {
+  if constexpr (sizeof(V) == sizeof(double)) {
+    return std::fabs(v);
+  } else {
+    typedef int64_t Bits __attribute__((vector_size(sizeof(V))));
+    return std::bit_cast<V>(std::bit_cast<Bits>(v) & std::numeric_limits<int64_t>::max());
+  }
+}
+
+struct Signed {
   template <class V>
   V operator()(V v) const {
-    typedef int64_t Bits __attribute__((vector_size(sizeof(V))));
-    return std::bit_cast<V>(std::bit_cast<Bits>(v) & bits);
+    return v;
   }
 };
-constexpr Masked kSigned{-1}, kMagnitudes{std::numeric_limits<int64_t>::max()};
+struct Magnitude {
+  template <class V>
+  V operator()(V v) const {
+    return magnitude(v);
+  }
+};
 struct Square {
   template <class V>
   V operator()(V v) const {
@@ -210,13 +221,13 @@ void sum_all(const void* data, int64_t rows, int64_t behind, int64_t lanes, int6
 template <class Type>
 void with_term(const void* x, const UnitTerm& term, int64_t rows, int64_t behind, int64_t lanes, int64_t count,
                double* out) {
-  const Masked masked = term.power == UnitPower::kSigned ? kSigned : kMagnitudes;
   if (term.maximum) {
-    return sum_all<Type, Maximum>(x, rows, behind, lanes, count, masked, out);
+    return term.power == UnitPower::kSigned ? sum_all<Type, Maximum>(x, rows, behind, lanes, count, Signed(), out)
+                                            : sum_all<Type, Maximum>(x, rows, behind, lanes, count, Magnitude(), out);
   }
   switch (term.power) {
-    case UnitPower::kSigned:
-    case UnitPower::kMagnitude: return sum_all<Type, Sum>(x, rows, behind, lanes, count, masked, out);
+    case UnitPower::kSigned: return sum_all<Type, Sum>(x, rows, behind, lanes, count, Signed(), out);
+    case UnitPower::kMagnitude: return sum_all<Type, Sum>(x, rows, behind, lanes, count, Magnitude(), out);
     case UnitPower::kSquare: return sum_all<Type, Sum>(x, rows, behind, lanes, count, Square(), out);
     default: return sum_all<Type, Sum>(x, rows, behind, lanes, count, Power{term.p}, out);
   }
@@ -240,8 +251,8 @@ void sum_units(const void* x, Dtype dtype, const UnitTerm& term, int64_t rows, i
     case Dtype::kFloat16: return with_term<Float16>(x, term, rows, behind, lanes, count, out);
     case Dtype::kBFloat16: return with_term<BFloat16>(x, term, rows, behind, lanes, count, out);
     case Dtype::kBool:
-      return term.maximum ? sum_all<Bool, Maximum>(x, rows, behind, lanes, count, kSigned, out)
-                          : sum_all<Bool, Sum>(x, rows, behind, lanes, count, kSigned, out);
+      return term.maximum ? sum_all<Bool, Maximum>(x, rows, behind, lanes, count, Signed(), out)
+                          : sum_all<Bool, Sum>(x, rows, behind, lanes, count, Signed(), out);
   }
 }
 
