@@ -1,6 +1,8 @@
 """Load the native kernels and check what every operator takes."""
 
 import ctypes
+import pkgutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,14 @@ from torch import Tensor
 from pyprune.ops._blocks import unit_shape
 
 try:
+    # Python that starts in a checkout finds its folder before the installed package, which has the native module.
+    package = sys.modules["pyprune"]
+    package.__path__ = pkgutil.extend_path(package.__path__, "pyprune")
     from pyprune import _C
 except ImportError as error:
     raise ImportError(
         "pyprune's native module could not be loaded. Likely causes: pyprune was imported from a source tree "
-        "that is not installed (run `pip install .`), the wheel was built for another Python, or torch is "
+        "and is not installed (run `pip install .` there), the wheel was built for another Python, or torch is "
         f"older than 2.11 (found {torch.__version__}). The loader said: {error}"
     ) from error
 

@@ -33,6 +33,7 @@ def build_info() -> BuildInfo:
         torch=torch.__version__,
         built_with_torch=native["built_with_torch"],
         compiler=native["compiler"],
+        native_module=_C.__file__,
         machine=platform.machine(),
         cpu_capability=_C.cpu_capability(),
         cpu_capabilities_built=native["cpu_capabilities"],

@@ -22,7 +22,7 @@ struct KeyRun {
 };
 
 template <class Key>
-int64_t count_above(const KeyRun<Key>& run, Key bound) {
+[[gnu::noinline]] int64_t count_above(const KeyRun<Key>& run, Key bound) {
   using L = Lanes<Key>;
   constexpr int64_t kPiece = 4096;  // counts in lanes of 16 bits hold this
   int64_t result = 0;
@@ -46,7 +46,7 @@ int64_t count_above(const KeyRun<Key>& run, Key bound) {
 }
 
 template <class Key>
-void write_above(const KeyRun<Key>& run, Key bound, uint8_t* mask) {
+[[gnu::noinline]] void write_above(const KeyRun<Key>& run, Key bound, uint8_t* mask) {
   int64_t i = 0;
 #if defined(__AVX512BW__)
   constexpr int kWidth = Lanes<Key>::kWidth;

@@ -43,7 +43,7 @@ struct Power {
   double p;
   double operator()(double v) const { return std::pow(std::fabs(v), p); }
   template <class V>
-  V operator()(V v) const {
+  [[gnu::noinline]] V operator()(V v) const {  // many calls of pow: one more costs nothing
     for (size_t i = 0; i < sizeof(V) / sizeof(double); ++i) {
       v[i] = (*this)(v[i]);
     }
