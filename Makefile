@@ -106,7 +106,7 @@ $(CUDA_STAMP): | $(BIN)/python
 
 $(VENV)/built: $(TORCH_STAMP) $(CUDA_STAMP) $(SOURCES)
 	@echo "==> Installing the tools and building pyprune (CUDA: $(PYPRUNE_CUDA))"
-	$(PIP) install --quiet "scikit-build-core>=0.11" "cmake>=3.26" "ninja>=1.11"
+	$(PIP) install --quiet "scikit-build-core>=0.11" "pybind11>=2.13" "cmake>=3.26" "ninja>=1.11"
 	$(PIP) install --quiet --no-build-isolation --editable ".[dev]"
 	@$(BIN)/python -c "import pyprune; print(pyprune.build_info())"
 	@touch $@

@@ -4,7 +4,7 @@
 #
 #   benchmarks/gpu.sh [DIRECTORY]        # for the results; default: benchmarks/results
 #
-# Needs python3 (PYTHON= names another) with torch for CUDA, numpy, rich, scikit-build-core and pytest; nvcc,
+# Needs python3 (PYTHON= names another) with torch for CUDA, numpy, rich, pybind11, scikit-build-core and pytest; nvcc,
 # cmake and ninja; compute-sanitizer, which comes with the CUDA toolkit. pytest-xdist is used if it is there; tests that
 # need hypothesis are left out if it is not. Nothing is installed outside a temporary directory.
 #

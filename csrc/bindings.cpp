@@ -1,11 +1,8 @@
-// Python's module _C: what takes no tensor. Importing it also registers the CPU operators. Five small functions in
-// Python's own interface: a library for bindings would compile longer than any kernel.
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+// pybind11 module _C: what takes no tensor. Importing it also registers the CPU operators.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdlib>
-#include <exception>
-#include <string>
 
 #include "cpu/bracket.h"
 #include "cpu/capability.h"
@@ -13,87 +10,36 @@
 #define PYPRUNE_STRING(x) #x
 #define PYPRUNE_QUOTE(x) PYPRUNE_STRING(x)
 
-#if defined(__clang__)
-#define PYPRUNE_COMPILER "clang " PYPRUNE_QUOTE(__clang_major__) "." PYPRUNE_QUOTE(__clang_minor__)
-#else
-#define PYPRUNE_COMPILER "g++ " __VERSION__
-#endif
-#ifdef PYPRUNE_X86
-#define PYPRUNE_CAPABILITIES "default, avx2, avx512"
-#else
-#define PYPRUNE_CAPABILITIES "default"
-#endif
+namespace py = pybind11;
 
-namespace {
-
-PyObject* build_info(PyObject*, PyObject*) {
-  return Py_BuildValue("{ss ss ss ss ss}", "version", PYPRUNE_VERSION, "built_with_torch", PYPRUNE_TORCH, "compiler",
-                       PYPRUNE_COMPILER, "cpu_capabilities", PYPRUNE_CAPABILITIES, "cuda", PYPRUNE_CUDA_STATUS);
-}
-
-PyObject* cpu_capability(PyObject*, PyObject*) {
-  return PyUnicode_FromString(pyprune::capability_name());
-}
-
-PyObject* available_cpu_capabilities(PyObject*, PyObject*) {
-  PyObject* const names = PyList_New(0);
-  for (const std::string& name : pyprune::available_capabilities()) {
-    PyObject* const item = PyUnicode_FromString(name.c_str());
-    if (names == nullptr || item == nullptr || PyList_Append(names, item) != 0) {
-      Py_XDECREF(item);
-      Py_XDECREF(names);
-      return nullptr;
-    }
-    Py_DECREF(item);
-  }
-  return names;
-}
-
-PyObject* set_cpu_capability(PyObject*, PyObject* arguments) {
-  const char* name;
-  if (!PyArg_ParseTuple(arguments, "s:set_cpu_capability", &name)) {
-    return nullptr;
-  }
-  try {
-    pyprune::set_capability(name);
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_ValueError, error.what());
-    return nullptr;
-  }
-  Py_RETURN_NONE;
-}
-
-PyObject* shift_bracket(PyObject*, PyObject* arguments) {
-  double sigmas;
-  if (!PyArg_ParseTuple(arguments, "d:_shift_bracket", &sigmas)) {
-    return nullptr;
-  }
-  pyprune::shift_bracket(sigmas);
-  Py_RETURN_NONE;
-}
-
-PyMethodDef functions[] = {
-    {"build_info", build_info, METH_NOARGS, "What this module was built from and with."},
-    {"cpu_capability", cpu_capability, METH_NOARGS, "The build of the CPU kernels that runs now."},
-    {"available_cpu_capabilities", available_cpu_capabilities, METH_NOARGS, "Builds that run here, slowest first."},
-    {"set_cpu_capability", set_cpu_capability, METH_VARARGS, "Choose a build, or 'auto'."},
-    {"_shift_bracket", shift_bracket, METH_VARARGS,
-     "Tests only: move the sampled bracket of the threshold off its place, to force the fallback."},
-    {nullptr, nullptr, 0, nullptr},
-};
-
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
-
-}  // namespace
-
-PyMODINIT_FUNC PyInit__C() {
+PYBIND11_MODULE(_C, m) {
   if (const char* name = std::getenv("PYPRUNE_CPU_CAPABILITY"); name != nullptr && *name != '\0') {
     try {
       pyprune::set_capability(name);
-    } catch (const std::exception& error) {
-      PyErr_Format(PyExc_ImportError, "PYPRUNE_CPU_CAPABILITY: %s", error.what());
-      return nullptr;
+    } catch (const std::invalid_argument& error) {
+      throw py::import_error(std::string("PYPRUNE_CPU_CAPABILITY: ") + error.what());
     }
   }
-  return PyModule_Create(&module);
+  m.def("build_info", [] {
+    py::dict info;
+    info["version"] = PYPRUNE_VERSION;
+    info["built_with_torch"] = PYPRUNE_TORCH;
+#if defined(__clang__)
+    info["compiler"] = "clang " PYPRUNE_QUOTE(__clang_major__) "." PYPRUNE_QUOTE(__clang_minor__);
+#else
+    info["compiler"] = "g++ " __VERSION__;
+#endif
+#ifdef PYPRUNE_X86
+    info["cpu_capabilities"] = "default, avx2, avx512";
+#else
+    info["cpu_capabilities"] = "default";
+#endif
+    info["cuda"] = PYPRUNE_CUDA_STATUS;
+    return info;
+  });
+  m.def("cpu_capability", &pyprune::capability_name, "The build of the CPU kernels that runs now.");
+  m.def("available_cpu_capabilities", &pyprune::available_capabilities, "Builds that run here, slowest first.");
+  m.def("set_cpu_capability", &pyprune::set_capability, py::arg("name"), "Choose a build, or 'auto'.");
+  m.def("_shift_bracket", &pyprune::shift_bracket, py::arg("sigmas"),
+        "Tests only: move the sampled bracket of the threshold off its place, to force the fallback.");
 }

@@ -124,7 +124,9 @@ def pruning_statistic(
     )
     total = sum(zeros.values())
     # What was stripped by itself carries nothing any more.
-    others = {target: target.parameter for target in chosen if target not in counted and is_readable(target)}
+    others: dict[Target, Tensor] = {
+        target: target.parameter for target in chosen if target not in counted and is_readable(target)
+    }
     return ModelPruningStatistic(
         _ratio(total, sum(target.parameter.numel() for target in counted)),
         _ratio(
