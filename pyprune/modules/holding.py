@@ -296,6 +296,15 @@ def hold_zeros(holds: Iterable[Hold]) -> None:
             one.saw()
 
 
+def clear(holds: Iterable[Hold]) -> None:
+    """Zero what masks drop where it is not zero; it is no raw value. Where it is zero, nothing is written."""
+    with torch.inference_mode(False), torch.no_grad():
+        for group in _by_device(holds):
+            ops.fold([local_part(_weight(one)) for one in group], [one.local_mask for one in group])
+            for one in group:
+                one.saw()
+
+
 def release(holds: Iterable[Hold]) -> None:
     """Put back what is parked; nothing is held until `hold_zeros`."""
     holds = list(holds)
@@ -383,8 +392,10 @@ def before_forward_below(module: nn.Module, args: object) -> None:
 
 
 def before_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    """Let what is saved have the zeros, whatever wrote to the parameters."""
+    """Let what is saved have the zeros, whatever wrote to the parameters, through ``.data`` too."""
     before_forward(module, ())
+    if not torch.compiler.is_compiling():
+        clear(hold for hold in module.__dict__.get(MASKS, {}).values() if not hold.is_raw)
 
 
 def watch(model: nn.Module) -> None:
@@ -461,7 +472,11 @@ def _on_registration(module: nn.Module, attribute: str, parameter: nn.Parameter 
     """Let a mask follow when a `Parameter` is assigned to its place: its values are the new raw ones."""
     holds: dict[str, Hold] = module.__dict__.get(MASKS, {})
     hold = holds.get(attribute)
-    if hold is None or parameter is hold.parameter:
+    if hold is None:
+        return
+    if parameter is hold.parameter:
+        if not hold.is_raw:  # what is assigned anew was perhaps written to, through .data (PEFT's merge)
+            settle([hold])
         return
     if parameter is None:
         hold.take_off(module, attribute)
