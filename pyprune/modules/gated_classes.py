@@ -6,6 +6,7 @@ and pickle finds its way by the class of the user. ARCHITECTURE.md says how a pa
 
 import copy
 import functools
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 from weakref import WeakValueDictionary
@@ -228,6 +229,16 @@ def _check_fits(name: str, gate: nn.Module | None, parameter: nn.Parameter | Non
         )
 
 
+def _sharded(attribute: str, raw: Tensor, reader: str) -> Tensor:
+    """Return a sharded parameter to FSDP2, which asks for it before it makes it whole; nobody else can use it."""
+    if reader.startswith("torch.distributed.fsdp"):
+        return raw
+    raise RuntimeError(
+        f"{attribute} carries a gate and is sharded, and gates act on whole weights: read it in a forward pass under "
+        "fully_shard, or its parameter as module.get_parameter(name). Tensor-parallel layers cannot have gates"
+    )
+
+
 @functools.cache
 def _computed(attribute: str) -> property:
     gate = gate_name(attribute)
@@ -236,6 +247,8 @@ def _computed(attribute: str) -> property:
         raw = module._parameters.get(attribute)
         if raw is None:
             raw = module.__dict__[attribute]  # a replica of DataParallel has tensors
+        if type(raw).__name__ == "DTensor":
+            return _sharded(attribute, raw, sys._getframe(1).f_globals.get("__name__", ""))
         try:
             return cast(Tensor, cast(nn.Module, module._modules[gate])(raw))
         except AttributeError as error:
@@ -264,6 +277,23 @@ def _refuse_qconfig(module: nn.Module, value: Any) -> None:
     if value is not None:
         raise ValueError(f"{type(module).__name__} has gates, and cannot be quantised; call pyprune.strip first")
     module.__dict__["qconfig"] = None
+
+
+@functools.cache
+def _fixed(size: str) -> property:
+    def value(module: nn.Module) -> Any:
+        return module.__dict__[size]
+
+    def change(module: nn.Module, new: Any) -> None:
+        # Who resizes a layer, as transformers do, writes to ``weight.data`` before, which is lost here.
+        if new != module.__dict__.get(size, new):
+            raise ValueError(
+                f"{type(module).__name__} has a gate on its weight, so {size} cannot change; call pyprune.strip "
+                "first, and prune again after it"
+            )
+        module.__dict__[size] = new
+
+    return property(value, change)
 
 
 def _flat_weights(rnn: nn.RNNBase) -> list[Any]:
@@ -335,6 +365,9 @@ def _with_gates(cls: type, attributes: tuple[str, ...]) -> type:
         if attributes:
             namespace |= {name: _computed(name) for name in attributes}
             namespace["qconfig"] = property(_qconfig, _refuse_qconfig)
+            if issubclass(cls, (nn.Linear, nn.Embedding)) and "weight" in attributes:
+                sizes = ("num_embeddings",) if issubclass(cls, nn.Embedding) else ("in_features", "out_features")
+                namespace |= {size: _fixed(size) for size in sizes if not hasattr(cls, size)}
             if issubclass(cls, nn.RNNBase):
                 namespace |= _OF_RNNS
         made = _MADE[cls, attributes] = type(cls.__name__, (_GatedModule, cls), namespace)
