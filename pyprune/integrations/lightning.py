@@ -86,8 +86,8 @@ class PruningCallback(Callback):
         if self._training is not None:
             pl_module.log("pruning_sparsity", self._training.sparsity())
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fold the masks in."""
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let go of the model, after callbacks that put an average into it when training ends."""
         if self._training is not None:
             self._state = self.state_dict()
             self._training.finish(strip_masks=self._strip)

@@ -110,8 +110,6 @@ def load_from_config(model: _M, config: Mapping[str, Any]) -> _M:
     hold_zeros(masks_put)
     for mask, values in parked.items():
         mask.parked = values
-        if isinstance(mask, FollowingMask):
-            mask.link()
     watch(model)
     return model
 

@@ -218,7 +218,7 @@ def _mask_gradient(held: "weakref.ref[Hold]", parameter: Tensor) -> None:
     if gradient.requires_grad:  # create_graph=True: what is done to it is differentiated
         parameter.grad = ops.mask_weight(gradient, hold.mask)
     else:
-        ops.fold([gradient], [hold.mask])
+        ops.fold([local_part(gradient)], [hold.local_mask])
     hold.gradient_is_masked = True
 
 
@@ -265,8 +265,8 @@ def hold_zeros(holds: Iterable[Hold]) -> None:
             parked = ops.park([_weight(one) for one in parking], [one.mask for one in parking])
             for one, values in zip(parking, parked, strict=True):
                 one.parked = values
-            others = [one for one in group if not one.parks]
-            ops.fold([local_part(_weight(one)) for one in others], [one.local_mask for one in others])
+            if others := [one for one in group if not one.parks]:
+                ops.fold([local_part(_weight(one)) for one in others], [one.local_mask for one in others])
         for one in holds:
             one.is_raw = False
             one.changed_at = next(_CHANGES)
@@ -385,7 +385,7 @@ def watch(model: nn.Module) -> None:
             module.register_forward_pre_hook(hook, prepend=True)
     for module in filter(_has_masks, model.modules()):
         if before_state_dict not in module._state_dict_pre_hooks.values():
-            module.register_state_dict_pre_hook(before_state_dict)  # type: ignore[no-untyped-call]
+            module.register_state_dict_pre_hook(before_state_dict)
 
 
 # They hold modules or parameters, and are not called.

@@ -61,9 +61,17 @@ class FollowingMask(Mask):
         """The mask that this one follows."""
         return self._source[0]
 
-    def link(self) -> None:
-        """Let the source keep this one in step, once it is attached."""
-        self.source.followers.append(self)
+    def put_on(self, module: nn.Module, attribute: str) -> None:
+        """Be the mask of a place, and let the source keep this one in step."""
+        super().put_on(module, attribute)
+        if self not in self.source.followers:
+            self.source.followers.append(self)
+
+    def take_off(self, module: nn.Module, attribute: str) -> None:
+        """Hold nothing at a place any more."""
+        super().take_off(module, attribute)
+        if self.parameter is None and self in self.source.followers:
+            self.source.followers.remove(self)
 
     def update(self) -> None:
         """Become what the source has become."""
@@ -161,8 +169,6 @@ def attach_masks(model: nn.Module, masks: Sequence[NewMask], followers: Iterable
         carried[new] = shared or Mask(new.mask, new.unit)
     following = [(follower.owners, FollowingMask(carried[follower.of], follower.groups)) for follower in followers]
     attach([*((new.owners, mask) for new, mask in carried.items()), *following])
-    for _, follower_mask in following:
-        follower_mask.link()
     with torch.no_grad():
         for new in updates:
             if new.mask is not carried[new].mask:

@@ -57,7 +57,7 @@ def held_by(optimizer: Optimizer) -> list[Hold]:
 
 
 def _before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
-    if torch.compiler.is_compiling() or not HELD:
+    if not HELD:
         return
     holds = [hold for hold in held_by(optimizer) if not hold.is_raw]
     if not holds:
@@ -70,7 +70,7 @@ def _before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
 
 
 def _after_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
-    if torch.compiler.is_compiling() or not HELD:
+    if not HELD:
         return
     holds = [hold for hold in held_by(optimizer) if not hold.is_raw]
     if not holds:
@@ -135,5 +135,9 @@ def _fold(pairs: Iterable[tuple[Tensor | None, Hold]]) -> None:
         ops.fold(tensors, masks)
 
 
+for _hook in (_before_step, _after_step):
+    # What `torch.compiler.disable` does, without loading the compiler: a compiled step is interrupted for them.
+    _hook._torchdynamo_disable = True  # type: ignore[attr-defined]
+    _hook._torchdynamo_disable_msg = "zeros of pruned weights are held; compile the step with fullgraph=False"  # type: ignore[attr-defined]
 register_optimizer_step_pre_hook(_before_step)
 register_optimizer_step_post_hook(_after_step)

@@ -136,14 +136,19 @@ class RecipePruner:
 
     def _hold_again(self, saved: Mapping[str, int]) -> None:
         """Hold the zeros that are there now: weights may have been loaded since the recipe was applied."""
-        there = None if self._hold is None else self._hold([])
+        there = None
+        if self._hold is not None and self._held is not None:
+            self._held.remove()
+            there = self._hold(self._optimizers)
         if saved != _count_held(there):
+            if there is not None:
+                there.remove()
+            if self._held is not None:
+                self._held.put_back()
             raise ValueError(
                 "the model has other zeros than when the state was saved; load its sparse weights before this state"
             )
-        if self._hold is not None and self._held is not None:
-            self._held.remove()
-            self._held = self._hold(self._optimizers)
+        self._held = there
 
 
 def start(

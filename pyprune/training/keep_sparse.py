@@ -87,7 +87,11 @@ class KeepSparse:
         for target, mask in self._held.items():
             detach([owner for owner in target.owners if owner.attachment is mask])
         unwatch(self._model)
-        self._held = {}
+
+    def put_back(self) -> None:
+        """Hold the same zeros again, from the next forward pass or step on."""
+        attach((target.owners, mask) for target, mask in self._held.items())
+        watch(self._model)
 
     def __enter__(self) -> "KeepSparse":
         return self
@@ -96,7 +100,8 @@ class KeepSparse:
         self.remove()
 
     def __repr__(self) -> str:
-        return f"KeepSparse(parameters={len(self._held)})"
+        is_held = any(mask.parameter is not None for mask in self._held.values())
+        return f"KeepSparse(parameters={len(self._held)}, held={is_held})"
 
     def __reduce__(self) -> str:
         raise TypeError(
@@ -141,7 +146,7 @@ def keep_sparse(
         >>> model = prune(nn.Linear(8, 8), "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.75)
         >>> optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
         >>> keep_sparse(model, optimizer)
-        KeepSparse(parameters=1)
+        KeepSparse(parameters=1, held=True)
         >>> for _ in range(10):
         ...     optimizer.zero_grad()
         ...     model(torch.ones(1, 8)).sum().backward()

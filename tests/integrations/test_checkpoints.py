@@ -6,7 +6,7 @@ from torch import nn
 
 import pyprune
 from pyprune import Method, granularity, importance, scope
-from pyprune.integrations.checkpoints import keep_plain, load_masked_state, masked_state
+from pyprune.integrations.checkpoints import load_masks, masks_follow_loading, state_of_masks
 from tests.conftest import masks_of
 
 LOCAL = "UNSTRUCTURED_MAGNITUDE_LOCAL"
@@ -18,75 +18,80 @@ def equal(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_keep_plain_saves_what_strip_leaves(case):
+def test_a_state_dict_is_what_strip_leaves(case):
     model = pyprune.prune(case.model, LOCAL, ratio=0.5)
     stripped = pyprune.strip(model, do_copy=True)
-    hooks = keep_plain(model)
     assert equal(dict(model.state_dict()), dict(stripped.state_dict()))
-    for hook in hooks:
-        hook.remove()
-    assert any("parametrizations" in name for name in model.state_dict())
+    with torch.no_grad():  # what is written, but not used yet, is not saved either
+        for target in masks_of(model):
+            target.parameter.add_(1)
+    kept = {target.name: mask for target, mask in masks_of(model).items()}
+    state = model.state_dict()
+    assert all(not state[name][~mask].any() for name, mask in kept.items())
 
 
-def test_keep_plain_saves_one_tensor_of_a_tied_weight(transformer):
+def test_a_state_dict_has_one_tensor_of_a_tied_weight(transformer):
     model = pyprune.prune(transformer.model, LOCAL, ratio=0.5)
-    keep_plain(model)
     state = model.state_dict()
     assert state["embed.weight"].data_ptr() == state["decoder.weight"].data_ptr()
 
 
-def test_keep_plain_loads_what_it_saved(case):
+def test_masks_follow_loading(case):
     model = pyprune.prune(case.model, LOCAL, ratio=0.5)
     other = pyprune.prune(copy.deepcopy(model), LOCAL, ratio=0.2)
-    keep_plain(model)
-    keep_plain(other)
+    hooks = masks_follow_loading(other)
     for parameter in other.parameters():
         parameter.data.normal_()
     other.load_state_dict(model.state_dict())
     assert equal(dict(other.state_dict()), dict(model.state_dict()))
     for mine, others in zip(masks_of(model).values(), masks_of(other).values(), strict=True):
         assert torch.equal(mine, others)
+    for hook in hooks:
+        hook.remove()
+    before = [mask.clone() for mask in masks_of(other).values()]
+    other.load_state_dict({name: torch.ones_like(tensor) for name, tensor in other.state_dict().items()})
+    assert all(torch.equal(a, b) for a, b in zip(before, masks_of(other).values(), strict=True))
 
 
-def test_keep_plain_knows_the_names_below_a_wrapper(cnn):
+def test_masks_follow_what_is_loaded_into_a_part(cnn):
     model = pyprune.prune(cnn.model, LOCAL, ratio=0.5)
-    keep_plain(model)
-    wrapper = nn.Sequential(model)
-    names = [f"0.{name}" for name in pyprune.strip(model, do_copy=True).state_dict()]
-    state = wrapper.state_dict()
-    assert sorted(state) == sorted(names)
-    wrapper.load_state_dict(state)
+    dense = {name: torch.ones_like(tensor) for name, tensor in model.fc.state_dict().items()}
+    masks_follow_loading(nn.Sequential(model))
+    model.fc.load_state_dict(dense)
+    assert {target.name: bool(mask.all()) for target, mask in masks_of(model).items()} == {
+        "conv1.weight": False,
+        "conv2.weight": False,
+        "fc.weight": True,
+    }
 
 
 def test_loading_keeps_biases_that_are_zero_by_chance(cnn):
     model = pyprune.prune(cnn.model, CHANNELS, ratio=0.5, examples_inputs=cnn.inputs, zero_dead_channels=True)
-    keep_plain(model)
-    state = model.state_dict()
+    masks_follow_loading(model)
+    state = copy.deepcopy(model.state_dict())
     assert (state["bn1.bias"] == 0).all()
     before = [mask.clone() for mask in masks_of(model).values()]
     model.load_state_dict(state)
     assert all(torch.equal(a, b) for a, b in zip(before, masks_of(model).values(), strict=True))
 
 
-def test_masked_state_brings_back_what_lies_under_the_masks(case):
+def test_a_state_of_masks_brings_back_what_lies_under_them(case):
     model = pyprune.prune(case.model, LOCAL, ratio=0.5)
-    exact = copy.deepcopy(model.state_dict())
-    state = masked_state(model)
+    state = state_of_masks(model)
     again = pyprune.prune(copy.deepcopy(model), LOCAL, ratio=0.1)
-    keep_plain(again)
     again.load_state_dict(pyprune.strip(model, do_copy=True).state_dict())
-    for hooks in (again._state_dict_hooks, again._load_state_dict_pre_hooks):
-        hooks.clear()
-    assert not equal(dict(again.state_dict()), exact)
-    load_masked_state(again, state)
-    assert equal(dict(again.state_dict()), exact)
+    load_masks(again, state)
+    assert equal(dict(again.state_dict()), dict(model.state_dict()))
+    for each in (again, model):
+        pyprune.prune(each, LOCAL, ratio=0.0)
+    assert equal(dict(again.state_dict()), dict(model.state_dict()))
 
 
-def test_load_masked_state_refuses_other_masks(cnn, unchanged):
-    state = masked_state(pyprune.prune(copy.deepcopy(cnn.model), LOCAL, ratio=0.5))
+def test_load_masks_refuses_other_masks(cnn, unchanged):
+    state = state_of_masks(pyprune.prune(copy.deepcopy(cnn.model), LOCAL, ratio=0.5))
     scope = pyprune.IgnoredScope(names=["fc"])
     model = pyprune.prune(cnn.model, LOCAL, ratio=0.5, ignored_scope=scope)
     before = unchanged(model)
     with pytest.raises(ValueError, match=r"differ in fc\.weight; resume with"):
-        load_masked_state(model, state)
+        load_masks(model, state)
     before.check()

@@ -1,6 +1,7 @@
 import copy
 import io
 import json
+import math
 
 import pytest
 import torch
@@ -25,22 +26,33 @@ def test_load_from_config_rebuilds_a_saved_model(case):
     torch.save({"state_dict": case.model.state_dict(), "config": get_config(case.model)}, file)
     file.seek(0)
     saved = torch.load(file, weights_only=True)
-    assert json.loads(json.dumps(saved["config"])) == saved["config"]
     assert load_from_config(fresh, saved["config"]) is fresh
-    assert all(mask.all() for mask in masks_of(fresh).values())
     fresh.load_state_dict(saved["state_dict"])
     assert torch.equal(fresh.eval()(case.inputs), case.model.eval()(case.inputs))
-    assert get_config(fresh) == get_config(case.model)
+    assert_same_config(get_config(fresh), get_config(case.model))
+    prune(fresh, 0.0)
+    prune(case.model, 0.0)
+    for name, tensor in case.model.state_dict().items():
+        assert torch.equal(fresh.state_dict()[name], tensor), name
+
+
+def assert_same_config(one, other):
+    for mine, others in zip(one["masks"], other["masks"], strict=True):
+        assert mine.keys() == others.keys()
+        for key, value in mine.items():
+            same = torch.equal(value, others[key]) if isinstance(value, torch.Tensor) else value == others[key]
+            assert same, key
+    assert one["gates"] == other["gates"]
 
 
 def test_get_config_names_masked_weights_only(transformer):
-    assert get_config(transformer.model) == {"version": 1, "masks": [], "gates": []}
+    assert get_config(transformer.model) == {"version": 2, "masks": [], "gates": []}
     prune(transformer.model, ignored_scope=pyprune.IgnoredScope(names=["layer", "cross"]))
-    assert get_config(transformer.model) == {
-        "version": 1,
-        "masks": [{"names": ["embed.weight", "decoder.weight"], "shape": [11, 8]}],
-        "gates": [],
-    }
+    (entry,) = get_config(transformer.model)["masks"]
+    assert entry["names"] == ["embed.weight", "decoder.weight"]
+    assert entry["shape"] == [11, 8]
+    assert len(entry["bits"]) == 11
+    assert int((transformer.model.embed.weight == 0).sum()) == len(entry["parked"])
 
 
 def test_load_from_config_masks_bare_parameters_without_a_trace():
@@ -56,13 +68,19 @@ def test_load_from_config_masks_bare_parameters_without_a_trace():
     assert [target.name for target in masks_of(load_from_config(Bare(), config))] == ["kernel"]
 
 
-def entry(names, shape):
-    return {"version": 1, "masks": [{"names": ["fc.weight"], "shape": [3, 6]}, {"names": names, "shape": shape}]}
+def mask_entry(names, shape):
+    size = math.prod(shape) if isinstance(shape, list) else 0
+    bits = torch.full((-(-size // 8),), 255, dtype=torch.uint8)
+    return {"names": names, "shape": shape, "bits": bits, "parked": torch.zeros(0)}
+
+
+def entry(names, shape, **values):
+    return {"version": 2, "masks": [mask_entry(["fc.weight"], [3, 6]), mask_entry(names, shape) | values]}
 
 
 def gate_entry(**values):
     gate = {"names": ["fc.weight"], "shape": [3, 6], "kind": "StochasticGate", "options": {"dtype": "float32"}}
-    return {"version": 1, "masks": [], "gates": [gate | values]}
+    return {"version": 2, "masks": [], "gates": [gate | values]}
 
 
 @pytest.mark.parametrize(
@@ -70,12 +88,20 @@ def gate_entry(**values):
     [
         ([], TypeError, "dict that get_config returned"),
         ({}, ValueError, "version None"),
-        ({"version": 2, "masks": []}, ValueError, "version 2; this pyprune reads version 1"),
-        ({"version": 1}, ValueError, "damaged"),
-        ({"version": 1, "masks": [3]}, ValueError, "damaged"),
+        ({"version": 3, "masks": []}, ValueError, "version 3; this pyprune reads version 2"),
+        ({"version": 1, "masks": []}, ValueError, r"pyprune\.upgrade_checkpoint\(state_dict, config\)"),
+        ({"version": 2}, ValueError, "damaged"),
+        ({"version": 2, "masks": [3]}, ValueError, "damaged"),
+        (entry(["conv1.weight"], [4, 1, 3, 3], bits=None), ValueError, "damaged: .*conv1.weight has bits"),
+        (entry(["conv1.weight"], [4, 1, 3, 3], bits=torch.zeros(4, dtype=torch.uint8)), ValueError, "has 4 bytes"),
+        (
+            entry(["conv1.weight"], [4, 1, 3, 3], parked=torch.zeros(3)),
+            ValueError,
+            "not as many parked values",
+        ),
         (entry([["weight"]], [4, 1, 3, 3]), ValueError, "damaged"),
         (entry([3], [4, 1, 3, 3]), ValueError, "damaged"),
-        ({"version": 1, "masks": [{"names": ["fc.weight"]}]}, ValueError, "damaged"),
+        ({"version": 2, "masks": [{"names": ["fc.weight"]}]}, ValueError, "damaged"),
         (entry([], []), ValueError, "does not have"),
         (entry(["conv.weight"], [4, 1, 3, 3]), ValueError, "nearest parameters: conv2.weight|conv1.weight"),
         (entry(["conv1.weight"], [4, 1, 5, 5]), ValueError, r"shape \[4, 1, 5, 5\] for conv1.weight"),
@@ -117,7 +143,7 @@ def test_config_functions_want_a_module():
     with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
         get_config({})
     with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
-        load_from_config({}, {"version": 1, "masks": []})
+        load_from_config({}, {"version": 2, "masks": []})
 
 
 def test_load_from_config_takes_a_model_on_the_meta_device(case):
@@ -223,3 +249,39 @@ def test_biases_of_a_loaded_model_stay_in_step_with_a_pruner():
     dead = (fresh.weight == 0).all(1)
     assert int(dead.sum()) == 4
     assert torch.equal(fresh.bias == 0, dead)
+
+
+def test_upgrade_checkpoint_brings_one_of_version_0_1_0_up_to_date(transformer):
+    raw = copy.deepcopy(transformer.model.state_dict())
+    prune(transformer.model)
+    config = get_config(transformer.model)
+    names = {name for one in config["masks"] for name in one["names"]}
+    old, masks = {}, masks_of(transformer.model)
+    for name, tensor in raw.items():
+        prefix, _, attribute = name.rpartition(".")
+        path = f"{prefix}.parametrizations.{attribute}."
+        owner = next((target for target in masks if target.is_among({name})), None)
+        if owner is None:
+            old[name] = tensor
+        else:
+            old |= {path + "original": tensor, path + "0.mask": masks[owner]}
+    old_config = {
+        "version": 1,
+        "masks": [{"names": m["names"], "shape": m["shape"]} for m in config["masks"]],
+        "gates": [],
+    }
+    assert names
+    state_dict, upgraded = pyprune.upgrade_checkpoint(old, old_config)
+    fresh = load_from_config(type(transformer.model)().to(transformer.inputs.device), upgraded)
+    fresh.load_state_dict(state_dict)
+    for name, tensor in transformer.model.state_dict().items():
+        assert torch.equal(fresh.state_dict()[name], tensor), name
+    prune(fresh, 0.0)
+    for name, tensor in raw.items():
+        assert torch.equal(fresh.state_dict()[name], tensor), name
+    with pytest.raises(ValueError, match="do not belong together"):
+        pyprune.upgrade_checkpoint(raw, old_config)
+    with pytest.raises(ValueError, match="only version 1"):
+        pyprune.upgrade_checkpoint(raw, config)
+    with pytest.raises(TypeError, match="both dicts"):
+        pyprune.upgrade_checkpoint(raw, [])

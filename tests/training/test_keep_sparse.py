@@ -343,12 +343,12 @@ def test_remove_lets_go():
     model = sparse(two_layers())
     optimizer = sgd(model)
     with keep_sparse(model, optimizer) as keep:
-        assert repr(keep) == "KeepSparse(parameters=2)"
+        assert repr(keep) == "KeepSparse(parameters=2, held=True)"
         dense_step(model, optimizer)
         assert (model[0].weight == 0).any()
     dense_step(model, optimizer)
     assert not (model[0].weight == 0).any()
-    assert repr(keep) == "KeepSparse(parameters=0)"
+    assert repr(keep) == "KeepSparse(parameters=2, held=False)"
 
 
 def test_keep_sparse_is_not_copied_but_what_it_works_on_is():
