@@ -28,7 +28,17 @@ FLOORS = {
     "__init__": 9,
 }
 # How a weight is masked, whatever the mask was chosen by.
-BLIND = ("attachments", "evaluation", "forward_pass", "gated_classes", "gates", "masks", "sampling", "tracing")
+BLIND = (
+    "attachments",
+    "evaluation",
+    "forward_pass",
+    "gated_attributes",
+    "gated_classes",
+    "gates",
+    "masks",
+    "sampling",
+    "tracing",
+)
 
 
 def sources():

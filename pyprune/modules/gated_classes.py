@@ -1,22 +1,20 @@
 """The classes of modules with gates: a gated attribute is computed at each reading, and an outermost call is a pass.
 
 There is one class for each class of the user and set of gated attributes, so models of one shape share compiled code,
-and pickle finds its way by the class of the user. ARCHITECTURE.md says how a pass is told.
+and pickle finds its way by the class of the user. `forward_pass` says what a pass is.
 """
 
 import copy
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from pyprune import ops
 from pyprune.modules.attachments import Attachment, gate_name
+from pyprune.modules.gated_attributes import check_fits, computed_attributes
 from pyprune.modules.sampling import Sampler
 
 # The attribute that tells a module whether a pass is open.
@@ -54,7 +52,7 @@ class _GatedModule(nn.Module):
         """Set a parameter, also the raw one below a gate: what ``module.weight = parameter`` comes to."""
         if name not in self._gated_attributes:
             return super().register_parameter(name, param)
-        _check_fits(name, self._modules[gate_name(name)], param)
+        check_fits(name, self._modules[gate_name(name)], param)
         cls = type(self)
         try:
             # torch asks whether the attribute is there, for which the gate would draw a sample.
@@ -210,89 +208,6 @@ def gated_attributes(module: nn.Module) -> tuple[str, ...]:
     return cast(tuple[str, ...], getattr(type(module), "_gated_attributes", ()))
 
 
-def _check_fits(name: str, gate: nn.Module | None, parameter: nn.Parameter | None) -> None:
-    """Raise unless a parameter can be that of a gate."""
-    shape = cast(Any, gate).shape
-    if parameter is None or tuple(parameter.shape) != shape:
-        given = "None" if parameter is None else f"a parameter of shape {tuple(parameter.shape)}"
-        raise ValueError(
-            f"{name} carries a gate for shape {shape}, and is to become {given}; call pyprune.strip first, and prune "
-            "again after it"
-        )
-    # FSDP2 puts its shards here; the gate sees them whole.
-    is_quantised = is_traceable_wrapper_subclass(parameter) and type(parameter).__name__ != "DTensor"
-    if is_quantised or parameter.dtype not in ops.WEIGHT_DTYPES:
-        raise ValueError(
-            f"{name} carries a gate, and is to become a {type(parameter.data).__name__} of {parameter.dtype}; call "
-            "pyprune.strip before quantising"
-        )
-
-
-@functools.cache
-def _computed(attribute: str) -> property:
-    gate = gate_name(attribute)
-
-    def value(module: nn.Module) -> Tensor:
-        raw = module._parameters.get(attribute)
-        if raw is None:
-            raw = module.__dict__[attribute]  # a replica of DataParallel has tensors
-        try:
-            return cast(Tensor, cast(nn.Module, module._modules[gate])(raw))
-        except AttributeError as error:
-            # nn.Module would look for the attribute elsewhere, and find the raw one.
-            raise RuntimeError(f"the gate on {attribute} failed: {error}") from error
-
-    def replace(module: nn.Module, new: Any) -> None:
-        if not module.__dict__.get("_is_replica"):
-            raise ValueError(
-                f"{attribute} of {type(module).__name__} is computed by a gate; assign a Parameter, or call "
-                "pyprune.strip first"
-            )
-        module.__dict__[attribute] = new
-
-    return property(value, replace)
-
-
-def _qconfig(module: nn.Module) -> Any:
-    if "qconfig" not in module.__dict__:
-        raise AttributeError("qconfig")
-    return module.__dict__["qconfig"]
-
-
-def _refuse_qconfig(module: nn.Module, value: Any) -> None:
-    # torch.ao swaps layers by their exact class, and would leave this one out without a word.
-    if value is not None:
-        raise ValueError(f"{type(module).__name__} has gates, and cannot be quantised; call pyprune.strip first")
-    module.__dict__["qconfig"] = None
-
-
-def _flat_weights(rnn: nn.RNNBase) -> list[Any]:
-    if "_flat_weight_refs" not in rnn.__dict__:
-        return []  # it is being unpickled
-    return [getattr(rnn, name, None) for name in rnn._flat_weights_names]
-
-
-def _set_on_rnn(rnn: nn.RNNBase, name: str, value: Any) -> None:
-    # RNNBase would write it into the list too, for which all gates would be sampled.
-    cls: Any = nn.Module if name in rnn.__dict__.get("_flat_weights_names", ()) else cast(Any, rnn)._dense_class
-    cls.__setattr__(rnn, name, value)
-
-
-def _nothing(rnn: nn.RNNBase, value: object = None) -> None:
-    pass
-
-
-# RNN modules run on a list of weights that they cache. While one is gated, the list is made anew at each reading: a
-# cached one would go stale, and would hold tensors that are no leaves, which deepcopy refuses.
-_OF_RNNS = {
-    "_flat_weights": property(_flat_weights, _nothing),
-    "_init_flat_weights": _nothing,
-    "_update_flat_weights": _nothing,
-    "flatten_parameters": _nothing,
-    "__setattr__": _set_on_rnn,
-}
-
-
 # ---- classes ----
 
 # For as long as there are instances.
@@ -332,11 +247,7 @@ def _with_gates(cls: type, attributes: tuple[str, ...]) -> type:
         namespace |= {"_dense_class": cls, "_gated_attributes": attributes}
         if hasattr(cls, "__deepcopy__"):
             namespace["__deepcopy__"] = _deepcopied
-        if attributes:
-            namespace |= {name: _computed(name) for name in attributes}
-            namespace["qconfig"] = property(_qconfig, _refuse_qconfig)
-            if issubclass(cls, nn.RNNBase):
-                namespace |= _OF_RNNS
+        namespace |= computed_attributes(cls, attributes)
         made = _MADE[cls, attributes] = type(cls.__name__, (_GatedModule, cls), namespace)
     return made
 

@@ -114,8 +114,9 @@ class Sampler:
             self._thread.open = _Pass(0, {})
             for device, several in gates.items():
                 # By their order here: a guard on a number of a gate would forbid its code to gates of other layers.
-                for gate, seed in zip(several, _draw(len(several), device), strict=True):
-                    gate.seat.seed = seed
+                drawn = _draw(len(several), device)
+                for index, gate in enumerate(several):
+                    gate.seat.seed = drawn[index]
             return
         original = self._recomputed_pass() if gates else None
         # Checkpointing restores the generator to its state where the checkpointed part began. If the pass began
@@ -124,7 +125,8 @@ class Sampler:
         if original is None or original.opener == id(opener):
             for device, several in gates.items():
                 drawn = _draw(len(several), device)
-                seeds[device] = {gate.stream: seed for gate, seed in zip(several, drawn, strict=True)}
+                # Not by zip: torch.fx can index what it traces, but not go through it.
+                seeds[device] = {gate.stream: drawn[index] for index, gate in enumerate(several)}
         started = _Pass(
             id(opener), seeds if original is None else original.seeds, self._thread.itself, start=_next_node()
         )

@@ -465,6 +465,15 @@ def test_traced_models_sample_once_and_can_be_copied(inputs):
     assert isinstance(pyprune.strip(model), torch.fx.GraphModule)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_gated_models_can_be_traced(inputs, training):
+    model = gated(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)), HARD_CONCRETE).train(training)
+    traced = torch.fx.symbolic_trace(model)
+    out = traced(inputs[0].cpu())
+    assert torch.equal(traced(inputs[0].cpu()), out) != training
+    torch.testing.assert_close(traced.eval()(inputs[0].cpu()), model.eval()(inputs[0].cpu()))
+
+
 def test_one_gate_sample_can_be_compiled(stack, inputs):
     def step(x):
         with one_gate_sample(stack):

@@ -349,6 +349,22 @@ def test_what_cannot_be_assigned_changes_nothing(model, unchanged):
         assert module._parameters[name] is raw
 
 
+def test_transformers_tie_and_say_what_cannot_be_resized(unchanged):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 8, "vocab_size": 20, "n_positions": 8}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+    tokens = {"input_ids": torch.randint(20, (2, 5))}
+    pyprune.prune(model, BERNOULLI, examples_inputs=tokens)
+    model.tie_weights()
+    assert model.lm_head._parameters["weight"] is model.transformer.wte._parameters["weight"]
+    model(**tokens).logits.sum().backward()
+    before = unchanged(model.eval())
+    refused = pytest.raises(ValueError, match=r"Embedding has a gate on its weight, so num_embeddings cannot change")
+    with refused, torch.random.fork_rng():
+        model.resize_token_embeddings(30, mean_resizing=False)
+    before.check()
+
+
 def test_load_state_dict_takes_a_dense_checkpoint_and_that_of_an_earlier_layout(dense, inputs, model):
     assert set(model.load_state_dict(dense.state_dict(), strict=False).missing_keys) == {
         name for name in model.state_dict() if name.endswith("_mask.logits")

@@ -221,3 +221,37 @@ def test_gates_draw_different_noise_on_each_rank_unless_asked(same, tmp_path):
     assert torch.equal(sample, other_sample) == same
     assert torch.equal(parameters, other_parameters)
     assert 0.3 < sample.float().mean() < 0.7
+
+
+def _train_shards(rank, world, store, results):
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
+    plain = gated(copy.deepcopy(dense), BERNOULLI, same_on_all_ranks=True)
+    sharded = gated(dense, BERNOULLI, same_on_all_ranks=True)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (world,))
+    for module in (sharded[0], sharded[2], sharded):
+        fully_shard(module, mesh=mesh)
+    for model in (plain, sharded):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
+        torch.manual_seed(3)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(4, 16)).square().sum().backward()
+            optimizer.step()
+    with pytest.raises(RuntimeError, match="weight carries a gate and is sharded"):
+        sharded[0].reshard() or sharded[0].weight
+    whole = [parameter.full_tensor().detach() for parameter in sharded.parameters()]
+    torch.save((whole, [parameter.detach() for parameter in plain.parameters()]), f"{results}/{rank}.pt")
+    torch.distributed.barrier()
+    os._exit(0)
+
+
+def test_gates_train_in_shards_as_in_one_piece(tmp_path):
+    torch.multiprocessing.spawn(_train_shards, args=(2, tmp_path / "store", tmp_path), nprocs=2)
+    for rank in range(2):
+        for one, other in zip(*torch.load(tmp_path / f"{rank}.pt", weights_only=True), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
