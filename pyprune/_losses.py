@@ -93,7 +93,7 @@ class RBLoss(_GateLoss):
             once, or the ratio swings, the pull outweighs the task: give a larger p or the gates a smaller rate.
 
     Returns:
-        A scalar on the device of the first gate: float32, or float64 if all logits are.
+        A scalar on the device of the first gate; float32, or float64 if all logits are.
 
     Raises:
         TypeError, ValueError: for wrong arguments, without gates, or with hard-concrete gates.
@@ -152,7 +152,7 @@ class L0Loss(_GateLoss):
             the same.
 
     Returns:
-        A scalar on the device of the first gate: float32, or float64 if all logits are.
+        A scalar on the device of the first gate; float32, or float64 if all logits are.
 
     Raises:
         TypeError, ValueError: for wrong arguments, without gates, or if no FLOPs are found. It warns of gates
@@ -200,7 +200,7 @@ class LagrangianLoss(_GateLoss):
         learning_rate: of the multipliers.
 
     Returns:
-        A scalar on the device of the first gate: float32, or float64 if all logits are.
+        A scalar on the device of the first gate; float32, or float64 if all logits are.
 
     Raises:
         TypeError, ValueError: for wrong arguments or without gates.
