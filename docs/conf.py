@@ -1,4 +1,4 @@
-"""The site of docs/: Markdown by MyST, the reference from docstrings. ``make docs`` builds it; nothing is downloaded."""
+"""The site of docs/: Markdown by MyST, the reference from docstrings. ``make docs`` builds it, without a network."""
 
 import inspect
 import re
@@ -63,8 +63,8 @@ html_theme_options = {
 def inventories() -> Iterator[tuple[str, tuple[str, str]]]:
     """Yield what intersphinx wants to know of other projects: from lists of symbols, since nothing is downloaded.
 
-    The first line of a list is the address of the site; each other line is a role, a symbol, and its page. ``$`` at the
-    end of a page stands for the symbol.
+    The first line of a list is the address of the site; each other line is a role, a symbol, and its page. ``$`` at
+    the end of a page stands for the symbol.
     """
     for listed in sorted((HERE / "inventories").glob("*.txt")):
         site, *symbols = listed.read_text().splitlines()
@@ -128,6 +128,7 @@ class LinkCode(SphinxPostTransform):
     _NAME = re.compile(r"^(?:pyprune\.)?([A-Za-z_][\w.]*)(?:\(.*\))?$", flags=re.DOTALL)
 
     def run(self, **kwargs: Any) -> None:
+        """Called by Sphinx for each page."""
         objects = self.env.domains.python_domain.objects
         for literal in list(self.document.findall(nodes.literal)):
             parents = (nodes.reference, pending_xref, nodes.title, nodes.literal)
@@ -141,7 +142,19 @@ class LinkCode(SphinxPostTransform):
             literal.replace_self(link)
 
 
+_CODE = re.compile(r"(``.*?``)")
+
+
+def escape_bars(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
+    """Let docstrings say |w|, which reStructuredText would replace by something."""
+    for i, line in enumerate(lines):
+        if "|" in line and not line.lstrip().startswith((">>>", "...")):
+            parts = _CODE.split(line)
+            lines[i] = "".join(part if part.startswith("``") else part.replace("|", r"\|") for part in parts)
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
+    app.connect("autodoc-process-docstring", escape_bars, priority=100)
     app.connect("missing-reference", resolve_short_name)
     app.add_post_transform(LinkCode)
