@@ -267,7 +267,9 @@ def with_section(text: str, section: str) -> str:
     before, found, rest = text.partition(BEGIN)
     _, ended, after = rest.partition(END)
     if not found or not ended:
-        raise ValueError(f"the file lacks the lines {BEGIN!r} and {END!r}, in this order; write them where figures go")
+        raise ValueError(
+            f"the file lacks the lines {BEGIN!r} and {END!r}, in this order; write them where figures go"
+        )
     return before + section + after
 
 
