@@ -46,7 +46,7 @@ html_static_path = ["static"]
 html_css_files = ["pyprune.css"]
 html_show_sourcelink = False
 html_copy_source = False
-html_sidebars = {"index": []}
+html_sidebars = {"index": [], "performance": []}
 html_theme_options = {
     "logo": {"text": "pyprune"},
     "navbar_align": "left",
@@ -134,7 +134,10 @@ class LinkCode(SphinxPostTransform):
             parents = (nodes.reference, pending_xref, nodes.title, nodes.literal)
             if "code" in literal["classes"] or isinstance(literal.parent, parents):
                 continue
-            match = self._NAME.match(literal.astext())
+            text = literal.astext()
+            if self.env.docname == "moving" and not text.startswith("pyprune."):
+                continue  # there `prune` may be that of another library
+            match = self._NAME.match(text)
             entry = objects.get(f"pyprune.{match[1]}") if match else None
             if entry is None or entry.docname == self.env.docname:
                 continue
