@@ -135,8 +135,8 @@ class LinkCode(SphinxPostTransform):
             if "code" in literal["classes"] or isinstance(literal.parent, parents):
                 continue
             text = literal.astext()
-            if self.env.docname == "moving" and not text.startswith("pyprune."):
-                continue  # there `prune` may be that of another library
+            if self.env.docname in ("moving", "recipes") and not text.startswith("pyprune."):
+                continue  # there `prune` may be that of another library, or a stage
             match = self._NAME.match(text)
             entry = objects.get(f"pyprune.{match[1]}") if match else None
             if entry is None or entry.docname == self.env.docname:

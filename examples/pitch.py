@@ -178,14 +178,16 @@ def plot(dense: Outcome, outcomes: list[Outcome], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS, metavar="RATIO")
-    parser.add_argument("--notes", type=int, default=1024, help="to judge by (default: 1024)")
+    parser.add_argument(
+        "--notes", type=int, default=1024, help="to judge by, and half as many for BatchNorm (default: 1024)"
+    )
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw accuracy and size here")
     arguments = parser.parse_args()
 
     console = Console()
     dense_model = load_model()
     frames, pitch = make_notes(arguments.notes, seed=1)
-    unlabelled = list(make_notes(512, seed=2)[0].split(64))
+    unlabelled = list(make_notes(max(1, arguments.notes // 2), seed=2)[0].split(64))
     share = accuracy(dense_model, frames, pitch)
     dense = Outcome(0.0, share, share, *megabytes(dense_model))
     ratios = track(arguments.ratios, "Pruning", console=console)
