@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 import pyprune
-from pyprune import torch_prune
+from pyprune import granularity, importance, schedules, scope, torch_prune
 
 pytest.importorskip("sphinx", reason="no Sphinx: pip install 'pyprune[docs]'")
 
@@ -21,9 +21,9 @@ IN_REPOSITORY = re.compile(
     r"https://(?:github\.com/pyprune/pyprune/blob|raw\.githubusercontent\.com/pyprune/pyprune)/main/([^\s)\]>\"#]+)"
 )
 KINDS = (
-    pyprune.importance.Importance,
-    pyprune.granularity.Granularity,
-    pyprune.scope.Scope,
+    importance.Importance,
+    granularity.Granularity,
+    scope.Scope,
     pyprune.Schedule,
 )
 
@@ -78,12 +78,14 @@ def test_site_describes_every_public_name(site):
     described = {line.split()[0] for line in zlib.decompress(listed).decode().splitlines() if " py:" in line}
     expected = {f"pyprune.{name}" for name in pyprune.__all__ if not name.startswith("__")}
     expected |= {f"pyprune.torch_prune.{name}" for name in torch_prune.__all__}
-    for module in ("importance", "granularity", "scope", "schedules"):
-        there = vars(getattr(pyprune, module))
+    for module in (importance, granularity, scope, schedules):
+        there = vars(module)
         makers = {
             name for name, value in there.items() if getattr(value, "__annotations__", {}).get("return") in KINDS
         }
-        expected |= {f"pyprune.{module}.{name}" for name in makers if not name.startswith("_")}
+        expected |= {
+            f"pyprune.{module.__name__.rpartition('.')[2]}.{name}" for name in makers if not name.startswith("_")
+        }
     expected -= {"pyprune.schedules.as_schedule"}  # reads what users give
     expected |= {f"pyprune.integrations.{name}.PruningCallback" for name in ("lightning", "transformers")}
     assert expected <= described, sorted(expected - described)
