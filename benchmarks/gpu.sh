@@ -39,7 +39,7 @@ summary=$stem.txt
 
 # What is built here comes first on the path; the tests run where the source of the package is not beside them.
 export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
-cp -r tests pyproject.toml README.md "$work/stage" || exit 2
+cp -r tests docs pyproject.toml README.md "$work/stage" || exit 2
 
 # ---- how steps are run and recorded ----
 

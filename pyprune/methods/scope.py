@@ -22,7 +22,7 @@ class Scope:
 
     @property
     def ratio(self) -> float | None:
-        """The ratio that N:M has of its own; None of other scopes."""
+        """The ratio that N to M has of its own; None of other scopes."""
         return 1 - self.keep / self.of if self.name == "n_of_m" else None
 
 

@@ -124,7 +124,7 @@ class StochasticGate(nn.Module, Attachment):
 
     @torch.no_grad()
     def values(self) -> Tensor:
-        """Return the values in [0, 1] that the gates have in evaluation, of shape `gate_shape`."""
+        """Return the values in [0, 1] that the gates have in evaluation, of shape ``gate_shape``."""
         return self.deterministic(torch.ones_like(self.logits))
 
     def _gated(self, weight: Tensor, seed: Tensor | None) -> Tensor:

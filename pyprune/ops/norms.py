@@ -12,7 +12,7 @@ from pyprune.ops._library import WEIGHT_DTYPES, check_tensors
 def norms(tensors: Sequence[Tensor]) -> Tensor:
     """Return the L2 norm of each tensor, accumulated in float64, as a float64 tensor of shape [len(tensors)].
 
-    The order of the additions depends on the number of elements alone (`pyprune.ops.reference.norms` spells it
+    The order of the additions depends on the number of elements alone (``pyprune.ops.reference.norms`` spells it
     out), so the result is the same bits for any thread count, CPU capability and device. Neither large nor small
     values overflow or underflow on the way.
 

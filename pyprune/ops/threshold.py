@@ -37,7 +37,7 @@ def threshold(
             reading the weights a second time (unless one is float64). An all-zero weight has scores of zero.
         masks: bool tensors to write, shaped like the weights; new ones (with the weights' layout) if None.
         bases: masks to prune further, shaped like the weights; None in place of one that keeps everything. Where a
-            base is False the element goes before all others, whatever its score, and is never kept: if `removed` is
+            base is False the element goes before all others, whatever its score, and is never kept: if ``removed`` is
             less than the number of those, just those go. Norms are those of the whole weight all the same.
             A base must not share memory with a mask that is written; on CUDA one whose layout is not that of its
             mask is copied.

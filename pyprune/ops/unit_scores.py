@@ -27,7 +27,7 @@ def unit_scores(
     reaches beyond the tensor covers the dimension. No root is taken, so ``p=2`` gives sums of squares.
 
     Sums are accumulated in float64, in an order that the shape and the block alone decide
-    (`pyprune.ops.reference.unit_scores` spells it out). So the result is the same bits for any thread count, CPU
+    (``pyprune.ops.reference.unit_scores`` spells it out). So the result is the same bits for any thread count, CPU
     capability, memory layout and device, with one exception: powers other than 1 and 2 are as exact as the platform's
     ``pow``, and their last bits may differ between CPU and GPU. A maximum is raised to the power once. NaN and
     infinity propagate; a NaN is always the same quiet one, and a zero always positive.

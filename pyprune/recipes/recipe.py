@@ -59,7 +59,7 @@ class Recipe:
     hint that `learning_rate_at` returns; nothing is written into the optimizer.
 
     Args:
-        stages: what `pyprune.recipes.stages.read_stages` returns.
+        stages: what ``pyprune.recipes.stages.read_stages`` returns.
         num_epochs: how many epochs the training takes; None if nothing says so.
         learning_rates: the learning rate from each of these epochs on.
 
@@ -159,7 +159,7 @@ class Recipe:
             examples_inputs: as in `prune`, for all stages.
 
         Returns:
-            What must be told of each step: call its ``step()`` after that of the optimizer, and ``finish()`` at the
+            What must be told of each step. Call its ``step()`` after that of the optimizer, and ``finish()`` at the
             end.
 
         Raises:

@@ -230,7 +230,7 @@ def lottery_ticket(
             the history has no scores.
 
     Returns:
-        The history: ``score_before`` is that of the rewound ticket, ``score`` that of the trained one, and
+        The history, whose ``score_before`` is that of the rewound ticket, ``score`` that of the trained one, and
         ``baseline`` that of the trained dense model.
 
     Raises:

@@ -105,7 +105,7 @@ class RBLoss(_GateLoss):
             once, or the ratio swings, the pull outweighs the task: give a larger p or the gates a smaller rate.
 
     Returns:
-        A scalar on the device of the first gate: float32, or float64 if all logits are.
+        A scalar on the device of the first gate; float32, or float64 if all logits are.
 
     Raises:
         TypeError, ValueError: for wrong arguments, without gates, or with hard-concrete gates.
@@ -164,7 +164,7 @@ class L0Loss(_GateLoss):
             the same.
 
     Returns:
-        A scalar on the device of the first gate: float32, or float64 if all logits are.
+        A scalar on the device of the first gate; float32, or float64 if all logits are.
 
     Raises:
         TypeError, ValueError: for wrong arguments, without gates, or if no FLOPs are found. It warns of gates
@@ -212,7 +212,7 @@ class LagrangianLoss(_GateLoss):
         learning_rate: of the multipliers.
 
     Returns:
-        A scalar on the device of the first gate: float32, or float64 if all logits are.
+        A scalar on the device of the first gate; float32, or float64 if all logits are.
 
     Raises:
         TypeError, ValueError: for wrong arguments or without gates.

@@ -101,7 +101,7 @@ class MovementPruner(Pruner):
 
     @property
     def scores(self) -> dict[str, Tensor]:
-        """The score of every unit, by the name of the weight (heads: of the attention layer); float32."""
+        """The score of every unit, by the name of the weight (for heads of the attention layer); float32."""
         return {unit_group.name: score for unit_group, score in zip(self._units, self._scores, strict=True)}
 
     def _state(self) -> dict[str, Any]:

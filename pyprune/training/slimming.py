@@ -13,7 +13,7 @@ from pyprune.modules.targets import by_place
 def slimming_loss(model: nn.Module, weight: float = 1e-4) -> Tensor:
     """Return weight * sum of |gamma| over the scales of all BatchNorm layers, to be added to the loss.
 
-    After such a training, `Method(importance.batch_norm_scale(), granularity.channel("out"))` prunes the output
+    After such a training, ``Method(importance.batch_norm_scale(), granularity.channel("out"))`` prunes the output
     channels with the smallest scales of the whole model.
 
     Args:
