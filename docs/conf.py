@@ -29,7 +29,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 exclude_patterns = ["inventories"]
 default_role = "py:obj"  # in docstrings `prune` is a link
 nitpicky = True
-nitpick_ignore_regex = [("py:class", r"pyprune\.[\w.]+\.[A-Z]\w+")]  # classes of the inside in signatures
+nitpick_ignore_regex = [("py:class", r"pyprune\.[\w.]+\._?[A-Z]\w*")]  # classes of the inside in signatures
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"

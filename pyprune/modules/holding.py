@@ -444,6 +444,9 @@ def _watchers(
 def unwatch(model: nn.Module) -> None:
     """Take off what `watch` put on, of modules that have no masks any more."""
     for module in model.modules():
+        for attribute in list(module.__dict__.get(MASKS, {})):
+            if module._parameters.get(attribute) is None:  # None was assigned
+                module.__dict__[MASKS][attribute].take_off(module, attribute)
         if not _has_masks(module):
             _remove_hook(module, before_forward)
             _remove_hook(module, before_state_dict)
@@ -468,18 +471,22 @@ def _has_masks_below(module: nn.Module) -> bool:
 # ---- when a parameter is assigned ----
 
 
-def _on_registration(module: nn.Module, attribute: str, parameter: nn.Parameter | None) -> None:
+def _on_registration(module: nn.Module, attribute: str, parameter: nn.Parameter) -> None:
     """Let a mask follow when a `Parameter` is assigned to its place: its values are the new raw ones."""
+    if not HELD:
+        return
     holds: dict[str, Hold] = module.__dict__.get(MASKS, {})
     hold = holds.get(attribute)
     if hold is None:
+        held = HELD.get(id(parameter))  # a held one that comes to another place takes its mask along
+        if held is not None and held.parameter is parameter:
+            module.__dict__.setdefault(MASKS, {})[attribute] = held
+            held.add_place(module, attribute)
+            watch(module)
         return
     if parameter is hold.parameter:
         if not hold.is_raw:  # what is assigned anew was perhaps written to, through .data (PEFT's merge)
             settle([hold])
-        return
-    if parameter is None:
-        hold.take_off(module, attribute)
         return
     problem = ""
     if is_traceable_wrapper_subclass(parameter) and not is_sharded(parameter):

@@ -49,8 +49,8 @@ def prune(
     A `Method` says how weights are chosen, and the magnitude modes are the names of two. Of n units that compete
     (elements, blocks, channels, heads) exactly ``min(floor(ratio * n + 0.5), n - 1)`` go. Of equals, the one in the
     first tensor, and there the one with the lowest index, goes first. The masks are computed from the raw weights at
-    every call, and a weight under a mask keeps its value (momentum and weight decay still move it): what was dropped
-    can come back. A tensor that a later call ignores keeps the mask it has.
+    every call, and what is dropped is parked beside the mask with its value: it can come back. A tensor that a later
+    call ignores keeps the mask it has.
 
     In the modes UNSTRUCTURED_REGULARIZATION_BASED and UNSTRUCTURED_HARD_CONCRETE every element gets a gate
     (`StochasticGate`, `HardConcreteGate`). Its float32 logit is a parameter of the model (`gate_parameters`) and
@@ -58,14 +58,15 @@ def prune(
     pruned until the logits are trained with a loss that knows the target: `RBLoss`, `L0Loss` or `LagrangianLoss`.
     What carries such gates already keeps them, with all they learned.
 
-    While a mask or gate is on, assigning to the attribute (``layer.weight = ...``, as code that ties weights does)
-    raises; write to ``layer.parametrizations.weight.original``. Prune before the forward pass or after the
-    backward pass: between them, backward fails, because autograd sees that masks were updated in place.
-    `torch.compile` may come before or after. Gates must be on before the model is wrapped in
-    DistributedDataParallel; it need not know of masks.
+    A weight with a mask is an ordinary parameter with zeros, which are held: by the steps of any optimizer of torch,
+    and before the next forward pass against whatever else writes. Names, order, classes and state_dict of the model
+    are those of the dense one. Assigning a `Parameter` (``layer.weight = ...``, as code that ties weights does) sets
+    the raw weight. Prune before the forward pass or after the backward pass: between them, backward fails, because
+    autograd sees that weights were changed. `torch.compile` may come before or after. Gates must be on before the
+    model is wrapped in DistributedDataParallel; it need not know of masks.
 
     Args:
-        model: the model. Its weights stay the same `Parameter` objects, now under ``parametrizations``.
+        model: the model. Its weights stay the same `Parameter` objects, in their places.
         mode: a `Method`, a `PruneMode` or its name.
         ratio: fraction of the units to remove, in [0, 1). Where weights do not compete with each other, also a dict
             of such fractions by name or regular expression of weights or of modules above them, or by groups; what
