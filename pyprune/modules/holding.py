@@ -18,7 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pyprune import ops
@@ -485,8 +488,7 @@ def _on_registration(module: nn.Module, attribute: str, parameter: nn.Parameter)
             watch(module)
         return
     if parameter is hold.parameter:
-        if not hold.is_raw:  # what is assigned anew was perhaps written to, through .data (PEFT's merge)
-            settle([hold])
+        _clear_unseen([hold])
         return
     problem = ""
     if is_traceable_wrapper_subclass(parameter) and not is_sharded(parameter):
@@ -501,4 +503,17 @@ def _on_registration(module: nn.Module, attribute: str, parameter: nn.Parameter)
     hold.move_to(module, attribute, parameter)
 
 
+def _on_module_registration(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+    """Zero what was written through ``.data`` where a layer comes to its place, as PEFT does after it merged."""
+    if HELD and module is not None and MASKS in module.__dict__:
+        _clear_unseen(module.__dict__[MASKS].values())
+
+
+def _clear_unseen(holds: Iterable[Hold]) -> None:
+    holds = [hold for hold in holds if not hold.is_raw and hold.parameter is not None]
+    settle([hold for hold in holds if hold.is_written()])
+    clear(holds)
+
+
 register_module_parameter_registration_hook(_on_registration)
+register_module_module_registration_hook(_on_module_registration)

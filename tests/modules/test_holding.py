@@ -118,7 +118,7 @@ def test_copies_hold_their_zeros_by_themselves(model, inputs, copied):
 
 
 def test_zeros_stay_under_an_optimizer_that_was_made_before(dense, inputs):
-    optimizer = torch.optim.SGD(dense.parameters(), lr=0.01, momentum=0.9, weight_decay=0.1)
+    optimizer = torch.optim.SGD(dense.parameters(), lr=1e-4, momentum=0.9, weight_decay=0.1)
     for _ in range(2):
         step(dense, optimizer, inputs)
     pyprune.prune(dense, LOCAL, ratio=0.5, examples_inputs=inputs)
@@ -278,7 +278,7 @@ def test_a_masked_layer_compiles_once_and_masks_may_change(kind, dense, model, i
     counter = CompileCounterWithBackend("eager")
     skip_what_dense_cannot(torch.compile(dense, backend="eager", fullgraph=True), inputs)
     compiled = torch.compile(model, backend=counter, fullgraph=True)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     for ratio in (0.3, 0.7, 0.5):
         step(compiled, optimizer, inputs)
         pyprune.prune(model, LOCAL, ratio=ratio, examples_inputs=inputs)
@@ -385,6 +385,15 @@ def test_quantisation_aware_training_finds_masked_layers():
 
 
 # ---- assigning parameters ----
+
+
+def test_a_merge_through_data_takes_effect_on_what_is_kept():
+    model = pyprune.prune(nn.Sequential(nn.Linear(4, 4)), LOCAL, ratio=0.5)
+    mask, before, layer = attached(model[0]).mask.clone(), model[0].weight.detach().clone(), model[0]
+    model[0] = nn.Identity()  # as PEFT wraps a layer, merges into it, and puts it back
+    layer.weight.data += 1.0
+    model[0] = layer
+    assert torch.equal(layer.weight, torch.where(mask, before + 1.0, 0))
 
 
 def test_an_assigned_parameter_is_the_new_raw_weight():
