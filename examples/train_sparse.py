@@ -59,7 +59,7 @@ class Training:
 
     With a checkpoint given, the epochs up to it are left out, and what it holds is loaded into the objects of the
     stage in which it was taken. What stages before that one did to the model does not matter then: masks are in the
-    state_dict, too.
+    state of the pruner, or where there is none, in the config.
     """
 
     def __init__(self, epochs: int, checkpoint: bytes | None = None) -> None:
@@ -119,6 +119,8 @@ class Training:
 
     def _save(self, parts: Mapping[str, Any]) -> bytes:
         state = {name: part.state_dict() for name, part in parts.items()}
+        if "pruner" not in parts:
+            state["config"] = pyprune.get_config(parts["model"])
         curve = [(point.accuracy, point.sparsity) for point in self.curve]
         # From the random numbers come the order of the batches ahead, and the noise of gates.
         state |= {"random": torch.get_rng_state(), "step": self.step, "curve": curve}
@@ -130,6 +132,8 @@ class Training:
         assert self._ahead is not None
         self.step += len(self.loader)
         if self.step == self._ahead["step"]:
+            if self._ahead.get("config", {}).get("masks"):
+                pyprune.load_from_config(pyprune.strip(parts["model"]), self._ahead["config"])
             for name, part in parts.items():
                 part.load_state_dict(self._ahead[name])
             self.curve = [Point(*point) for point in self._ahead["curve"]]
