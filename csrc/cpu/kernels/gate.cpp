@@ -117,8 +117,8 @@ inline void draw(const Noise& noise, int64_t first, int64_t count, uint32_t* wor
 }
 
 // Called per block: inlined into forward and backward as well, it took a third of the compilation.
-[[gnu::noinline]] void values_ahead(const Gate& gate, const Noise& noise, Dtype dtype, const void* logits, int64_t first,
-                         int64_t count, void* z, void* slope, const Ahead& ahead) {
+[[gnu::noinline]] void values_ahead(const Gate& gate, const Noise& noise, Dtype dtype, const void* logits,
+                                    int64_t first, int64_t count, void* z, void* slope, const Ahead& ahead) {
   alignas(64) uint32_t words[kGateBlock];
   if (gate.sampled) {
     draw(noise, first, count, words, ahead);

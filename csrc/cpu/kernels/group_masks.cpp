@@ -115,7 +115,8 @@ struct Masker {
  private:
   // Returns the largest magnitude. A call for thousands of keys costs nothing; inlined wherever keys are made, these
   // loops took most of the compilation.
-  [[gnu::noinline]] Bits make_keys(const Bits* x, const Real* factor, const uint8_t* base, int64_t count, Key* __restrict to) {
+  [[gnu::noinline]] Bits make_keys(const Bits* x, const Real* factor, const uint8_t* base, int64_t count,
+                                   Key* __restrict to) {
     const auto write = [&](const auto& key) {
       Bits largest = 0;
       for (int64_t i = 0; i < count; ++i) {
