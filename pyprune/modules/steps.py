@@ -1,13 +1,14 @@
 """What the step of an optimizer does to held zeros: it keeps them, whichever optimizer it is, told or not.
 
 Hooks that torch has for all optimizers look, in each step, for parameters that are held. Where gradient, weight and
-state are zero, most optimizers leave them so: only weights are looked at then, because something may have written to
-them through ``.data``. The state (momentum, moments) is zeroed when masks change or a state was loaded, and at every
-step of an optimizer that mixes elements or is not known.
+state are zero, most optimizers leave them so: only a few of the zeros are looked at then, because something may have
+written to weights through ``.data``. The state (momentum, moments) is zeroed when masks change or a state was loaded,
+and weights and state at every step of an optimizer that mixes elements or is not known.
 """
 
+import itertools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ class _Known:
     def __init__(self) -> None:
         self.state: object = None
         self.changed_at = 0
+        self.turn = 0
 
 
 _KNOWN: "weakref.WeakKeyDictionary[Optimizer, _Known]" = weakref.WeakKeyDictionary()
@@ -75,13 +77,29 @@ def _after_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
     holds = [hold for hold in held_by(optimizer) if not hold.is_raw]
     if not holds:
         return
-    _fold((hold.parameter, hold) for hold in holds)
-    if not _leaves_zeros(optimizer):
-        _KNOWN.pop(optimizer, None)
+    known = _KNOWN.setdefault(optimizer, _Known())
+    if _leaves_zeros(optimizer):
+        _fold((hold.parameter, hold) for hold in _written_unseen(holds, known))
+    else:
+        _fold((hold.parameter, hold) for hold in holds)
+        known.changed_at = 0
         mask_state(optimizer, holds)
     for hold in holds:
         hold.gradient_is_masked = hold.is_stepping = False
         hold.saw()
+
+
+def _written_unseen(holds: list[Hold], known: _Known) -> Iterator[Hold]:
+    """Yield what was perhaps written to through ``.data``, by a few zeros of each; and one in turn, to be sure."""
+    known.turn += 1
+    yield holds[known.turn % len(holds)]
+    whole = [hold for hold in holds if hold.parameter is not None and not is_sharded(hold.parameter)]
+    yield from (hold for hold in holds if hold not in whole)
+    for device in {hold.mask.device for hold in whole}:
+        there = [hold for hold in whole if hold.mask.device == device]
+        weights = [hold.parameter for hold in there if hold.parameter is not None]
+        strays = ops.probe(weights, [hold.mask for hold in there], known.turn)
+        yield from itertools.compress(there, strays)
 
 
 def _leaves_zeros(optimizer: Optimizer) -> bool:

@@ -12,6 +12,7 @@ from pyprune.ops.group_masks import group_masks
 from pyprune.ops.mask_weight import mask_weight
 from pyprune.ops.norms import inverse_norms, norms
 from pyprune.ops.park import park, unpark
+from pyprune.ops.probe import probe
 from pyprune.ops.threshold import threshold
 from pyprune.ops.unit_scores import unit_scores
 
@@ -34,6 +35,7 @@ __all__ = [
     "mask_weight",
     "norms",
     "park",
+    "probe",
     "threshold",
     "unit_scores",
     "unit_shape",

@@ -56,7 +56,7 @@ def fit(model, callback, epochs, folder=None, checkpoint=None, **options):
     trainer = lightning.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
-        callbacks=[callback, saving] if folder else [callback],
+        callbacks=[*(callback if isinstance(callback, list) else [callback]), *([saving] if folder else [])],
         logger=False,
         enable_checkpointing=folder is not None,
         enable_progress_bar=False,
@@ -128,6 +128,24 @@ def test_a_function_gives_the_pruner_and_masks_may_stay():
     masks = masks_of(model)
     assert sum(int((~mask).sum()) for mask in masks.values()) == sum(mask.numel() for mask in masks.values()) // 2
     assert list(model.state_dict()) == list(net().state_dict())
+
+
+@pytest.mark.parametrize("first", ["pruning", "average"])
+@pytest.mark.parametrize("kind", ["EMAWeightAveraging", "StochasticWeightAveraging"])
+def test_averages_of_lightning_end_as_sparse_as_the_model(kind, first):
+    callbacks = pytest.importorskip("lightning.pytorch.callbacks")
+    if not hasattr(callbacks, kind):
+        pytest.skip(f"this Lightning has no {kind}")
+    options = {"decay": 0.9} if kind == "EMAWeightAveraging" else {"swa_lrs": 0.01, "swa_epoch_start": 2}
+    both = [
+        PruningCallback(lambda model, optimizer, steps: pyprune.gmp(model, 0.6, optimizer, end=2 * steps)),
+        getattr(callbacks, kind)(**options),
+    ]
+    model = net()
+    fit(model, both if first == "pruning" else both[::-1], 4)
+    weights = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    zeros = sum(int((weight == 0).sum()) for weight in weights)
+    assert zeros == pytest.approx(0.6 * sum(weight.numel() for weight in weights), abs=2)
 
 
 class TwoOptimizers(Net):
