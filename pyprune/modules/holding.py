@@ -73,10 +73,6 @@ class Hold(Attachment):
                 self._resize(parameter.shape)
         return self._mask
 
-    @mask.setter
-    def mask(self, mask: Tensor) -> None:
-        self._mask = mask
-
     @property
     def local_mask(self) -> Tensor:
         """The part of the mask that belongs to this rank's part of a sharded parameter; else all of it."""
@@ -90,6 +86,7 @@ class Hold(Attachment):
         self._written = (-1, 0)
         self.changed_at = next(_CHANGES)
         HELD[id(parameter)] = self
+        _look_at_torch()
         self.watch_gradient()
 
     def unbind(self) -> None:
@@ -99,6 +96,7 @@ class Hold(Attachment):
         if self._hook is not None:
             self._hook.remove()
         self.parameter = self._hook = None
+        _look_away()
 
     def watch_gradient(self) -> None:
         """Zero gradients as they arrive, if the parameter can have any."""
@@ -515,5 +513,23 @@ def _clear_unseen(holds: Iterable[Hold]) -> None:
     clear(holds)
 
 
-register_module_parameter_registration_hook(_on_registration)
-register_module_module_registration_hook(_on_module_registration)
+# ---- torch's hooks for all modules and optimizers, from the first mask to the last `strip` ----
+# A garbage collection may come while torch goes through them, so models that are gone take none off.
+
+# What puts such a hook on, and the hook.
+HOOKS: list[tuple[Callable[..., Any], Callable[..., Any]]] = [
+    (register_module_parameter_registration_hook, _on_registration),
+    (register_module_module_registration_hook, _on_module_registration),
+]
+_handles: list[torch.utils.hooks.RemovableHandle] = []
+
+
+def _look_at_torch() -> None:
+    if not _handles:
+        _handles.extend(put_on(hook) for put_on, hook in HOOKS)
+
+
+def _look_away() -> None:
+    if not HELD:
+        while _handles:
+            _handles.pop().remove()

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from pyprune import ops
-from pyprune.modules.holding import HELD, Hold, settle
+from pyprune.modules.holding import HELD, HOOKS, Hold, settle
 from pyprune.modules.sharding import is_sharded, local_part
 
 # With an eps of 0 they divide zero by zero.
@@ -157,5 +157,4 @@ for _hook in (_before_step, _after_step):
     # What `torch.compiler.disable` does, without loading the compiler: a compiled step is interrupted for them.
     _hook._torchdynamo_disable = True  # type: ignore[attr-defined]
     _hook._torchdynamo_disable_msg = "zeros of pruned weights are held; compile the step with fullgraph=False"  # type: ignore[attr-defined]
-register_optimizer_step_pre_hook(_before_step)
-register_optimizer_step_post_hook(_after_step)
+HOOKS.extend([(register_optimizer_step_pre_hook, _before_step), (register_optimizer_step_post_hook, _after_step)])

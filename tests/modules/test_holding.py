@@ -1,6 +1,7 @@
 """A layer with a mask is an ordinary layer with zeros: a table of layers, each asked what the dense one can do."""
 
 import copy
+import gc
 import io
 import pickle
 import warnings
@@ -493,6 +494,28 @@ def test_memory_is_the_mask_and_what_was_dropped():
     held = len(HELD)
     pyprune.strip(model)
     assert len(HELD) == held - 1
+
+
+def test_torch_has_no_hooks_of_ours_while_nothing_is_held():
+    gc.collect()  # models of other tests
+    if HELD:
+        pytest.skip("something else is held")
+    pyprune.strip(pyprune.prune(nn.Linear(4, 4), LOCAL, ratio=0.5))
+    optimizers, modules = torch.optim.optimizer, torch.nn.modules.module
+    hooks = [
+        optimizers._global_optimizer_pre_hooks,
+        optimizers._global_optimizer_post_hooks,
+        modules._global_parameter_registration_hooks,
+        modules._global_module_registration_hooks,
+    ]
+    before = [len(one) for one in hooks]
+    model = pyprune.prune(nn.Linear(4, 4), LOCAL, ratio=0.5)
+    twin = copy.deepcopy(model)
+    assert [len(one) for one in hooks] == [count + 1 for count in before]
+    pyprune.strip(model)
+    assert [len(one) for one in hooks] == [count + 1 for count in before]
+    pyprune.strip(twin)
+    assert [len(one) for one in hooks] == before
 
 
 def test_nothing_is_held_of_models_that_are_gone():
