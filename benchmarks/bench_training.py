@@ -9,10 +9,12 @@ import torch
 from measure import Way, with_floor
 from shapes import NETS, Case
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
 
 import pyprune
 from pyprune.modules.masks import Mask
+from pyprune.modules.targets import attachments_of
 
 MODELS = tuple(NETS)
 DTYPES = ("float32",)
@@ -63,9 +65,11 @@ def masked_by_torch(net: nn.Module, case: Case) -> None:
 def masked_by_nncf_formula(net: nn.Module, case: Case) -> None:
     """Put NNCF's product with a bool mask where its hook on a parameter would be."""
     masked(net, case)
-    for module in net.modules():
-        if isinstance(module, Mask):
-            module.__class__ = nncf_peer.MaskHook
+    masks = {target: found.mask for target, found in attachments_of(net).items() if isinstance(found, Mask)}
+    pyprune.strip(net)
+    for target, mask in masks.items():
+        for owner in target.owners:
+            parametrize.register_parametrization(owner.module, owner.attribute, nncf_peer.MaskHook(mask))
 
 
 def ways(case: Case) -> list[Way]:

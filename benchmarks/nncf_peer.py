@@ -5,8 +5,6 @@ import logging
 import torch
 from torch import Tensor, nn
 
-from pyprune.modules.masks import Mask
-
 try:
     import nncf
     from nncf.torch.function_hook.pruning.magnitude.algo import update_pruning_ratio
@@ -24,8 +22,14 @@ GLOBAL, LOCAL, GATES = (
 )
 
 
-class MaskHook(Mask):
+class MaskHook(nn.Module):
     """What NNCF's hook does to a parameter at every reading."""
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight * self.mask

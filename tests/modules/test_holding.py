@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import importlib
 import io
 import pickle
 import warnings
@@ -501,7 +502,7 @@ def test_torch_has_no_hooks_of_ours_while_nothing_is_held():
     if HELD:
         pytest.skip("something else is held")
     pyprune.strip(pyprune.prune(nn.Linear(4, 4), LOCAL, ratio=0.5))
-    optimizers, modules = torch.optim.optimizer, torch.nn.modules.module
+    optimizers, modules = importlib.import_module("torch.optim.optimizer"), torch.nn.modules.module
     hooks = [
         optimizers._global_optimizer_pre_hooks,
         optimizers._global_optimizer_post_hooks,
