@@ -35,9 +35,12 @@ BLIND = (
     "gated_attributes",
     "gated_classes",
     "gates",
+    "holding",
     "masks",
     "sampling",
+    "steps",
     "tracing",
+    "watching",
 )
 
 

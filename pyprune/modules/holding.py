@@ -1,10 +1,9 @@
 """Zeros that are held in a parameter, and what was there before, which is parked.
 
 A held parameter is an ordinary one that has zeros where its mask says so. Gradients are zeroed there as they arrive,
-and weights and the optimizer's state in its step (`pyprune.modules.steps`). What else writes to the parameter, such
-as ``load_state_dict``, ``copy_`` or an optimizer that is not torch's, moves its version counter; the next forward
-pass sees that, parks what was written over the zeros as the new raw values, and zeroes it. Nothing is added to the
-forward pass but that look, so nothing is compiled or exported that is not in the dense model.
+and weights and the optimizer's state in its step (`pyprune.modules.steps`). What else writes to the parameter is seen
+before the next forward pass (`pyprune.modules.watching`): what was written over the zeros is parked as the new raw
+values, and zeroed.
 """
 
 import copy
@@ -18,11 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_module_registration_hook,
-    register_module_parameter_registration_hook,
-)
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pyprune import ops
 from pyprune.modules.attachments import MASKS, Attachment, Owner
@@ -162,8 +156,6 @@ class Hold(Attachment):
         del holds[attribute]
         if not holds:
             del module.__dict__[MASKS]
-            _remove_hook(module, before_forward)
-            _remove_hook(module, before_state_dict)
         if self._leave(module, attribute):
             self.unbind()
 
@@ -194,7 +186,9 @@ class Hold(Attachment):
     def add_place(self, module: nn.Module, attribute: str) -> None:
         """Take down where the parameter is."""
         if not any(place() is module and known == attribute for place, known in self._places):
-            self._places.append((weakref.ref(module), attribute))
+            # Replicas of DataParallel are gone after each pass.
+            there = [(place, known) for place, known in self._places if place() is not None]
+            self._places = [*there, (weakref.ref(module), attribute)]
 
     def _leave(self, module: nn.Module, attribute: str) -> bool:
         """Forget a place; return whether it was the last."""
@@ -325,13 +319,13 @@ def release(holds: Iterable[Hold]) -> None:
 
 
 @contextmanager
-def raw_values(holds: Iterable[Hold]) -> Iterator[None]:
+def released(holds: Iterable[Hold]) -> Iterator[None]:
     """Let parameters have their raw values; after it they have zeros where masks are False by then.
 
     Example:
         >>> from pyprune import prune
         >>> linear = prune(nn.Linear(2, 2), "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.5)
-        >>> with raw_values(holds_in(linear)):
+        >>> with released(holds_in(linear)):
         ...     int((linear.weight == 0).sum())
         0
         >>> int((linear.weight == 0).sum())
@@ -366,161 +360,11 @@ def _weight(hold: Hold) -> nn.Parameter:
     return hold.parameter
 
 
-# ---- before a forward pass ----
-
-
-def before_forward(module: nn.Module, args: object) -> None:
-    """Hold the zeros of a module's own parameters if something wrote to them (a forward pre-hook)."""
-    if torch.compiler.is_compiling():
-        return
-    holds: dict[str, Hold] = module.__dict__.get(MASKS, {})
-    written = []
-    for attribute, hold in holds.items():
-        is_there = module._parameters.get(attribute) is hold.parameter
-        if not is_there or (not hold.is_raw and hold.is_written()):
-            hold.add_place(module, attribute)  # copies do not know theirs
-            if is_there and hold.parameter is not None:
-                written.append(hold)
-    if written:
-        settle(written)
-
-
-def before_forward_below(module: nn.Module, args: object) -> None:
-    """Do what `before_forward` does for a module whose parts are not called or may not have hooks."""
-    if not torch.compiler.is_compiling():
-        for part in module.modules():
-            before_forward(part, args)
-
-
-def before_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    """Let what is saved have the zeros, whatever wrote to the parameters, through ``.data`` too."""
-    before_forward(module, ())
-    if not torch.compiler.is_compiling():
-        clear(hold for hold in module.__dict__.get(MASKS, {}).values() if not hold.is_raw)
-
-
-def watch(model: nn.Module) -> None:
-    """Give the modules with masks, in a model or a part of one, their look before a forward pass.
-
-    Hooks in a ``nn.TransformerEncoderLayer`` would switch its fast path off, so the look is in what is around it. The
-    parts of attention and of lists of parameters are not called by themselves.
-    """
-    for module, hook in _watchers(model, None, set()):
-        if hook not in module._forward_pre_hooks.values():
-            module.register_forward_pre_hook(hook, prepend=True)
-    for module in filter(_has_masks, model.modules()):
-        if before_state_dict not in module._state_dict_pre_hooks.values():
-            module.register_state_dict_pre_hook(before_state_dict)
-
-
-# They hold modules or parameters, and are not called.
-_CONTAINERS = (nn.ParameterList, nn.ParameterDict, nn.ModuleList, nn.ModuleDict)
-
-
-def _watchers(
-    module: nn.Module, around: nn.Module | None, seen: set[nn.Module]
-) -> Iterator[tuple[nn.Module, Callable[[nn.Module, object], None]]]:
-    """Yield which modules look, and whether at themselves or at all of their parts."""
-    if module in seen:
-        return
-    seen.add(module)
-    if isinstance(module, nn.TransformerEncoderLayer):
-        if around is not None and _has_masks_below(module):
-            yield around, before_forward_below
-        return
-    if isinstance(module, nn.MultiheadAttention):
-        if _has_masks_below(module):
-            yield module, before_forward_below
-        return
-    is_called = not isinstance(module, _CONTAINERS)
-    if _has_masks(module):
-        if is_called:
-            yield module, before_forward
-        elif around is not None:
-            yield around, before_forward_below
-    for child in module.children():
-        yield from _watchers(child, module if is_called else around, seen)
-
-
-def unwatch(model: nn.Module) -> None:
-    """Take off what `watch` put on, of modules that have no masks any more."""
-    for module in model.modules():
-        for attribute in list(module.__dict__.get(MASKS, {})):
-            if module._parameters.get(attribute) is None:  # None was assigned
-                module.__dict__[MASKS][attribute].take_off(module, attribute)
-        if not _has_masks(module):
-            _remove_hook(module, before_forward)
-            _remove_hook(module, before_state_dict)
-        if before_forward_below in module._forward_pre_hooks.values() and not _has_masks_below(module):
-            _remove_hook(module, before_forward_below)
-
-
-def _remove_hook(module: nn.Module, hook: Callable[..., None]) -> None:
-    for hooks in (module._forward_pre_hooks, module._state_dict_pre_hooks):
-        for key in [key for key, known in hooks.items() if known is hook]:
-            del hooks[key]
-
-
-def _has_masks(module: nn.Module) -> bool:
-    return MASKS in module.__dict__
-
-
-def _has_masks_below(module: nn.Module) -> bool:
-    return any(map(_has_masks, module.modules()))
-
-
-# ---- when a parameter is assigned ----
-
-
-def _on_registration(module: nn.Module, attribute: str, parameter: nn.Parameter) -> None:
-    """Let a mask follow when a `Parameter` is assigned to its place: its values are the new raw ones."""
-    if not HELD:
-        return
-    holds: dict[str, Hold] = module.__dict__.get(MASKS, {})
-    hold = holds.get(attribute)
-    if hold is None:
-        held = HELD.get(id(parameter))  # a held one that comes to another place takes its mask along
-        if held is not None and held.parameter is parameter:
-            module.__dict__.setdefault(MASKS, {})[attribute] = held
-            held.add_place(module, attribute)
-            watch(module)
-        return
-    if parameter is hold.parameter:
-        _clear_unseen([hold])
-        return
-    problem = ""
-    if is_traceable_wrapper_subclass(parameter) and not is_sharded(parameter):
-        problem = f"a {type(parameter).__name__}"
-    elif parameter.shape != hold._mask.shape:
-        problem = f"a parameter of shape {tuple(parameter.shape)}"
-    if problem:
-        raise ValueError(
-            f"{attribute!r} of a {type(module).__name__} has a mask for shape {tuple(hold._mask.shape)}, and cannot "
-            f"become {problem}; call pyprune.strip first"
-        )
-    hold.move_to(module, attribute, parameter)
-
-
-def _on_module_registration(parent: nn.Module, name: str, module: nn.Module | None) -> None:
-    """Zero what was written through ``.data`` where a layer comes to its place, as PEFT does after it merged."""
-    if HELD and module is not None and MASKS in module.__dict__:
-        _clear_unseen(module.__dict__[MASKS].values())
-
-
-def _clear_unseen(holds: Iterable[Hold]) -> None:
-    holds = [hold for hold in holds if not hold.is_raw and hold.parameter is not None]
-    settle([hold for hold in holds if hold.is_written()])
-    clear(holds)
-
-
 # ---- torch's hooks for all modules and optimizers, from the first mask to the last `strip` ----
 # A garbage collection may come while torch goes through them, so models that are gone take none off.
 
 # What puts such a hook on, and the hook.
-HOOKS: list[tuple[Callable[..., Any], Callable[..., Any]]] = [
-    (register_module_parameter_registration_hook, _on_registration),
-    (register_module_module_registration_hook, _on_module_registration),
-]
+HOOKS: list[tuple[Callable[..., Any], Callable[..., Any]]] = []
 _handles: list[torch.utils.hooks.RemovableHandle] = []
 
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from pyprune.modules import steps as _steps  # noqa: F401  (optimizers keep what masks hold)
 from pyprune.modules.attachments import Owner, attach, shared_attachment
-from pyprune.modules.holding import Hold, hold_zeros, holds_in, raw_values, watch
+from pyprune.modules.holding import Hold, hold_zeros, holds_in, released
 from pyprune.modules.targets import Target
+from pyprune.modules.watching import watch
 
 
 class Mask(Hold):
@@ -118,7 +119,7 @@ def changing_masks(masks: Iterable[Mask]) -> Iterator[None]:
     """
     masks = list(masks)
     followers = [follower for mask in masks for follower in mask.followers]
-    with raw_values(dict.fromkeys([*masks, *followers])):
+    with released(dict.fromkeys([*masks, *followers])):
         yield
         for mask in masks:
             mask.update_followers()
@@ -146,7 +147,7 @@ def attach_masks(model: nn.Module, masks: Sequence[NewMask], followers: Iterable
     """Put each mask on all its owners, and new followers on theirs; change nothing if one of them refuses.
 
     Where a `Mask` is there already it is kept and updated in place. Weights have their zeros afterwards, and what was
-    there is parked; but those of a mask that was there already must be raw (`raw_values`), and stay so.
+    there is parked; but those of a mask that was there already must be raw (`changing_masks`), and stay so.
 
     Example:
         >>> linear = torch.nn.Linear(2, 2)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.modules.attachments import dense_modules, dense_parameters, detach
-from pyprune.modules.holding import hold_zeros, holds_in, release, unwatch
+from pyprune.modules.holding import hold_zeros, holds_in, release
 from pyprune.modules.mask_states import load_states, state_of
 from pyprune.modules.masks import Mask
 from pyprune.modules.targets import Target, attachments_of
+from pyprune.modules.watching import unwatch
 
 
 @dataclass(frozen=True, eq=False)

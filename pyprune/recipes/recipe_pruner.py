@@ -14,6 +14,7 @@ from pyprune.modules.attachments import check_module, detach
 from pyprune.modules.optimizer import innermost_of
 from pyprune.modules.strip import strip
 from pyprune.modules.targets import attachments_of, find_targets
+from pyprune.modules.watching import unwatch
 from pyprune.recipes.stages import Stage
 from pyprune.selection.choose_masks import prunable_targets
 from pyprune.training.ac_dc import AcDcPruner
@@ -204,6 +205,7 @@ def _make_pruners(
         for target in reversed(attachments_of(model)):
             if target.parameter not in carried:
                 detach(target.owners[::-1])
+        unwatch(model)
         raise
     return pruners
 

@@ -175,11 +175,11 @@ def test_strip_puts_masks_on_again_after_an_error(case, failing_call, monkeypatc
     monkeypatch.setattr(*((pyprune.ops, "fold") if failing_call == "fold" else (Hold, "take_off")), fail)
     with pytest.raises(RuntimeError, match="no room"):
         strip(case.model)
+    monkeypatch.undo()
     assert list(case.model.state_dict()) == list(before)
     for name, tensor in case.model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert torch.equal(case.model(case.inputs), expected)
-    monkeypatch.undo()
     strip(case.model)
     assert torch.equal(case.model(case.inputs), expected)
 
