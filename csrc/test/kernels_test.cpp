@@ -12,6 +12,7 @@
 #include "../cpu/kernels/gate_penalty.h"
 #include "../cpu/kernels/group_masks.h"
 #include "../cpu/kernels/norms.h"
+#include "../cpu/kernels/park.h"
 #include "../cpu/score.h"
 #include "check.h"
 
@@ -37,6 +38,16 @@ void test_elementwise(Dtype dtype, int64_t count) {
       EXPECT(masked[i] == folded[i]);
       zeros += value_of(dtype, weights[i]) == 0;
       squares += value_of(dtype, weights[i]) * value_of(dtype, weights[i]);
+    }
+    const int64_t dropped = std::ranges::count(mask, 0);
+    std::vector<Bits> cleared = weights, parking = weights, parked(dropped), back = folded;
+    PYPRUNE_KERNEL(clear_run)(cleared.data(), mask.data(), dtype, count);
+    PYPRUNE_KERNEL(clear_run)(cleared.data(), mask.data(), dtype, count);
+    PYPRUNE_KERNEL(park_run)(parking.data(), mask.data(), parked.data(), dtype, count, dropped);
+    PYPRUNE_KERNEL(unpark_run)(back.data(), mask.data(), parked.data(), dtype, count, dropped);
+    EXPECT(cleared == folded && parking == folded && back == weights);
+    for (int64_t i = 0, next = 0; i < count; ++i) {
+      EXPECT(mask[i] != 0 || parked[next++] == weights[i]);
     }
     EXPECT(PYPRUNE_KERNEL(count_zeros_run)(weights.data(), dtype, count) == zeros);
     std::vector<double> sums((count + kNormBlock - 1) / kNormBlock);
