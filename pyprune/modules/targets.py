@@ -126,9 +126,11 @@ class _Survey:
 def _survey(model: nn.Module, scope: IgnoredScope | None) -> _Survey:
     parameters = all_parameters(model)
     layers = layer_weights(model)
+    if scope is None:
+        return _Survey(parameters, layers, lambda name: False)
     names = {owner.name for owner in layers}.union(owner.name for target in parameters for owner in target.owners)
     classes = {name: _class_names(module) for name, module in dense_modules(model)}
-    return _Survey(parameters, layers, ignored_by(scope or IgnoredScope(), names, classes))
+    return _Survey(parameters, layers, ignored_by(scope, names, classes))
 
 
 def _choose(model: nn.Module, survey: _Survey, examples_inputs: Any) -> list[Target]:
