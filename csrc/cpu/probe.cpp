@@ -20,7 +20,8 @@ bool is_zero(const char* element, int64_t size) {
   return bits == 0;
 }
 
-// The number of dropped elements that are not zero, among those looked at; all are, where there are few. -1 where the
+// The number of dropped elements that are not zero, among those looked at; all are, where there are few, or if the
+// turn is negative. -1 where the
 // weight and its mask do not lie in memory alike.
 Tensor probe(const std::vector<Tensor> weights, const std::vector<Tensor> masks, int64_t turn) {
   check_weights(weights);
@@ -34,7 +35,7 @@ Tensor probe(const std::vector<Tensor> weights, const std::vector<Tensor> masks,
       continue;
     }
     strays[i] = 0;
-    const int64_t size = item_size(weight.dtype), step = std::max<int64_t>(1, weight.numel / kLooks);
+    const int64_t size = item_size(weight.dtype), step = turn < 0 ? 1 : std::max<int64_t>(1, weight.numel / kLooks);
     // Others at each turn, so that all are seen in the end.
     for (int64_t at = step == 1 ? 0 : turn * 7919 % step; at < weight.numel; at += step) {
       strays[i] += mask.data[at] == 0 && !is_zero(weight.data + at * size, size);

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from pyprune.modules.attachments import MASKS
+from pyprune.modules.holding import holds_in, settle_written
 from pyprune.modules.mask_states import check_state, load_states, state_of
 from pyprune.modules.masks import FollowingMask, Mask, changing_masks
 from pyprune.modules.targets import attachments_of
@@ -57,6 +58,7 @@ def state_of_masks(model: nn.Module) -> dict[str, Any]:
         >>> list(state_of_masks(prune(nn.Linear(4, 2), "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.5)))
         ['weight']
     """
+    settle_written(holds_in(model))
     found = attachments_of(model).items()
     return {target.name: state_of(mask) for target, mask in found if isinstance(mask, Mask)}
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyprune import ops
 from pyprune.modules.attachments import check_module, dense_parameters
-from pyprune.modules.holding import hold_zeros
+from pyprune.modules.holding import hold_zeros, release
 from pyprune.modules.masks import Mask
 from pyprune.modules.sharding import local_part
 from pyprune.modules.targets import Target, all_parameters, attachments_of
@@ -57,8 +57,8 @@ def apply_masks(masks: Mapping[str, Tensor], model: nn.Module) -> None:
         target = there[name]
         weight, attached = local_part(target.parameter), target.attachment
         if isinstance(attached, Mask):
+            release([attached])
             attached.mask.copy_(mask)
-            attached.parked = None
             carried.append(attached)
             continue
         tensors, kept = by_device.setdefault(weight.device, ([], []))

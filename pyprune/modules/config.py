@@ -10,7 +10,7 @@ from torch import nn
 from pyprune.modules.attachments import Attachment, check_module, gate_name
 from pyprune.modules.forward_pass import attach_and_share
 from pyprune.modules.gates import HardConcreteGate, StochasticGate, check_gates
-from pyprune.modules.holding import hold_zeros
+from pyprune.modules.holding import hold_zeros, holds_in, settle_written
 from pyprune.modules.mask_states import check_state, pack_bits, state_of, unpack_bits
 from pyprune.modules.masks import FollowingMask, Mask
 from pyprune.modules.targets import Target, all_parameters, attachments_of, check_prunable
@@ -45,6 +45,7 @@ def get_config(model: nn.Module) -> dict[str, Any]:
     check_gates(model)
     masks: list[dict[str, Any]] = []
     gates: list[dict[str, Any]] = []
+    settle_written(holds_in(model))
     attached = attachments_of(model)
     followed = {attachment: target.name for target, attachment in attached.items()}
     for target, attachment in attached.items():

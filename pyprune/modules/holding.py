@@ -7,6 +7,7 @@ values, and zeroed.
 """
 
 import copy
+import gc
 import itertools
 import warnings
 import weakref
@@ -49,10 +50,14 @@ class Hold(Attachment):
         self.parks = True
         self.is_raw = False
         self.changed_at = 0
-        self.gradient_is_masked = False
+        self._masked_gradient = (0, 0)
         self.is_stepping = False  # what an optimizer writes in its step is no raw value
         self._written = (-1, 0)
         self._places: list[tuple[weakref.ref[nn.Module], str]] = []
+        self._is_copy = False
+        # Of those that were copied with their models, for averages.
+        self.copies: weakref.WeakSet[Hold] = weakref.WeakSet()
+        self.untied_from: Hold | None = None
         self._hook: torch.utils.hooks.RemovableHandle | None = None
 
     @property
@@ -78,6 +83,7 @@ class Hold(Attachment):
         self.unbind()
         self.parameter = parameter
         self._written = (-1, 0)
+        self._masked_gradient = (0, 0)
         self.changed_at = next(_CHANGES)
         HELD[id(parameter)] = self
         _look_at_torch()
@@ -85,8 +91,8 @@ class Hold(Attachment):
 
     def unbind(self) -> None:
         """Hold nothing any more."""
-        if self.parameter is not None:
-            HELD.pop(id(self.parameter), None)
+        if self.parameter is not None and HELD.get(id(self.parameter)) is self:
+            del HELD[id(self.parameter)]
         if self._hook is not None:
             self._hook.remove()
         self.parameter = self._hook = None
@@ -98,18 +104,29 @@ class Hold(Attachment):
             mask_it = partial(_mask_gradient, weakref.ref(self))
             self._hook = self.parameter.register_post_accumulate_grad_hook(mask_it)  # type: ignore[no-untyped-call]
 
+    @property
+    def gradient_is_masked(self) -> bool:
+        """Whether the gradient is one that was zeroed as it arrived; it may have been scaled since."""
+        gradient = None if self.parameter is None else self.parameter.grad
+        if gradient is None or is_sharded(gradient):
+            return False
+        place, version = self._masked_gradient
+        return place != 0 and gradient.data_ptr() == place and gradient._version >= version
+
     def is_written(self) -> bool:
         """Whether something wrote to the parameter since `settle` or `saw` was called; not through ``.data``."""
         parameter = self.parameter
         assert parameter is not None
-        if is_sharded(parameter) or parameter.is_meta:
+        if is_sharded(parameter) or parameter.is_meta or parameter.is_inference():
             return False
         return self._written != (parameter._version, parameter.data_ptr())
 
     def saw(self) -> None:
         """Take the values as they are for known."""
         parameter = self.parameter
-        if parameter is not None and not is_sharded(parameter) and not parameter.is_meta:
+        if parameter is None or is_sharded(parameter) or parameter.is_meta:
+            return
+        if not parameter.is_inference():
             self._written = (parameter._version, parameter.data_ptr())
 
     def _resize(self, shape: torch.Size) -> None:
@@ -162,6 +179,7 @@ class Hold(Attachment):
     def move_to(self, module: nn.Module, attribute: str, parameter: nn.Parameter) -> None:
         """Hold another parameter at a place, which is about to take the place of the one that is there."""
         holds, other = module.__dict__[MASKS], HELD.get(id(parameter))
+        del holds[attribute]
         is_alone = self._leave(module, attribute)
         if other is not None:  # it is tied to another weight with a mask now
             holds[attribute] = other
@@ -177,6 +195,7 @@ class Hold(Attachment):
     def _untied(self) -> "Hold":
         copied = copy.copy(self)  # binds the copy to the same parameter
         copied.unbind()
+        copied._is_copy, copied.untied_from = False, self
         copied._mask = self._mask.clone()
         copied.parked = None if self.parked is None else self.parked.clone()
         assert self.parameter is not None
@@ -197,11 +216,16 @@ class Hold(Attachment):
             for place, known in self._places
             if place() is not None and not (place() is module and known == attribute)
         ]
+        if not self._places and self._is_copy:  # copies do not know their places
+            dicts = [found for found in gc.get_referrers(self) if isinstance(found, dict)]
+            around = [one for found in dicts for one in gc.get_referrers(found) if isinstance(one, dict)]
+            return not any(one.get(MASKS) is found for one in around for found in dicts)
         return not self._places
 
     def raw_values(self) -> Tensor:
         """Return the values that the parameter had without zeros: itself if nothing is parked, else a new tensor."""
         assert self.parameter is not None
+        settle([self] if not self.is_raw and self.is_written() else [])
         weight = self.parameter.detach()
         if self.parked is None or self.is_raw:
             return weight
@@ -218,10 +242,25 @@ class Hold(Attachment):
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks of parameters are not copied or saved either; a copy is held by hooks of its own.
-        return {**vars(self), "_hook": None, "_places": [], "gradient_is_masked": False, "is_stepping": False}
+        return {
+            **vars(self),
+            "_hook": None,
+            "_places": [],
+            "copies": None,
+            "_is_copy": True,
+            "_masked_gradient": (0, 0),
+            "is_stepping": False,
+        }
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Hold":
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        self.copies.add(copied)
+        return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        vars(self).update(state, copies=weakref.WeakSet())
         parameter, self.parameter = self.parameter, None
         if parameter is not None:
             self.bind(parameter)
@@ -238,7 +277,8 @@ def _mask_gradient(held: "weakref.ref[Hold]", parameter: Tensor) -> None:
         parameter.grad = ops.mask_weight(gradient, hold.mask)
     else:
         ops.fold([local_part(gradient)], [hold.local_mask])
-    hold.gradient_is_masked = True
+    assert parameter.grad is not None
+    hold._masked_gradient = (parameter.grad.data_ptr(), parameter.grad._version)
 
 
 # ---- all of a model ----
@@ -246,8 +286,13 @@ def _mask_gradient(held: "weakref.ref[Hold]", parameter: Tensor) -> None:
 
 def holds_in(model: nn.Module) -> list[Hold]:
     """List what is held in a model, each once."""
-    found = (hold for module in model.modules() for hold in module.__dict__.get(MASKS, {}).values())
-    return list(dict.fromkeys(found))
+    found: dict[Hold, None] = {}
+    for module in model.modules():
+        found |= dict.fromkeys(module.__dict__.get(MASKS, {}).values())
+        # A tied weight may have its mask at a place outside of this model.
+        held = (HELD.get(id(parameter)) for parameter in module._parameters.values() if parameter is not None)
+        found |= dict.fromkeys(hold for hold in held if hold is not None)
+    return list(found)
 
 
 def check_places(model: nn.Module) -> None:
@@ -258,18 +303,18 @@ def check_places(model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         for attribute in module.__dict__.get(MASKS, {}):
-            if attribute not in module._parameters:
-                owner = Owner(f"{name}.{attribute}" if name else attribute, module, attribute)
+            owner = Owner(f"{name}.{attribute}" if name else attribute, module, attribute)
+            if attribute not in module._parameters and owner.foreign_steps:
                 raise ValueError(
-                    f"{owner.name} got another parametrization ({', '.join(owner.foreign_steps) or 'unknown'}) over "
-                    "its mask; remove that one first"
+                    f"{owner.name} got another parametrization ({', '.join(owner.foreign_steps)}) over its mask; "
+                    "remove that one first"
                 )
 
 
 def _by_device(holds: Iterable[Hold]) -> Iterator[list[Hold]]:
     groups: dict[torch.device, list[Hold]] = {}
     for hold in holds:
-        if hold.parameter is not None and not hold.parameter.is_meta:
+        if hold.parameter is not None and not hold.parameter.is_meta and not hold.parameter.is_inference():
             groups.setdefault(hold.parameter.device, []).append(hold)
     yield from groups.values()
 
@@ -288,6 +333,7 @@ def hold_zeros(holds: Iterable[Hold]) -> None:
         for one in holds:
             one.is_raw = False
             one.changed_at = next(_CHANGES)
+            one._masked_gradient = (0, 0)
             one.saw()
 
 
@@ -295,9 +341,11 @@ def clear(holds: Iterable[Hold]) -> None:
     """Zero what masks drop where it is not zero; it is no raw value. Where it is zero, nothing is written."""
     with torch.inference_mode(False), torch.no_grad():
         for group in _by_device(holds):
-            ops.fold([local_part(_weight(one)) for one in group], [one.local_mask for one in group])
-            for one in group:
-                one.saw()
+            weights, masks = [local_part(_weight(one)) for one in group], [one.local_mask for one in group]
+            written = list(itertools.compress(range(len(group)), ops.probe(weights, masks, None)))
+            ops.fold([weights[i] for i in written], [masks[i] for i in written])
+            for i in written:
+                group[i].saw()
 
 
 def release(holds: Iterable[Hold]) -> None:
@@ -339,14 +387,22 @@ def released(holds: Iterable[Hold]) -> Iterator[None]:
         hold_zeros(holds)
 
 
+def settle_written(holds: Iterable[Hold]) -> None:
+    """Do what the next forward pass would do for what was written to, before masks and raw values are looked at."""
+    there = (hold for hold in holds if hold.parameter is not None and not hold.is_raw)
+    settle([hold for hold in there if hold.is_written()])
+
+
 def settle(holds: Sequence[Hold]) -> None:
     """Take what was written over zeros for the raw values, and zero it. A zero that was written changes nothing."""
     if not holds:
         return
-    before = {one: (one.parked, one.changed_at) for one in holds}
+    for one in holds:
+        _ = one.mask  # follows a weight that was resized, and so does what is parked
+    before = {one: (one.parked, one.changed_at, one._masked_gradient) for one in holds}
     hold_zeros(holds)
-    for one, (parked, changed_at) in before.items():
-        one.changed_at = changed_at
+    for one, (parked, changed_at, masked_gradient) in before.items():
+        one.changed_at, one._masked_gradient = changed_at, masked_gradient
         if parked is not None and one.parked is not None:
             written = one.parked
             one.parked = parked

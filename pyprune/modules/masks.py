@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyprune.modules import steps as _steps  # noqa: F401  (optimizers keep what masks hold)
 from pyprune.modules.attachments import Owner, attach, shared_attachment
-from pyprune.modules.holding import Hold, hold_zeros, holds_in, released
+from pyprune.modules.holding import HELD, Hold, hold_zeros, holds_in, released
 from pyprune.modules.targets import Target
 from pyprune.modules.watching import watch
 
@@ -143,6 +143,12 @@ class NewFollower:
     groups: int
 
 
+def _mask_elsewhere(owners: Sequence[Owner]) -> Mask | None:
+    """Return the mask of a weight that is tied to a place outside of the model, and has it there."""
+    held = HELD.get(id(owners[0].parameter))
+    return held if isinstance(held, Mask) else None
+
+
 def attach_masks(model: nn.Module, masks: Sequence[NewMask], followers: Iterable[NewFollower] = ()) -> None:
     """Put each mask on all its owners, and new followers on theirs; change nothing if one of them refuses.
 
@@ -158,7 +164,7 @@ def attach_masks(model: nn.Module, masks: Sequence[NewMask], followers: Iterable
     carried: dict[NewMask, Mask] = {}
     updates: list[NewMask] = []
     for new in masks:
-        shared = cast(Mask | None, shared_attachment(new.owners))
+        shared = cast(Mask | None, shared_attachment(new.owners)) or _mask_elsewhere(new.owners)
         if shared is not None:
             # Checked before the first is written, so that no copy of the old masks is needed.
             if new.mask.shape != shared.mask.shape:
@@ -175,6 +181,7 @@ def attach_masks(model: nn.Module, masks: Sequence[NewMask], followers: Iterable
             if new.mask is not carried[new].mask:
                 carried[new].mask.copy_(new.mask)
             carried[new].unit = new.unit
+            carried[new].parks = True  # `keep_sparse` and RigL had no use for what is dropped
         for _, follower_mask in following:
             follower_mask.update()
     updated = {carried[new] for new in updates}

@@ -8,7 +8,8 @@ and weights and state at every step of an optimizer that mixes elements or is no
 
 import itertools
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class _Known:
 
     def __init__(self) -> None:
         self.state: object = None
-        self.changed_at = 0
+        self.changed_at: weakref.WeakKeyDictionary[Hold, int] = weakref.WeakKeyDictionary()
         self.turn = 0
 
 
@@ -58,17 +59,37 @@ def held_by(optimizer: Optimizer) -> list[Hold]:
     return [hold for parameter in parameters if (hold := HELD.get(id(parameter))) is not None]
 
 
-def _before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
+def _before_step(
+    optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     if not HELD:
-        return
+        return None
     holds = [hold for hold in held_by(optimizer) if not hold.is_raw]
     if not holds:
-        return
+        return None
     settle([hold for hold in holds if hold.is_written()])
     mask_gradients(hold for hold in holds if not hold.gradient_is_masked)
     mask_state(optimizer, holds)
-    for hold in holds:
-        hold.is_stepping = True
+    if len(args) > 1 and callable(args[1]):  # args[0] is the optimizer
+        return (args[0], _within_step(args[1], holds), *args[2:]), kwargs
+    if callable(kwargs.get("closure")):
+        return args, {**kwargs, "closure": _within_step(kwargs["closure"], holds)}
+    return None
+
+
+def _within_step(closure: Callable[[], Any], holds: Sequence[Hold]) -> Callable[[], Any]:
+    """Return a closure whose forward passes take what the optimizer wrote in this step for no raw values."""
+
+    def stepping() -> Any:
+        try:
+            for hold in holds:
+                hold.is_stepping = True
+            return closure()
+        finally:
+            for hold in holds:
+                hold.is_stepping = False
+
+    return stepping
 
 
 def _after_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
@@ -82,10 +103,9 @@ def _after_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
         _fold((hold.parameter, hold) for hold in _written_unseen(holds, known))
     else:
         _fold((hold.parameter, hold) for hold in holds)
-        known.changed_at = 0
+        known.changed_at.clear()
         mask_state(optimizer, holds)
     for hold in holds:
-        hold.gradient_is_masked = hold.is_stepping = False
         hold.saw()
 
 
@@ -103,7 +123,15 @@ def _written_unseen(holds: list[Hold], known: _Known) -> Iterator[Hold]:
 
 
 def _leaves_zeros(optimizer: Optimizer) -> bool:
-    return type(optimizer) in _LEAVE_ZEROS and all(group.get("eps", 1) != 0 for group in optimizer.param_groups)
+    return type(optimizer) in _LEAVE_ZEROS and not any(
+        _is_zero_in(group.get("eps", 1), {parameter.dtype for parameter in group["params"]})
+        for group in optimizer.param_groups
+    )
+
+
+def _is_zero_in(eps: object, dtypes: set[torch.dtype]) -> bool:
+    """Whether an eps is nothing beside a zero: 1e-8 is in half precision."""
+    return not isinstance(eps, (int, float)) or eps == 0 or (eps < 3e-8 and torch.float16 in dtypes)
 
 
 def mask_gradients(holds: Iterable[Hold]) -> None:
@@ -125,12 +153,13 @@ def mask_state(optimizer: Optimizer, holds: Iterable[Hold]) -> None:
     known = _KNOWN.setdefault(optimizer, _Known())
     is_loaded = known.state is not optimizer.state
     if is_loaded:
-        known.state, known.changed_at = optimizer.state, 0
-    stale = [hold for hold in holds if hold.changed_at > known.changed_at]
+        known.state = optimizer.state
+        known.changed_at.clear()
+    stale = [hold for hold in holds if hold.changed_at != known.changed_at.get(hold)]
     pairs: list[tuple[Tensor | None, Hold]] = []
     for hold in stale:
         assert hold.parameter is not None
-        known.changed_at = max(known.changed_at, hold.changed_at)
+        known.changed_at[hold] = hold.changed_at
         state = optimizer.state.get(hold.parameter, {})
         for key, value in state.items():
             if isinstance(value, Tensor) and value.shape == hold.parameter.shape and value.dtype in ops.WEIGHT_DTYPES:

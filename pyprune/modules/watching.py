@@ -16,7 +16,7 @@ from torch.nn.modules.module import (
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pyprune.modules.attachments import MASKS
-from pyprune.modules.holding import HELD, HOOKS, Hold, clear, settle
+from pyprune.modules.holding import HELD, HOOKS, Hold, clear, settle, settle_written
 from pyprune.modules.sharding import is_sharded
 
 # ---- before a forward pass ----
@@ -30,6 +30,7 @@ def before_forward(module: nn.Module, args: object) -> None:
     written = []
     for attribute, hold in holds.items():
         is_there = module._parameters.get(attribute) is hold.parameter
+        hold.watch_gradient()
         if not is_there or (not hold.is_raw and hold.is_written()):
             hold.add_place(module, attribute)  # copies do not know theirs
             if is_there and hold.parameter is not None:
@@ -127,12 +128,13 @@ def _has_masks_below(module: nn.Module) -> bool:
 
 def _on_registration(module: nn.Module, attribute: str, parameter: nn.Parameter) -> None:
     """Let a mask follow when a `Parameter` is assigned to its place: its values are the new raw ones."""
-    if not HELD:
+    if not HELD or torch.compiler.is_compiling():
         return
     holds: dict[str, Hold] = module.__dict__.get(MASKS, {})
     hold = holds.get(attribute)
     if hold is None:
-        held = HELD.get(id(parameter))  # a held one that comes to another place takes its mask along
+        # A held one that comes to another place takes its mask along; a list may just list a model's parameters.
+        held = None if isinstance(module, _CONTAINERS) else HELD.get(id(parameter))
         if held is not None and held.parameter is parameter:
             module.__dict__.setdefault(MASKS, {})[attribute] = held
             held.add_place(module, attribute)
@@ -156,13 +158,13 @@ def _on_registration(module: nn.Module, attribute: str, parameter: nn.Parameter)
 
 def _on_module_registration(parent: nn.Module, name: str, module: nn.Module | None) -> None:
     """Zero what was written through ``.data`` where a layer comes to its place, as PEFT does after it merged."""
-    if HELD and module is not None and MASKS in module.__dict__:
+    if HELD and module is not None and MASKS in module.__dict__ and not torch.compiler.is_compiling():
         _clear_unseen(module.__dict__[MASKS].values())
 
 
 def _clear_unseen(holds: Iterable[Hold]) -> None:
     holds = [hold for hold in holds if not hold.is_raw and hold.parameter is not None]
-    settle([hold for hold in holds if hold.is_written()])
+    settle_written(holds)
     clear(holds)
 
 

@@ -86,7 +86,8 @@ class KeepSparse:
     def remove(self) -> None:
         """Hold the zeros no longer."""
         for target, mask in self._held.items():
-            detach([owner for owner in target.owners if owner.attachment is mask])
+            there = {owner: owner.attachment for owner in target.owners}
+            detach([owner for owner, found in there.items() if mask in (found, getattr(found, "untied_from", None))])
         unwatch(self._model)
 
     def put_back(self) -> None:

@@ -28,6 +28,7 @@ from pyprune.methods.schedules import Ratio, Schedule, as_schedule, check_ratios
 from pyprune.methods.unit_groups import UnitGroup
 from pyprune.modules.averages import reapply_to_averages
 from pyprune.modules.dead_channels import new_followers
+from pyprune.modules.holding import holds_in, settle_written
 from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.modules.mask_states import check_state, load_states, state_of
 from pyprune.modules.masks import Mask, NewMask, attach_masks, changing_masks, masks_in
@@ -133,6 +134,8 @@ class Pruner:
         self._targets = prunable_targets(found, find_targets(model, ignored_scope, examples_inputs))
         check_kind(self._targets, Mask)
         self._check_optimizer()
+        for mask in self._carried().values():
+            mask.parks = True  # `keep_sparse` had no use for what is dropped
         with changing_masks(masks_in(model)):
             self._statistics = self._known_statistics(examples_inputs)
             self._watch = self._make_watch()
@@ -155,8 +158,10 @@ class Pruner:
         self._is_late = is_due and was_skipped and not self._is_measured()
         if is_due and not self._is_late:
             self._update(self.schedule(self.step_count))
-            if self.schedule.end is not None and self.step_count >= self.schedule.end:
-                reapply_to_averages(self.model)  # what is zero in them by then stays so
+            is_last = self.schedule.end is not None and self.step_count >= self.schedule.end
+            if is_last or any(mask.copies for mask in self._carried().values()):
+                # What is zero in them at the end stays so; those that were copied with masks have old ones.
+                reapply_to_averages(self.model)
             if self.optimizer is not None:
                 mask_state(self.optimizer, self._carried().values())
         if self._watch is not None:
@@ -173,6 +178,7 @@ class Pruner:
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` takes: steps, what was measured, masks, and what is parked under them."""
         self._check_last()
+        settle_written(holds_in(self.model))
         return self._state()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
