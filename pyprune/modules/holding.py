@@ -7,7 +7,6 @@ values, and zeroed.
 """
 
 import copy
-import gc
 import itertools
 import warnings
 import weakref
@@ -28,6 +27,32 @@ HELD: "weakref.WeakValueDictionary[int, Hold]" = weakref.WeakValueDictionary()
 
 # Numbers the changes of masks, so that an optimizer can tell which ones its state has not seen.
 _CHANGES = itertools.count(1)
+
+
+class MasksOfModule(dict[str, "Hold"]):
+    """What a module has at `MASKS`: its holds, each of which knows the dicts that it is in."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]  # a place, not a value
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __init__(self, holds: "dict[str, Hold] | None" = None) -> None:
+        super().__init__()
+        for attribute, hold in (holds or {}).items():
+            self[attribute] = hold
+
+    def __setitem__(self, attribute: str, hold: "Hold") -> None:
+        super().__setitem__(attribute, hold)
+        hold.kept_in.add(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MasksOfModule":
+        copied = MasksOfModule(copy.deepcopy(dict(self), memo))
+        memo[id(self)] = copied
+        return copied
+
+    def __reduce__(self) -> tuple[type["MasksOfModule"], tuple[dict[str, "Hold"]]]:
+        return MasksOfModule, (dict(self),)
 
 
 class Hold(Attachment):
@@ -54,7 +79,8 @@ class Hold(Attachment):
         self.is_stepping = False  # what an optimizer writes in its step is no raw value
         self._written = (-1, 0)
         self._places: list[tuple[weakref.ref[nn.Module], str]] = []
-        self._is_copy = False
+        # The dicts of all modules that have it, in copies too, which do not know their places.
+        self.kept_in: weakref.WeakSet[MasksOfModule] = weakref.WeakSet()
         # Of those that were copied with their models, for averages.
         self.copies: weakref.WeakSet[Hold] = weakref.WeakSet()
         self.untied_from: Hold | None = None
@@ -164,7 +190,7 @@ class Hold(Attachment):
         assert parameter is not None
         if self.parameter is None:
             self.bind(parameter)
-        module.__dict__.setdefault(MASKS, {})[attribute] = self
+        module.__dict__.setdefault(MASKS, MasksOfModule())[attribute] = self
         self.add_place(module, attribute)
 
     def take_off(self, module: nn.Module, attribute: str) -> None:
@@ -195,7 +221,7 @@ class Hold(Attachment):
     def _untied(self) -> "Hold":
         copied = copy.copy(self)  # binds the copy to the same parameter
         copied.unbind()
-        copied._is_copy, copied.untied_from = False, self
+        copied.untied_from = self
         copied._mask = self._mask.clone()
         copied.parked = None if self.parked is None else self.parked.clone()
         assert self.parameter is not None
@@ -216,11 +242,7 @@ class Hold(Attachment):
             for place, known in self._places
             if place() is not None and not (place() is module and known == attribute)
         ]
-        if not self._places and self._is_copy:  # copies do not know their places
-            dicts = [found for found in gc.get_referrers(self) if isinstance(found, dict)]
-            around = [one for found in dicts for one in gc.get_referrers(found) if isinstance(one, dict)]
-            return not any(one.get(MASKS) is found for one in around for found in dicts)
-        return not self._places
+        return not any(hold is self for holds in self.kept_in for hold in holds.values())
 
     def raw_values(self) -> Tensor:
         """Return the values that the parameter had without zeros: itself if nothing is parked, else a new tensor."""
@@ -247,7 +269,7 @@ class Hold(Attachment):
             "_hook": None,
             "_places": [],
             "copies": None,
-            "_is_copy": True,
+            "kept_in": None,
             "_masked_gradient": (0, 0),
             "is_stepping": False,
         }
@@ -260,7 +282,7 @@ class Hold(Attachment):
         return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, copies=weakref.WeakSet())
+        vars(self).update(state, copies=weakref.WeakSet(), kept_in=weakref.WeakSet())
         parameter, self.parameter = self.parameter, None
         if parameter is not None:
             self.bind(parameter)

@@ -16,7 +16,7 @@ from torch.nn.modules.module import (
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pyprune.modules.attachments import MASKS
-from pyprune.modules.holding import HELD, HOOKS, Hold, clear, settle, settle_written
+from pyprune.modules.holding import HELD, HOOKS, Hold, MasksOfModule, clear, settle, settle_written
 from pyprune.modules.sharding import is_sharded
 
 # ---- before a forward pass ----
@@ -136,7 +136,7 @@ def _on_registration(module: nn.Module, attribute: str, parameter: nn.Parameter)
         # A held one that comes to another place takes its mask along; a list may just list a model's parameters.
         held = None if isinstance(module, _CONTAINERS) else HELD.get(id(parameter))
         if held is not None and held.parameter is parameter:
-            module.__dict__.setdefault(MASKS, {})[attribute] = held
+            module.__dict__.setdefault(MASKS, MasksOfModule())[attribute] = held
             held.add_place(module, attribute)
             watch(module)
         return
