@@ -113,7 +113,7 @@ def main() -> None:
     outputs = predict(model, test_images)
 
     with tempfile.TemporaryDirectory() as folder:
-        # With masks on, to be trained further: the config says where the masks are, the state_dict what they hold.
+        # With masks on, to be trained further: the config has masks and what they dropped, the state_dict the rest.
         checkpoint = Path(folder) / "masked.pt"
         torch.save({"state_dict": model.state_dict(), "config": pyprune.get_config(model)}, checkpoint)
         saved = torch.load(checkpoint)

@@ -41,6 +41,7 @@ BLIND = (
     "steps",
     "tracing",
     "watching",
+    "zeros",
 )
 
 

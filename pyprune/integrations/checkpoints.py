@@ -8,10 +8,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from pyprune.modules.attachments import MASKS
-from pyprune.modules.holding import holds_in, settle_written
 from pyprune.modules.mask_states import check_state, load_states, state_of
-from pyprune.modules.masks import FollowingMask, Mask, changing_masks
-from pyprune.modules.targets import attachments_of
+from pyprune.modules.masks import FollowingMask, Mask, changing_masks, masks_by_target
+from pyprune.modules.zeros import holds_in, settle_written
 
 
 def masks_follow_loading(model: nn.Module) -> list[RemovableHandle]:
@@ -59,8 +58,7 @@ def state_of_masks(model: nn.Module) -> dict[str, Any]:
         ['weight']
     """
     settle_written(holds_in(model))
-    found = attachments_of(model).items()
-    return {target.name: state_of(mask) for target, mask in found if isinstance(mask, Mask)}
+    return {target.name: state_of(mask) for target, mask in masks_by_target(model).items()}
 
 
 def load_masks(model: nn.Module, state: Mapping[str, Any]) -> None:
@@ -69,7 +67,7 @@ def load_masks(model: nn.Module, state: Mapping[str, Any]) -> None:
     Raises:
         ValueError: if other weights carry masks.
     """
-    masks = {target.name: mask for target, mask in attachments_of(model).items() if isinstance(mask, Mask)}
+    masks = {target.name: mask for target, mask in masks_by_target(model).items()}
     different = sorted(set(masks) ^ set(state))
     if different:
         raise ValueError(

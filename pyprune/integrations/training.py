@@ -9,10 +9,9 @@ from torch import nn
 
 from pyprune import ops
 from pyprune.integrations.checkpoints import load_masks, masks_follow_loading, state_of_masks
-from pyprune.modules.masks import Mask
+from pyprune.modules.masks import masks_by_target
 from pyprune.modules.optimizer import innermost_of
 from pyprune.modules.strip import strip
-from pyprune.modules.targets import attachments_of
 from pyprune.recipes.recipe import Recipe
 from pyprune.recipes.recipe_pruner import RecipePruner
 from pyprune.training.keep_sparse import KeepSparse, keep_sparse
@@ -78,11 +77,7 @@ class Training:
 
     def sparsity(self) -> float:
         """Return the fraction of the weights under masks that is dropped."""
-        if isinstance(self.pruning, KeepSparse):
-            masks = list(self.pruning.masks.values())
-        else:
-            attached = attachments_of(self.model).values()
-            masks = [found.mask for found in attached if isinstance(found, Mask) and found.on_target]
+        masks = [found.mask for found in masks_by_target(self.model).values() if found.on_target]
         total = sum(mask.numel() for mask in masks)
         return float(ops.count_zeros(masks).sum()) / max(1, total)
 

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from pyprune import ops
 from pyprune.modules.attachments import check_module, dense_parameters
-from pyprune.modules.holding import hold_zeros, release
-from pyprune.modules.masks import Mask
+from pyprune.modules.masks import Mask, masks_by_target
 from pyprune.modules.sharding import local_part
-from pyprune.modules.targets import Target, all_parameters, attachments_of
+from pyprune.modules.targets import Target, all_parameters
+from pyprune.modules.zeros import fold_all, released
 
 # torch.compile puts this into names; a checkpoint of the plain model does not have it.
 _WRAPPED = "_orig_mod."
@@ -51,22 +50,11 @@ def apply_masks(masks: Mapping[str, Tensor], model: nn.Module) -> None:
             f"{type(model).__name__} does not have the parameters that are held: {', '.join(wrong)}. Give a "
             "model of the same architecture, without wrappers around it, its adapters merged and removed"
         )
-    by_device: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
-    carried: list[Mask] = []
-    for name, mask in masks.items():
-        target = there[name]
-        weight, attached = local_part(target.parameter), target.attachment
-        if isinstance(attached, Mask):
-            release([attached])
-            attached.mask.copy_(mask)
-            carried.append(attached)
-            continue
-        tensors, kept = by_device.setdefault(weight.device, ([], []))
-        tensors.append(weight)
-        kept.append(mask.to(weight.device))
-    for tensors, kept in by_device.values():
-        ops.fold(tensors, kept)
-    hold_zeros(carried)
+    carried = {name: attached for name in masks if isinstance(attached := there[name].attachment, Mask)}
+    with released(carried.values()):
+        for name, attached in carried.items():
+            attached.mask.copy_(masks[name])
+    fold_all((there[name].parameter, mask) for name, mask in masks.items() if name not in carried)
 
 
 def reapply(model: nn.Module, other: nn.Module) -> None:
@@ -103,8 +91,7 @@ def reapply(model: nn.Module, other: nn.Module) -> None:
 
 def masks_by_name(model: nn.Module) -> dict[str, Tensor]:
     """Return the masks that a model carries by the plain names of its parameters."""
-    found = attachments_of(model).items()
-    return {plain_name(target.name): mask.mask for target, mask in found if isinstance(mask, Mask)}
+    return {plain_name(target.name): mask.mask for target, mask in masks_by_target(model).items()}
 
 
 # Who keeps an average of a model: module, class, and the attribute with the average.

@@ -10,11 +10,11 @@ from torch import nn
 from pyprune.modules.attachments import Attachment, check_module, gate_name
 from pyprune.modules.forward_pass import attach_and_share
 from pyprune.modules.gates import HardConcreteGate, StochasticGate, check_gates
-from pyprune.modules.holding import hold_zeros, holds_in, settle_written
 from pyprune.modules.mask_states import check_state, pack_bits, state_of, unpack_bits
 from pyprune.modules.masks import FollowingMask, Mask
 from pyprune.modules.targets import Target, all_parameters, attachments_of, check_prunable
 from pyprune.modules.watching import watch
+from pyprune.modules.zeros import hold_zeros, holds_in, settle_written
 
 _M = TypeVar("_M", bound=nn.Module)
 

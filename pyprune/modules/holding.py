@@ -10,8 +10,7 @@ import copy
 import itertools
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pyprune import ops
-from pyprune.modules.attachments import MASKS, Attachment, Owner
+from pyprune.modules.attachments import MASKS, Attachment
 from pyprune.modules.sharding import is_sharded, local_part, local_part_like
 
 # What is held now, by the id of its parameter, which lives as long as this refers to it.
@@ -75,7 +74,7 @@ class Hold(Attachment):
         self.parks = True
         self.is_raw = False
         self.changed_at = 0
-        self._masked_gradient = (0, 0)
+        self.masked_gradient = (0, 0)
         self.is_stepping = False  # what an optimizer writes in its step is no raw value
         self._written = (-1, 0)
         self._places: list[tuple[weakref.ref[nn.Module], str]] = []
@@ -109,11 +108,15 @@ class Hold(Attachment):
         self.unbind()
         self.parameter = parameter
         self._written = (-1, 0)
-        self._masked_gradient = (0, 0)
-        self.changed_at = next(_CHANGES)
+        self.mask_changed()
         HELD[id(parameter)] = self
         _look_at_torch()
         self.watch_gradient()
+
+    def mask_changed(self) -> None:
+        """Note that gradient and optimizer's state are those of another mask."""
+        self.changed_at = next(_CHANGES)
+        self.masked_gradient = (0, 0)
 
     def unbind(self) -> None:
         """Hold nothing any more."""
@@ -136,24 +139,24 @@ class Hold(Attachment):
         gradient = None if self.parameter is None else self.parameter.grad
         if gradient is None or is_sharded(gradient):
             return False
-        place, version = self._masked_gradient
+        place, version = self.masked_gradient
         return place != 0 and gradient.data_ptr() == place and gradient._version >= version
 
     def is_written(self) -> bool:
-        """Whether something wrote to the parameter since `settle` or `saw` was called; not through ``.data``."""
-        parameter = self.parameter
-        assert parameter is not None
-        if is_sharded(parameter) or parameter.is_meta or parameter.is_inference():
-            return False
-        return self._written != (parameter._version, parameter.data_ptr())
+        """Whether something wrote to the parameter since `saw` was called; not through ``.data``."""
+        stamp = self._stamp()
+        return stamp is not None and self._written != stamp
 
     def saw(self) -> None:
         """Take the values as they are for known."""
+        self._written = self._stamp() or self._written
+
+    def _stamp(self) -> tuple[int, int] | None:
+        """Return what changes when something writes to the parameter; None where that cannot be told."""
         parameter = self.parameter
-        if parameter is None or is_sharded(parameter) or parameter.is_meta:
-            return
-        if not parameter.is_inference():
-            self._written = (parameter._version, parameter.data_ptr())
+        if parameter is None or is_sharded(parameter) or parameter.is_meta or parameter.is_inference():
+            return None
+        return parameter._version, parameter.data_ptr()
 
     def _resize(self, shape: torch.Size) -> None:
         """Follow a parameter whose rows have become more or fewer, as ``resize_token_embeddings`` does it."""
@@ -244,18 +247,7 @@ class Hold(Attachment):
         ]
         return not any(hold is self for holds in self.kept_in for hold in holds.values())
 
-    def raw_values(self) -> Tensor:
-        """Return the values that the parameter had without zeros: itself if nothing is parked, else a new tensor."""
-        assert self.parameter is not None
-        settle([self] if not self.is_raw and self.is_written() else [])
-        weight = self.parameter.detach()
-        if self.parked is None or self.is_raw:
-            return weight
-        weight = weight.clone()
-        ops.unpark([weight], [self.mask], [self._parked_there()])
-        return weight
-
-    def _parked_there(self) -> Tensor:
+    def parked_there(self) -> Tensor:
         """Return what is parked, after the model was moved or cast."""
         assert self.parked is not None
         assert self.parameter is not None
@@ -270,7 +262,7 @@ class Hold(Attachment):
             "_places": [],
             "copies": None,
             "kept_in": None,
-            "_masked_gradient": (0, 0),
+            "masked_gradient": (0, 0),
             "is_stepping": False,
         }
 
@@ -288,154 +280,24 @@ class Hold(Attachment):
             self.bind(parameter)
 
 
+def check_dense(gradient: Tensor) -> None:
+    """Raise TypeError if a gradient is sparse."""
+    if gradient.layout is not torch.strided:
+        raise TypeError("the gradient of a pruned weight is sparse, which cannot be masked; set sparse=False")
+
+
 def _mask_gradient(held: "weakref.ref[Hold]", parameter: Tensor) -> None:
     hold = held()
     gradient = parameter.grad
     if hold is None or hold.parameter is not parameter or gradient is None:
         return
-    if gradient.layout is not torch.strided:
-        raise TypeError("the gradient of a pruned weight is sparse, which cannot be masked; set sparse=False")
+    check_dense(gradient)
     if gradient.requires_grad:  # create_graph=True: what is done to it is differentiated
         parameter.grad = ops.mask_weight(gradient, hold.mask)
     else:
         ops.fold([local_part(gradient)], [hold.local_mask])
     assert parameter.grad is not None
-    hold._masked_gradient = (parameter.grad.data_ptr(), parameter.grad._version)
-
-
-# ---- all of a model ----
-
-
-def holds_in(model: nn.Module) -> list[Hold]:
-    """List what is held in a model, each once."""
-    found: dict[Hold, None] = {}
-    for module in model.modules():
-        found |= dict.fromkeys(module.__dict__.get(MASKS, {}).values())
-        # A tied weight may have its mask at a place outside of this model.
-        held = (HELD.get(id(parameter)) for parameter in module._parameters.values() if parameter is not None)
-        found |= dict.fromkeys(hold for hold in held if hold is not None)
-    return list(found)
-
-
-def check_places(model: nn.Module) -> None:
-    """Raise if the parameter under a mask was taken away, as a parametrization does.
-
-    Raises:
-        ValueError: with the name of the weight and what is on it.
-    """
-    for name, module in model.named_modules():
-        for attribute in module.__dict__.get(MASKS, {}):
-            owner = Owner(f"{name}.{attribute}" if name else attribute, module, attribute)
-            if attribute not in module._parameters and owner.foreign_steps:
-                raise ValueError(
-                    f"{owner.name} got another parametrization ({', '.join(owner.foreign_steps)}) over its mask; "
-                    "remove that one first"
-                )
-
-
-def _by_device(holds: Iterable[Hold]) -> Iterator[list[Hold]]:
-    groups: dict[torch.device, list[Hold]] = {}
-    for hold in holds:
-        if hold.parameter is not None and not hold.parameter.is_meta and not hold.parameter.is_inference():
-            groups.setdefault(hold.parameter.device, []).append(hold)
-    yield from groups.values()
-
-
-def hold_zeros(holds: Iterable[Hold]) -> None:
-    """Zero what masks drop, and park what was there, as after any change of masks: a call of a kernel per device."""
-    holds = list(holds)
-    with torch.inference_mode(False), torch.no_grad():
-        for group in _by_device(holds):
-            parking = [one for one in group if one.parks]
-            parked = ops.park([_weight(one) for one in parking], [one.mask for one in parking])
-            for one, values in zip(parking, parked, strict=True):
-                one.parked = values
-            if others := [one for one in group if not one.parks]:
-                ops.fold([local_part(_weight(one)) for one in others], [one.local_mask for one in others])
-        for one in holds:
-            one.is_raw = False
-            one.changed_at = next(_CHANGES)
-            one._masked_gradient = (0, 0)
-            one.saw()
-
-
-def clear(holds: Iterable[Hold]) -> None:
-    """Zero what masks drop where it is not zero; it is no raw value. Where it is zero, nothing is written."""
-    with torch.inference_mode(False), torch.no_grad():
-        for group in _by_device(holds):
-            weights, masks = [local_part(_weight(one)) for one in group], [one.local_mask for one in group]
-            written = list(itertools.compress(range(len(group)), ops.probe(weights, masks, None)))
-            ops.fold([weights[i] for i in written], [masks[i] for i in written])
-            for i in written:
-                group[i].saw()
-
-
-def release(holds: Iterable[Hold]) -> None:
-    """Put back what is parked; nothing is held until `hold_zeros`."""
-    holds = list(holds)
-    settle([one for one in holds if not one.is_raw and one.is_written()])
-    with torch.inference_mode(False), torch.no_grad():
-        for group in _by_device(holds):
-            parked = [one for one in group if one.parked is not None]
-            ops.unpark(
-                [_weight(one) for one in parked],
-                [one.mask for one in parked],
-                [one._parked_there() for one in parked],
-            )
-            for one in group:
-                one.is_raw = True
-                one.parked = None
-                one.saw()
-
-
-@contextmanager
-def released(holds: Iterable[Hold]) -> Iterator[None]:
-    """Let parameters have their raw values; after it they have zeros where masks are False by then.
-
-    Example:
-        >>> from pyprune import prune
-        >>> linear = prune(nn.Linear(2, 2), "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.5)
-        >>> with released(holds_in(linear)):
-        ...     int((linear.weight == 0).sum())
-        0
-        >>> int((linear.weight == 0).sum())
-        2
-    """
-    holds = list(holds)
-    release(holds)
-    try:
-        yield
-    finally:
-        hold_zeros(holds)
-
-
-def settle_written(holds: Iterable[Hold]) -> None:
-    """Do what the next forward pass would do for what was written to, before masks and raw values are looked at."""
-    there = (hold for hold in holds if hold.parameter is not None and not hold.is_raw)
-    settle([hold for hold in there if hold.is_written()])
-
-
-def settle(holds: Sequence[Hold]) -> None:
-    """Take what was written over zeros for the raw values, and zero it. A zero that was written changes nothing."""
-    if not holds:
-        return
-    for one in holds:
-        _ = one.mask  # follows a weight that was resized, and so does what is parked
-    before = {one: (one.parked, one.changed_at, one._masked_gradient) for one in holds}
-    hold_zeros(holds)
-    for one, (parked, changed_at, masked_gradient) in before.items():
-        one.changed_at, one._masked_gradient = changed_at, masked_gradient
-        if parked is not None and one.parked is not None:
-            written = one.parked
-            one.parked = parked
-            with torch.inference_mode(False), torch.no_grad():
-                there = one._parked_there()
-                one.parked = there if one.is_stepping else torch.where(written != 0, written, there)
-
-
-def _weight(hold: Hold) -> nn.Parameter:
-    assert hold.parameter is not None
-    return hold.parameter
+    hold.masked_gradient = (parameter.grad.data_ptr(), parameter.grad._version)
 
 
 # ---- torch's hooks for all modules and optimizers, from the first mask to the last `strip` ----

@@ -43,10 +43,6 @@ def state_of(mask: Mask) -> dict[str, Any]:
     }
 
 
-def _is_written(mask: Mask) -> bool:
-    return mask.parameter is not None and mask.is_written()
-
-
 def check_state(name: str, state: object, shape: Sequence[int]) -> None:
     """Raise ValueError unless a state is that of a mask of a shape.
 
@@ -76,7 +72,7 @@ def load_states(pairs: Sequence[tuple[Mask, Mapping[str, Any]]]) -> None:
     with torch.inference_mode(False):
         for mask, _ in pairs:
             for one in (mask, *mask.followers):
-                if _is_written(one):  # weights were loaded before: they are right where the new mask keeps them
+                if one.is_written():  # weights were loaded before: they are right where the new mask keeps them
                     one.parked = None
                     one.saw()
         with changing_masks([mask for mask, _ in pairs]):

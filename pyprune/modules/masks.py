@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from pyprune.modules import steps as _steps  # noqa: F401  (optimizers keep what masks hold)
 from pyprune.modules.attachments import Owner, attach, shared_attachment
-from pyprune.modules.holding import HELD, Hold, hold_zeros, holds_in, released
-from pyprune.modules.targets import Target
+from pyprune.modules.holding import HELD, Hold
+from pyprune.modules.targets import Target, attachments_of
 from pyprune.modules.watching import watch
+from pyprune.modules.zeros import hold_zeros, holds_in, raw_values, released
 
 
 class Mask(Hold):
@@ -98,10 +99,15 @@ def masks_in(model: nn.Module) -> list[Mask]:
     return [hold for hold in holds_in(model) if isinstance(hold, Mask)]
 
 
+def masks_by_target(model: nn.Module) -> dict[Target, Mask]:
+    """Return the weights of a model that carry masks, also those that follow others, with these."""
+    return {target: found for target, found in attachments_of(model).items() if isinstance(found, Mask)}
+
+
 def raw_weight(target: Target) -> Tensor:
     """Return the values of a weight without the zeros of its mask; not to be written to."""
     carried = target.attachment
-    return carried.raw_values() if isinstance(carried, Mask) else target.parameter.detach()
+    return raw_values(carried) if isinstance(carried, Mask) else target.parameter.detach()
 
 
 @contextmanager

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.modules.attachments import dense_modules, dense_parameters, detach
-from pyprune.modules.holding import hold_zeros, holds_in, release
 from pyprune.modules.mask_states import load_states, state_of
-from pyprune.modules.masks import Mask
-from pyprune.modules.targets import Target, attachments_of
+from pyprune.modules.masks import masks_by_target
 from pyprune.modules.watching import unwatch
+from pyprune.modules.zeros import hold_zeros, holds_in, release
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,21 +37,19 @@ class Snapshot:
             else value
             for name, value in model.state_dict(keep_vars=True).items()
         }
-        return cls(state, {target.name: state_of(mask) for target, mask in _masks(model)})
+        return cls(state, {target.name: state_of(mask) for target, mask in masks_by_target(model).items()})
 
     def restore(self, model: nn.Module) -> None:
         """Make the model what it was; masks that were put on since are taken off."""
         release(holds_in(model))
-        for target, _ in reversed(_masks(model)):
+        for target in reversed(masks_by_target(model)):
             if target.name not in self.masks:
                 detach(target.owners[::-1])
         unwatch(model)
         model.load_state_dict(self.state)
-        load_states([(mask, self.masks[target.name]) for target, mask in _masks(model) if mask.on_target])
-
-
-def _masks(model: nn.Module) -> list[tuple[Target, Mask]]:
-    return [(target, found) for target, found in attachments_of(model).items() if isinstance(found, Mask)]
+        load_states(
+            [(mask, self.masks[target.name]) for target, mask in masks_by_target(model).items() if mask.on_target]
+        )
 
 
 @contextmanager

@@ -6,7 +6,6 @@ written to weights through ``.data``. The state (momentum, moments) is zeroed wh
 and weights and state at every step of an optimizer that mixes elements or is not known.
 """
 
-import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -17,8 +16,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from pyprune import ops
-from pyprune.modules.holding import HELD, HOOKS, Hold, settle
-from pyprune.modules.sharding import is_sharded, local_part
+from pyprune.modules.holding import HELD, HOOKS, Hold, check_dense
+from pyprune.modules.sharding import is_sharded
+from pyprune.modules.zeros import fold_all, settle_written
 
 # With an eps of 0 they divide zero by zero.
 _LEAVE_ZEROS = {
@@ -67,7 +67,7 @@ def _before_step(
     holds = [hold for hold in held_by(optimizer) if not hold.is_raw]
     if not holds:
         return None
-    settle([hold for hold in holds if hold.is_written()])
+    settle_written(holds)
     mask_gradients(hold for hold in holds if not hold.gradient_is_masked)
     mask_state(optimizer, holds)
     if len(args) > 1 and callable(args[1]):  # args[0] is the optimizer
@@ -99,53 +99,58 @@ def _after_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
     if not holds:
         return
     known = _KNOWN.setdefault(optimizer, _Known())
-    if _leaves_zeros(optimizer):
-        _fold((hold.parameter, hold) for hold in _written_unseen(holds, known))
+    if _leaves_zeros(optimizer, holds):
+        _fold_weights(_written_unseen(holds, known))
     else:
-        _fold((hold.parameter, hold) for hold in holds)
+        _fold_weights(holds)
         known.changed_at.clear()
         mask_state(optimizer, holds)
     for hold in holds:
         hold.saw()
 
 
+def _fold_weights(holds: Iterable[Hold]) -> None:
+    fold_all((hold.parameter, hold.local_mask) for hold in holds if hold.parameter is not None)
+
+
 def _written_unseen(holds: list[Hold], known: _Known) -> Iterator[Hold]:
     """Yield what was perhaps written to through ``.data``, by a few zeros of each; and one in turn, to be sure."""
     known.turn += 1
     yield holds[known.turn % len(holds)]
-    whole = [hold for hold in holds if hold.parameter is not None and not is_sharded(hold.parameter)]
-    yield from (hold for hold in holds if hold not in whole)
-    for device in {hold.mask.device for hold in whole}:
-        there = [hold for hold in whole if hold.mask.device == device]
-        weights = [hold.parameter for hold in there if hold.parameter is not None]
-        strays = ops.probe(weights, [hold.mask for hold in there], known.turn)
-        yield from itertools.compress(there, strays)
+    by_device: dict[torch.device, list[tuple[Hold, Tensor]]] = {}
+    for hold in holds:
+        assert hold.parameter is not None
+        if is_sharded(hold.parameter):
+            yield hold
+        else:
+            by_device.setdefault(hold.parameter.device, []).append((hold, hold.parameter))
+    for pairs in by_device.values():
+        strays = ops.probe([weight for _, weight in pairs], [hold.mask for hold, _ in pairs], known.turn)
+        yield from (hold for (hold, _), is_stray in zip(pairs, strays, strict=True) if is_stray)
 
 
-def _leaves_zeros(optimizer: Optimizer) -> bool:
-    return type(optimizer) in _LEAVE_ZEROS and not any(
-        _is_zero_in(group.get("eps", 1), {parameter.dtype for parameter in group["params"]})
-        for group in optimizer.param_groups
+def _leaves_zeros(optimizer: Optimizer, holds: Iterable[Hold]) -> bool:
+    if type(optimizer) not in _LEAVE_ZEROS:
+        return False
+    least = min(group.get("eps", 1) for group in optimizer.param_groups)
+    # 1e-8 is nothing in half precision.
+    in_half = least < 3e-8 and any(
+        one.parameter is not None and one.parameter.dtype is torch.float16 for one in holds
     )
-
-
-def _is_zero_in(eps: object, dtypes: set[torch.dtype]) -> bool:
-    """Whether an eps is nothing beside a zero: 1e-8 is in half precision."""
-    return not isinstance(eps, (int, float)) or eps == 0 or (eps < 3e-8 and torch.float16 in dtypes)
+    return least != 0 and not in_half
 
 
 def mask_gradients(holds: Iterable[Hold]) -> None:
     """Zero gradients that did not come by a backward pass, or before the parameter was held."""
-    pairs: list[tuple[Tensor | None, Hold]] = []
+    pairs: list[tuple[Tensor, Tensor]] = []
     for hold in holds:
         assert hold.parameter is not None
         hold.watch_gradient()
         gradient = hold.parameter.grad
         if gradient is not None:
-            if gradient.layout is not torch.strided:
-                raise TypeError("the gradient of a pruned weight is sparse, which cannot be masked; set sparse=False")
-            pairs.append((gradient, hold))
-    _fold(pairs)
+            check_dense(gradient)
+            pairs.append((gradient, hold.local_mask))
+    fold_all(pairs)
 
 
 def mask_state(optimizer: Optimizer, holds: Iterable[Hold]) -> None:
@@ -156,7 +161,7 @@ def mask_state(optimizer: Optimizer, holds: Iterable[Hold]) -> None:
         known.state = optimizer.state
         known.changed_at.clear()
     stale = [hold for hold in holds if hold.changed_at != known.changed_at.get(hold)]
-    pairs: list[tuple[Tensor | None, Hold]] = []
+    pairs: list[tuple[Tensor, Tensor]] = []
     for hold in stale:
         assert hold.parameter is not None
         known.changed_at[hold] = hold.changed_at
@@ -165,21 +170,8 @@ def mask_state(optimizer: Optimizer, holds: Iterable[Hold]) -> None:
             if isinstance(value, Tensor) and value.shape == hold.parameter.shape and value.dtype in ops.WEIGHT_DTYPES:
                 if is_loaded:  # what was loaded may still be the tensors of a checkpoint that someone else uses
                     state[key] = value.clone()
-                pairs.append((state[key], hold))
-    _fold(pairs)
-
-
-@torch.no_grad()
-def _fold(pairs: Iterable[tuple[Tensor | None, Hold]]) -> None:
-    """Zero in each tensor what its mask drops: one call per device."""
-    by_device: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
-    for tensor, hold in pairs:
-        assert tensor is not None
-        tensors, masks = by_device.setdefault(tensor.device, ([], []))
-        tensors.append(local_part(tensor))
-        masks.append(hold.local_mask)
-    for tensors, masks in by_device.values():
-        ops.fold(tensors, masks)
+                pairs.append((state[key], hold.local_mask))
+    fold_all(pairs)
 
 
 for _hook in (_before_step, _after_step):

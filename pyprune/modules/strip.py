@@ -12,10 +12,10 @@ from pyprune import ops
 from pyprune.modules.attachments import attach, check_module, detach
 from pyprune.modules.forward_pass import share_samples, unshare_samples
 from pyprune.modules.gates import HardConcreteGate, StochasticGate, check_gates
-from pyprune.modules.holding import check_places
 from pyprune.modules.masks import Mask
 from pyprune.modules.targets import attachments_of, check_prunable
 from pyprune.modules.watching import unwatch
+from pyprune.modules.zeros import check_places
 
 _M = TypeVar("_M", bound=nn.Module)
 

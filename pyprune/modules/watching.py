@@ -16,8 +16,9 @@ from torch.nn.modules.module import (
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pyprune.modules.attachments import MASKS
-from pyprune.modules.holding import HELD, HOOKS, Hold, MasksOfModule, clear, settle, settle_written
+from pyprune.modules.holding import HELD, HOOKS, Hold, MasksOfModule
 from pyprune.modules.sharding import is_sharded
+from pyprune.modules.zeros import clear, settle, settle_written
 
 # ---- before a forward pass ----
 
@@ -163,7 +164,7 @@ def _on_module_registration(parent: nn.Module, name: str, module: nn.Module | No
 
 
 def _clear_unseen(holds: Iterable[Hold]) -> None:
-    holds = [hold for hold in holds if not hold.is_raw and hold.parameter is not None]
+    holds = [hold for hold in holds if not hold.is_raw]
     settle_written(holds)
     clear(holds)
 

@@ -101,7 +101,7 @@ class RecipePruner:
         return strip(self.model)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what `load_state_dict` takes, without the masks: they are buffers in the model's state_dict."""
+        """Return what `load_state_dict` takes: the states of the pruners, with their masks and what is parked."""
         return {
             "step_count": self.step_count,
             "steps_per_epoch": self.steps_per_epoch,

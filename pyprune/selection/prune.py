@@ -16,8 +16,8 @@ from pyprune.modules.dead_channels import new_followers, norms_after
 from pyprune.modules.forward_pass import attach_and_share
 from pyprune.modules.gates import HardConcreteGate, StochasticGate
 from pyprune.modules.ignored_scope import IgnoredScope
-from pyprune.modules.masks import Mask, attach_masks, changing_masks, masks_in
-from pyprune.modules.targets import Target, attachments_of, by_place, check_prunable, find_targets, output_layers
+from pyprune.modules.masks import Mask, attach_masks, changing_masks, masks_by_target, masks_in
+from pyprune.modules.targets import Target, by_place, check_prunable, find_targets, output_layers
 from pyprune.selection.choose_masks import choose_masks, prunable_targets
 
 _M = TypeVar("_M", bound=nn.Module)
@@ -162,8 +162,7 @@ def update_masks(model: nn.Module, mode: PruneMode | str, ratio: float) -> None:
 
 def masked_targets(model: nn.Module) -> list[Target]:
     """Return the weights that carry masks; raise ValueError if there are none."""
-    found = attachments_of(model).items()
-    targets = [target for target, attachment in found if isinstance(attachment, Mask) and attachment.on_target]
+    targets = [target for target, mask in masks_by_target(model).items() if mask.on_target]
     if not targets:
         raise ValueError(f"{type(model).__name__} carries no masks; call pyprune.prune in a magnitude mode first")
     return targets
@@ -212,23 +211,11 @@ def put_masks(
     amount = check_amount(method, amount)
     check_module(model)
     with changing_masks(masks_in(model)):
-        _choose_and_attach(model, method, amount, ignored_scope, examples_inputs, calibration, zero_dead_channels)
-
-
-def _choose_and_attach(
-    model: nn.Module,
-    method: Method,
-    amount: Amount,
-    ignored_scope: IgnoredScope | None,
-    examples_inputs: Any,
-    calibration: Calibration | None,
-    zero_dead_channels: bool,
-) -> None:
-    statistics = targets_with_statistics(model, method, ignored_scope, examples_inputs, calibration)
-    choice = choose_masks(method, amount, list(statistics), statistics)
-    choice.check()
-    followers = new_followers(model, choice.masks, examples_inputs) if zero_dead_channels else []
-    attach_masks(model, list(choice.masks.values()), followers)
+        statistics = targets_with_statistics(model, method, ignored_scope, examples_inputs, calibration)
+        choice = choose_masks(method, amount, list(statistics), statistics)
+        choice.check()
+        followers = new_followers(model, choice.masks, examples_inputs) if zero_dead_channels else []
+        attach_masks(model, list(choice.masks.values()), followers)
 
 
 def targets_with_statistics(

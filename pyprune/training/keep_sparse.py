@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 from pyprune import ops
 from pyprune.modules.attachments import attach, check_module, detach
 from pyprune.modules.averages import apply_masks, plain_name
-from pyprune.modules.holding import hold_zeros
 from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.modules.masks import FollowingMask, Mask
 from pyprune.modules.optimizer import innermost_of
@@ -20,6 +19,7 @@ from pyprune.modules.steps import mask_gradients, mask_state
 from pyprune.modules.strip import strip
 from pyprune.modules.targets import Target, attachments_of, find_targets
 from pyprune.modules.watching import unwatch, watch
+from pyprune.modules.zeros import hold_zeros
 
 
 class KeepSparse:

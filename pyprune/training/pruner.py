@@ -28,13 +28,13 @@ from pyprune.methods.schedules import Ratio, Schedule, as_schedule, check_ratios
 from pyprune.methods.unit_groups import UnitGroup
 from pyprune.modules.averages import reapply_to_averages
 from pyprune.modules.dead_channels import new_followers
-from pyprune.modules.holding import holds_in, settle_written
 from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.modules.mask_states import check_state, load_states, state_of
 from pyprune.modules.masks import Mask, NewMask, attach_masks, changing_masks, masks_in
 from pyprune.modules.optimizer import innermost
 from pyprune.modules.steps import mask_state
 from pyprune.modules.targets import Target, find_targets
+from pyprune.modules.zeros import holds_in, settle_written
 from pyprune.selection.choose_masks import Choice, choose_masks, prunable_targets, unit_groups_of, units_of
 from pyprune.selection.choose_units import ratios_of
 from pyprune.selection.prune import check_kind, method_of, statistics_of

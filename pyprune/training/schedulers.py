@@ -96,8 +96,8 @@ class _MagnitudeScheduler(_Scheduler):
 class MultiStepMagnitudePruningScheduler(_MagnitudeScheduler):
     """Prune a model by magnitude to the ratio of the last step of ``steps`` that has begun.
 
-    Each `step` computes the masks anew from the raw weights, so weights can come back. The masks themselves are
-    in the state_dict of the model; that of the scheduler holds the epoch.
+    Each `step` computes the masks anew from the raw weights, so weights can come back. `get_config` has the
+    masks and what they dropped; the state_dict of the scheduler holds the epoch.
 
     Args:
         model: the model, pruned with `prune` before. Held by a weak reference.

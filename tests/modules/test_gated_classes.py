@@ -27,21 +27,6 @@ def gated(model, inputs, mode=BERNOULLI):
     return model
 
 
-@pytest.fixture(params=LAYERS)
-def kind(request):
-    return request.param
-
-
-@pytest.fixture
-def dense(kind):
-    return LAYERS[kind][0]()
-
-
-@pytest.fixture
-def inputs(kind):
-    return LAYERS[kind][1]()
-
-
 @pytest.fixture
 def model(dense, inputs):
     return gated(copy.deepcopy(dense), inputs)

@@ -19,25 +19,10 @@ import pyprune
 from pyprune import Method, Pruner, importance, schedules, scope
 from pyprune.modules.holding import HELD
 from pyprune.modules.masks import masks_in
+from pyprune.modules.zeros import raw_values
 from tests.conftest import attached, masks_of, skip_what_dense_cannot
-from tests.modules.layers import LAYERS
 
 LOCAL = Method(importance.magnitude(), scope=scope.tensor())
-
-
-@pytest.fixture(params=LAYERS)
-def kind(request):
-    return request.param
-
-
-@pytest.fixture
-def dense(kind):
-    return LAYERS[kind][0]()
-
-
-@pytest.fixture
-def inputs(kind):
-    return LAYERS[kind][1]()
 
 
 @pytest.fixture
@@ -125,7 +110,7 @@ def test_zeros_stay_under_an_optimizer_that_was_made_before(dense, inputs):
         step(dense, optimizer, inputs)
     pyprune.prune(dense, LOCAL, ratio=0.5, examples_inputs=inputs)
     masks = kept(dense)
-    raw = {target.name: target.attachment.raw_values() for target in masks_of(dense)}
+    raw = {target.name: raw_values(target.attachment) for target in masks_of(dense)}
     for _ in range(3):
         step(dense, optimizer, inputs)
         assert_zeros(dense, masks)

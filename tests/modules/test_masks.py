@@ -9,6 +9,7 @@ import pyprune
 from pyprune.modules.attachments import Owner, dense_parameters
 from pyprune.modules.masks import NewMask, attach_masks
 from pyprune.modules.targets import find_targets
+from pyprune.modules.zeros import raw_values
 from tests.conftest import Case, attached, masks_of, skip_what_dense_cannot
 
 LOCAL, GLOBAL = pyprune.PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL, pyprune.PruneMode.UNSTRUCTURED_MAGNITUDE_GLOBAL
@@ -51,7 +52,7 @@ def test_mask_keeps_dtype_and_layout(dtype):
     assert conv.weight.dtype == dtype
     assert conv.weight.stride() == strides
     assert torch.equal(conv.weight, raw.relu())
-    assert torch.equal(attached(conv).raw_values(), raw)
+    assert torch.equal(raw_values(attached(conv)), raw)
 
 
 def test_masks_zero_the_same_outputs_and_gradients_as_zeros_in_the_weights(case):

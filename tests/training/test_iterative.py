@@ -7,7 +7,7 @@ from torch import nn
 
 import pyprune
 from pyprune import IgnoredScope, Method, granularity, importance, iterative_prune, lottery_ticket, schedules, scope
-from pyprune.modules.holding import holds_in, settle
+from pyprune.modules.zeros import holds_in, settle
 from tests.conftest import masks_of
 from tests.selection.test_prune_methods import grouped_transformer
 

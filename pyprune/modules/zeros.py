@@ -1,0 +1,166 @@
+"""What is done to the zeros of many parameters at once: made, put back, looked after what wrote over them."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from pyprune import ops
+from pyprune.modules.attachments import MASKS, Owner
+from pyprune.modules.holding import HELD, Hold
+from pyprune.modules.sharding import local_part
+
+
+def holds_in(model: nn.Module) -> list[Hold]:
+    """List what is held in a model, each once."""
+    found: dict[Hold, None] = {}
+    for module in model.modules():
+        found |= dict.fromkeys(module.__dict__.get(MASKS, {}).values())
+        # A tied weight may have its mask at a place outside of this model.
+        held = (HELD.get(id(parameter)) for parameter in module._parameters.values() if parameter is not None)
+        found |= dict.fromkeys(hold for hold in held if hold is not None)
+    return list(found)
+
+
+def check_places(model: nn.Module) -> None:
+    """Raise if the parameter under a mask was taken away, as a parametrization does.
+
+    Raises:
+        ValueError: with the name of the weight and what is on it.
+    """
+    for name, module in model.named_modules():
+        for attribute in module.__dict__.get(MASKS, {}):
+            owner = Owner(f"{name}.{attribute}" if name else attribute, module, attribute)
+            if attribute not in module._parameters and owner.foreign_steps:
+                raise ValueError(
+                    f"{owner.name} got another parametrization ({', '.join(owner.foreign_steps)}) over its mask; "
+                    "remove that one first"
+                )
+
+
+def _by_device(holds: Iterable[Hold]) -> Iterator[list[Hold]]:
+    groups: dict[torch.device, list[Hold]] = {}
+    for hold in holds:
+        if hold.parameter is not None and not hold.parameter.is_meta and not hold.parameter.is_inference():
+            groups.setdefault(hold.parameter.device, []).append(hold)
+    yield from groups.values()
+
+
+def hold_zeros(holds: Iterable[Hold]) -> None:
+    """Zero what masks drop, and park what was there, as after any change of masks: a call of a kernel per device."""
+    holds = list(holds)
+    with torch.inference_mode(False), torch.no_grad():
+        for group in _by_device(holds):
+            parking = [one for one in group if one.parks]
+            parked = ops.park([_weight(one) for one in parking], [one.mask for one in parking])
+            for one, values in zip(parking, parked, strict=True):
+                one.parked = values
+            if others := [one for one in group if not one.parks]:
+                ops.fold([local_part(_weight(one)) for one in others], [one.local_mask for one in others])
+        for one in holds:
+            one.is_raw = False
+            one.mask_changed()
+            one.saw()
+
+
+def clear(holds: Iterable[Hold]) -> None:
+    """Zero what masks drop where it is not zero; it is no raw value. Where it is zero, nothing is written."""
+    with torch.inference_mode(False), torch.no_grad():
+        for group in _by_device(holds):
+            weights, masks = [local_part(_weight(one)) for one in group], [one.local_mask for one in group]
+            written = list(itertools.compress(range(len(group)), ops.probe(weights, masks, None)))
+            ops.fold([weights[i] for i in written], [masks[i] for i in written])
+            for i in written:
+                group[i].saw()
+
+
+def release(holds: Iterable[Hold]) -> None:
+    """Put back what is parked; nothing is held until `hold_zeros`."""
+    holds = list(holds)
+    settle_written(holds)
+    with torch.inference_mode(False), torch.no_grad():
+        for group in _by_device(holds):
+            parked = [one for one in group if one.parked is not None]
+            ops.unpark(
+                [_weight(one) for one in parked],
+                [one.mask for one in parked],
+                [one.parked_there() for one in parked],
+            )
+            for one in group:
+                one.is_raw = True
+                one.parked = None
+                one.saw()
+
+
+@contextmanager
+def released(holds: Iterable[Hold]) -> Iterator[None]:
+    """Let parameters have their raw values; after it they have zeros where masks are False by then.
+
+    Example:
+        >>> from pyprune import prune
+        >>> linear = prune(nn.Linear(2, 2), "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.5)
+        >>> with released(holds_in(linear)):
+        ...     int((linear.weight == 0).sum())
+        0
+        >>> int((linear.weight == 0).sum())
+        2
+    """
+    holds = list(holds)
+    release(holds)
+    try:
+        yield
+    finally:
+        hold_zeros(holds)
+
+
+def raw_values(hold: Hold) -> Tensor:
+    """Return the values that a parameter had without zeros: itself if nothing is parked, else a new tensor."""
+    settle_written([hold])
+    weight = _weight(hold).detach()
+    if hold.parked is None or hold.is_raw:
+        return weight
+    weight = weight.clone()
+    ops.unpark([weight], [hold.mask], [hold.parked_there()])
+    return weight
+
+
+def settle_written(holds: Iterable[Hold]) -> None:
+    """Do what the next forward pass would do for what was written to, before masks and raw values are looked at."""
+    settle([hold for hold in holds if not hold.is_raw and hold.is_written()])
+
+
+def settle(holds: Sequence[Hold]) -> None:
+    """Take what was written over zeros for the raw values, and zero it. A zero that was written changes nothing."""
+    if not holds:
+        return
+    for one in holds:
+        _ = one.mask  # follows a weight that was resized, and so does what is parked
+    before = {one: (one.parked, one.changed_at, one.masked_gradient) for one in holds}
+    hold_zeros(holds)
+    for one, (parked, changed_at, masked_gradient) in before.items():
+        one.changed_at, one.masked_gradient = changed_at, masked_gradient
+        if parked is not None and one.parked is not None:
+            written = one.parked
+            one.parked = parked
+            with torch.inference_mode(False), torch.no_grad():
+                there = one.parked_there()
+                one.parked = there if one.is_stepping else torch.where(written != 0, written, there)
+
+
+def _weight(hold: Hold) -> nn.Parameter:
+    assert hold.parameter is not None
+    return hold.parameter
+
+
+@torch.no_grad()
+def fold_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Zero in each tensor what its mask drops: one call per device; of a sharded one in this rank's part."""
+    by_device: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
+    for tensor, mask in pairs:
+        tensors, masks = by_device.setdefault(tensor.device, ([], []))
+        tensors.append(local_part(tensor))
+        masks.append(mask.to(tensor.device))
+    for tensors, masks in by_device.values():
+        ops.fold(tensors, masks)
