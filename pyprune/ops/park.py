@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pyprune.ops._library import WEIGHT_DTYPES, check_masks, check_not_expanded, check_tensors
+from pyprune.ops.count_zeros import count_zeros
 
 
 @torch.no_grad()
@@ -73,11 +74,25 @@ def unpark(weights: Sequence[Tensor], masks: Sequence[Tensor], parked: Sequence[
     if not weights:
         return
     if weights[0].is_cpu:
-        torch.ops.pyprune.unpark(list(weights), list(masks), list(parked))
+        try:
+            torch.ops.pyprune.unpark(list(weights), list(masks), list(parked))
+        except RuntimeError:  # it counts anyway, and writes nothing if something does not fit
+            _check_sizes(masks, parked)
+            raise
     else:
+        _check_sizes(masks, parked)
         for weight, mask, values in zip(weights, masks, parked, strict=True):
             weight[~mask] = values
     torch.autograd.graph.increment_version(list(weights))
+
+
+def _check_sizes(masks: Sequence[Tensor], parked: Sequence[Tensor]) -> None:
+    for index, (values, dropped) in enumerate(zip(parked, count_zeros(masks).tolist(), strict=True)):
+        if values.shape != (dropped,):
+            raise ValueError(
+                f"parked[{index}] has shape {tuple(values.shape)}, and must be as much as its mask drops, {dropped} "
+                "values; give what park returned for these masks"
+            )
 
 
 def _check(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
