@@ -22,13 +22,13 @@ void fold(const std::vector<Tensor> weights, const std::vector<Tensor> masks) {
     as_flat({&w[i], &m[i]});
   }
   const std::vector<Chunk> chunks = chunks_of(w);
-  const auto run = PYPRUNE_KERNEL(clear_run);
+  const auto run = PYPRUNE_KERNEL(fold_run);
   share_tasks(static_cast<int64_t>(chunks.size()), elements_of(w), [&](int64_t task, int64_t) {
     const auto [tensor, start, count] = chunks[task];
     const Strided &weight = w[tensor], &mask = m[tensor];
     Room weight_room, mask_room;
     char* row = weight.in_a_row(start, count, weight_room);
-    run(row, reinterpret_cast<const uint8_t*>(mask.in_a_row(start, count, mask_room)), weight.dtype, count);
+    run(row, reinterpret_cast<const uint8_t*>(mask.in_a_row(start, count, mask_room)), row, weight.dtype, count);
     if (!weight.contiguous()) {
       weight.scatter(start, count, row);
     }
