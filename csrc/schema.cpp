@@ -35,8 +35,8 @@ STABLE_TORCH_LIBRARY(pyprune, m) {
   m.def("park(Tensor(a!)[] weights, Tensor[] masks) -> Tensor[]");
   m.def("unpark(Tensor(a!)[] weights, Tensor[] masks, Tensor[] parked) -> ()");
 
-  // Number of elements that are dropped and not zero, among a few of each weight, others at each turn (all: -1):
-  // int64 [n], on the CPU; -1 where a weight and its mask are not laid out alike.
+  // Per weight whether something that its mask drops was found not to be zero: by a look at a few elements, others at
+  // each turn, or by reading all (turn -1). int64 [n], on the CPU.
   m.def("probe(Tensor[] weights, Tensor[] masks, int turn) -> Tensor");
 
   // A new tensor, laid out as the weight: where(mask, weight, 0).

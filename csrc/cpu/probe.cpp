@@ -1,10 +1,15 @@
-// probe: looks at a few elements of each weight that its mask drops. Cheaper than reading all of it by far (a cache
-// miss or two per look), and enough to see that something wrote to the weight as a whole.
+// probe: whether something that masks drop is not zero. A look at a few elements of each weight is cheaper than
+// reading it by far (a cache miss or two per look), and enough to see that something wrote to the weight as a whole.
+#include "kernels/probe.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <atomic>
 #include <cstring>
 
+#include "capability.h"
+#include "parallel.h"
 #include "tensors.h"
 
 namespace pyprune {
@@ -14,33 +19,48 @@ using torch::stable::Tensor;
 
 constexpr int64_t kLooks = 128;
 
-bool is_zero(const char* element, int64_t size) {
-  uint64_t bits = 0;
-  std::memcpy(&bits, element, size);
-  return bits == 0;
+// Whether a look finds something, others at each turn, so that all are looked at in the end; in small weights all
+// are.
+bool look(const Strided& weight, const Strided& mask, int64_t turn) {
+  const int64_t size = item_size(weight.dtype), step = std::max<int64_t>(1, weight.numel / kLooks);
+  for (int64_t at = step == 1 ? 0 : turn * 7919 % step; at < weight.numel; at += step) {
+    uint64_t bits = 0;
+    std::memcpy(&bits, weight.data + at * size, size);
+    if (mask.data[at] == 0 && bits != 0) {
+      return true;
+    }
+  }
+  return false;
 }
 
-// The number of dropped elements that are not zero, among those looked at; all are, where there are few, or if the
-// turn is negative. -1 where the
-// weight and its mask do not lie in memory alike.
+// For each weight 1 if something was found, else 0. Of a negative turn all is read; else a weight that does not lie
+// in memory like its mask counts as found.
 Tensor probe(const std::vector<Tensor> weights, const std::vector<Tensor> masks, int64_t turn) {
   check_weights(weights);
   check_masks(masks, weights);
-  Tensor result = torch::stable::empty({static_cast<int64_t>(weights.size())}, torch::headeronly::ScalarType::Long);
-  int64_t* const strays = static_cast<int64_t*>(result.mutable_data_ptr());
+  std::vector<Strided> w = strided_of(weights), m = strided_of(masks);
+  std::vector<std::atomic<int64_t>> found(weights.size());
   for (size_t i = 0; i < weights.size(); ++i) {
-    Strided weight = strided_of(weights[i]), mask = strided_of(masks[i]);
-    if (!as_flat({&weight, &mask})) {
-      strays[i] = -1;
-      continue;
-    }
-    strays[i] = 0;
-    const int64_t size = item_size(weight.dtype), step = turn < 0 ? 1 : std::max<int64_t>(1, weight.numel / kLooks);
-    // Others at each turn, so that all are seen in the end.
-    for (int64_t at = step == 1 ? 0 : turn * 7919 % step; at < weight.numel; at += step) {
-      strays[i] += mask.data[at] == 0 && !is_zero(weight.data + at * size, size);
+    const bool alike = as_flat({&w[i], &m[i]});
+    if (turn >= 0) {
+      found[i] = !alike || look(w[i], m[i], turn);
     }
   }
+  if (turn < 0) {
+    const std::vector<Chunk> chunks = chunks_of(w);
+    const auto run = PYPRUNE_KERNEL(has_stray);
+    share_tasks(static_cast<int64_t>(chunks.size()), elements_of(w), [&](int64_t task, int64_t) {
+      const auto [tensor, start, count] = chunks[task];
+      Room weight_room, mask_room;
+      const char* const row = w[tensor].in_a_row(start, count, weight_room);
+      const char* const kept = m[tensor].in_a_row(start, count, mask_room);
+      if (run(row, reinterpret_cast<const uint8_t*>(kept), w[tensor].dtype, count)) {
+        found[tensor] = 1;
+      }
+    });
+  }
+  Tensor result = torch::stable::empty({static_cast<int64_t>(weights.size())}, torch::headeronly::ScalarType::Long);
+  std::copy(found.begin(), found.end(), static_cast<int64_t*>(result.mutable_data_ptr()));
   return result;
 }
 

@@ -13,6 +13,7 @@
 #include "../cpu/kernels/group_masks.h"
 #include "../cpu/kernels/norms.h"
 #include "../cpu/kernels/park.h"
+#include "../cpu/kernels/probe.h"
 #include "../cpu/score.h"
 #include "check.h"
 
@@ -43,6 +44,8 @@ void test_elementwise(Dtype dtype, int64_t count) {
     std::vector<Bits> parking = weights, parked(dropped), back = folded;
     PYPRUNE_KERNEL(park_run)(parking.data(), mask.data(), parked.data(), dtype, count, dropped);
     PYPRUNE_KERNEL(unpark_run)(back.data(), mask.data(), parked.data(), dtype, count, dropped);
+    EXPECT(!PYPRUNE_KERNEL(has_stray)(folded.data(), mask.data(), dtype, count));
+    EXPECT(PYPRUNE_KERNEL(has_stray)(weights.data(), mask.data(), dtype, count) == (weights != folded));
     EXPECT(parking == folded && back == weights);
     for (int64_t i = 0, next = 0; i < count; ++i) {
       EXPECT(mask[i] != 0 || parked[next++] == weights[i]);

@@ -88,3 +88,12 @@ def test_park_refuses_bad_input():
     with pytest.raises(ValueError, match=r"parked\[0\] has shape \(3,\), and must be as much as its mask drops, 2"):
         ops.unpark([weight], [mask], [torch.ones(3)])
     assert weight.sum() == 3
+
+
+def test_park_passes_opcheck():
+    weights = [torch.randn(30, 4), torch.randn(7)]
+    masks = [torch.rand(weight.shape) < 0.5 for weight in weights]
+    parked = [weight[~mask] for weight, mask in zip(weights, masks, strict=True)]
+    # Not traced by autograd's compiler, which takes no list of results beside what is written to.
+    torch.library.opcheck(torch.ops.pyprune.park, (weights, masks), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(torch.ops.pyprune.unpark, (weights, masks, parked))
