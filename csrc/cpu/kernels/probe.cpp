@@ -3,8 +3,8 @@
 namespace pyprune::PYPRUNE_CAPABILITY {
 namespace {
 
-// All ones where the mask drops. As an integer that is and-ed: what g++ 12 makes of a choice between 0 and 64 bits, added
-// up in vectors, is wrong.
+// All ones where the mask drops. As an integer that is and-ed: what g++ 12 makes of a choice between 0 and 64 bits,
+// added up in vectors, is wrong.
 template <class T>
 T dropped(uint8_t mask) {
   return static_cast<T>(static_cast<T>(mask != 0) - 1);
