@@ -13,20 +13,6 @@ from pyprune.modules.sharding import local_part
 from pyprune.modules.targets import Target, all_parameters
 from pyprune.modules.zeros import fold_all, released
 
-# torch.compile puts this into names; a checkpoint of the plain model does not have it.
-_WRAPPED = "_orig_mod."
-
-
-def plain_name(name: str) -> str:
-    """Return the name that a parameter has without `torch.compile`.
-
-    Example:
-        >>> plain_name("_orig_mod.layer.weight")
-        'layer.weight'
-    """
-    return name.replace(_WRAPPED, "")
-
-
 @torch.no_grad()
 def apply_masks(masks: Mapping[str, Tensor], model: nn.Module) -> None:
     """Zero in a model what masks drop, by name; masks that it carries itself become these.
@@ -36,9 +22,7 @@ def apply_masks(masks: Mapping[str, Tensor], model: nn.Module) -> None:
             then.
     """
     check_module(model)
-    there: dict[str, Target] = {
-        plain_name(owner.name): target for target in all_parameters(model) for owner in target.owners
-    }
+    there: dict[str, Target] = {owner.name: target for target in all_parameters(model) for owner in target.owners}
     shapes = {name: tuple(local_part(target.parameter).shape) for name, target in there.items()}
     wrong = [
         f"{name} {tuple(mask.shape)} (there: {shapes.get(name, 'none')})"
@@ -91,7 +75,7 @@ def reapply(model: nn.Module, other: nn.Module) -> None:
 
 def masks_by_name(model: nn.Module) -> dict[str, Tensor]:
     """Return the masks that a model carries by the plain names of its parameters."""
-    return {plain_name(target.name): mask.mask for target, mask in masks_by_target(model).items()}
+    return {target.name: mask.mask for target, mask in masks_by_target(model).items()}
 
 
 # Who keeps an average of a model: module, class, and the attribute with the average.
@@ -138,4 +122,4 @@ def reapply_to_averages(model: nn.Module) -> None:
 
 
 def _names(model: nn.Module) -> list[tuple[str, torch.Size]]:
-    return [(plain_name(owner.name), parameter.shape) for owner, parameter in dense_parameters(model)]
+    return [(owner.name, parameter.shape) for owner, parameter in dense_parameters(model)]

@@ -117,7 +117,7 @@ class Recipe:
         last = max(stage.start if stage.end is None else stage.end for stage in stages)
         epochs = math.ceil(last)
         if "epochs" in fields:
-            epochs = math.ceil(fields["epochs"].number("a number of epochs"))
+            epochs = math.ceil(fields["epochs"].number("a number of epochs", most=1e9))
             if epochs < last:
                 raise fields["epochs"].error(f"there are {epochs}, but a stage needs {last:g}")
         rates = by_epoch(fields["learning_rate"]) if "learning_rate" in fields else {}

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from pyprune import ops
-from pyprune.methods.allocation import Amount, by_name, erk, limits, removed_in_all
+from pyprune.methods.allocation import Amount, erk, limits, removed_in_all
 from pyprune.methods.lamp import lamp_removed
 from pyprune.methods.method import Method
+from pyprune.methods.name_rules import by_name
 from pyprune.methods.scope import group_of
 from pyprune.methods.unit_groups import UnitGroup, reduce_units, spread_units
 from pyprune.selection.limits import capped_threshold

@@ -48,7 +48,7 @@ def test_lines_are_those_of_the_keys():
         ("start: 1\nedn: 2", "file.yaml:2: edn: 'edn' is unknown here; did you mean end? Allowed: start, end"),
         ("end: 1\nend: 2", "file.yaml:2: end: it is in line 1 already; give it once"),
         ("start: 2", "file.yaml:1: it lacks end; give it"),
-        ("[1]: 2", "file.yaml:1: [1]: a list or dict cannot be a name"),
+        ("[1]: 2", "file.yaml:1: [1] is no name"),
         ("- 1", "file.yaml:1: [1] is no dict; give lines of 'name: value'"),
     ],
 )
