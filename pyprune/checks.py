@@ -6,6 +6,7 @@ or ValueError that begins with the name, says what was given and what is allowed
 
 import math
 import numbers
+import os
 from collections.abc import Collection
 
 import numpy as np
@@ -78,7 +79,7 @@ def check_number(
     try:
         number = float(value)
     except OverflowError:
-        number = math.inf if value > 0 else -math.inf
+        number = math.inf if value > 0 else -math.inf  # type: ignore[operator]
     inside = least < number < most if open_ends else least <= number <= most
     if not inside or not math.isfinite(number):
         raise ValueError(f"{name} is {shown(value)}; {advice or 'give ' + what}")
@@ -124,6 +125,21 @@ def check_choice(name: str, value: object, allowed: Collection[str]) -> str:
     if value not in allowed:
         raise ValueError(f"{name} is {shown(value)}; allowed are {written}")
     return str(value)
+
+
+def check_path(name: str, value: object) -> None:
+    """Raise unless a value is a path, or None.
+
+    Raises:
+        TypeError: for anything else.
+        ValueError: for a string that no path can be.
+    """
+    if value is None:
+        return
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name} is {shown(value)}; give the path of a file, or None")
+    if not value or "\0" in os.fspath(value):
+        raise ValueError(f"{name} is {shown(value)}; give the path of a file, or None")
 
 
 def check_names(name: str, value: object) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyprune.calibration.batches import Dataset, batches_of
+from pyprune.checks import check_bool
 from pyprune.modules.attachments import check_module
 from pyprune.modules.evaluation import check_initialized, evaluating, forward
 
@@ -54,8 +55,11 @@ def batch_norm_adaptation(
         2.0
     """
     check_module(model)
+    check_bool("reset", reset)
     check_initialized(model)
-    batches = batches_of(calibration_dataset, num_iterations, "BatchNorm adaptation")
+    batches = batches_of(
+        calibration_dataset, num_iterations, "BatchNorm adaptation", names=("calibration_dataset", "num_iterations")
+    )
     norms = [norm for norm in model.modules() if isinstance(norm, _BatchNorm) and norm.running_mean is not None]
     if not norms:
         raise ValueError(
@@ -72,7 +76,7 @@ def batch_norm_adaptation(
                     norm.reset_running_stats()
                     norm.momentum = None  # a cumulative average
             for batch in batches:
-                forward(model, batch)
+                forward(model, batch, "a batch of calibration_dataset")
     except BaseException:
         for _, _, buffers in saved:
             for buffer, value in buffers:

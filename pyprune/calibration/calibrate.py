@@ -100,7 +100,7 @@ def calibrate(
         raise ValueError(f"importance {rule.name} needs activations, and no loss_fn; leave it out")
     else:
         gathered = ActivationSums(rule, targets)  # type: ignore[assignment]
-        run = forward
+        run = partial(forward, name="a batch of dataset")
     count = 0
     with untouched(model), evaluating(model), gathered.watching():
         for batch in batches:

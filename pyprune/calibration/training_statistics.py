@@ -10,7 +10,9 @@ from torch import Tensor, distributed
 from torch.optim import Optimizer
 
 from pyprune.calibration.sums import ActivationSums, GradientSums
+from pyprune.checks import check_count, shown
 from pyprune.methods.importance import Importance
+from pyprune.modules.mask_states import check_tensors
 from pyprune.modules.targets import Target
 
 
@@ -232,12 +234,20 @@ class TrainingSums:
         """
         if not isinstance(state, Mapping) or set(state) != {"count", "sums", "counts"}:
             raise ValueError("the state is that of a pruner with another importance; make one as it was made")
+        check_count("count of the state", state["count"])
+        check_tensors("sums", state["sums"])
+        if not isinstance(state["counts"], Mapping):
+            raise ValueError(f"the state has the counts {shown(state['counts'])}, which are no dict")
         shapes = {target.name: target.parameter.shape for target in self._targets}
         names, of_activations = set(state["sums"]), self._gradients is None
         counted = set(state["counts"])
         fits = names == counted if of_activations else names == set(shapes) >= counted
         if not (fits and names <= set(shapes)):
-            raise ValueError(f"the state is of the weights {sorted(names)}, these are {sorted(shapes)}")
+            raise ValueError(
+                f"the state is of the weights {shown(sorted(map(str, names)))}, these are {sorted(shapes)}"
+            )
+        if of_activations:
+            check_tensors("counts", state["counts"])
         wrong = [name for name in names if not of_activations and state["sums"][name].shape != shapes[name]]
         if wrong:
             raise ValueError(

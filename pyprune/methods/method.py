@@ -92,8 +92,8 @@ METHODS: Mapping[PruneMode, Method] = {
 }
 
 
-def check_mode(mode: PruneMode | str) -> PruneMode:
-    """Return the member that ``mode`` names, in upper or lower case.
+def check_mode(mode: PruneMode | str, name: str = "mode") -> PruneMode:
+    """Return the member that ``mode`` names, in upper or lower case; ``name`` is that of the argument.
 
     Raises:
         TypeError, ValueError: if it names none.
@@ -104,16 +104,17 @@ def check_mode(mode: PruneMode | str) -> PruneMode:
     """
     if isinstance(mode, Importance):
         raise TypeError(
-            "mode is an importance, which says how much a weight matters, but not what goes as one, or what "
-            "competes; give a Method with it: Method(importance.magnitude())"
+            f"{name} is the importance {mode.name}, which does not say what goes as one, or what competes; give a "
+            "Method with it, such as Method(importance.magnitude())"
         )
     if not isinstance(mode, str):
         raise TypeError(
-            f"mode is a {type(mode).__name__}; give a PruneMode or its name as a string (prune also takes a Method)"
+            f"{name} is a {type(mode).__name__}; give a PruneMode or its name as a string (or a Method to what takes "
+            "one)"
         )
     names = [member.value for member in PruneMode]
     if mode.upper() not in names:
-        raise ValueError(f"mode is {mode!r}; allowed are {', '.join(names)}")
+        raise ValueError(f"{name} is {shown(mode)}; allowed are {', '.join(names)}")
     return PruneMode(mode.upper())
 
 
@@ -129,7 +130,8 @@ def check_amount(method: Method, amount: Amount) -> Amount:
     by_weight = isinstance(amount.ratio, Mapping)
     if scope == "n_of_m" and amount.ratio is not None:
         raise ValueError(
-            f"ratio is {shown(amount.ratio)}, but {method.scope.keep} of {method.scope.of} leaves no choice: leave it out"
+            f"ratio is {shown(amount.ratio)}, but {method.scope.keep} of {method.scope.of} leaves no choice: "
+            "leave it out"
         )
     if by_weight and scope == "model":
         raise ValueError(

@@ -117,9 +117,7 @@ def by_name(
         return [values] * len(names)
     every = [(name,) if isinstance(name, str) else name for name in names]
     meanings = meanings_of(values, every)
-    return [
-        next((values[rule] for name in some for rule in _in_order(name, meanings)), otherwise) for some in every
-    ]
+    return [next((values[rule] for name in some for rule in _in_order(name, meanings)), otherwise) for some in every]
 
 
 def meanings_of(rules: Collection[str], names: Sequence[Sequence[str]]) -> dict[str, Callable[[str], bool]]:

@@ -1,9 +1,10 @@
 """Regular expressions that cannot run for ever: the same answers as `re`, in bounded time.
 
-`re` tries alternatives one after the other, and some small patterns (``(\\w+\\.?)+!``) make it try more of them on the
-name of a weight than a life is long. Patterns come from recipes of others, so: what has few choices `re` matches; any
-other is walked through here, all alternatives at once, and no place of the pattern is visited twice at one character.
-So the time is the product of both lengths. What needs to remember what was matched (backreferences) is refused.
+`re` tries alternatives one after the other, and some small patterns (``(\\w+\\.?)+!``) make it try more of them on
+the name of a weight than a life is long. Patterns come from recipes of others, so: what has few choices `re` matches;
+any other is walked through here, all alternatives at once, and no place of the pattern is visited twice at one
+character. So the time is the product of both lengths. What needs to remember what was matched (backreferences) is
+refused.
 """
 
 import re
@@ -15,8 +16,8 @@ from typing import Any
 try:
     from re import _compiler, _parser  # type: ignore[attr-defined]
 except ImportError:  # Python 3.10
-    import sre_compile as _compiler  # type: ignore[no-redef]
-    import sre_parse as _parser  # type: ignore[no-redef]
+    import sre_compile as _compiler
+    import sre_parse as _parser
 
 # Of so many choices in a row `re` tries at most the cube of the length of a name.
 _FEW = 3

@@ -210,7 +210,9 @@ def multi_step(steps: Mapping[int, float | Mapping[str, float]]) -> Schedule:
         raise TypeError(f"steps is a {type(steps).__name__}; give a dict from step to ratio, as {{0: 0.3, 5: 0.5}}")
     if not steps:
         raise ValueError("steps is empty; give a dict from step to ratio, as {0: 0.3, 5: 0.5}")
-    ratios = {check_step(step, "a key of steps"): check_ratios(ratio, "a ratio of steps") for step, ratio in steps.items()}
+    ratios = {
+        check_step(step, "a key of steps"): check_ratios(ratio, "a ratio of steps") for step, ratio in steps.items()
+    }
     due = tuple(sorted(ratios))
     return Schedule("multi_step", ratios.__getitem__, due[0], due[-1], steps=due)
 
@@ -232,7 +234,9 @@ def alternating(final: float | Mapping[str, float], *, end: int, frequency: int,
     first, last, length = _check_span(start, end, frequency)
     ratio = check_ratios(final)
     if (last - first) / length > _MOST_PHASES:
-        raise ValueError(f"frequency is {length}, which makes more than {_MOST_PHASES:,} phases up to {last}; give more")
+        raise ValueError(
+            f"frequency is {length}, which makes more than {_MOST_PHASES:,} phases up to {last}; give more"
+        )
     dense = nothing_of(ratio)
     ratios: dict[int, Ratio] = {}
     for phase, step in enumerate(range(first, last, length)):
@@ -272,7 +276,9 @@ def as_schedule(schedule: Schedule | Callable[[int], Ratio]) -> Schedule:
     if isinstance(schedule, Schedule):
         return schedule
     if not callable(schedule):
-        raise TypeError(f"schedule is {shown(schedule)}; give one of pyprune.schedules, or a function from step to ratio")
+        raise TypeError(
+            f"schedule is {shown(schedule)}; give one of pyprune.schedules, or a function from step to ratio"
+        )
     return custom(schedule)
 
 

@@ -71,10 +71,10 @@ class Owner:
         return [type(step).__name__ for step in self.module.parametrizations[self.attribute]]  # type: ignore[index]
 
 
-def check_module(model: object) -> None:
+def check_module(model: object, name: str = "model") -> None:
     """Raise TypeError unless a model is a module."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model is of type {type(model).__name__}; give a torch.nn.Module")
+        raise TypeError(f"{name} is of type {type(model).__name__}; give a torch.nn.Module")
 
 
 # What wraps a whole module passes its calls on, and puts a word into the names of what is inside.
@@ -114,7 +114,7 @@ def _walk(module: nn.Module, name: str, plain: bool) -> Iterator[tuple[str, nn.M
 
 
 def dense_parameters(model: nn.Module, *, plain: bool = True) -> Iterator[tuple[Owner, nn.Parameter]]:
-    """Yield every place of every parameter but those of gates, in the order of the model; names as `dense_modules`."""
+    """Yield every place of every parameter but those of gates, in the order of the model; names: `dense_modules`."""
     for prefix, module in dense_modules(model, plain=plain):
         for attribute, parameter in module._parameters.items():
             if parameter is not None:

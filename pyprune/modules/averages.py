@@ -13,6 +13,7 @@ from pyprune.modules.sharding import local_part
 from pyprune.modules.targets import Target, all_parameters
 from pyprune.modules.zeros import fold_all, released
 
+
 @torch.no_grad()
 def apply_masks(masks: Mapping[str, Tensor], model: nn.Module) -> None:
     """Zero in a model what masks drop, by name; masks that it carries itself become these.
@@ -70,6 +71,7 @@ def reapply(model: nn.Module, other: nn.Module) -> None:
     masks = masks_by_name(model)
     if not masks:
         raise ValueError(f"{type(model).__name__} carries no masks; call this before pyprune.strip")
+    check_module(other, "other")
     apply_masks(masks, other)
 
 

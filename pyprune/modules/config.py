@@ -164,9 +164,7 @@ def upgrade_checkpoint(
                 state[name] = state.pop(_old_key(name, "original"))
                 state[gate_name(name) + ".logits"] = state.pop(_old_key(name, "0.logits"))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"state_dict and config do not belong together, or are damaged: {shown(error)}"
-        ) from error
+        raise ValueError(f"state_dict and config do not belong together, or are damaged: {shown(error)}") from error
     return state, {**config, "version": VERSION, "masks": masks}
 
 

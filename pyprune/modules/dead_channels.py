@@ -92,10 +92,11 @@ def new_followers(model: nn.Module, masks: Mapping[Target, NewMask], inputs: Any
             if found is None or found.attachment is not None:
                 continue
             if len({owner.module for owner in found.owners}) > 1:
-                names = ", ".join(owner.name for owner in found.owners)
+                names = " and ".join(owner.name for owner in found.owners)
                 raise ValueError(
-                    f"zero_dead_channels cannot mask {names}: layers with channels of their own share it. Name one "
-                    "in ignored_scope, or leave the option out"
+                    f"zero_dead_channels cannot mask the bias of {target.name}, because it is one parameter under "
+                    f"several names, {names}, and other uses of it may have other dead channels. Name "
+                    f"{target.name} in ignored_scope, or leave the option out"
                 )
             groups = cast(int, layer.groups) if is_transposed(layer) else 0
             new.append(NewFollower(found.owners, masks[target], groups))

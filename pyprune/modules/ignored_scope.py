@@ -71,7 +71,7 @@ def ignored_by(
     types = sorted({name for bases in module_types.values() for name in bases})
     matched: set[str] = set()
     unmatched = []
-    rules = [("name", name, name.__eq__) for name in scope.names]
+    rules: list[tuple[str, str, Callable[[str], bool]]] = [("name", name, name.__eq__) for name in scope.names]
     rules += [("pattern", pattern, matcher(pattern)) for pattern in scope.patterns]
     for kind, rule, matches in rules:
         hits = list(filter(matches, names))

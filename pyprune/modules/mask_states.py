@@ -97,6 +97,26 @@ def _problem_of_parked(parked: object, dropped: int | None) -> str:
     return ""
 
 
+def check_tensors(what: str, tensors: object) -> None:
+    """Raise ValueError unless a part of a state is a dict from names to finite tensors.
+
+    Raises:
+        ValueError: with what it is called.
+    """
+    if not isinstance(tensors, Mapping) or not all(isinstance(name, str) for name in tensors):
+        raise ValueError(f"the state has the {what} {shown(tensors)}; load one that state_dict() returned")
+    wrong = [
+        name
+        for name, tensor in tensors.items()
+        if not (isinstance(tensor, Tensor) and is_plain(tensor) and bool(tensor.isfinite().all()))
+    ]
+    if wrong:
+        raise ValueError(
+            f"the state has {what} of {', '.join(wrong[:5])} that are no tensors of finite numbers: it is damaged, "
+            "or the training had diverged"
+        )
+
+
 def is_plain(value: Tensor) -> bool:
     """Whether a tensor is an ordinary one, whose values can be read."""
     return (

@@ -75,9 +75,7 @@ def dense_tensors(model: nn.Module, *, plain: bool = True) -> dict[str, Tensor]:
         >>> list(dense_tensors(nn.Linear(2, 2)))
         ['weight', 'bias']
     """
-    tensors: dict[str, Tensor] = {
-        owner.name: parameter for owner, parameter in dense_parameters(model, plain=plain)
-    }
+    tensors: dict[str, Tensor] = {owner.name: parameter for owner, parameter in dense_parameters(model, plain=plain)}
     for prefix, module in dense_modules(model, plain=plain):
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:

@@ -115,7 +115,9 @@ def by_epoch(place: Place) -> dict[float, Place]:
         except ValueError:
             epoch = math.nan
         if not 0 <= epoch <= _MOST_EPOCHS:
-            raise value.error(f"{written!r:.80} is not a number of epochs; give a dict by epoch, as {{0: 0.3, 5: 0.5}}")
+            raise value.error(
+                f"{written!r:.80} is not a number of epochs; give a dict by epoch, as {{0: 0.3, 5: 0.5}}"
+            )
         if epoch in found:
             raise value.error(f"epoch {epoch:g} is in line {found[epoch].line + 1} already; give it once")
         found[epoch] = value

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from pyprune.methods.importance import magnitude
 from pyprune.methods.method import Method, PruneMode
-from pyprune.methods.schedules import cubic
+from pyprune.methods.schedules import check_ratios, cubic
 from pyprune.methods.scope import tensor
 from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.training.pruner import Pruner
@@ -50,6 +50,7 @@ def gmp(
         >>> int(pruner.model.weight.count_nonzero())
         10
     """
+    check_ratios(ratio, "ratio")
     return Pruner(
         model,
         Method(magnitude(), scope=tensor()) if method is None else method,

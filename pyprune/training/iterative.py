@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pyprune.calibration.calibrate import Calibration
 from pyprune.calibration.training_statistics import needs_training
+from pyprune.checks import check_bool
 from pyprune.console import as_text, tracked
 from pyprune.methods.allocation import Amount, check_ratio
 from pyprune.methods.importance import magnitude
@@ -27,6 +28,7 @@ from pyprune.selection.choose_masks import prunable_targets
 from pyprune.selection.prune import method_with_ratios, put_masks
 
 _MAGNITUDE = Method(magnitude())
+_MOST_STEPS = 10**6
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,13 @@ def iterative_prune(
     check_callable("finetune_fn", finetune_fn)
     check_callable("eval_fn", eval_fn)
     check_drop("max_drop", max_drop)
+    for flag, value in (
+        ("higher_is_better", higher_is_better),
+        ("reintroduce", reintroduce),
+        ("zero_dead_channels", zero_dead_channels),
+        ("progress", progress),
+    ):
+        check_bool(flag, value)
     amounts = [
         check_amount(chosen, Amount(ratio, dropped_stay=not reintroduce))
         for ratio in _ratios(schedule, num_iterations)
@@ -253,6 +262,7 @@ def lottery_ticket(
     """
     chosen = method_with_ratios(method)
     check_callable("train_fn", train_fn)
+    check_bool("progress", progress)
     final, rounds = check_ratio(ratio), check_step(iterations, "iterations", least=1)
     # The last is exactly what was asked for, not rounded by the formula.
     ratios = [*(1 - (1 - final) ** (i / rounds) for i in range(1, rounds)), final]
@@ -339,6 +349,8 @@ def _ratios(schedule: object, num_iterations: int | None) -> list[Ratio]:
                 f"num_iterations is {rounds}, but the rounds are the steps at which {schedule.name} is due; leave it "
                 "out, or give the ratios themselves"
             )
+        if schedule.end - schedule.start > _MOST_STEPS:
+            raise ValueError(f"schedule has {schedule.end - schedule.start:,} steps; give the ratios of the rounds")
         due = [schedule(step) for step in range(schedule.start, schedule.end + 1) if schedule.is_due(step)]
         before: list[Ratio] = [nothing_of(due[0]), *due]
         ratios = [ratio for ratio, last in zip(due, before, strict=False) if ratio != last]

@@ -343,7 +343,6 @@ def test_load_from_config_refuses_every_damage_and_changes_nothing(put_on, uncha
     for damage in damages(config):
         with pytest.raises((TypeError, ValueError), match="config"):
             load_from_config(fresh, damage)
-            pytest.fail(f"accepted {damage}")
         seen += 1
     before.check()
     assert seen > 60
@@ -351,10 +350,13 @@ def test_load_from_config_refuses_every_damage_and_changes_nothing(put_on, uncha
 
 
 def test_load_from_config_refuses_what_contradicts_itself(unchanged):
-    masks, gates = (get_config(put_on(nn.Linear(6, 4)))[kind] for put_on, kind in (
-        (dead_filters, "masks"),
-        (lambda model: pyprune.prune(model, "UNSTRUCTURED_HARD_CONCRETE"), "gates"),
-    ))
+    masks, gates = (
+        get_config(put_on(nn.Linear(6, 4)))[kind]
+        for put_on, kind in (
+            (dead_filters, "masks"),
+            (lambda model: pyprune.prune(model, "UNSTRUCTURED_HARD_CONCRETE"), "gates"),
+        )
+    )
     weight, bias = masks
     parked = weight["parked"]
     cases = {
