@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pyprune import ops
 from pyprune.analysis.sensitivity_result import SensitivityResult, SensitivityTarget, with_score
 from pyprune.calibration.calibrate import Calibration
-from pyprune.checks import check_bool, check_path, shown
+from pyprune.checks import check_bool, check_items, check_path
 from pyprune.console import tracked
 from pyprune.methods.allocation import Amount, check_ratio
 from pyprune.methods.importance import magnitude
@@ -100,7 +100,7 @@ def sensitivity(
     check_bool("higher_is_better", higher_is_better)
     check_bool("progress", progress)
     wanted = _check_ratios(ratios)
-    check_path("save_to", save_to)
+    check_path("save_to", save_to, optional=True)
     if save_to is not None and not Path(save_to).absolute().parent.is_dir():
         raise ValueError(f"save_to is {save_to}, whose folder does not exist; create it first")
     check_module(model)
@@ -149,9 +149,8 @@ def sensitivity(
 
 
 def _check_ratios(ratios: Iterable[float]) -> list[float]:
-    if isinstance(ratios, (str, bytes, Mapping)) or not isinstance(ratios, Iterable):
-        raise TypeError(f"ratios is {shown(ratios)}; give several fractions of the weights, as (0.3, 0.6, 0.9)")
-    wanted = sorted({check_ratio(ratio, "one of ratios") for ratio in ratios})
+    items = check_items("ratios", ratios, "several fractions of the weights, as (0.3, 0.6, 0.9)")
+    wanted = sorted({check_ratio(ratio, "one of ratios") for ratio in items})
     if not wanted:
         raise ValueError("ratios is empty; give at least one")
     return wanted

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pyprune.analysis.sensitivity_plot import draw
-from pyprune.checks import check_bool, check_count, check_number, shown
+from pyprune.checks import check_bool, check_count, check_number, check_path, shown
 from pyprune.console import as_text
 from pyprune.methods.allocation import check_ratio
 from pyprune.methods.tolerance import worsening
@@ -142,6 +142,7 @@ class SensitivityResult:
         Raises:
             OSError, ValueError: if there is no such file, or it holds something else.
         """
+        check_path("path", path)
         try:
             return cls.from_dict(json.loads(Path(path).read_text()))
         except (ValueError, RecursionError) as error:
@@ -166,6 +167,7 @@ class SensitivityResult:
         Raises:
             OSError, ValueError: if there is no such file, or it holds something else.
         """
+        check_path("path", path)
         with open(path, newline="") as file:
             try:
                 rows = list(csv.reader(file))

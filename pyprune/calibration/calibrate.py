@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pyprune.calibration.batches import Dataset, batches_of
 from pyprune.calibration.sums import ActivationSums, GradientSums
+from pyprune.checks import shown
 from pyprune.methods.importance import Importance, Statistic
 from pyprune.methods.method import Method
 from pyprune.modules.attachments import check_module
@@ -91,8 +92,8 @@ def calibrate(
     if rule.needs in ("gradient", "squared gradient", "momentum"):
         if not callable(loss_fn):
             raise TypeError(
-                f"importance {rule.name} needs gradients, and loss_fn is {loss_fn!r}; give a function of the model "
-                "and a batch that returns the loss"
+                f"importance {rule.name} needs gradients, and loss_fn is {shown(loss_fn)}; give a function of the "
+                "model and a batch that returns the loss"
             )
         gathered = _Gradients(rule, targets)
         run = cast(Callable[[nn.Module, Any], Any], partial(gathered.run, loss_fn))

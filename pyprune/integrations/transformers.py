@@ -66,7 +66,7 @@ class PruningCallback(TrainerCallback):
         self._start = start_of(prune, examples_inputs)
         self._strip = strip
         self._steps_per_epoch = steps_per_epoch
-        check_path("resume_from", resume_from)
+        check_path("resume_from", resume_from, optional=True)
         self._resume_from = resume_from
         self._training: Training | None = None
 

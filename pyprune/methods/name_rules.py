@@ -96,7 +96,10 @@ def _is_below(rule: str) -> Callable[[str], bool]:
 
 
 def by_name(
-    values: float | Mapping[str, float], names: Sequence[str | tuple[str, ...]], otherwise: float
+    values: float | Mapping[str, float],
+    names: Sequence[str | tuple[str, ...]],
+    otherwise: float,
+    what: str = "ratio",
 ) -> list[float]:
     """Return one value for each name: the same for all, or that of the rule that means it.
 
@@ -105,6 +108,7 @@ def by_name(
             patterns the first in the dict counts.
         names: what the rules are about; several of what is tied.
         otherwise: the value of what no rule means.
+        what: the values are, for messages.
 
     Raises:
         ValueError: if a rule matches nothing.
@@ -116,11 +120,13 @@ def by_name(
     if not isinstance(values, Mapping):
         return [values] * len(names)
     every = [(name,) if isinstance(name, str) else name for name in names]
-    meanings = meanings_of(values, every)
+    meanings = meanings_of(what, values, every)
     return [next((values[rule] for name in some for rule in _in_order(name, meanings)), otherwise) for some in every]
 
 
-def meanings_of(rules: Collection[str], names: Sequence[Sequence[str]]) -> dict[str, Callable[[str], bool]]:
+def meanings_of(
+    what: str, rules: Collection[str], names: Sequence[Sequence[str]]
+) -> dict[str, Callable[[str], bool]]:
     """Return what each rule means.
 
     Raises:
@@ -130,9 +136,9 @@ def meanings_of(rules: Collection[str], names: Sequence[Sequence[str]]) -> dict[
     known = all_above(every)
     found: dict[str, Callable[[str], bool]] = {}
     for rule in rules:
-        means = meaning(rule, known)
+        means = meaning(rule, known, what)
         if means is None:
-            raise ValueError(f"{rule!r:.80} matches no weight that is pruned {nearest_to(rule, every)}")
+            raise ValueError(f"{rule!r:.80} matches no weight that is pruned {nearest_to(rule, every)} in {what}")
         found[rule] = means
     return found
 
@@ -141,8 +147,8 @@ def nearest_to(rule: str, known: Collection[str]) -> str:
     """Say in a message which names are near to a rule that means nothing."""
     near = ", ".join(difflib.get_close_matches(rule, known, n=3, cutoff=0.0))
     begun = _NAME.fullmatch(rule) and rule and any(part.startswith(rule) for name in known for part in above(name))
-    advice = f"; for all whose names begin so, give {rule + '.*'!r}" if begun else ""
-    return f"(nearest: {near}); correct it{advice}"
+    advice = f"for all whose names begin so, give {rule + '.*'!r}; " if begun else ""
+    return f"(nearest: {near}); {advice}correct it"
 
 
 def _in_order(name: str, meanings: Mapping[str, Callable[[str], bool]]) -> Iterator[str]:

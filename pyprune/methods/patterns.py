@@ -154,7 +154,7 @@ def _reaches(start: _Place, end: _Place, text: str, at: int, stop: int | None = 
 
 
 def _choices(tree: Any) -> int:
-    """Count the choices of a pattern; many if one lies in another, or it looks elsewhere."""
+    """Count the choices of a pattern; many if something is repeated that is more than a character."""
     return sum(_of_one(str(kind), value) for kind, value in tree)
 
 
@@ -163,6 +163,8 @@ def _of_one(kind: str, value: Any) -> int:
         return 0
     if kind == "SUBPATTERN":
         return _choices(value[3])
+    if kind in ("ASSERT", "ASSERT_NOT"):
+        return _choices(value[1])
     if kind == "BRANCH":
         return 1 + sum(_choices(one) for one in value[1])
     if kind in ("MAX_REPEAT", "MIN_REPEAT"):

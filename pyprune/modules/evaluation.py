@@ -34,8 +34,8 @@ def forward(model: nn.Module, inputs: Any, name: str = "examples_inputs") -> Any
             raise
         given = f"a dict of {', '.join(map(str, keywords))}" if keywords else f"a tuple of {len(args)}"
         raise TypeError(
-            f"{name} is {given}, whose items become the arguments of {problem}. Give what the model takes alone: of a "
-            "loader with labels pyprune.Dataset(loader, transform_func=lambda batch: batch[0])"
+            f"{name} is {given}, whose items become the arguments of {problem}. Give what the model takes alone: of "
+            "a loader with labels pyprune.Dataset(loader, transform_func=lambda batch: batch[0])"
         ) from error
 
 

@@ -77,7 +77,10 @@ class StochasticGate(nn.Module, Attachment):
         self.folded = False
         # Tells gates apart that share a sampler.
         self.stream = 0
-        ops.check_gate_shape(self.shape, self.gate_shape)
+        try:
+            ops.check_gate_shape(self.shape, self.gate_shape)
+        except ValueError as error:
+            raise ValueError(f"shape and gate_shape do not fit: {error}") from error
         self.logits = nn.Parameter(torch.full(self.gate_shape, start, dtype=dtype or torch.float32, device=device))
 
     @property
@@ -234,15 +237,17 @@ def _logit(probability: float) -> float:
 
 
 def _sizes(name: str, shape: Sequence[int]) -> tuple[int, ...]:
-    if isinstance(shape, str) or not isinstance(shape, Sequence):
+    if isinstance(shape, (str, bytes, bytearray)) or not isinstance(shape, Sequence):
         raise TypeError(f"{name} is {shown(shape)}; give the sizes of the dimensions, as (4, 3)")
-    return tuple(check_count(f"a size of {name}", size) for size in shape)
+    sizes = tuple(check_count(f"a size of {name}", size) for size in shape)
+    check_count(f"the product of {name}", math.prod(sizes))
+    return sizes
 
 
 def _check_device(device: object) -> None:
     try:
         torch.empty(0, device=device)  # type: ignore[call-overload]
-    except (RuntimeError, TypeError, AssertionError) as error:  # what torch raises, for what it does not know
+    except (RuntimeError, TypeError, ValueError, OverflowError, AssertionError) as error:  # all are torch's
         raise ValueError(f"device is {shown(device)}; give one of torch's that there is: {error}") from error
 
 

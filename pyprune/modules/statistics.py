@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pyprune import ops
 from pyprune.console import as_text
+from pyprune.modules.evaluation import check_inputs
 from pyprune.modules.gates import StochasticGate
 from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.modules.masks import Mask
@@ -99,6 +100,7 @@ def pruning_statistic(
         >>> pruning_statistic(linear).pruning_ratio
         0.75
     """
+    check_inputs(examples_inputs)
     # What carries something is known without a trace.
     is_pruned = isinstance(model, nn.Module) and bool(attachments_of(model))
     chosen = choose_targets(model, ignored_scope, None if is_pruned else examples_inputs)

@@ -95,7 +95,7 @@ class Place:
         try:
             return float(found)
         except OverflowError as error:
-            raise self.error(f"{shown(found)} is not {what}; give a smaller number") from error
+            raise self.error(f"{shown(found)} is not {what}; give a number that a float can hold") from error
 
     def items(self) -> "list[Place]":
         """Return the places of a list."""
@@ -125,13 +125,13 @@ class Place:
                 merged += what.items() if node.id == "sequence" else [what]
                 continue
             key = Place(self.file, self.name, line, key_node).text()
-            place = Place(self.file, f"{self.name}.{key}".lstrip("."), line, node)
+            place = Place(self.file, f"{self.name}.{key:.80}".lstrip("."), line, node)
             if key in found:
                 raise place.error(f"it is in line {found[key].line + 1} already; give it once")
             found[key] = place
         for one in merged:
             for key, place in one.pairs().items():
-                found.setdefault(key, replace(place, name=f"{self.name}.{key}".lstrip(".")))
+                found.setdefault(key, replace(place, name=f"{self.name}.{key:.80}".lstrip(".")))
         return found
 
     def fields(self, allowed: Collection[str], required: Collection[str] = ()) -> "dict[str, Place]":

@@ -172,8 +172,8 @@ def _among_all(units: _Units) -> Selected:
 
 def _bounds(units: _Units, sizes: Sequence[int], dropped: Sequence[int], removed: int) -> list[tuple[int, int]]:
     """Return how many units of each unit group must go at least, and may at most."""
-    low = by_name(units.amount.min_ratio, units.names, 0.0)
-    high = by_name(units.amount.max_ratio, units.names, 1.0)
+    low = by_name(units.amount.min_ratio, units.names, 0.0, "min_ratio")
+    high = by_name(units.amount.max_ratio, units.names, 1.0, "max_ratio")
     bounds = []
     for (name, *_), size, gone, min_ratio, max_ratio in zip(units.names, sizes, dropped, low, high, strict=True):
         least, most = limits(size, min_ratio, max_ratio)
@@ -200,8 +200,8 @@ def _in_groups(units: _Units) -> Selected:
     for i, names in enumerate(units.names):
         sets.setdefault(group_of(units.method.scope, names) or "", []).append(i)
     # Rules are about all weights; each group gets the numbers of its own.
-    low = by_name(amount.min_ratio, units.names, 0.0)
-    high = by_name(amount.max_ratio, units.names, 1.0)
+    low = by_name(amount.min_ratio, units.names, 0.0, "min_ratio")
+    high = by_name(amount.max_ratio, units.names, 1.0, "max_ratio")
     ratios = by_name(amount.ratio, list(sets), 0.0)
     masks: dict[int, Tensor] = {}
     nonfinite: dict[int, Tensor] = {}

@@ -17,7 +17,7 @@ from pyprune.console import as_text, tracked
 from pyprune.methods.allocation import Amount, check_ratio
 from pyprune.methods.importance import magnitude
 from pyprune.methods.method import Method, PruneMode, check_amount
-from pyprune.methods.schedules import Ratio, Schedule, as_schedule, check_step, nothing_of
+from pyprune.methods.schedules import Ratio, Schedule, as_schedule, check_ratios, check_step, nothing_of
 from pyprune.methods.tolerance import check_drop, worsening
 from pyprune.modules.evaluation import check_callable, score_of
 from pyprune.modules.ignored_scope import IgnoredScope
@@ -337,12 +337,12 @@ def _prune_to(
 def _ratios(schedule: object, num_iterations: int | None) -> list[Ratio]:
     """Return the ratio of each round."""
     rounds = None if num_iterations is None else check_step(num_iterations, "num_iterations", least=1)
-    if isinstance(schedule, Sequence) and not isinstance(schedule, str):
+    if isinstance(schedule, Sequence) and not isinstance(schedule, (str, bytes)):
         if not schedule or rounds not in (None, len(schedule)):
             raise ValueError(
                 f"schedule has {len(schedule)} ratios and num_iterations is {rounds}; give one per round"
             )
-        return list(schedule)
+        return [check_ratios(ratio, "a ratio of schedule") for ratio in schedule]
     if isinstance(schedule, Schedule) and schedule.end is not None:
         if rounds is not None:
             raise ValueError(

@@ -130,7 +130,8 @@ class RBLoss(_GateLoss):
         if any(isinstance(gate, HardConcreteGate) for gate in gates):
             raise ValueError("the model has hard-concrete gates; train those with LagrangianLoss or L0Loss")
         super().__init__(model, gates)
-        self.target_ratio = target_ratio
+        # Checked here: torch would take a module past the property.
+        self.target_ratio = check_ratio(target_ratio, "target_ratio")
         self._p = _check_positive(p, "p")
 
     @property
