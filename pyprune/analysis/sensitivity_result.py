@@ -107,8 +107,8 @@ class SensitivityResult:
             raise ValueError(f"{shown(content)} is not a sensitivity result of version {_VERSION}")
         try:
             targets: dict[str, SensitivityTarget] = {}
-            for entry in content["targets"]:
-                name, scores = entry["name"], entry["scores"]
+            for entry in _list(content["targets"]):
+                name, scores = entry["name"], _list(entry["scores"])
                 if not isinstance(name, str) or name in targets:
                     raise ValueError(f"the target {shown(name)} is no name, or there twice")
                 measured = {check_ratio(ratio): _score(score) for ratio, score in scores}
@@ -209,6 +209,12 @@ class SensitivityResult:
             # Text, because a name with brackets in it is no markup.
             table.add_row(Text(name), f"{target.weights:,}", *scores)
         return as_text(table)
+
+
+def _list(value: object) -> list[Any]:
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{shown(value)} is no list")
+    return list(value)
 
 
 def _score(value: object) -> float:

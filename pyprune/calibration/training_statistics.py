@@ -13,7 +13,7 @@ from pyprune.calibration.sums import ActivationSums, GradientSums
 from pyprune.checks import check_count, shown
 from pyprune.methods.importance import Importance
 from pyprune.modules.mask_states import check_tensors
-from pyprune.modules.targets import Target
+from pyprune.modules.targets import Target, channel_dims
 
 
 class TrainingGradients:
@@ -248,10 +248,13 @@ class TrainingSums:
             )
         if of_activations:
             check_tensors("counts", state["counts"])
-        wrong = [name for name in names if not of_activations and state["sums"][name].shape != shapes[name]]
+            wrong = [target.name for target in self._targets if target.name in names and not _fits(target, state)]
+        else:
+            wrong = [name for name in names if state["sums"][name].shape != shapes[name]]
+            wrong += [name for name, seen in state["counts"].items() if type(seen) is not int or seen != 1]
         if wrong:
             raise ValueError(
-                f"the state has other shapes for {', '.join(sorted(wrong))}; load it into the same model"
+                f"the state has other shapes or counts for {', '.join(sorted(wrong))}; load it into the same model"
             )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -269,6 +272,13 @@ class TrainingSums:
             self._seen = {by_name[name] for name in state["counts"]}
         self._count = int(state["count"])
         self.drop_batch()
+
+
+def _fits(target: Target, state: Mapping[str, Any]) -> bool:
+    """Whether sums of activations can be those of a layer: of its input or its output channels, or so many groups."""
+    sums, count = state["sums"][target.name], state["counts"][target.name]
+    sizes = [target.parameter.shape[dim] for dim in channel_dims(target)] if target.parameter.dim() else [1]
+    return count.dim() == 0 and sums.dim() > 0 and any(size and sums.numel() % size == 0 for size in sizes)
 
 
 def average(tensors: Iterable[Tensor]) -> None:

@@ -66,7 +66,7 @@ def _problem(state: object, shape: tuple[int, ...]) -> str:
     if not isinstance(state, Mapping) or not {"shape", "bits", "parked"} <= set(state):
         return "is no state of a mask"
     saved, bits, unit = state["shape"], state["bits"], state.get("unit")
-    if not isinstance(saved, (list, tuple)) or tuple(saved) != shape:
+    if not isinstance(saved, (list, tuple)) or not all(map(is_size, saved)) or tuple(saved) != shape:
         return f"has a mask of shape {shown(saved)}, and the model one of {list(shape)}"
     if not isinstance(bits, Tensor) or not is_plain(bits) or bits.dtype is not torch.uint8 or bits.dim() != 1:
         return "has bits that are no tensor of bytes"
