@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 # Files whose frames are no user's: ours, and where torch's decorators (inference_mode) call on.
-_OURS = (os.path.dirname(os.path.abspath(__file__)) + os.sep, os.sep + os.path.join("torch", "utils", "_contextlib.py"))
+_OURS = (
+    os.path.dirname(os.path.abspath(__file__)) + os.sep,
+    os.sep + os.path.join("torch", "utils", "_contextlib.py"),
+)
 _NAMED = 5
 
 
