@@ -10,7 +10,7 @@ from typing import Any
 
 from pyprune.analysis.sensitivity_plot import draw
 from pyprune.checks import check_bool, check_count, check_number, check_path, shown
-from pyprune.console import as_text
+from pyprune.console import as_html, as_text
 from pyprune.methods.allocation import check_ratio
 from pyprune.methods.tolerance import worsening
 
@@ -209,6 +209,9 @@ class SensitivityResult:
             # Text, because a name with brackets in it is no markup.
             table.add_row(Text(name), f"{target.weights:,}", *scores)
         return as_text(table)
+
+    def _repr_html_(self) -> str:
+        return as_html(str(self))
 
 
 def _list(value: object) -> list[Any]:

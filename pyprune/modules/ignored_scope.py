@@ -23,9 +23,11 @@ class IgnoredScope:
             the same weights; there what could be a name is one.
         types: class names of modules ("Embedding": all below such modules, subclasses too).
         validate: whether a rule that matches nothing in the model is an error.
+        all_zero: leave out weights that are zero everywhere, too, such as fresh LoRA factors and zero-initialised
+            heads: masked as a whole they would never train. A call without an ignored scope does so.
 
     Raises:
-        TypeError: if a rule is not a string, or a plain string was given for a list of them.
+        TypeError: if a rule is not a string, a plain string was given for a list of them, or a flag is not a bool.
         ValueError: for a pattern that is not a regular expression, or one that can take for ever (backreferences).
 
     Example:
@@ -37,11 +39,13 @@ class IgnoredScope:
     patterns: Sequence[str] = ()
     types: Sequence[str] = ()
     validate: bool = True
+    all_zero: bool = True
 
     def __post_init__(self) -> None:
         for field in ("names", "patterns", "types"):
             object.__setattr__(self, field, check_names(f"IgnoredScope {field}", getattr(self, field)))
-        object.__setattr__(self, "validate", check_bool("IgnoredScope validate", self.validate))
+        for flag in ("validate", "all_zero"):
+            object.__setattr__(self, flag, check_bool(f"IgnoredScope {flag}", getattr(self, flag)))
         for pattern in self.patterns:
             try:
                 matcher(pattern)

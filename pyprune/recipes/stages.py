@@ -270,8 +270,9 @@ def _argument(name: str, place: Place) -> Any:
 def _ignored_scope(fields: Mapping[str, Place]) -> IgnoredScope | None:
     if "ignore" not in fields:
         return None
-    rules = fields["ignore"].fields(("names", "patterns", "types", "validate"))
-    given = {key: place.value() if key == "validate" else place.texts() for key, place in rules.items()}
+    flags = ("validate", "all_zero")
+    rules = fields["ignore"].fields(("names", "patterns", "types", *flags))
+    given = {key: place.value() if key in flags else place.texts() for key, place in rules.items()}
     return fields["ignore"].checked(IgnoredScope, **given)
 
 
