@@ -172,7 +172,7 @@ def check_names(name: str, value: object) -> tuple[str, ...]:
         >>> check_names("names", ["fc"])
         ('fc',)
     """
-    items = check_items(name, value, "a list of strings, as in ['fc']")
+    items = check_items(name, value, f"a list of strings, as in {name.split()[-1]}=['fc']")
     for one in items:
         if not isinstance(one, str):
             raise TypeError(f"{name} has {shown(one)} in it; every one of them must be a string")
