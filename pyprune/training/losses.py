@@ -251,7 +251,7 @@ class LagrangianLoss(_GateLoss):
         learning_rate: float = 0.1,
     ) -> None:
         super().__init__(model, _find_gates(model))
-        what = "0 or more optimizer steps, a number of them"
+        what = "a number of optimizer steps, 0 or more"
         self._warmup_steps: int = check_count("warmup_steps", warmup_steps, what=what)
         self._target_ratio: float = check_ratio(target_ratio, "target_ratio")
         self._start_ratio: float = check_ratio(start_ratio, "start_ratio")
