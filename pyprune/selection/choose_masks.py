@@ -11,7 +11,7 @@ from pyprune.methods.method import Method
 from pyprune.methods.scope import group_of
 from pyprune.methods.unit_groups import Member, UnitGroup, Weight
 from pyprune.modules.masks import Mask, NewMask
-from pyprune.modules.targets import Target, channel_dims
+from pyprune.modules.targets import Target
 from pyprune.selection.attention import find_attention, names_of
 from pyprune.selection.choose_units import choose_units, ratios_of
 
@@ -113,13 +113,11 @@ def unit_groups_of(
     """Cut weights into the units of a method: a group for each weight, or for the heads of a layer."""
 
     def weight_of(target: Target) -> Weight:
-        out_dim, in_dim = channel_dims(target)
         carried = target.attachment if amount.has_bases else None
         return Weight(
             target.name,
             target.parameter,
-            out_dim,
-            in_dim,
+            target.layout,
             carried.mask if isinstance(carried, Mask) else None,
             statistics.get(target),
             tuple(owner.name for owner in target.owners),

@@ -1,0 +1,176 @@
+"""Which parameter a tensor is a part of: views by their strides, copies and what is computed of weights by shapes.
+
+A view shares the storage of what it looks at, and its strides say along which dimensions of that it moves. So no
+operation that makes views need be known. Copies (casts, ``contiguous``, entries picked by an index) and what is computed
+from weights alone (standardised, scaled) lie elsewhere, and are remembered as long as they live.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+_COPIES = {"clone", "_to_copy", "contiguous", "copy", "_reshape_copy", "view_copy", "detach_copy"}
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What a tensor is a part of.
+
+    Args:
+        parameter: of this.
+        dims: for each dimension of the tensor, along which dimensions of the parameter it moves.
+        ranges: for each dimension of the parameter, which of its entries the tensor has.
+        entries: which of the first dimension, where they were picked by an index.
+    """
+
+    parameter: nn.Parameter
+    dims: tuple[frozenset[int], ...]
+    ranges: tuple[range, ...]
+    entries: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Whole:
+    """A tensor as it was made, that views look at, and the part of a parameter that it is."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    part: Part
+
+
+class Origins:
+    """What is known of tensors: of the parameters and buffers of a model, and what is made of these alone.
+
+    Example:
+        >>> linear = nn.Linear(3, 5)
+        >>> (part,) = Origins(linear).parts(linear.weight.detach()[1:].t())
+        >>> part.parameter is linear.weight, [set(dims) for dims in part.dims], part.ranges
+        (True, [{1}, {0}], (range(1, 5), range(0, 3)))
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._known: dict[int, tuple[StorageWeakRef, list[_Whole]]] = {}
+        for tensor in model.buffers():
+            self._remember(tensor, [])
+        for parameter in model.parameters():
+            dims = tuple(frozenset([dim]) for dim in range(parameter.dim()))
+            self._remember(parameter, [Part(parameter, dims, tuple(map(range, parameter.shape)))])
+
+    def parts(self, tensor: Tensor) -> list[Part]:
+        """Return what parameters a tensor is a part of; several if it was computed from several."""
+        return [
+            part
+            for whole in self._wholes(tensor) or ()
+            if (part := _part_of_view(tensor, whole)) is not None
+        ]  # fmt: skip
+
+    def is_known(self, tensor: Tensor) -> bool:
+        """Whether a tensor comes from parameters, buffers and single numbers alone."""
+        return tensor.dim() == 0 or self._wholes(tensor) is not None
+
+    def follow(self, func: Any, arguments: Iterable[Any], result: Any) -> None:
+        """Take in what an operation made."""
+        if not isinstance(result, Tensor) or not _has_storage(result) or self._wholes(result) is not None:
+            return
+        arguments = list(arguments)
+        tensors = [tensor for tensor in tensors_in(arguments) if _has_storage(tensor)]
+        name = func.overloadpacket.__name__
+        if name in ("index", "index_select"):
+            self._follow_index(arguments, result)
+        elif func.namespace == "pyprune":  # a gate; what it has besides the weight is no part of it
+            self._remember(result, [part for part in self.parts(tensors[0]) if result.shape == tensors[0].shape])
+        elif tensors and any(t.dim() for t in tensors) and all(map(self.is_known, tensors)):
+            same = name in _COPIES or torch.Tag.pointwise in func.tags
+            self._remember(result, [p for t in tensors if same and t.shape == result.shape for p in self.parts(t)])
+
+    def _follow_index(self, arguments: list[Any], result: Tensor) -> None:
+        """Take in entries of a weight of three or more dimensions. Of two, it is a table, whose rows are inputs."""
+        source, index = arguments[0], arguments[-1]
+        picked = [index] if isinstance(index, Tensor) else list(index)
+        first = picked[0] if picked else None
+        is_first = arguments[1] == 0 if isinstance(index, Tensor) else all(one is None for one in picked[1:])
+        if source.dim() < 3 or not is_first or not isinstance(first, Tensor) or first.dim() != 1:
+            return
+        first = first.nonzero()[:, 0] if first.dtype == torch.bool else first % source.shape[0]
+        parts = []
+        for part in self.parts(source):
+            if part.dims[0] == {0}:
+                there = torch.tensor(part.ranges[0], device=first.device) if part.entries is None else part.entries
+                parts.append(replace(part, entries=there[first]))
+        if parts:
+            self._remember(result, parts)
+
+    def _remember(self, tensor: Tensor, parts: list[Part]) -> None:
+        if not _has_storage(tensor):
+            return
+        storage = tensor.untyped_storage()
+        wholes = [_Whole(tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), part) for part in parts]
+        known = self._known.get(storage._cdata)
+        if known is not None and not known[0].expired():
+            known[1].extend(wholes)  # parameters may lie in one storage
+        else:
+            self._known[storage._cdata] = (StorageWeakRef(storage), wholes)
+
+    def _wholes(self, tensor: Tensor) -> list[_Whole] | None:
+        known = self._known.get(tensor.untyped_storage()._cdata) if _has_storage(tensor) else None
+        return None if known is None or known[0].expired() else known[1]
+
+
+def tensors_in(arguments: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors among arguments, and in their lists."""
+    for argument in arguments:
+        if isinstance(argument, (list, tuple)):
+            yield from tensors_in(argument)
+        elif isinstance(argument, Tensor):
+            yield argument
+
+
+def _has_storage(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not is_traceable_wrapper_subclass(tensor)
+
+
+def _part_of_view(view: Tensor, whole: _Whole) -> Part | None:
+    """Say what part of a parameter a view has, of a tensor that is one."""
+    offset = view.storage_offset() - whole.offset
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(whole.shape, whole.strides, strict=True))
+    if not 0 <= offset < max(1, extent):
+        return None
+    starts = {}
+    for dim in sorted(range(len(whole.shape)), key=lambda dim: -whole.strides[dim]):
+        if whole.strides[dim] > 0 and whole.shape[dim] > 1:
+            starts[dim], offset = divmod(offset, whole.strides[dim])
+    ranges, entries = list(whole.part.ranges), whole.part.entries
+    moves: list[frozenset[int]] = []
+    along: set[int] = set()
+    for size, stride in zip(view.shape, view.stride(), strict=True):
+        over = [
+            dim
+            for dim in starts
+            if stride and whole.strides[dim] <= (size - 1) * stride and stride < whole.strides[dim] * whole.shape[dim]
+        ]
+        moves.append(frozenset().union(*(whole.part.dims[dim] for dim in over)))
+        along.update(over)
+        if len(over) == 1:
+            step = stride // whole.strides[over[0]]
+            _narrow(whole, over[0], slice(starts[over[0]], starts[over[0]] + (size - 1) * step + 1, step), ranges)
+            if entries is not None and whole.part.dims[over[0]] == {0}:
+                entries = entries[starts[over[0]] :: step][:size]
+    for dim in set(starts) - along:
+        _narrow(whole, dim, slice(starts[dim], starts[dim] + 1), ranges)
+        if entries is not None and whole.part.dims[dim] == {0}:
+            entries = entries[starts[dim] : starts[dim] + 1]
+    return Part(whole.part.parameter, tuple(moves), tuple(ranges), entries)
+
+
+def _narrow(whole: _Whole, dim: int, part: slice, ranges: list[range]) -> None:
+    dims = whole.part.dims[dim]
+    if len(dims) == 1:
+        (of,) = dims
+        if len(ranges[of]) == whole.shape[dim]:
+            ranges[of] = ranges[of][part]
