@@ -1,13 +1,20 @@
-"""What people get to see: tables as text, and progress."""
+"""What people get to see: tables as text, progress, and warnings."""
 
 import io
-from collections.abc import Iterable, Iterator
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 Item = TypeVar("Item")
+
+# Files whose frames are no user's: ours, and where torch's decorators (inference_mode) call on.
+_OURS = (os.path.dirname(os.path.abspath(__file__)) + os.sep, os.sep + os.path.join("torch", "utils", "_contextlib.py"))
+_NAMED = 5
 
 
 def as_text(table: "Table") -> str:
@@ -40,3 +47,24 @@ def tracked(items: Iterable[Item], total: int | None, description: str, *, shown
     console = Console(stderr=True)
     with Progress(console=console, disable=not (shown and console.is_terminal)) as progress:
         yield from progress.track(items, total, description=description)
+
+
+def warn(message: str) -> None:
+    """Warn in the name of the line that called pyprune, however deep in it the warning arises."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and (
+        frame.f_code.co_filename.startswith(_OURS[0]) or frame.f_code.co_filename.endswith(_OURS[1])
+    ):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first five names, and how many more there are.
+
+    Example:
+        >>> listed(["a", "b"]), listed([f"layer{i}" for i in range(9)])
+        ('a, b', 'layer0, layer1, layer2, layer3, layer4 and 4 more')
+    """
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
