@@ -7,6 +7,7 @@ experts, and whatever has a ``weight`` that fits numbers of inputs and outputs o
 from collections.abc import Mapping
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from pyprune.methods.layout import Layout
@@ -74,7 +75,7 @@ def bias_of(attribute: str) -> str:
 def _of_other_libraries(module: nn.Module) -> dict[str, Layout]:
     if not module._parameters:
         return {}
-    parameters = {name: p for name, p in module._parameters.items() if p is not None and p.dim() >= 2}
+    parameters = {name: p for name, p in module._parameters.items() if p is not None and not is_lazy(p) and p.dim() >= 2}
     weight = parameters.get("weight")
     if weight is None:
         return _of_experts(module, {name: parameters[name] for name in _EXPERTS if name in parameters})

@@ -6,7 +6,7 @@ dimensions count inputs.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,15 +55,15 @@ def watching_uses(model: nn.Module, on_use: Callable[[Use], None]) -> Iterator[N
         (1, (1, 5, 3))
     """
     products = _Products(Origins(model), on_use)
-    # Otherwise oneDNN and cuDNN run recurrent layers as one.
-    whole = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    with (
-        torch.compiler.set_stance("force_eager"),
-        torch.backends.mkldnn.flags(enabled=not whole and torch.backends.mkldnn.is_available()),
-        torch.backends.cudnn.flags(enabled=not whole and torch.backends.cudnn.enabled),
-        _Inputs(products),
-        products,
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            # Otherwise oneDNN and cuDNN run recurrent layers as one.
+            set_flags = torch.backends.mkldnn.set_flags
+            stack.callback(set_flags, set_flags(False, _fp32_precision=None)[0], _fp32_precision=None)
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        stack.enter_context(_Inputs(products))
+        stack.enter_context(products)
         yield
         products.settle()
 
@@ -286,6 +286,10 @@ def _layout(operand: _Operand, part: Part) -> Layout:
     others = {dim for dim in range(len(shape)) if dim not in used and shape[dim] > 1} | batch
     free = [dim for dim in range(len(shape)) if shape[dim] == 1]
     out_dim, in_dim = (min(dims) if dims else None for dims in (outputs, inputs))
+    is_kernel = operand.batch is None and operand.weight.dim() == len(shape) > 2
+    if is_kernel and all(dims <= {dim} for dim, dims in enumerate(part.dims)):
+        # As the convolution has it; dimensions of size 1 say nothing by themselves.
+        out_dim, in_dim = operand.outputs, operand.inputs
     if out_dim is None and free:
         out_dim = free.pop(0)
     if in_dim is None and free and not operand.problem:

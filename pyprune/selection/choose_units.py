@@ -1,6 +1,5 @@
 """Which units stay: counts from ratios, scope by scope, and masks of units from the kernels."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,7 +9,7 @@ from torch import Tensor
 from pyprune import ops
 from pyprune.methods.allocation import Amount, by_name, erk, limits, removed_in_all
 from pyprune.methods.lamp import lamp_removed
-from pyprune.methods.layout import channels_shape, groups_first
+from pyprune.methods.layout import Layout, groups_first
 from pyprune.methods.method import Method
 from pyprune.methods.scope import group_of
 from pyprune.methods.unit_groups import UnitGroup, reduce_units, spread_units
@@ -259,23 +258,32 @@ def _n_of_m(units: _Units) -> Selected:
 
 
 def _count_of_rows(unit_group: UnitGroup) -> int:
-    shape = unit_group.unit_shape
-    return math.prod(channels_shape(shape, unit_group.weight.layout, "out")) if len(shape) > 1 else 1
+    shape, weight = unit_group.unit_shape, unit_group.weight
+    if len(shape) < 2:
+        return 1
+    return shape[weight.out_dim] * (1 if weight.out_dim == 0 else weight.layout.groups)
 
 
-def _groups_first(tensor: Tensor, unit_group: UnitGroup) -> Tensor:
+def _groups_first(tensor: Tensor, unit_group: UnitGroup, *, matter: bool) -> Tensor:
     weight = unit_group.weight
-    if tensor.shape[0] % weight.layout.groups:
+    if matter and tensor.shape[0] % weight.layout.groups:
         raise ValueError(
             f"{weight.name} of shape {tuple(weight.values.shape)} has {weight.layout.groups} groups, and blocks that "
             "lie across them are in no row; name it in ignored_scope, or choose smaller blocks"
         )
-    return groups_first(tensor, weight.layout)
+    return groups_first(tensor, weight.layout if matter else Layout())
 
 
 def _outputs_first(tensor: Tensor, unit_group: UnitGroup) -> Tensor:
-    """Return a view with two dimensions in front, that count groups, and outputs of one."""
-    return _groups_first(tensor, unit_group).movedim(unit_group.weight.out_dim + 1, 1)
+    """Return a view with two dimensions in front, that count groups, where they matter, and outputs."""
+    dim = unit_group.weight.out_dim
+    return _groups_first(tensor, unit_group, matter=dim != 0).movedim(dim + 1, 1)
+
+
+def _inputs_last(tensor: Tensor, unit_group: UnitGroup) -> Tensor:
+    """Return a view with the inputs of a group as its last dimension."""
+    dim = unit_group.weight.in_dim
+    return _groups_first(tensor, unit_group, matter=dim == 0).movedim(dim + 1, -1)
 
 
 def _in_rows(units: _Units, sizes: list[int], kept: list[int], *, neighbours_are_inputs: bool) -> Selected:
@@ -284,11 +292,7 @@ def _in_rows(units: _Units, sizes: list[int], kept: list[int], *, neighbours_are
     def in_rows(tensor: Tensor, unit_group: UnitGroup) -> Tensor:
         if tensor.dim() < 2:
             return tensor.reshape(-1)
-        return (
-            _groups_first(tensor, unit_group).movedim(unit_group.weight.in_dim + 1, -1)
-            if neighbours_are_inputs
-            else _outputs_first(tensor, unit_group)
-        )
+        return _inputs_last(tensor, unit_group) if neighbours_are_inputs else _outputs_first(tensor, unit_group)
 
     def per_column(factor: Tensor, unit_group: UnitGroup) -> Tensor:
         shape = list(unit_group.weight.values.shape)

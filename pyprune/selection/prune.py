@@ -255,7 +255,8 @@ def statistics_of(
             "with the same options; calibrate with this importance"
         )
     found = _by_name(calibration.tensors, targets)
-    missing = [target.name for target in targets if target not in found]
+    # Tables were left out with a warning.
+    missing = [target.name for target in targets if target not in found and not target.layout.is_table]
     if missing:
         raise ValueError(f"calibration lacks {', '.join(missing)}; calibrate with the same ignored_scope")
     return {target: statistic.to(target.parameter.device) for target, statistic in found.items()}

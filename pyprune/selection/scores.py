@@ -145,9 +145,9 @@ def _score_of_elements(method: Method, unit_group: UnitGroup, index: int) -> Ten
 
 def _is_per_column(unit_group: UnitGroup) -> bool:
     weight = unit_group.weight
-    columns = weight.values.shape[weight.in_dim] if weight.values.dim() else 1
-    # Each group has columns of its own.
-    return weight.statistic is not None and weight.layout.groups == 1 and weight.statistic.numel() == columns
+    if weight.statistic is None or weight.layout.groups > 1:  # each group has columns of its own
+        return False
+    return weight.statistic.numel() == (weight.values.shape[weight.in_dim] if weight.values.dim() else 1)
 
 
 def _one_by_mean(weights: Sequence[Tensor]) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pyprune.calibration.sums import without_tables
 from pyprune.calibration.training_statistics import TrainingGradients, TrainingSums, needs_gradients, needs_training
 from pyprune.methods.allocation import Allocation, Amount
 from pyprune.methods.method import Method, PruneMode, check_amount
@@ -131,7 +132,8 @@ class Pruner:
         self._unchecked: Choice | None = None
         self._same_unit_groups: list[UnitGroup] | None = None
         self._is_late = False  # masks were due, but there was nothing yet to choose them by
-        self._targets = prunable_targets(found, find_targets(model, ignored_scope, examples_inputs))
+        targets = prunable_targets(found, find_targets(model, ignored_scope, examples_inputs))
+        self._targets = without_tables(found.importance, targets)
         check_kind(self._targets, Mask)
         self._check_optimizer()
         for mask in self._carried().values():
