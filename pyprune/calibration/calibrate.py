@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,11 +52,11 @@ def calibrate(
     """Run batches through the model, and keep of each weight only the statistic that an importance is computed from.
 
     For gradients ``loss_fn`` runs the model; the gradient is that of the weight in use, so it is not zero where a
-    mask drops a weight. Activations need no loss; they are seen where a weight is multiplied with them, whoever calls
-    that (attention, ``F.linear(x, layer.weight)``, experts). Embeddings that are only looked up have no inputs: they
-    are left out, by `prune` too, and a warning names them. What is measured is the model as it is, with the masks that it
-    carries: calibrate before pruning if masks are to be chosen from raw weights. All modules run in evaluation mode.
-    Training flags, ``requires_grad``, ``grad``, buffers and torch's random numbers are as before in the end.
+    mask drops a weight. Activations need no loss; they are seen where a weight is multiplied with them, whoever
+    does that (attention, ``F.linear(x, layer.weight)``, experts). Embeddings that are only looked up have no inputs:
+    they are left out, by `prune` too, and a warning names them. What is measured is the model as it is, with the
+    masks that it carries: calibrate before pruning if masks are to be chosen from raw weights. All modules run in
+    evaluation mode. Training flags, ``requires_grad``, ``grad``, buffers and torch's random numbers are as before in the end.
 
     Args:
         model: the model, on the device of the data.
@@ -97,8 +97,9 @@ def calibrate(
                 f"importance {rule.name} needs gradients, and loss_fn is {loss_fn!r}; give a function of the model "
                 "and a batch that returns the loss"
             )
-        gathered: _Gradients | UseSums = _Gradients(rule, targets)
-        run: Callable[[nn.Module, Any], Any] = partial(gathered.run, loss_fn)
+        gradients = _Gradients(rule, targets)
+        gathered: _Gradients | UseSums = gradients
+        run: Callable[[nn.Module, Any], Any] = partial(gradients.run, loss_fn)
     elif loss_fn is not None:
         raise ValueError(f"importance {rule.name} needs activations, and no loss_fn; leave it out")
     else:

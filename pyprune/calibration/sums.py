@@ -145,14 +145,10 @@ def without_tables(rule: Importance, targets: Sequence[Target]) -> list[Target]:
 
 
 def warn_of_tables(rule: Importance, tables: Sequence[Target]) -> None:
-    """Say that embeddings are left out.
-
-    Raises:
-        ValueError: if there is nothing else.
-    """
+    """Say that embeddings are left out."""
     warn(
-        f"importance {rule.name} leaves out {listed([target.name for target in tables])}: rows are looked up there, and "
-        "nothing is multiplied with them. It stays as it is; to be asked no more, name it in ignored_scope"
+        f"importance {rule.name} leaves out {listed([target.name for target in tables])}: rows are looked up there, "
+        "and nothing is multiplied with them. To say so yourself, name it in ignored_scope"
     )
 
 
@@ -166,7 +162,8 @@ def norms_of_inputs(target: Target, squares: Tensor) -> Tensor:
     layout, shape = target.layout, target.parameter.shape
     if len(shape) < 2:
         return squares.sqrt().reshape(-1).to(_wide(target))
-    assert layout.outputs is not None and layout.inputs is not None
+    assert layout.outputs is not None
+    assert layout.inputs is not None
     groups, outputs, inputs = squares.shape
     sizes = [groups] + [1] * len(shape)
     sizes[layout.outputs + 1], sizes[layout.inputs + 1] = outputs, inputs

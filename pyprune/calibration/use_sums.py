@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.calibration.sums import mean_of_outputs, norms_of_inputs
+from pyprune.console import listed, warn
 from pyprune.methods.importance import Importance
 from pyprune.methods.layout import channels_shape
 from pyprune.modules.targets import Target
@@ -51,7 +52,8 @@ class UseSums:
         seen = self.squares if of_inputs else self.figures
         missed = [t.name for t in self.targets.values() if t not in seen and not t.layout.is_table]
         if missed:
-            raise ValueError(f"no batch went through {', '.join(missed)}; name it in ignored_scope, here and in prune")
+            raise ValueError(f"no batch went through {listed(missed)}; name it in ignored_scope, here and in prune")
+        self._warn_of_experts()
         if of_inputs:
             return {target: norms_of_inputs(target, self._by_outputs(target)) for target in self.squares}
         return {target: mean_of_outputs(target, *figures) for target, figures in self.figures.items()}
@@ -74,28 +76,29 @@ class UseSums:
         if not found.is_clear or not known.is_clear:
             return found.problem or known.problem
         if (known.outputs, known.inputs, known.groups) != (found.outputs, found.inputs, found.groups):
-            return "its layer has inputs in another dimension than this use; give examples_inputs, to see how it is used"
+            return "it is used with inputs in another dimension than its layer has them; give examples_inputs"
         if use.given is None or use.made is None:
             return "several of its dimensions are used as one"
         if self.rule.needs != "input norm":
             if any(isinstance(owner.module, (nn.RNNBase, nn.RNNCellBase)) for owner in target.owners):
                 return "its layer adds the outputs of two weights"
-            if {known.outputs, known.inputs} != {0, 1}:
+            if _is_of_experts(target):
                 return "its outputs are those of experts"
         is_part = len(use.part.ranges[0]) < target.parameter.shape[0]
-        if known.groups > 1 and 0 in (known.outputs, known.inputs) and is_part:
+        if known.groups > 1 and not _is_of_experts(target) and is_part:
             return "only some groups of it are used"
         return ""
 
     def _take_inputs(self, target: Target, use: Use) -> None:
         assert use.given is not None
         layout, ranges = target.layout, use.part.ranges
-        assert layout.outputs is not None and layout.inputs is not None
+        assert layout.outputs is not None
+        assert layout.inputs is not None
         given = use.given.detach()
         wide = torch.float64 if given.dtype == torch.float64 else torch.float32
         squares = torch.linalg.vector_norm(given, dim=list(range(1, given.dim() - 1)), dtype=wide).double().square()
         groups, inputs = channels_shape(tuple(target.parameter.shape), layout, "in")
-        stacked = groups > 1 and 0 in (layout.outputs, layout.inputs)  # groups of a convolution
+        stacked = groups > 1 and not _is_of_experts(target)
         if groups == 1:
             squares = squares.sum(0, keepdim=True)
         elif not stacked:
@@ -109,6 +112,19 @@ class UseSums:
         sums = self.squares.setdefault(target, {})
         outputs = ranges[layout.outputs]
         sums[outputs] = sums[outputs] + squares if outputs in sums else squares
+
+    def _warn_of_experts(self) -> None:
+        idle = {
+            target.name: sum(~torch.stack(list(sums.values())).any(2).any(0))
+            for target, sums in self.squares.items()
+            if target.layout.groups > 1 and _is_of_experts(target)
+        }
+        names = [f"{count} of {name}" for name, count in idle.items() if count]
+        if names:
+            warn(
+                f"no input reached some experts ({listed(names)}), so their weights all score zero and go by their "
+                "place; give more batches"
+            )
 
     def _by_outputs(self, target: Target) -> Tensor:
         """Return the sums of a weight: (groups, outputs of one, or 1 if all have the same inputs, inputs of one)."""
@@ -138,8 +154,11 @@ class UseSums:
         channels = torch.Size(channels_shape(tuple(target.parameter.shape), layout, "out")).numel()
         if len(figures) < channels:
             those = torch.tensor(list(use.part.ranges[layout.outputs]), device=made.device)
-            figures, counts = (
-                figures.new_zeros(channels).index_copy_(0, those, part) for part in (figures, counts)
-            )
+            figures, counts = (figures.new_zeros(channels).index_copy_(0, those, part) for part in (figures, counts))
         before = self.figures.get(target)
         self.figures[target] = (figures, counts) if before is None else (before[0] + figures, before[1] + counts)
+
+
+def _is_of_experts(target: Target) -> bool:
+    """Whether the first dimension of a weight counts experts, and no outputs or inputs."""
+    return 0 not in (target.layout.outputs, target.layout.inputs)

@@ -35,6 +35,9 @@ class Layout:
         return self.outputs is not None and self.inputs is not None
 
 
+LINEAR = Layout()
+
+
 def groups_first(tensor: Tensor, layout: Layout) -> Tensor:
     """Return a view with one more dimension in front, which counts groups.
 
@@ -43,7 +46,7 @@ def groups_first(tensor: Tensor, layout: Layout) -> Tensor:
         >>> tuple(groups_first(torch.empty(8, 3, 5), Layout(1, 0, groups=4)).shape)
         (4, 2, 3, 5)
     """
-    return tensor.unflatten(0, (layout.groups, tensor.shape[0] // layout.groups))
+    return tensor.view(layout.groups, tensor.shape[0] // layout.groups, *tensor.shape[1:])
 
 
 def channels_shape(shape: tuple[int, ...], layout: Layout, side: Side) -> tuple[int, int]:

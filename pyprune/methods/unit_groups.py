@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyprune import ops
-from pyprune.methods.layout import Layout
+from pyprune.methods.layout import LINEAR, Layout
 
 Reduction = Literal["sum", "mean", "max"]
 
@@ -30,7 +30,7 @@ class Weight:
 
     name: str
     values: Tensor
-    layout: Layout = Layout()
+    layout: Layout = LINEAR
     base: Tensor | None = None
     statistic: Tensor | None = None
     names: tuple[str, ...] = ()

@@ -6,8 +6,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pyprune.modules.layers import is_transposed
-
 
 def recurrent_input(module: nn.Module, attribute: str) -> str | None:
     """Say what a weight of a recurrent layer multiplies, if it can be seen: inputs of the first layer, or states."""

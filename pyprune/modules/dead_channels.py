@@ -78,8 +78,8 @@ def new_followers(model: nn.Module, masks: Mapping[Target, NewMask], inputs: Any
     norms: dict[nn.Module, _BatchNorm] = {}
     if any(isinstance(module, _BatchNorm) for module in model.modules()):
         norms = norms_after(model, layers, inputs, "zero_dead_channels")
-    for layer, norm in norms.items():
-        if not norm.affine:
+    for layer, one in norms.items():
+        if not one.affine:
             raise ValueError(
                 f"zero_dead_channels cannot zero what the BatchNorm after {layers[layer].name} puts out: it has no "
                 "scale and shift. Name the layer in ignored_scope, or leave the option out"
@@ -102,7 +102,7 @@ def new_followers(model: nn.Module, masks: Mapping[Target, NewMask], inputs: Any
                         f"zero_dead_channels cannot mask {names}: layers with channels of their own share it. Name "
                         "one in ignored_scope, or leave the option out"
                     )
-                new.append(NewFollower(found.owners, masks[target], layout))
+                new.append(NewFollower(found.owners, masks[target], layout, found.parameter.shape))
     return new
 
 

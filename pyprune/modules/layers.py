@@ -1,7 +1,7 @@
 """Which weights the layers of torch and of other libraries have, and what the dimensions of these count.
 
 Layers of other libraries are known by what they look like, without importing the library: transformers' `Conv1D` and
-experts, and whatever has a ``weight`` that fits numbers of inputs and outputs of its own (torch_geometric, torchvision).
+experts, and whatever has a ``weight`` that fits its numbers of inputs and outputs (torch_geometric, torchvision).
 """
 
 from collections.abc import Mapping
@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from pyprune.methods.layout import Layout
+from pyprune.methods.layout import LINEAR, Layout
 
-_LINEAR = Layout()
 _TABLE = Layout(is_table=True)
 # Where a layer of another library says how many inputs and outputs it has.
 _COUNTS = (("in_features", "out_features"), ("in_channels", "out_channels"), ("input_size", "output_size"))
@@ -34,15 +33,15 @@ def weight_layouts(module: nn.Module) -> Mapping[str, Layout]:
     elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         layouts = {"weight": _TABLE}
     elif isinstance(module, nn.Linear) or is_quantised(module):
-        layouts = {"weight": _LINEAR}
+        layouts = {"weight": LINEAR}
     elif isinstance(module, nn.Bilinear):
         layouts = {"weight": Layout(0, None, problem="it multiplies two inputs at once")}
     elif isinstance(module, nn.MultiheadAttention):
-        layouts = dict.fromkeys(("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"), _LINEAR)
+        layouts = dict.fromkeys(("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"), LINEAR)
     elif isinstance(module, nn.RNNBase):
-        layouts = dict.fromkeys((n for n in module._flat_weights_names if n.startswith("weight_")), _LINEAR)
+        layouts = dict.fromkeys((n for n in module._flat_weights_names if n.startswith("weight_")), LINEAR)
     elif isinstance(module, nn.RNNCellBase):
-        layouts = dict.fromkeys(("weight_ih", "weight_hh"), _LINEAR)
+        layouts = dict.fromkeys(("weight_ih", "weight_hh"), LINEAR)
     else:
         return _of_other_libraries(module)
     return {name: one for name, one in layouts.items() if module._parameters.get(name, "computed") is not None}
@@ -75,7 +74,8 @@ def bias_of(attribute: str) -> str:
 def _of_other_libraries(module: nn.Module) -> dict[str, Layout]:
     if not module._parameters:
         return {}
-    parameters = {name: p for name, p in module._parameters.items() if p is not None and not is_lazy(p) and p.dim() >= 2}
+    there = {name: p for name, p in module._parameters.items() if p is not None and not is_lazy(p)}
+    parameters = {name: p for name, p in there.items() if p.dim() >= 2}
     weight = parameters.get("weight")
     if weight is None:
         return _of_experts(module, {name: parameters[name] for name in _EXPERTS if name in parameters})
@@ -83,7 +83,7 @@ def _of_other_libraries(module: nn.Module) -> dict[str, Layout]:
     if any(cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils" for cls in classes):
         return {"weight": Layout(1, 0)}
     if any(cls.__module__ == "torch_geometric.nn.dense.linear" and cls.__name__ == "Linear" for cls in classes):
-        return {"weight": _LINEAR}
+        return {"weight": LINEAR}
     for counts in _COUNTS:
         inputs, outputs = (getattr(module, name, None) for name in counts)
         if isinstance(inputs, int) and isinstance(outputs, int):

@@ -142,11 +142,12 @@ class NewMask:
 
 @dataclass(frozen=True, eq=False)
 class NewFollower:
-    """A `FollowingMask` to be, of a new mask."""
+    """A `FollowingMask` to be, of a new mask; ``layout`` and ``shape`` as there."""
 
     owners: Sequence[Owner]
     of: NewMask
     layout: Layout
+    shape: Sequence[int]
 
 
 def _mask_elsewhere(owners: Sequence[Owner]) -> Mask | None:
@@ -180,9 +181,7 @@ def attach_masks(model: nn.Module, masks: Sequence[NewMask], followers: Iterable
                 )
             updates.append(new)
         carried[new] = shared or Mask(new.mask, new.unit)
-    following = [
-        (new.owners, FollowingMask(carried[new.of], new.layout, new.owners[0].parameter.shape)) for new in followers
-    ]
+    following = [(new.owners, FollowingMask(carried[new.of], new.layout, new.shape)) for new in followers]
     attach([*((new.owners, mask) for new, mask in carried.items()), *following])
     with torch.no_grad():
         for new in updates:

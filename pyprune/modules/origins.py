@@ -1,8 +1,8 @@
 """Which parameter a tensor is a part of: views by their strides, copies and what is computed of weights by shapes.
 
 A view shares the storage of what it looks at, and its strides say along which dimensions of that it moves. So no
-operation that makes views need be known. Copies (casts, ``contiguous``, entries picked by an index) and what is computed
-from weights alone (standardised, scaled) lie elsewhere, and are remembered as long as they live.
+operation that makes views need be known. Copies (casts, ``contiguous``, entries picked by an index) and what is
+computed from weights alone (standardised, scaled) lie elsewhere, and are remembered as long as they live.
 """
 
 from collections.abc import Iterable, Iterator
@@ -109,17 +109,20 @@ class Origins:
     def _remember(self, tensor: Tensor, parts: list[Part]) -> None:
         if not _has_storage(tensor):
             return
-        storage = tensor.untyped_storage()
-        wholes = [_Whole(tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), part) for part in parts]
-        known = self._known.get(storage._cdata)
-        if known is not None and not known[0].expired():
-            known[1].extend(wholes)  # parameters may lie in one storage
+        storage, offset = tensor.untyped_storage(), int(tensor.storage_offset())
+        wholes = [_Whole(tuple(tensor.shape), tensor.stride(), offset, part) for part in parts]
+        known = self._wholes(tensor)
+        if known is not None:
+            known.extend(wholes)  # parameters may lie in one storage
         else:
-            self._known[storage._cdata] = (StorageWeakRef(storage), wholes)
+            reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+            self._known[storage._cdata] = (reference, wholes)
 
     def _wholes(self, tensor: Tensor) -> list[_Whole] | None:
         known = self._known.get(tensor.untyped_storage()._cdata) if _has_storage(tensor) else None
-        return None if known is None or known[0].expired() else known[1]
+        if known is None or known[0].expired():  # type: ignore[no-untyped-call]
+            return None
+        return known[1]
 
 
 def tensors_in(arguments: Iterable[Any]) -> Iterator[Tensor]:
@@ -137,7 +140,7 @@ def _has_storage(tensor: Tensor) -> bool:
 
 def _part_of_view(view: Tensor, whole: _Whole) -> Part | None:
     """Say what part of a parameter a view has, of a tensor that is one."""
-    offset = view.storage_offset() - whole.offset
+    offset = int(view.storage_offset()) - whole.offset
     extent = 1 + sum((size - 1) * stride for size, stride in zip(whole.shape, whole.strides, strict=True))
     if not 0 <= offset < max(1, extent):
         return None

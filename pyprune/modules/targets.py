@@ -56,8 +56,8 @@ class Target:
             return Layout()
         if used is not None and (not known or used.problem == BOTH or (used.is_clear and not used.is_table)):
             return used
-        bare = Layout(None, None, problem="it is in no layer that is known; give examples_inputs, to see how it is used")
-        return one_layout(known) if known else bare
+        bare = "it is in no layer that is known; give examples_inputs, to see how it is used"
+        return one_layout(known) if known else Layout(None, None, problem=bare)
 
     def is_among(self, names: Set[str]) -> bool:
         """Whether one of its names is among ``names``."""
@@ -74,9 +74,10 @@ def find_targets(
     """Find the weights to prune, by identity: a tied weight is one target with several owners.
 
     They are the weights of Linear, Bilinear, Conv and ConvTranspose layers, Embedding, EmbeddingBag,
-    MultiheadAttention (all projections), RNN, LSTM, GRU and their cells, subclasses included; layers of other libraries
-    that look like them, and experts of transformers (`weight_layouts`); what carries a mask or gate already; and, with
-    ``examples_inputs``, what one forward pass takes as a weight (`used_as_weights`). Never biases or norms.
+    MultiheadAttention (all projections), RNN, LSTM, GRU and their cells, subclasses included; layers of other
+    libraries that look like them, and experts of transformers (`weight_layouts`); what carries a mask or gate
+    already; and, with ``examples_inputs``, what one forward pass takes as a weight (`used_as_weights`). Never biases
+    or norms.
 
     Args:
         model: the model; what is attached to it does not change names or order of what is found.

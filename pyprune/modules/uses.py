@@ -56,7 +56,7 @@ def watching_uses(model: nn.Module, on_use: Callable[[Use], None]) -> Iterator[N
     """
     products = _Products(Origins(model), on_use)
     with ExitStack() as stack:
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # type: ignore[no-untyped-call]
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             # Otherwise oneDNN and cuDNN run recurrent layers as one.
             set_flags = torch.backends.mkldnn.set_flags
@@ -80,7 +80,8 @@ class _Inputs(TorchFunctionMode):
         if not count:
             return func(*args, **(kwargs or {}))
         before = self.products.inputs
-        given = {part.parameter for tensor in tensors_in(args[:count]) for part in self.products.origins.parts(tensor)}
+        origins = self.products.origins
+        given = {part.parameter for tensor in tensors_in(args[:count]) for part in origins.parts(tensor)}
         self.products.inputs = before | given
         try:
             return func(*args, **(kwargs or {}))
@@ -92,7 +93,7 @@ class _Products(TorchDispatchMode):
     """Sees products with weights."""
 
     def __init__(self, origins: Origins, on_use: Callable[[Use], None]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.origins = origins
         self.inputs: set[nn.Parameter] = set()
         self._on_use = on_use
@@ -194,9 +195,8 @@ def _matrices(a: Tensor, b: Tensor, made: Tensor | None) -> list[_Operand]:
 def _vectors(a: Tensor, b: Tensor, made: Tensor) -> list[_Operand]:
     """Operands of a matrix times a vector, or of a vector times a vector."""
     rows = a if a.dim() == 2 else a[None]
-    of_matrix = (0, 1) if a.dim() == 2 else (None, 0)
     return [
-        _Operand(a, *of_matrix, None, b[None, None], made.reshape(1, 1, -1)),
+        _Operand(a, 0 if a.dim() == 2 else None, a.dim() - 1, None, b[None, None], made.reshape(1, 1, -1)),
         _Operand(b, None, 0, None, rows[None], made.reshape(1, -1, 1)),
     ]
 
@@ -205,7 +205,8 @@ def _convolution(args: tuple[Any, ...], made: Tensor) -> list[_Operand]:
     given, weight, is_transposed, groups = args[0], args[1], args[6], args[8]
 
     def by_groups(tensor: Tensor) -> Tensor:
-        return tensor.unflatten(1, (groups, -1)).movedim((1, 2), (0, -1)) if tensor.numel() else tensor[:0, None]
+        split = tensor.view(tensor.shape[0], groups, tensor.shape[1] // groups, *tensor.shape[2:])
+        return split.movedim((1, 2), (0, -1))
 
     outputs, inputs = (1, 0) if is_transposed else (0, 1)
     return [_Operand(weight, outputs, inputs, None, by_groups(given), by_groups(made), groups)]
