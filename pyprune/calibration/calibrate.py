@@ -56,7 +56,8 @@ def calibrate(
     does that (attention, ``F.linear(x, layer.weight)``, experts). Embeddings that are only looked up have no inputs:
     they are left out, by `prune` too, and a warning names them. What is measured is the model as it is, with the
     masks that it carries: calibrate before pruning if masks are to be chosen from raw weights. All modules run in
-    evaluation mode. Training flags, ``requires_grad``, ``grad``, buffers and torch's random numbers are as before in the end.
+    evaluation mode. Training flags, ``requires_grad``, ``grad``, buffers and torch's random numbers are as before in
+    the end.
 
     Args:
         model: the model, on the device of the data.

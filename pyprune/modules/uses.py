@@ -56,11 +56,12 @@ def watching_uses(model: nn.Module, on_use: Callable[[Use], None]) -> Iterator[N
     """
     products = _Products(Origins(model), on_use)
     with ExitStack() as stack:
-        stack.enter_context(torch.compiler.set_stance("force_eager"))  # type: ignore[no-untyped-call]
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             # Otherwise oneDNN and cuDNN run recurrent layers as one.
             set_flags = torch.backends.mkldnn.set_flags
-            stack.callback(set_flags, set_flags(False, _fp32_precision=None)[0], _fp32_precision=None)
+            before = set_flags(False, _fp32_precision=None)[0]  # type: ignore[no-untyped-call]
+            stack.callback(set_flags, before, _fp32_precision=None)
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(_Inputs(products))
         stack.enter_context(products)

@@ -12,9 +12,9 @@ from pyprune.modules.targets import find_targets
 
 transformers = pytest.importorskip("transformers")
 
-SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
-         "num_key_value_heads": 2, "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1,
-         "eos_token_id": 2}  # fmt: skip
+SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+         "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32, "pad_token_id": 0,
+         "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 MOE = {**SIZES, "moe_intermediate_size": 12}
 # Names of a config and options; and the name of its experts' layer, and what they are like.
 EXPERTS = {
