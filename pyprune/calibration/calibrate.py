@@ -68,7 +68,7 @@ def calibrate(
             ``lambda model, batch: cross_entropy(model(batch[0]), batch[1])``.
         num_batches: how many batches to use; all if None or if there are fewer.
         ignored_scope: weights to leave out.
-        examples_inputs: as in `prune`; finds bare parameters, for gradients.
+        examples_inputs: as in `prune`; finds bare parameters, and directions.
 
     Returns:
         What `prune` takes as ``calibration``.

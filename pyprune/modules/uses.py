@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyprune.methods.layout import Layout
 from pyprune.modules.origins import Origins, Part, tensors_in
+from pyprune.modules.products import PRODUCTS, Operand
 
 # Arguments of functions that are inputs, and no weights, even where they are parameters (learned queries).
 _INPUTS = {"linear": 1, "scaled_dot_product_attention": 3, "multi_head_attention_forward": 3}
@@ -69,6 +70,11 @@ def watching_uses(model: nn.Module, on_use: Callable[[Use], None]) -> Iterator[N
         products.settle()
 
 
+# After these a linear layer may add its bias.
+_BEFORE_BIAS = {"mm", "mv", "bmm", "_trilinear"}
+_VIEWS = {"view", "_unsafe_view", "reshape", "t", "transpose", "permute", "unsqueeze", "squeeze", "expand"}
+
+
 class _Inputs(TorchFunctionMode):
     """Tells which parameters a function takes as its input."""
 
@@ -78,20 +84,24 @@ class _Inputs(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         count = _INPUTS.get(getattr(func, "__name__", "").strip("_"), 0)
+        kwargs = kwargs or {}
         if not count:
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
         before = self.products.inputs
         origins = self.products.origins
-        given = {part.parameter for tensor in tensors_in(args[:count]) for part in origins.parts(tensor)}
+        named = [kwargs[name] for name in ("input", "query", "key", "value") if name in kwargs]
+        given = {part.parameter for tensor in tensors_in([*args[:count], *named]) for part in origins.parts(tensor)}
         self.products.inputs = before | given
         try:
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
         finally:
             self.products.inputs = before
 
 
 class _Products(TorchDispatchMode):
     """Sees products with weights."""
+
+    supports_higher_order_operators = True
 
     def __init__(self, origins: Origins, on_use: Callable[[Use], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -102,8 +112,10 @@ class _Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not isinstance(func, torch._ops.OpOverload):  # flex_attention and the like
+            return func(*args, **kwargs)
         name = func.overloadpacket.__name__
-        product = _PRODUCTS.get(name)
+        product = PRODUCTS.get(name)
         if product is None:
             with self:  # under inference_mode linear and matmul arrive whole
                 result = func.decompose(*args, **kwargs)
@@ -120,7 +132,7 @@ class _Products(TorchDispatchMode):
             self.settle()
         return result
 
-    def _uses_of(self, operand: "_Operand", operands: "list[_Operand]") -> Iterator[Use]:
+    def _uses_of(self, operand: Operand, operands: list[Operand]) -> Iterator[Use]:
         parts = [part for part in self.origins.parts(operand.weight) if part.parameter not in self.inputs]
         others = [part for one in operands if one is not operand for part in self.origins.parts(one.weight)]
         for part in parts:
@@ -156,98 +168,7 @@ class _Products(TorchDispatchMode):
             self._on_use(use)
 
 
-# ---- products ----
-
-# After these a linear layer may add its bias.
-_BEFORE_BIAS = {"mm", "mv", "bmm", "_trilinear"}
-_VIEWS = {"view", "_unsafe_view", "reshape", "t", "transpose", "permute", "unsqueeze", "squeeze", "expand"}
-
-
-@dataclass(frozen=True, eq=False)
-class _Operand:
-    """What may be a weight in a product: which of its dimensions count what, and what is beside it."""
-
-    weight: Tensor
-    outputs: int | None
-    inputs: int | None
-    batch: int | None = None
-    given: Tensor | None = None
-    made: Tensor | None = None
-    groups: int = 1  # of a convolution
-    entries: Tensor | None = None
-    problem: str = ""
-    is_table: bool = False
-
-
-def _matrices(a: Tensor, b: Tensor, made: Tensor | None) -> list[_Operand]:
-    """Operands of products of one matrix each, or of batches of them."""
-    if a.dim() == 2:
-        made = None if made is None else made[None]
-        first, second, batch = a[None], b[None], None
-    else:
-        first, second, batch = a, b, 0
-    skip = a.dim() - 2
-    return [
-        _Operand(b, skip + 1, skip, batch, first, made),
-        _Operand(a, skip, skip + 1, batch, second.mT, None if made is None else made.mT),
-    ]
-
-
-def _vectors(a: Tensor, b: Tensor, made: Tensor) -> list[_Operand]:
-    """Operands of a matrix times a vector, or of a vector times a vector."""
-    rows = a if a.dim() == 2 else a[None]
-    return [
-        _Operand(a, 0 if a.dim() == 2 else None, a.dim() - 1, None, b[None, None], made.reshape(1, 1, -1)),
-        _Operand(b, None, 0, None, rows[None], made.reshape(1, -1, 1)),
-    ]
-
-
-def _convolution(args: tuple[Any, ...], made: Tensor) -> list[_Operand]:
-    given, weight, is_transposed, groups = args[0], args[1], args[6], args[8]
-
-    def by_groups(tensor: Tensor) -> Tensor:
-        split = tensor.view(tensor.shape[0], groups, tensor.shape[1] // groups, *tensor.shape[2:])
-        return split.movedim((1, 2), (0, -1))
-
-    outputs, inputs = (1, 0) if is_transposed else (0, 1)
-    return [_Operand(weight, outputs, inputs, None, by_groups(given), by_groups(made), groups)]
-
-
-def _grouped(args: tuple[Any, ...], made: Tensor) -> list[_Operand]:
-    given, weight = args[0], args[1]
-    ends = args[2] if len(args) > 2 else None
-    if given.dim() != 2 or weight.dim() != 3 or ends is None:
-        return [_Operand(weight, weight.dim() - 1, weight.dim() - 2, 0 if weight.dim() == 3 else None)]
-    rows = torch.arange(len(given), device=given.device)
-    entries = torch.searchsorted(ends.to(rows.dtype), rows, right=True)
-    used = entries < len(weight)
-    return [_Operand(weight, 2, 1, 0, given[used][:, None], made[used][:, None], entries=entries[used])]
-
-
-_PRODUCTS: dict[str, Callable[[tuple[Any, ...], Any], list[_Operand]]] = {
-    "mm": lambda args, made: _matrices(args[0], args[1], made),
-    "bmm": lambda args, made: _matrices(args[0], args[1], made),
-    "addmm": lambda args, made: _matrices(args[1], args[2], made),
-    "_addmm_activation": lambda args, made: _matrices(args[1], args[2], None),
-    "baddbmm": lambda args, made: _matrices(args[1], args[2], made),
-    "addbmm": lambda args, made: _matrices(args[1], args[2], None),
-    "mv": lambda args, made: _vectors(args[0], args[1], made),
-    "dot": lambda args, made: _vectors(args[0], args[1], made),
-    "addmv": lambda args, made: _vectors(args[1], args[2], made),
-    "convolution": _convolution,
-    "_grouped_mm": _grouped,
-    "grouped_mm_fallback": _grouped,  # of transformers
-    "_trilinear": lambda args, made: [_Operand(args[1], 0, None, problem="it multiplies two inputs at once")],
-    **dict.fromkeys(
-        ("embedding", "_embedding_bag", "_embedding_bag_forward_only"),
-        lambda args, made: [_Operand(args[0], 0, 1, is_table=True)],
-    ),
-}
-for _name in ("addmm", "baddbmm", "addbmm", "addmv"):
-    _PRODUCTS[f"{_name}_"] = _PRODUCTS[_name]
-
-
-def _use(operand: _Operand, part: Part) -> Use:
+def _use(operand: Operand, part: Part) -> Use:
     if operand.is_table:
         return Use(part, Layout(is_table=True))
     layout = _layout(operand, part)
@@ -260,7 +181,7 @@ def _use(operand: _Operand, part: Part) -> Use:
     return Use(part, layout, given, made, entries)
 
 
-def _entries(operand: _Operand, part: Part) -> Tensor | None:
+def _entries(operand: Operand, part: Part) -> Tensor | None:
     """Return to which group of a weight each entry of a batch of products belongs."""
     assert operand.batch is not None
     count, device = operand.weight.shape[operand.batch], operand.weight.device
@@ -272,7 +193,7 @@ def _entries(operand: _Operand, part: Part) -> Tensor | None:
     return there if part.dims[operand.batch] else None
 
 
-def _layout(operand: _Operand, part: Part) -> Layout:
+def _layout(operand: Operand, part: Part) -> Layout:
     shape = tuple(part.parameter.shape)
     if len(shape) < 2:
         return Layout()

@@ -74,7 +74,8 @@ def prune(
             here it only warns.
         ignored_scope: weights to leave out.
         examples_inputs: a tensor, a tuple of positional or a dict of keyword arguments for the model. If given,
-            one forward pass also finds weights that are bare parameters, and the BatchNorm after each layer.
+            one forward pass also finds weights that are bare parameters, which dimensions of weights are inputs by
+            their use, and the BatchNorm after each layer.
         calibration: what `calibrate` gathered, for an importance that needs it.
         allocation: how one ratio becomes one for each tensor, within scope tensor or row: "uniform", or "erk", by
             which thin layers keep more (Evci et al. 2020), and all together lose that share of their weights.

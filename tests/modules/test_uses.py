@@ -118,6 +118,7 @@ def test_used_as_weights_takes_learned_queries_for_inputs():
         def forward(self, x):
             queries = self.queries.expand(len(x), -1, -1)
             scores = F.scaled_dot_product_attention(F.linear(queries, self.into), x, x)
+            scores = scores + F.scaled_dot_product_attention(query=queries, key=x, value=x)
             return self.attention(queries, x, x)[0] + scores
 
     model = Pool()
@@ -134,6 +135,14 @@ def test_used_as_weights_sees_gates_recurrent_layers_and_compiled_models():
     assert used_as_weights(lstm, X) == dict.fromkeys(weights, OUT_IN)
     linear = nn.Linear(4, 3)
     assert used_as_weights(torch.compile(linear, backend="eager"), X) == {linear.weight: OUT_IN}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_used_as_weights_goes_through_flex_attention():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    model = Bare((16, 4), lambda x, w: flex_attention(*[F.linear(x, w)[:, None]] * 3))
+    assert used_as_weights(model, X) == {model.kernel: OUT_IN}
 
 
 PRODUCTS = {
