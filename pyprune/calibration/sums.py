@@ -47,20 +47,20 @@ class GradientSums:
 
 
 class ActivationSums:
-    """Norms of the inputs of layers, or figures of their outputs: one number for each channel.
+    """Norms of the inputs of layers in training, or figures of their outputs: one number for each channel.
+
+    They are seen by hooks on the layers, because a training may be compiled. `UseSums` sees more.
 
     Args:
         rule: what the sums are for.
         targets: of whose layers.
-        only_training: whether layers in evaluation mode are not looked at.
 
     Raises:
         ValueError: if the activations of a target cannot be seen.
     """
 
-    def __init__(self, rule: Importance, targets: list[Target], *, only_training: bool = False) -> None:
+    def __init__(self, rule: Importance, targets: list[Target]) -> None:
         self.rule = rule
-        self.only_training = only_training
         self.gathers = True  # False: hooks look at nothing
         self.layers: dict[Target, list[tuple[nn.Module, str]]] = {}
         self.sums: dict[Target, Tensor] = {}
@@ -73,8 +73,8 @@ class ActivationSums:
                 problems.append(target.name)
         if problems:
             raise ValueError(
-                f"the activations of {', '.join(problems)} cannot be seen from outside of its layer; name it in "
-                "ignored_scope, here and in prune"
+                f"the activations of {listed(problems)} cannot be seen while a model trains, from outside of its layer; "
+                "name it in ignored_scope, or use calibrate and prune, which see them inside"
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ActivationSums":
@@ -111,7 +111,7 @@ class ActivationSums:
     def _see(
         self, target: Target, kind: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        if not self.gathers or (self.only_training and (not layer.training or _is_recomputed())):
+        if not self.gathers or not layer.training or _is_recomputed():
             return
         if self.rule.needs == "input norm":
             figures = input_squares(kind, layer, args, kwargs, output)
