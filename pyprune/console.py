@@ -1,5 +1,6 @@
 """What people get to see: tables as text, progress, and warnings."""
 
+import html
 import io
 import os
 import sys
@@ -13,7 +14,10 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 # Files whose frames are no user's: ours, and where torch's decorators (inference_mode) call on.
-_OURS = (os.path.dirname(os.path.abspath(__file__)) + os.sep, os.sep + os.path.join("torch", "utils", "_contextlib.py"))
+_OURS = (
+    os.path.dirname(os.path.abspath(__file__)) + os.sep,
+    os.sep + os.path.join("torch", "utils", "_contextlib.py"),
+)
 _NAMED = 5
 
 
@@ -28,10 +32,21 @@ def as_text(table: "Table") -> str:
     # Imported here: `import pyprune` must cost little.
     from rich.console import Console
 
-    console = Console(file=io.StringIO(), width=1000, color_system=None)
+    # In a notebook rich would put an empty output beside the text.
+    console = Console(file=io.StringIO(), width=1000, color_system=None, force_jupyter=False)
     with console.capture() as capture:
         console.print(table)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+    return "\n".join(line.rstrip() for line in capture.get().splitlines()).rstrip("\n")
+
+
+def as_html(text: str) -> str:
+    """Return text as notebooks show it: in lines as long as they are.
+
+    Example:
+        >>> as_html("a < b")
+        '<pre style="line-height:1.2;overflow-x:auto">a &lt; b</pre>'
+    """
+    return f'<pre style="line-height:1.2;overflow-x:auto">{html.escape(text)}</pre>'
 
 
 def tracked(items: Iterable[Item], total: int | None, description: str, *, shown: bool = True) -> Iterator[Item]:
@@ -44,7 +59,7 @@ def tracked(items: Iterable[Item], total: int | None, description: str, *, shown
     from rich.console import Console
     from rich.progress import Progress
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, force_jupyter=False)
     with Progress(console=console, disable=not (shown and console.is_terminal)) as progress:
         yield from progress.track(items, total, description=description)
 

@@ -60,7 +60,9 @@ def batch_norm_adaptation(
     check_initialized(model)
     batches = batches_of(calibration_dataset, num_iterations, "BatchNorm adaptation")
     names = {
-        norm: name for name, norm in model.named_modules() if isinstance(norm, _BatchNorm) and norm.running_mean is not None
+        norm: name
+        for name, norm in model.named_modules()
+        if isinstance(norm, _BatchNorm) and norm.running_mean is not None
     }
     norms = list(names)
     if not norms:
@@ -111,10 +113,12 @@ def _check_finite(names: Mapping[_BatchNorm, str], batch: int) -> None:
     bad = [
         name
         for norm, name in names.items()
-        if not all(bool(buffer.isfinite().all()) for buffer in (norm.running_mean, norm.running_var) if buffer is not None)
+        if not all(
+            bool(buffer.isfinite().all()) for buffer in (norm.running_mean, norm.running_var) if buffer is not None
+        )
     ]
     if bad:
         raise ValueError(
             f"after batch {batch} the BatchNorm statistics of {listed(bad)} are NaN or infinite: what goes in is not "
-            "finite. Leave such batches out, or repair the weights; statistics that were so before, reset=True forgets"
+            "finite. Leave such batches out, or repair the weights; statistics that were so before go by reset=True"
         )

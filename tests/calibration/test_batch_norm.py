@@ -254,7 +254,7 @@ def test_batch_norm_adaptation_names_layers_that_no_batch_reached_and_leaves_the
     before = copy.deepcopy(model.experts[2].state_dict())
     with pytest.warns(UserWarning, match=r"no batch reached experts\.2: ") as caught:
         batch_norm_adaptation(model, [(torch.randn(8, 2), 0), (torch.randn(8, 2), 1)], reset=reset)
-    assert len(caught) == 1 and caught[0].filename == __file__
+    assert [one.filename for one in caught] == [__file__]
     for name, value in model.experts[2].state_dict().items():
         assert torch.equal(value, before[name])
     assert model.experts[2].momentum == 0.1
@@ -267,7 +267,7 @@ def test_batch_norm_adaptation_refuses_batches_that_are_not_finite(cnn, value, r
     model, data = cnn.model, batches(cnn.model)
     data[1][3, 0, 2, 2] = value
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="after batch 1 the BatchNorm statistics of .* are NaN or infinite"):
+    with pytest.raises(ValueError, match=r"after batch 1 the BatchNorm statistics of .* are NaN or infinite"):
         batch_norm_adaptation(model, data, reset=reset)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
