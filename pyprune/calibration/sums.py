@@ -73,8 +73,8 @@ class ActivationSums:
                 problems.append(target.name)
         if problems:
             raise ValueError(
-                f"the activations of {listed(problems)} cannot be seen while a model trains, from outside of its layer; "
-                "name it in ignored_scope, or use calibrate and prune, which see them inside"
+                f"the activations of {listed(problems)} cannot be seen while a model trains, from outside of its "
+                "layer; name it in ignored_scope, or use calibrate and prune, which see them inside"
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ActivationSums":

@@ -235,12 +235,9 @@ def targets_with_statistics(
     targets = prunable_targets(method, found)
     check_kind(targets, Mask)
     statistics = statistics_of(model, method.importance, targets, calibration, examples_inputs)
-    warn_of_missed(
-        model,
-        ignored_scope,
-        found,
-        {f"without a score by {method.importance.name}": [t for t in targets if t not in statistics and not t.layout.is_table]},
-    )
+    # Tables were left out with a warning by `calibrate`.
+    unscored = [target for target in targets if target not in statistics and not target.layout.is_table]
+    warn_of_missed(model, ignored_scope, found, {f"without a score by {method.importance.name}": unscored})
     return {target: statistics[target] for target in targets if target in statistics}
 
 
