@@ -29,7 +29,8 @@ def weight_layouts(module: nn.Module) -> Mapping[str, Layout]:
     """
     layouts: dict[str, Layout] = {}
     if isinstance(module, nn.modules.conv._ConvNd):
-        layouts = {"weight": Layout(1, 0, module.groups) if is_transposed(module) else Layout(0, 1, module.groups)}
+        dims = (1, 0) if isinstance(module, nn.modules.conv._ConvTransposeNd) else (0, 1)
+        layouts = {"weight": Layout(*dims, module.groups)}
     elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         layouts = {"weight": _TABLE}
     elif isinstance(module, nn.Linear) or is_quantised(module):
@@ -45,11 +46,6 @@ def weight_layouts(module: nn.Module) -> Mapping[str, Layout]:
     else:
         return _of_other_libraries(module)
     return {name: one for name, one in layouts.items() if module._parameters.get(name, "computed") is not None}
-
-
-def is_transposed(layer: nn.Module) -> bool:
-    """Whether a layer is a transposed convolution, the second dimension of whose weight counts outputs."""
-    return isinstance(layer, nn.modules.conv._ConvTransposeNd)
 
 
 def is_quantised(module: nn.Module) -> bool:
