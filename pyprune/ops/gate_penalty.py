@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyprune.checks import check_bool, check_number
 from pyprune.ops._library import WEIGHT_DTYPES, check_tensors, refuse_second_derivative
 
 
@@ -36,9 +37,9 @@ def gate_penalty(logits: Sequence[Tensor], *, hard: bool = False, shift: float =
         >>> gate_penalty([torch.zeros(4)]).tolist()
         [2.0]
     """
-    if isinstance(logits, Tensor):
-        raise TypeError("logits is a tensor; give a list of tensors")
-    check_tensors(logits, "logits", WEIGHT_DTYPES)
+    check_tensors(logits, "logits", WEIGHT_DTYPES, values=False)
+    check_bool("hard", hard)
+    shift = check_number("shift", shift, what="a finite number")
     if not logits:
         return torch.zeros(0, dtype=torch.float64)
     result: Tensor = torch.ops.pyprune.gate_penalty(list(logits), hard, shift)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyprune.checks import check_count
 from pyprune.ops._library import WEIGHT_DTYPES, check_masks, check_tensors
 
 
@@ -31,6 +32,8 @@ def probe(weights: Sequence[Tensor], masks: Sequence[Tensor], turn: int | None =
     """
     check_tensors(weights, "weights", WEIGHT_DTYPES)
     check_masks(masks, weights)
+    if turn is not None:
+        check_count("turn", turn)
     if not weights:
         return []
     if not weights[0].is_cpu:
