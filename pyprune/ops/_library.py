@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pyprune.checks import LARGEST_INT, check_count
 from pyprune.ops._blocks import units_along
-from pyprune.ops._memory import check_memory, has_no_addresses
+from pyprune.ops._memory import has_no_addresses
 
 try:
     # Python that starts in a checkout finds its folder before the installed package, which has the native module.
@@ -104,8 +104,7 @@ def check_tensor(
         like: a tensor of the same call; this one must have its shape and device.
         values: None if a device is as good as any other; otherwise as in `check_tensors`.
     """
-    if type(tensor) not in _PLAIN:
-        _check_type(tensor, _place(name, index))
+    check_type(tensor, _place(name, index))
     if tensor.dtype not in dtypes:
         allowed = ", ".join(dict.fromkeys(str(dtype) for dtype in dtypes))
         raise TypeError(f"{_place(name, index)} has dtype {tensor.dtype}; allowed are {allowed}")
@@ -134,7 +133,10 @@ def _check_list(tensors: object, name: str) -> None:
         raise TypeError(f"{name} is a {type(tensors).__name__}; give a list of tensors")
 
 
-def _check_type(tensor: object, name: str) -> None:
+def check_type(tensor: object, name: str, *, wrappers: bool = False) -> None:
+    """Raise unless this is a tensor that has values and, where ``wrappers`` are not allowed, memory of its own."""
+    if type(tensor) in _PLAIN:
+        return
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}; give a tensor")
     if has_no_addresses():
@@ -143,7 +145,7 @@ def _check_type(tensor: object, name: str) -> None:
         raise ValueError(f"{name} is a fake tensor, which has no values outside of its mode; give a real one")
     if is_lazy(tensor):
         raise ValueError(f"{name} is a {type(tensor).__name__} without values; call its module once before")
-    if is_traceable_wrapper_subclass(tensor):
+    if not wrappers and is_traceable_wrapper_subclass(tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}; the kernels take plain tensors: give what it holds")
 
 
@@ -184,13 +186,12 @@ def check_unit_masks(
             )
 
 
-def check_bases(bases: Sequence[Tensor | None], weights: Sequence[Tensor], masks: Sequence[Tensor] = ()) -> None:
-    """Raise unless each weight has None or a bool base, of its shape and device, apart from the masks to write."""
+def check_bases(bases: Sequence[Tensor | None], weights: Sequence[Tensor]) -> None:
+    """Raise unless each weight has None or a bool base, of its shape and device."""
     check_one_each(bases, "bases", weights, what="a base or None")
     for index, (base, weight) in enumerate(zip(bases, weights, strict=True)):
         if base is not None:
             check_tensor(base, "bases", _BOOL, index=index, like=weight)
-    check_memory({"masks": masks}, {"bases": bases})
 
 
 def check_one_each(

@@ -1,5 +1,6 @@
 """Learned gates on a weight: sampled in training with noise that is never stored, deterministic without a seed."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pyprune.checks import check_bool, check_count, check_number, shown
-from pyprune.ops._library import WEIGHT_DTYPES, check_int64, check_tensor, refuse_second_derivative
+from pyprune.ops._library import WEIGHT_DTYPES, check_int64, check_tensor, check_type, refuse_second_derivative
 from pyprune.ops._memory import check_memory
 
 # The values of GateRule in csrc/gate_math.h.
@@ -98,6 +99,9 @@ def hard_concrete_gate(
 
 def check_hard_concrete(beta: float, gamma: float, zeta: float) -> None:
     """Raise unless these are parameters of a hard-concrete distribution."""
+    if type(beta) is type(gamma) is type(zeta) is float and 0 < beta < math.inf and gamma < 0 and 1 < zeta:
+        if zeta - gamma < _LARGEST:
+            return  # at once, because this is asked in every forward pass
     beta, gamma, zeta = (
         check_number(name, value, what="a number", advice=advice)
         for name, value, advice in (
@@ -187,7 +191,7 @@ def check_seed(seed: Tensor, device: torch.device | None = None) -> None:
     """Raise unless this is one int64, on the device if one is given."""
     if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1:
         raise TypeError(f"seed is {shown(seed)}; give an int64 tensor of one element, as torch.randint draws it")
-    check_tensor(seed, "seed", (torch.int64,))
+    check_type(seed, "seed")
     if device is not None and seed.device != device:
         raise ValueError(f"seed is on {seed.device}, what it is for on {device}; draw it there")
 

@@ -100,6 +100,8 @@ def group_masks(
 
 
 def _one_per_weight(numbers: int | Sequence[int], name: str, count: int) -> list[int]:
+    if isinstance(numbers, (str, bytes)):
+        raise TypeError(f"{name} is {shown(numbers)}; give an int, or one per weight")
     if not isinstance(numbers, Sequence):
         return [check_int64(name, numbers)] * count
     if len(numbers) != count:

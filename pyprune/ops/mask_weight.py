@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from pyprune.checks import check_bool
-from pyprune.ops._library import CUDA_KERNELS_LOADED, WEIGHT_DTYPES
+from pyprune.ops._library import CUDA_KERNELS_LOADED, WEIGHT_DTYPES, check_type
 
 # Elements. torch.where takes a nanosecond for each, because it branches; a call of the kernel starts some µs later.
 _WORTH_A_KERNEL = 4096
@@ -65,10 +65,10 @@ def _kept(weight: Tensor, mask: Tensor) -> Tensor:
 
 
 def _check_dense(tensor: Tensor, name: str) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} is a {type(tensor).__name__}; give a tensor")
-    if tensor.layout is not torch.strided:
-        raise TypeError(f"{name} has layout {tensor.layout}; only dense (strided) tensors are allowed")
+    check_type(tensor, name, wrappers=True)
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{name} has layout {layout}; only dense (strided) tensors are allowed")
 
 
 def _has_kernel(tensor: Tensor) -> bool:

@@ -96,6 +96,8 @@ def threshold(
 
 
 def _counts(removed: int | Sequence[int], sizes: list[int]) -> list[int]:
+    if isinstance(removed, (str, bytes)):
+        raise TypeError(f"removed is {shown(removed)}; give an int, or one per weight")
     each = isinstance(removed, Sequence)
     counts, limits = (removed, sizes) if isinstance(removed, Sequence) else ([removed], [sum(sizes)])
     if len(counts) != len(limits):
