@@ -3,7 +3,7 @@
 import ctypes
 import pkgutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +208,23 @@ def check_int64(name: str, value: int) -> int:
     if type(value) is int and -LARGEST_INT <= value <= LARGEST_INT:
         return value
     return check_count(name, value, least=-LARGEST_INT, what="an integer of 64 bits")
+
+
+def register_fake(name: str, fake: Callable[..., Any]) -> None:
+    """Register what an operator returns without values, for tensors of one device.
+
+    Torch calls it with real tensors, too, if one of them is on the meta device: the results would be memory that
+    nobody has written.
+    """
+
+    def checked(*arguments: Any) -> Any:
+        lists = [one if isinstance(one, (list, tuple)) else [one] for one in arguments]
+        devices = {str(one.device) for some in lists for one in some if isinstance(one, Tensor)}
+        if len(devices) > 1:
+            raise RuntimeError(f"{name}: all tensors must be on one device, not on {' and '.join(sorted(devices))}")
+        return fake(*arguments)
+
+    torch.library.register_fake(name, checked)
 
 
 def refuse_second_derivative(name: str) -> None:

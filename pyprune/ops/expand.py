@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyprune.ops._blocks import check_blocks
-from pyprune.ops._library import check_tensors, check_unit_masks
+from pyprune.ops._library import check_tensors, check_unit_masks, register_fake
 from pyprune.ops._memory import check_memory
 
 
@@ -42,4 +42,4 @@ def _fake(unit_masks: list[Tensor], blocks: list[int], masks: list[Tensor]) -> N
     return None
 
 
-torch.library.register_fake("pyprune::expand", _fake)
+register_fake("pyprune::expand", _fake)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyprune.ops._blocks import check_blocks
-from pyprune.ops._library import WEIGHT_DTYPES, check_masks, check_tensors, check_unit_masks
+from pyprune.ops._library import WEIGHT_DTYPES, check_masks, check_tensors, check_unit_masks, register_fake
 from pyprune.ops._memory import check_memory
 
 
@@ -53,5 +53,5 @@ def _fake_units(weights: list[Tensor], unit_masks: list[Tensor], blocks: list[in
     return None
 
 
-torch.library.register_fake("pyprune::fold", _fake)
-torch.library.register_fake("pyprune::fold_units", _fake_units)
+register_fake("pyprune::fold", _fake)
+register_fake("pyprune::fold_units", _fake_units)

@@ -9,7 +9,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pyprune.checks import check_bool, check_count, check_number, shown
-from pyprune.ops._library import WEIGHT_DTYPES, check_int64, check_tensor, check_type, refuse_second_derivative
+from pyprune.ops._library import (
+    WEIGHT_DTYPES,
+    check_int64,
+    check_tensor,
+    check_type,
+    refuse_second_derivative,
+    register_fake,
+)
 from pyprune.ops._memory import check_memory
 
 # The values of GateRule in csrc/gate_math.h.
@@ -99,9 +106,9 @@ def hard_concrete_gate(
 
 def check_hard_concrete(beta: float, gamma: float, zeta: float) -> None:
     """Raise unless these are parameters of a hard-concrete distribution."""
-    if type(beta) is type(gamma) is type(zeta) is float and 0 < beta < math.inf and gamma < 0 and 1 < zeta:
-        if zeta - gamma < _LARGEST:
-            return  # at once, because this is asked in every forward pass
+    floats = type(beta) is type(gamma) is type(zeta) is float
+    if floats and 0 < beta < math.inf and gamma < 0 and zeta > 1 and zeta - gamma < _LARGEST:
+        return  # at once, because this is asked in every forward pass
     beta, gamma, zeta = (
         check_number(name, value, what="a number", advice=advice)
         for name, value, advice in (
@@ -249,9 +256,9 @@ class _Gate(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
-torch.library.register_fake("pyprune::gate", _fake)
-torch.library.register_fake("pyprune::gate_out", _fake_out)
-torch.library.register_fake("pyprune::gate_backward", _fake_backward)
-torch.library.register_fake("pyprune::gate_backward_out", _fake_backward_out)
+register_fake("pyprune::gate", _fake)
+register_fake("pyprune::gate_out", _fake_out)
+register_fake("pyprune::gate_backward", _fake_backward)
+register_fake("pyprune::gate_backward_out", _fake_backward_out)
 torch.library.register_autograd("pyprune::gate", _backward, setup_context=_setup_context)
 refuse_second_derivative("pyprune::gate_backward")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyprune.checks import LARGEST_INT, check_count, shown
-from pyprune.ops._library import check_int64
+from pyprune.ops._library import check_int64, register_fake
 from pyprune.ops.gate import check_seed
 
 
@@ -46,4 +46,4 @@ def _fake(seed: Tensor, size: list[Any], stream: int) -> Tensor:
     return seed.new_empty(size, dtype=torch.float32)
 
 
-torch.library.register_fake("pyprune::gate_noise", _fake)
+register_fake("pyprune::gate_noise", _fake)

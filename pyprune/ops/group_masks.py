@@ -14,6 +14,7 @@ from pyprune.ops._library import (
     check_one_each,
     check_tensor,
     check_tensors,
+    register_fake,
 )
 from pyprune.ops._memory import check_memory
 
@@ -148,4 +149,4 @@ def _fake(
     return weights[0].new_empty(len(weights), dtype=torch.int64)
 
 
-torch.library.register_fake("pyprune::group_masks", _fake)
+register_fake("pyprune::group_masks", _fake)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from pyprune.checks import check_bool
-from pyprune.ops._library import CUDA_KERNELS_LOADED, WEIGHT_DTYPES, check_type
+from pyprune.ops._library import CUDA_KERNELS_LOADED, WEIGHT_DTYPES, check_type, register_fake
 
 # Elements. torch.where takes a nanosecond for each, because it branches; a call of the kernel starts some µs later.
 _WORTH_A_KERNEL = 4096
@@ -133,4 +133,4 @@ def _fake(weight: Tensor, mask: Tensor) -> Tensor:
     return torch.empty_like(weight)
 
 
-torch.library.register_fake("pyprune::mask_weight", _fake)
+register_fake("pyprune::mask_weight", _fake)

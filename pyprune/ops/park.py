@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from pyprune.ops._library import WEIGHT_DTYPES, check_masks, check_tensors
+from pyprune.ops._library import WEIGHT_DTYPES, check_masks, check_tensors, register_fake
 from pyprune.ops._memory import check_memory
 from pyprune.ops.count_zeros import count_zeros
 
@@ -111,5 +111,5 @@ def _fake_unpark(weights: list[Tensor], masks: list[Tensor], parked: list[Tensor
     return None
 
 
-torch.library.register_fake("pyprune::park", _fake_park)
-torch.library.register_fake("pyprune::unpark", _fake_unpark)
+register_fake("pyprune::park", _fake_park)
+register_fake("pyprune::unpark", _fake_unpark)

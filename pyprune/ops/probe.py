@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyprune.checks import check_count
-from pyprune.ops._library import WEIGHT_DTYPES, check_masks, check_tensors
+from pyprune.ops._library import WEIGHT_DTYPES, check_masks, check_tensors, register_fake
 
 
 @torch.no_grad()
@@ -48,4 +48,4 @@ def _fake(weights: list[Tensor], masks: list[Tensor], turn: int) -> Tensor:
     return torch.empty(len(weights), dtype=torch.int64)
 
 
-torch.library.register_fake("pyprune::probe", _fake)
+register_fake("pyprune::probe", _fake)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyprune.checks import LARGEST_INT, check_bool, check_count, shown
-from pyprune.ops._library import WEIGHT_DTYPES, check_bases, check_masks, check_tensor, check_tensors
+from pyprune.ops._library import WEIGHT_DTYPES, check_bases, check_masks, check_tensor, check_tensors, register_fake
 from pyprune.ops._memory import check_memory, has_no_addresses
 from pyprune.ops.norms import inverse_norms
 
@@ -158,5 +158,5 @@ def _fake_normalized(weights: list[Tensor], removed: int, masks: list[Tensor], b
     return weights[0].new_empty(len(weights), dtype=torch.int64)
 
 
-torch.library.register_fake("pyprune::threshold", _fake)
-torch.library.register_fake("pyprune::normalized_threshold", _fake_normalized)
+register_fake("pyprune::threshold", _fake)
+register_fake("pyprune::normalized_threshold", _fake_normalized)

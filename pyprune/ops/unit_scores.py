@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyprune.checks import check_choice, check_number
 from pyprune.ops._blocks import check_blocks, units_along
-from pyprune.ops._library import WEIGHT_DTYPES, check_tensors
+from pyprune.ops._library import WEIGHT_DTYPES, check_tensors, register_fake
 
 Reduction = Literal["sum", "mean", "max"]
 
@@ -77,4 +77,4 @@ def _fake(tensors: list[Tensor], blocks: list[int], p: float | None, reduction: 
     return scores
 
 
-torch.library.register_fake("pyprune::unit_scores", _fake)
+register_fake("pyprune::unit_scores", _fake)

@@ -332,8 +332,9 @@ def test_threshold_refuses_bad_input():
         ops.threshold([weight.int()], 1)
     with pytest.raises(TypeError, match="layout"):
         ops.threshold([weight.to_sparse()], 1)
-    with pytest.raises(ValueError, match="scales"):
-        ops.threshold([weight], 1, scales=torch.ones(2))
+    for scales in (torch.ones(2, dtype=torch.float64), torch.tensor([math.nan], dtype=torch.float64)):
+        with pytest.raises(ValueError, match="scales"):
+            ops.threshold([weight], 1, scales=scales)
     with pytest.raises(ValueError, match="must agree"):
         ops.threshold([weight], 1, masks=[torch.ones(3, dtype=torch.bool)])
     with pytest.raises(ValueError, match="expanded"):
