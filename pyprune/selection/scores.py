@@ -154,4 +154,4 @@ def _one_by_mean(weights: Sequence[Tensor]) -> Tensor:
     blocks = [tuple(max(1, size) for size in weight.shape) for weight in weights]
     means = [mean.sum(dtype=torch.float64) for mean in ops.unit_scores(weights, blocks, p=1.0, reduction="mean")]
     finite = torch.finfo(torch.float64)
-    return torch.stack(means).clamp(min=finite.tiny, max=finite.max).reciprocal()
+    return torch.stack(means).nan_to_num(nan=1.0).clamp(min=finite.tiny, max=finite.max).reciprocal()
