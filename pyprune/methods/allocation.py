@@ -17,7 +17,7 @@ class Amount:
 
     Args:
         ratio: fraction of the units to remove; or such a fraction by names or patterns of weights, or by groups;
-            None for N:M.
+            None for N:M in all groups.
         allocation: how one ratio becomes one for each weight.
         min_ratio, max_ratio: what at least and at most goes of each weight.
         from_remaining: whether the ratio is one of the units that are still kept, and others stay dropped.

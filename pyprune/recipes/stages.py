@@ -221,8 +221,7 @@ def _stage(
     schedule = body.checked(make, _MANY)
     limits = {key: keywords[key] for key in ("allocation", "min_ratio", "max_ratio") if key in keywords}
     final = schedule(schedule.end or 0)
-    ratio = None if method.scope.name == "n_of_m" else final  # N:M has its own
-    body.checked(check_amount, method, Amount(ratio, **limits))
+    body.checked(check_amount, method, Amount(final, **limits))
     return Stage(kind, start, end, str(body), make, method, _ignored_scope(fields), keywords, final)
 
 

@@ -347,9 +347,6 @@ def test_apply_names_the_stage_that_does_not_fit_and_changes_nothing(unchanged):
         "stages:\n- prune: {final: {fc: 0.5}, end: 1}\n- prune: {final: 0.6, initial: 0, end: 2}": (
             "r.yaml:2: stages[0].prune: 'fc' matches no weight that is pruned"
         ),
-        "stages:\n- prune: {final: 0.5, end: 1, scope: {n_of_m: {keep: 1, of: 4}}}": (
-            "r.yaml:2: stages[0].prune: the schedule ends at 0.5, but keeping 1 of 4 removes 0.75"
-        ),
         "stages:\n- prune: {final: 0.5, end: 1e-2}": (
             "r.yaml:2: stages[0].prune: at steps_per_epoch=5, in steps: start is 0 and end 0"
         ),
@@ -514,6 +511,13 @@ SPARSEML = {
     "mask_type block4": (
         "{final: 0.8, start: 1, end: 3, frequency: 0.5, granularity: {block: {n: 1, m: 4}}}",
         lambda: by_hand(Method(MAGNITUDE, granularity.block(1, 4), scope.tensor()), schedules.cubic(0.8, **SPAN)),
+    ),
+    "2:4 of a share": (
+        "{final: 0.4, schedule: one_shot, start: 1, scope: {n_of_m: {keep: 2, of: 4, dim: both, among: model}}}",
+        lambda: by_hand(
+            Method(MAGNITUDE, scope=scope.n_of_m(keep=2, of=4, dim="both", among="model")),
+            schedules.one_shot(0.4, start=4),
+        ),
     ),
     "mask_type 2:4": (
         "{final: 0.5, schedule: one_shot, start: 1, scope: {n_of_m: {keep: 2, of: 4}}}",

@@ -152,6 +152,14 @@ def test_a_stage_needs_initial_where_the_one_before_leaves_different_ratios(firs
         ("- pruen", "recipe.yaml:1: [0]: 'pruen' is unknown; did you mean prune? Allowed: prune, ac_dc, constant"),
         ("- prune: {end: 2}", "recipe.yaml:1: [0].prune: it lacks final; give it"),
         ("- prune: {final: 0.5}", "recipe.yaml:1: [0].prune: it lacks end; give it"),
+        (
+            "- prune: {final: 0.5, end: 4, scope: {n_of_m: {keep: 3, of: 4}}}",
+            "recipe.yaml:1: [0].prune: ratio is 0.5, but keeping 3 of 4 removes at most 0.25",
+        ),
+        (
+            "- prune: {final: 0.5, end: 4, scope: {n_of_m: {keep: 2, of: 4, dim: rows}}}",
+            "scope.n_of_m: dim is 'rows'; allowed are \"in\", \"out\" and \"both\"",
+        ),
         ("- ac_dc: {final: 0.5, end: 4}", "recipe.yaml:1: [0].ac_dc: it lacks frequency; give it"),
         ("- ac_dc: {final: 0.5, end: 4, frequency: 1, initial: 0}", "[0].ac_dc.initial: 'initial' is unknown here"),
         ("- ac_dc: {final: 0.5, end: 4, frequency: 1, reintroduce: false}", "[0].ac_dc.reintroduce: 'reintroduce' is "
