@@ -36,7 +36,7 @@ def transposable_mask(scores: Tensor, keep: int, of: int) -> Tensor:
     padded = functional.pad(scores, (0, -columns % of, 0, -rows % of), value=torch.nan)
     *others, down, across = padded.shape
     squares = padded.reshape(*others, down // of, of, across // of, of).transpose(-3, -2)
-    masks = torch.cat([_best(part, patterns) for part in squares.reshape(-1, of * of).split(_AT_ONCE)])
+    masks = torch.cat([_best(part, patterns) for part in torch.split(squares.reshape(-1, of * of), _AT_ONCE)])
     whole = masks.reshape(squares.shape).transpose(-3, -2).reshape(padded.shape)
     return whole[..., :rows, :columns]
 

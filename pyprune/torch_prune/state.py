@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import prune as torch_prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from pyprune.modules.memory import prefer_huge_pages
 
@@ -91,7 +93,15 @@ def attach(module: nn.Module, name: str, hook: Any, mask: Tensor, product: Tenso
     if keys:
         module._forward_pre_hooks[keys[0]] = hook
     else:
-        module.register_forward_pre_hook(hook)
+        keys = [module.register_forward_pre_hook(hook).id]
+    if any(_reads(other, name) for other in module._forward_pre_hooks.values()):
+        module._forward_pre_hooks.move_to_end(keys[0], last=False)
+
+
+def _reads(hook: Any, name: str) -> bool:
+    """Whether a hook of torch makes another weight of the one with this name, and so must come after ours."""
+    made_of = {WeightNorm: ("_g", "_v"), SpectralNorm: ("_orig",)}.get(type(hook), ())
+    return any(hook.name + end == name for end in made_of)
 
 
 def show_product(module: nn.Module, name: str, product: Tensor) -> None:
