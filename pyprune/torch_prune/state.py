@@ -95,7 +95,8 @@ def attach(module: nn.Module, name: str, hook: Any, mask: Tensor, product: Tenso
     else:
         keys = [module.register_forward_pre_hook(hook).id]
     if any(_reads(other, name) for other in module._forward_pre_hooks.values()):
-        module._forward_pre_hooks.move_to_end(keys[0], last=False)
+        hooks = module._forward_pre_hooks
+        _replace(hooks, {keys[0]: hooks[keys[0]], **hooks})
 
 
 def _reads(hook: Any, name: str) -> bool:
@@ -131,6 +132,6 @@ def detach(module: nn.Module, hook: torch_prune.BasePruningMethod) -> None:
     _replace(module._parameters, {name: module._parameters[name] for name in names})
 
 
-def _replace(table: dict[str, Any], entries: dict[str, Any]) -> None:
+def _replace(table: dict[Any, Any], entries: dict[Any, Any]) -> None:
     table.clear()
     table.update(entries)
