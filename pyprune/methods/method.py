@@ -126,14 +126,17 @@ def check_amount(method: Method, amount: Amount) -> Amount:
             "a dict of ratios gives weights ratios of their own, so they do not compete; use scope.tensor()"
             + (', or among="tensor"' if scope == "n_of_m" else "")
         )
-    if amount.allocation not in ("uniform", "erk"):
-        raise ValueError(f'allocation is {amount.allocation!r}; allowed are "uniform" and "erk"')
-    if amount.allocation == "erk" and (by_weight or scope not in ("tensor", "row")):
+    if amount.allocation not in ("uniform", "erk", "er"):
+        raise ValueError(f'allocation is {amount.allocation!r}; allowed are "uniform", "erk" and "er"')
+    if amount.allocation != "uniform" and (by_weight or scope not in ("tensor", "row")):
         raise ValueError(
-            'allocation="erk" makes one ratio into one for each weight: use scope.tensor() or scope.row()'
+            f'allocation="{amount.allocation}" makes one ratio into one for each weight: use '
+            "scope.tensor() or scope.row()"
         )
-    if amount.allocation == "erk" and amount.from_remaining:
-        raise ValueError('allocation="erk" is about all weights; leave from_remaining out, or give ratios by name')
+    if amount.allocation != "uniform" and amount.from_remaining:
+        raise ValueError(
+            f'allocation="{amount.allocation}" is about all weights; leave from_remaining out, or give ratios by name'
+        )
     if amount.is_capped and scope not in ("model", "group"):
         raise ValueError(
             f"min_ratio and max_ratio bound what a weight loses to others, but in scope {scope} none compete"

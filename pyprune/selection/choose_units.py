@@ -1,5 +1,6 @@
 """Which units stay: counts from ratios, scope by scope, and masks of units from the kernels."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyprune import ops
-from pyprune.methods.allocation import Amount, by_name, erk, limits, removed_in_all
+from pyprune.methods.allocation import Amount, by_name, er, erk, limits, removed_in_all
 from pyprune.methods.lamp import lamp_removed
 from pyprune.methods.method import Method
 from pyprune.methods.scope import group_of
@@ -79,8 +80,17 @@ def ratios_of(method: Method, amount: Amount, unit_groups: Sequence[UnitGroup]) 
         return None
     if isinstance(amount.ratio, Mapping):
         ratios = by_name(amount.ratio, [unit_group.names for unit_group in unit_groups], 0.0)
-    elif amount.allocation == "erk":
-        ratios = erk([tuple(unit_group.weight.values.shape) for unit_group in unit_groups], amount.ratio)
+    elif amount.allocation != "uniform":
+        weights = [unit_group.weight for unit_group in unit_groups]
+        shapes = [tuple(weight.values.shape) for weight in weights]
+        if amount.allocation == "erk":
+            ratios = erk(shapes, amount.ratio)
+        else:
+            channels = [
+                (shape[weight.out_dim], shape[weight.in_dim]) if len(shape) > 1 else (1, math.prod(shape))
+                for weight, shape in zip(weights, shapes, strict=True)
+            ]
+            ratios = er(shapes, channels, amount.ratio)
     else:
         return None
     return dict(zip([unit_group.name for unit_group in unit_groups], ratios, strict=True))

@@ -143,7 +143,7 @@ class RBLoss(_GateLoss):
 
     @target_ratio.setter
     def target_ratio(self, ratio: float) -> None:
-        self._target_ratio = check_ratio(ratio)
+        self._target_ratio = check_ratio(ratio, "target_ratio")
 
     def forward(self) -> Tensor:
         """Return the loss at the present logits."""
@@ -257,8 +257,8 @@ class LagrangianLoss(_GateLoss):
             raise TypeError(f"warmup_steps is {warmup_steps!r}; give a number of optimizer steps")
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps is {warmup_steps}; give 0 or more optimizer steps")
-        self._target_ratio: float = check_ratio(target_ratio)
-        self._start_ratio: float = check_ratio(start_ratio)
+        self._target_ratio: float = check_ratio(target_ratio, "target_ratio")
+        self._start_ratio: float = check_ratio(start_ratio, "start_ratio")
         self._warmup_steps: int = int(warmup_steps)
         self._learning_rate: float = _check_positive(learning_rate, "learning_rate")
         zeros = torch.zeros(2, dtype=torch.float64, device=self._groups[0].costs.device)

@@ -186,6 +186,32 @@ def test_constant_holds_the_zeros_of_a_plain_model():
     assert not torch.equal(model[0].weight == 0, before["0.weight"] == 0)  # nothing holds them any more
 
 
+@pytest.mark.filterwarnings("ignore:the model has no zeros to hold")
+def test_constant_with_a_start_holds_the_zeros_of_that_time():
+    recipe = Recipe.from_string("stages: [constant: {start: 2, end: 4}]")
+    model, optimizer = with_optimizer(network())
+    pruner = recipe.apply(model, optimizer, 5)
+    train(model, optimizer, pruner, 9)
+    assert pruner.state_dict()["held"] == {}
+    with torch.no_grad():
+        sparse = sparse_network().state_dict()
+        for name in ("0.weight", "2.weight"):
+            model.get_parameter(name).copy_(sparse[name])
+    pruner.step()
+    train(model, optimizer, pruner, 5)
+    assert same([model[i].weight == 0 for i in (0, 2)], [sparse[f"{i}.weight"] == 0 for i in (0, 2)])
+    saved = copy.deepcopy([part.state_dict() for part in (model, optimizer, pruner)])
+    again, optimizer = with_optimizer(network())
+    resumed = recipe.apply(again, optimizer, 5)
+    for part, state in zip((again, optimizer, resumed), saved, strict=True):
+        part.load_state_dict(state)
+    train(again, optimizer, resumed, 3)
+    assert same([again[i].weight == 0 for i in (0, 2)], [sparse[f"{i}.weight"] == 0 for i in (0, 2)])
+    early = recipe.apply(*with_optimizer(network()), 5)
+    with pytest.raises(ValueError, match="load its sparse weights"):
+        early.load_state_dict(saved[2])
+
+
 def test_constant_leaves_out_what_is_ignored():
     model, optimizer = with_optimizer(sparse_network())
     pruner = Recipe.from_string("stages: [constant: {ignore: {names: ['2']}}]").apply(model, optimizer, 5)
