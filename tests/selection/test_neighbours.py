@@ -190,9 +190,16 @@ def test_n_of_m_refuses_what_has_no_meaning():
     ):
         with pytest.raises(ValueError, match=words):
             scope.n_of_m(**{"keep": 2, "of": 4, **options})
-    for side, dim in (("out", "in"), ("in", "out"), ("out", "both"), ("in", "both")):
-        with pytest.raises(ValueError, match="nothing competes"):
-            Method(MAGNITUDE, granularity.channel(side), scope.n_of_m(keep=2, of=4, dim=dim))
+    for cut, dims in (
+        (granularity.channel("out"), ("in", "both")),
+        (granularity.channel("in"), ("out", "both")),
+        (granularity.block(1, "channel"), ("in", "both")),
+        (granularity.block("channel", 1), ("out", "both")),
+        (granularity.head(2), ("in", "out", "both")),
+    ):
+        for dim in dims:
+            with pytest.raises(ValueError, match="nothing competes"):
+                Method(MAGNITUDE, cut, scope.n_of_m(keep=2, of=4, dim=dim))
     method = Method(MAGNITUDE, scope=scope.n_of_m(keep=2, of=4, dim="both"))
     with pytest.raises(ValueError, match="has no outputs and inputs"):
         choose_units(method, unit_groups_of(method, [torch.ones(8)]), Amount())
