@@ -79,14 +79,12 @@ class Method:
                 f"{self.importance.name} compares channels, but the granularity is {cut}; give channel()"
             )
         # A unit that spans all inputs, or outputs, has no neighbours along them.
-        spans_inputs = cut == 'channel("out")' or cut.endswith(", channel)")
-        spans_outputs = cut == 'channel("in")' or cut.startswith("block(channel,")
-        is_alone = {
-            "row": cut == 'channel("out")',
-            "n_of_m": {"in": spans_inputs, "out": spans_outputs, "both": spans_inputs or spans_outputs}[
-                self.scope.dim
-            ],
-        }.get(self.scope.name)
+        spans = {
+            "in": cut == 'channel("out")' or cut.endswith(", channel)"),
+            "out": cut == 'channel("in")' or cut.startswith("block(channel,"),
+        }
+        spans["both"] = spans["in"] or spans["out"]
+        is_alone = {"row": cut == 'channel("out")', "n_of_m": spans[self.scope.dim]}.get(self.scope.name)
         if is_alone or (is_alone is not None and self.granularity.heads):
             raise ValueError(
                 f"with granularity {cut} a channel has one unit, so nothing competes within scope "
