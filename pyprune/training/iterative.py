@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyprune.calibration.calibrate import Calibration
 from pyprune.calibration.training_statistics import needs_training
-from pyprune.console import as_text, tracked
+from pyprune.console import as_html, as_text, tracked
 from pyprune.methods.allocation import Amount, check_ratio
 from pyprune.methods.importance import magnitude
 from pyprune.methods.method import Method, PruneMode, check_amount
@@ -93,6 +93,9 @@ class IterativeResult:
                 "kept" if one is self.kept else "",
             )
         return as_text(table)
+
+    def _repr_html_(self) -> str:
+        return as_html(str(self))
 
 
 @torch.inference_mode(False)
