@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import pyprune
 
 # What torch imports for forward mode warns of itself.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit")
 
 MASKS, GATES = ("UNSTRUCTURED_MAGNITUDE_LOCAL",), ("UNSTRUCTURED_HARD_CONCRETE", "UNSTRUCTURED_REGULARIZATION_BASED")
 MODES = MASKS + GATES
