@@ -174,7 +174,7 @@ def er(shapes: Sequence[Sequence[int]], channels: Sequence[tuple[int, int]], rat
 
     Example:
         >>> [round(ratio, 3) for ratio in er([(8, 8, 3, 3), (32, 8)], [(8, 8), (32, 8)], 0.5)]
-        [0.448, 0.617]
+        [0.435, 0.647]
     """
     sizes = [math.prod(shape) for shape in shapes]
     densities = [(out + of) / (out * of) if out * of else 0.0 for out, of in channels]

@@ -47,11 +47,11 @@ def ratios_below(
     Example:
         >>> from pyprune import Method, importance, prune, scope
         >>> linear = nn.Linear(4, 1, bias=False)
-        >>> _ = linear.weight.copy_(torch.tensor([[0.1, -2.0, 0.3, 4.0]]))
+        >>> _ = linear.weight.data.copy_(torch.tensor([[0.25, -2.0, 0.5, 4.0]]))
         >>> method = Method(importance.magnitude(), scope=scope.tensor())
-        >>> ratios = ratios_below(linear, method, 0.3)
+        >>> ratios = ratios_below(linear, method, 0.5)
         >>> ratios, prune(linear, method, ratio=ratios).weight.tolist()
-        ({'weight': 0.25}, [[0.0, -2.0, 0.30000001192092896, 4.0]])
+        ({'weight': 0.25}, [[0.0, -2.0, 0.5, 4.0]])
     """
     chosen = method_with_ratios(method)
     if isinstance(threshold, bool) or not isinstance(threshold, numbers.Real):
