@@ -1,7 +1,8 @@
 """What disappears as one: single elements, blocks, channels, convolution kernels, attention heads.
 
 Each function returns the granularity of a `Method`. A *unit* is what it removes; the ratio counts units. Outputs and
-inputs are those of the layer; bare parameters count as (outputs, inputs), as the weights of linear layers do.
+inputs are those of the layer, wherever its weight has them; where that cannot be told, `prune` raises. A channel of a
+convolution with groups, or of experts in one weight, is a channel of one group, or of one expert.
 """
 
 from collections.abc import Callable, Sequence
@@ -50,8 +51,8 @@ def element() -> Granularity:
 def block(n: int | Literal["channel"], m: int | Literal["channel"], reduction: Reduction = "mean") -> Granularity:
     """Remove blocks of ``n`` outputs by ``m`` inputs, in a convolution at one position of the kernel.
 
-    "channel" stands for all outputs, or all inputs, of a weight: ``block(1, "channel")`` is one output with all its
-    inputs (of a group), and in a convolution one position of a filter. Where the sizes of a weight do not divide, the
+    "channel" stands for all outputs, or all inputs, of a group: ``block(1, "channel")`` is one output with all its
+    inputs, and in a convolution one position of a filter. Where the sizes of a weight do not divide, the
     blocks at its edges are smaller; the mean is over what they have.
 
     Raises:
@@ -81,7 +82,8 @@ def block(n: int | Literal["channel"], m: int | Literal["channel"], reduction: R
                     f"a block of {n} outputs by {m} inputs is larger than {weight.name} of shape {tuple(shape)}; "
                     "name it in ignored_scope, or choose smaller blocks"
                 )
-            sizes[dim] = max(1, shape[dim]) if size == "channel" else size
+            groups = weight.layout.groups if dim == 0 else 1
+            sizes[dim] = max(1, shape[dim] // groups) if size == "channel" else size
         return tuple(sizes)
 
     return Granularity(f"block({n}, {m})", block_of, check_reduction(reduction))
@@ -101,6 +103,7 @@ def channel(side: Literal["out", "in"] = "out", reduction: Reduction = "sum") ->
     def block_of(weight: Weight) -> tuple[int, ...]:
         sizes = list(weight.values.shape)
         if sizes:
+            sizes[0] //= weight.layout.groups
             sizes[weight.out_dim if side == "out" else weight.in_dim] = 1
         return tuple(max(1, size) for size in sizes)
 
@@ -118,7 +121,7 @@ def kernel(reduction: Reduction = "sum") -> Granularity:
 
     def block_of(weight: Weight) -> tuple[int, ...]:
         shape = weight.values.shape
-        if len(shape) < 3:
+        if len(shape) < 3 or {weight.out_dim, weight.in_dim} != {0, 1}:
             raise ValueError(
                 f"{weight.name} of shape {tuple(shape)} has no convolution kernels; name it in ignored_scope"
             )

@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from pyprune.console import listed, warn
+from pyprune.modules.attachments import Owner
 from pyprune.modules.ignored_scope import IgnoredScope
+from pyprune.modules.layers import bias_of, weight_layouts
 from pyprune.modules.targets import Target, all_parameters, ignored_in
 from pyprune.modules.zero_weights import are_zero
 
@@ -41,7 +43,7 @@ def warn_of_missed(
         for target in all_parameters(model)
         if target.parameter.dim() > 1
         and target.parameter not in reached
-        and not any(ignored(owner.name) for owner in target.owners)
+        and not any(ignored(owner.name) or _is_bias(owner) for owner in target.owners)
     ]
     missed = [t for t, is_zero in zip(missed, are_zero([t.parameter for t in missed]), strict=True) if not is_zero]
     size = sum(target.parameter.numel() for target in missed)
@@ -56,3 +58,8 @@ def warn_of_missed(
         f"this reaches {1 - size / total:.0%} of the weights of {type(model).__name__}, and leaves out {parts}. Name "
         "in ignored_scope what is to stay dense"
     )
+
+
+def _is_bias(owner: Owner) -> bool:
+    """Whether a parameter has the biases of experts, a row for each of them."""
+    return any(bias_of(weight) == owner.attribute for weight in weight_layouts(owner.module))

@@ -1,15 +1,18 @@
 """What belongs to an output channel besides its weights: the bias, and the BatchNorm that comes next."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pyprune.methods.layout import Layout, channels_shape
 from pyprune.modules.activations import channel_dim
 from pyprune.modules.evaluation import check_initialized, evaluating, forward, untouched
+from pyprune.modules.layers import bias_of, weight_layouts
 from pyprune.modules.masks import NewFollower, NewMask
-from pyprune.modules.targets import Target, by_place, is_transposed, output_layers
+from pyprune.modules.targets import Target, by_place, output_layers
 
 
 def norms_after(
@@ -75,28 +78,39 @@ def new_followers(model: nn.Module, masks: Mapping[Target, NewMask], inputs: Any
     norms: dict[nn.Module, _BatchNorm] = {}
     if any(isinstance(module, _BatchNorm) for module in model.modules()):
         norms = norms_after(model, layers, inputs, "zero_dead_channels")
+    for layer, one in norms.items():
+        if not one.affine:
+            raise ValueError(
+                f"zero_dead_channels cannot zero what the BatchNorm after {layers[layer].name} puts out: it has no "
+                "scale and shift. Name the layer in ignored_scope, or leave the option out"
+            )
     places = by_place(model)
     new: list[NewFollower] = []
-    for layer, target in layers.items():
-        norm = norms.get(layer)
-        if norm is not None and not norm.affine:
-            raise ValueError(
-                f"zero_dead_channels cannot zero what the BatchNorm after {target.name} puts out: it has no scale "
-                "and shift. Name the layer in ignored_scope, or leave the option out"
-            )
-        for module, attribute in [
-            (layer, "bias"),
-            *((norm, name) for name in ("weight", "bias") if norm is not None),
-        ]:
-            found = places.get((module, attribute))
-            if found is None or found.attachment is not None:
-                continue
-            if len({owner.module for owner in found.owners}) > 1:
-                names = ", ".join(owner.name for owner in found.owners)
-                raise ValueError(
-                    f"zero_dead_channels cannot mask {names}: layers with channels of their own share it. Name one "
-                    "in ignored_scope, or leave the option out"
-                )
-            groups = cast(int, layer.groups) if is_transposed(layer) else 0
-            new.append(NewFollower(found.owners, masks[target], groups))
+    for target in masks:
+        for owner in target.owners:
+            layout = weight_layouts(owner.module).get(owner.attribute, target.layout)
+            norm = norms.get(owner.module) if owner.attribute == "weight" else None
+            follow = [(owner.module, bias_of(owner.attribute))]
+            follow += [] if norm is None else [(norm, "weight"), (norm, "bias")]
+            for module, attribute in follow:
+                found = places.get((module, attribute))
+                if found is None or found.attachment is not None or not _has_channels(found, target, layout):
+                    continue
+                if len({owner.module for owner in found.owners}) > 1:
+                    names = ", ".join(owner.name for owner in found.owners)
+                    raise ValueError(
+                        f"zero_dead_channels cannot mask {names}: layers with channels of their own share it. Name "
+                        "one in ignored_scope, or leave the option out"
+                    )
+                new.append(NewFollower(found.owners, masks[target], layout, found.parameter.shape))
     return new
+
+
+def _has_channels(bias: Target, target: Target, layout: Layout) -> bool:
+    """Whether a parameter has one value for each output channel of a weight, and nothing else makes these outputs."""
+    if target.parameter.dim() < 2 or layout.outputs is None or layout.is_table:
+        return False
+    if any(isinstance(owner.module, (nn.RNNBase, nn.RNNCellBase)) for owner in target.owners):
+        return False  # a gate has two weights
+    channels = channels_shape(tuple(target.parameter.shape), layout, "out")
+    return bias.parameter.numel() == math.prod(channels)

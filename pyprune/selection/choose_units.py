@@ -14,7 +14,7 @@ from pyprune.methods.method import Method
 from pyprune.methods.scope import group_of
 from pyprune.methods.unit_groups import UnitGroup, reduce_units, spread_units
 from pyprune.selection.limits import capped_threshold
-from pyprune.selection.neighbours import keep_in_rows, keep_n_of_m
+from pyprune.selection.neighbours import count_of_rows, keep_in_rows, keep_n_of_m, outputs_first
 from pyprune.selection.scores import is_magnitude_of_elements, keys
 
 
@@ -245,7 +245,7 @@ def _by_row(units: _Units) -> Selected:
     sizes, kept = [], []
     for unit_group, base, ratio in zip(units.unit_groups, units.bases, units.ratios(), strict=True):
         shape = unit_group.unit_shape
-        columns = torch.Size(shape).numel() // max(1, shape[unit_group.weight.out_dim] if len(shape) > 1 else 1)
+        columns = torch.Size(shape).numel() // max(1, count_of_rows(unit_group))
         left = columns if base is None else _left_in_rows(base, unit_group)
         sizes.append(max(1, columns))
         kept.append(columns - removed_in_all(columns, columns - left, units.amount, ratio))
@@ -255,7 +255,7 @@ def _by_row(units: _Units) -> Selected:
 
 
 def _left_in_rows(base: Tensor, unit_group: UnitGroup) -> int:
-    left = base.movedim(unit_group.weight.out_dim, 0).flatten(1).sum(1) if base.dim() > 1 else base.sum().reshape(1)
+    left = outputs_first(base, unit_group).flatten(2).sum(2) if base.dim() > 1 else base.sum().reshape(1)
     if left.numel() and left.min() != left.max():
         raise ValueError(
             f"the rows of {unit_group.name} have from {int(left.min())} to {int(left.max())} units left; to lose "

@@ -10,12 +10,14 @@ from torch import Tensor
 from pyprune import ops
 from pyprune.methods.allocation import Amount
 from pyprune.methods.importance import normalized, without_signs
+from pyprune.methods.layout import Layout, groups_first
 from pyprune.methods.method import Method
 from pyprune.methods.scope import Scope
 from pyprune.methods.transposable import transposable_mask
-from pyprune.methods.unit_groups import UnitGroup, Weight
+from pyprune.methods.unit_groups import UnitGroup
 from pyprune.selection.scores import keys, keys_in_rows, unit_scores
 
+Side = Literal["in", "out", "both"]
 Masks = tuple[list[Tensor], Tensor]  # as of `ops.group_masks`: masks, and counts of non-finite scores
 
 
@@ -31,37 +33,34 @@ def keep_in_rows(
 ) -> Masks:
     """Keep ``kept`` of each ``sizes`` neighbours: of all units of an output, or only along its inputs or outputs."""
 
-    def in_rows(tensor: Tensor, weight: Weight) -> Tensor:
-        if tensor.dim() < 2:
-            return tensor.reshape(-1)
-        if along == "row":
-            return tensor.movedim(weight.out_dim, 0)
-        return tensor.movedim(weight.in_dim if along == "in" else weight.out_dim, -1)
+    def in_rows(tensor: Tensor, unit_group: UnitGroup) -> Tensor:
+        if along == "row" and tensor.dim() > 1:
+            return outputs_first(tensor, unit_group)
+        return _neighbours_last(tensor, unit_group, "in" if along == "row" else along)
 
-    def per_column(factor: Tensor, weight: Weight) -> Tensor:
-        shape = list(weight.values.shape)
+    def per_column(factor: Tensor, unit_group: UnitGroup) -> Tensor:
+        shape = list(unit_group.weight.values.shape)
         if along == "in" or len(shape) < 2:
             return factor.flatten()
-        shape[weight.out_dim] = 1
-        return in_rows(factor.expand(shape), weight).flatten()
+        shape[unit_group.weight.out_dim] = 1
+        return outputs_first(factor.expand(shape), unit_group).flatten()
 
-    weights = [unit_group.weight for unit_group in unit_groups]
     # A factor of an input is the same for all outputs.
     key = keys(method, unit_groups, compared=False) if along == "out" else keys_in_rows(method, unit_groups)
     masks = masks or [torch.empty_like(tensor, dtype=torch.bool) for tensor in key.tensors]
-    views = [in_rows(tensor, weight) for tensor, weight in zip(key.tensors, weights, strict=True)]
+    views = [in_rows(tensor, one) for tensor, one in zip(key.tensors, unit_groups, strict=True)]
     factors = [
-        None if factor is None else per_column(factor, weight)
-        for factor, weight in zip(key.factors or [None] * len(weights), weights, strict=True)
+        None if factor is None else per_column(factor, one)
+        for factor, one in zip(key.factors or [None] * len(unit_groups), unit_groups, strict=True)
     ]
     _, nonfinite = ops.group_masks(
         views,
         list(sizes),
         list(kept),
-        row_dims=[min(1, view.dim() - 1) if along == "row" else view.dim() - 1 for view in views],
+        row_dims=[2 if along == "row" and view.dim() > 1 else view.dim() - 1 for view in views],
         factors=factors,
-        bases=[None if base is None else in_rows(base, weight) for base, weight in zip(bases, weights, strict=True)],
-        masks=[in_rows(mask, weight) for mask, weight in zip(masks, weights, strict=True)],
+        bases=[None if base is None else in_rows(base, one) for base, one in zip(bases, unit_groups, strict=True)],
+        masks=[in_rows(mask, one) for mask, one in zip(masks, unit_groups, strict=True)],
     )
     return list(masks), nonfinite
 
@@ -102,10 +101,9 @@ def _in_squares(
                 f"{unit_group.name} of shape {tuple(score.shape)} has no outputs and inputs for N:M along both; name "
                 'it in ignored_scope, or give dim="in"'
             )
-        dims = unit_group.weight.out_dim, unit_group.weight.in_dim
         left = score if base is None else torch.where(base, score, 0)
-        square = transposable_mask(left.movedim(dims, (-2, -1)), method.scope.keep, method.scope.of)
-        mask.copy_(square.movedim((-2, -1), dims))
+        square = transposable_mask(_neighbours_last(left, unit_group, "both"), method.scope.keep, method.scope.of)
+        _neighbours_last(mask, unit_group, "both").copy_(square)
         if base is not None:
             mask &= base
     return list(masks), torch.stack([(~score.isfinite()).sum() for score in scores])
@@ -121,19 +119,25 @@ def _leave_whole(
 ) -> Tensor:
     """Give back, in place, what those groups lost whose masking costs the most; count costs that are not finite."""
     scope = method.scope
-    blocks = [_block(scope, unit_group) for unit_group in unit_groups]
+
+    def views(tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [_view(one, group, scope.dim) for one, group in zip(tensors, unit_groups, strict=True)]
+
     scores = unit_scores(method, unit_groups)
     if scope.among == "model":
         scores = [normalized(score, method.importance.normalize) for score in scores]
     lost = [~mask if base is None else base & ~mask for mask, base in zip(masks, bases, strict=True)]
-    costs = ops.unit_scores(
-        [torch.where(gone, score, 0) for gone, score in zip(lost, scores, strict=True)], blocks, p=None
-    )
+    costly = views([torch.where(gone, score, 0) for gone, score in zip(lost, scores, strict=True)])
+    blocks = [
+        tuple(scope.of if dim in _dims(group, scope.dim) else 1 for dim in range(view.dim()))
+        for view, group in zip(costly, unit_groups, strict=True)
+    ]
+    costs = ops.unit_scores(costly, blocks, p=None)
     if any(bool((cost < 0).any()) for cost in costs if method.importance.signed or scope.among == "model"):
         costs = without_signs(costs)
     # Groups that have nothing to lose count as gone.
-    may_lose = [most > 0 for most in ops.unit_scores(lost, blocks, p=None, reduction="max")]
-    counts = _counts(unit_groups, scope, may_lose, has_bases=any(base is not None for base in bases))
+    may_lose = [most > 0 for most in ops.unit_scores(views(lost), blocks, p=None, reduction="max")]
+    counts = _counts(unit_groups, costly, scope, may_lose, has_bases=any(base is not None for base in bases))
     if scope.among == "model":
         groups, idle, gone = (sum(column) for column in zip(*counts, strict=True))
         removed: int | list[int] = _removed(groups, idle, gone, ratios[0], scope, amount)
@@ -141,7 +145,7 @@ def _leave_whole(
         removed = [_removed(*count, ratio, scope, amount) for count, ratio in zip(counts, ratios, strict=True)]
     cut, nonfinite = ops.threshold(costs, removed, bases=may_lose)
     whole = [torch.empty_like(mask) for mask in masks]
-    ops.expand(cut, blocks, whole)
+    ops.expand(cut, blocks, views(whole))
     for mask, all_stay, base in zip(masks, whole, bases, strict=True):
         mask |= all_stay if base is None else all_stay & base
     return nonfinite
@@ -158,39 +162,74 @@ def _removed(groups: int, idle: int, gone: int, ratio: float, scope: Scope, amou
 
 
 def _counts(
-    unit_groups: Sequence[UnitGroup], scope: Scope, may_lose: Sequence[Tensor], *, has_bases: bool
+    unit_groups: Sequence[UnitGroup],
+    views: Sequence[Tensor],
+    scope: Scope,
+    may_lose: Sequence[Tensor],
+    *,
+    has_bases: bool,
 ) -> list[tuple[int, int, int]]:
     """Return how many groups of N:M there are, how many never lose anything, and how many cannot any more."""
-    idle = [_count_idle(scope, unit_group) for unit_group in unit_groups]
+    idle = [
+        _count_idle(scope, view.numel(), [view.shape[dim] for dim in _dims(group, scope.dim)])
+        for view, group in zip(views, unit_groups, strict=True)
+    ]
     # Read from the device only if the shape does not say it.
     gone = ops.count_zeros(list(may_lose)).tolist() if has_bases else idle
     return [(groups.numel(), one, other) for groups, one, other in zip(may_lose, idle, gone, strict=True)]
 
 
-def _count_idle(scope: Scope, unit_group: UnitGroup) -> int:
+def _count_idle(scope: Scope, elements: int, sizes: Sequence[int]) -> int:
     """Return how many groups at the edge of a weight are so small that they lose nothing."""
-    shape = unit_group.unit_shape
-    elements = math.prod(shape)
-    if scope.dim == "both":
-        rows, columns = shape[unit_group.weight.out_dim], shape[unit_group.weight.in_dim]
-        rest, other = rows % scope.of, columns % scope.of
-        fits = 0 < rest <= scope.keep and 0 < other <= scope.keep and rest + other <= scope.of
-        return elements // (rows * columns) if fits else 0
-    size = shape[_dim(scope, unit_group)]
-    return elements // size if 0 < size % scope.of <= scope.keep else 0
+    rests = [size % scope.of for size in sizes]
+    # A square that has few rows and columns may still have to lose some: 3 of 4 cannot keep all of 3 x 3.
+    fits = all(0 < rest <= scope.keep for rest in rests) and sum(rests) <= scope.of
+    return elements // math.prod(sizes) if fits else 0
 
 
-def _block(scope: Scope, unit_group: UnitGroup) -> tuple[int, ...]:
-    """Return the size of a group of N:M, in units."""
-    block = [1] * len(unit_group.unit_shape)
-    if scope.dim == "both":
-        block[unit_group.weight.out_dim] = block[unit_group.weight.in_dim] = scope.of
-    else:
-        block[_dim(scope, unit_group)] = scope.of
-    return tuple(block)
+# ---- views ----
 
 
-def _dim(scope: Scope, unit_group: UnitGroup) -> int:
+def count_of_rows(unit_group: UnitGroup) -> int:
+    """Return how many rows of units there are, one for each output of each group."""
+    shape, weight = unit_group.unit_shape, unit_group.weight
+    if len(shape) < 2:
+        return 1
+    return shape[weight.out_dim] * (1 if weight.out_dim == 0 else weight.layout.groups)
+
+
+def outputs_first(tensor: Tensor, unit_group: UnitGroup) -> Tensor:
+    """Return a view with two dimensions in front, that count groups, where they matter, and outputs."""
+    dim = unit_group.weight.out_dim
+    return _groups_first(tensor, unit_group, matter=dim != 0).movedim(dim + 1, 1)
+
+
+def _neighbours_last(tensor: Tensor, unit_group: UnitGroup, along: Side) -> Tensor:
+    """Return a view with the inputs or outputs of a group as its last dimension, or outputs and inputs as two."""
+    dims = _dims(unit_group, along)
+    return _view(tensor, unit_group, along).movedim(dims, list(range(-len(dims), 0)))
+
+
+def _view(tensor: Tensor, unit_group: UnitGroup, along: Side) -> Tensor:
+    """Return a view in which neighbours lie along `_dims`, and are of one group."""
+    if tensor.dim() < 2:
+        return tensor.reshape(-1)
+    return _groups_first(tensor, unit_group, matter=1 in _dims(unit_group, along))
+
+
+def _dims(unit_group: UnitGroup, along: Side) -> list[int]:
     if len(unit_group.unit_shape) < 2:
-        return 0
-    return unit_group.weight.out_dim if scope.dim == "out" else unit_group.weight.in_dim
+        return [0]
+    weight = unit_group.weight
+    outputs, inputs = weight.out_dim + 1, weight.in_dim + 1  # after groups
+    return {"in": [inputs], "out": [outputs], "both": [outputs, inputs]}[along]
+
+
+def _groups_first(tensor: Tensor, unit_group: UnitGroup, *, matter: bool) -> Tensor:
+    weight = unit_group.weight
+    if matter and tensor.shape[0] % weight.layout.groups:
+        raise ValueError(
+            f"{weight.name} of shape {tuple(weight.values.shape)} has {weight.layout.groups} groups, and blocks that "
+            "lie across them are in no row; name it in ignored_scope, or choose smaller blocks"
+        )
+    return groups_first(tensor, weight.layout if matter else Layout())

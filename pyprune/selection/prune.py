@@ -75,7 +75,8 @@ def prune(
             leaves some groups whole. For gates a loss has it, and here it only warns.
         ignored_scope: weights to leave out.
         examples_inputs: a tensor, a tuple of positional or a dict of keyword arguments for the model. If given,
-            one forward pass also finds weights that are bare parameters, and the BatchNorm after each layer.
+            one forward pass also finds weights that are bare parameters, which dimensions of weights are inputs by
+            their use, and the BatchNorm after each layer.
         calibration: what `calibrate` gathered, for an importance that needs it.
         allocation: how one ratio becomes one for each tensor, within scope tensor or row: "uniform", or "erk", by
             which thin layers keep more (Evci et al. 2020), and all together lose that share of their weights.
@@ -228,12 +229,9 @@ def targets_with_statistics(
     targets = prunable_targets(method, found)
     check_kind(targets, Mask)
     statistics = statistics_of(model, method.importance, targets, calibration, examples_inputs)
-    warn_of_missed(
-        model,
-        ignored_scope,
-        found,
-        {f"without a score by {method.importance.name}": [t for t in targets if t not in statistics]},
-    )
+    # Tables were left out with a warning by `calibrate`.
+    unscored = [target for target in targets if target not in statistics and not target.layout.is_table]
+    warn_of_missed(model, ignored_scope, found, {f"without a score by {method.importance.name}": unscored})
     return {target: statistics[target] for target in targets if target in statistics}
 
 
@@ -260,7 +258,8 @@ def statistics_of(
             "with the same options; calibrate with this importance"
         )
     found = _by_name(calibration.tensors, targets)
-    missing = [target.name for target in targets if target not in found]
+    # Tables were left out with a warning.
+    missing = [target.name for target in targets if target not in found and not target.layout.is_table]
     if missing:
         raise ValueError(f"calibration lacks {', '.join(missing)}; calibrate with the same ignored_scope")
     return {target: statistic.to(target.parameter.device) for target, statistic in found.items()}

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pyprune.calibration.sums import without_tables
 from pyprune.calibration.training_statistics import TrainingGradients, TrainingSums, needs_gradients, needs_training
 from pyprune.methods.allocation import Allocation, Amount
 from pyprune.methods.method import Method, PruneMode, check_amount
@@ -133,7 +134,7 @@ class Pruner:
         self._same_unit_groups: list[UnitGroup] | None = None
         self._is_late = False  # masks were due, but there was nothing yet to choose them by
         there = find_targets(model, ignored_scope, examples_inputs)
-        self._targets = targets = prunable_targets(found, there)
+        self._targets = targets = without_tables(found.importance, prunable_targets(found, there))
         check_kind(self._targets, Mask)
         self._check_optimizer()
         for mask in self._carried().values():

@@ -2,10 +2,11 @@ import pytest
 import torch
 
 from pyprune import Method, granularity, importance, scope
+from pyprune.methods.layout import Layout
 from pyprune.methods.unit_groups import Member, UnitGroup, Weight, reduce_units, spread_units
 
 CONV = Weight("conv", torch.randn(8, 6, 3, 3))
-TRANSPOSED = Weight("deconv", torch.randn(6, 8, 3, 3), out_dim=1, in_dim=0)
+TRANSPOSED = Weight("deconv", torch.randn(6, 8, 3, 3), layout=Layout(1, 0))
 LINEAR = Weight("linear", torch.randn(10, 7))
 
 
@@ -21,6 +22,8 @@ LINEAR = Weight("linear", torch.randn(10, 7))
         (granularity.block(1, "channel"), TRANSPOSED, (6, 1, 1, 1)),
         (granularity.block("channel", 2), TRANSPOSED, (2, 8, 1, 1)),
         (granularity.block("channel", "channel"), LINEAR, (10, 7)),
+        (granularity.block("channel", 1), Weight("g", torch.randn(8, 3, 3, 3), Layout(groups=2)), (4, 1, 1, 1)),
+        (granularity.block(1, "channel"), Weight("g", torch.randn(8, 3, 3), Layout(1, 0, groups=4)), (2, 1, 1)),
         (granularity.channel("out"), CONV, (1, 6, 3, 3)),
         (granularity.channel("in"), CONV, (8, 1, 3, 3)),
         (granularity.channel("out"), TRANSPOSED, (6, 1, 3, 3)),

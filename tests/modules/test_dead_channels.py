@@ -192,3 +192,31 @@ def test_what_cannot_be_zeroed_is_refused_before_anything_changes(unchanged):
             pyprune.prune(model, FILTERS, ratio=0.5, examples_inputs=inputs if model is plain else None,
                           zero_dead_channels=True)  # fmt: skip
         before.check()
+
+
+@pytest.mark.parametrize(("make", "groups"), [
+    (lambda: nn.Conv2d(4, 6, 1), 0), (lambda: nn.ConvTranspose2d(4, 6, 1, groups=2), 2)
+])  # fmt: skip
+def test_followers_are_loaded_from_configs_that_say_less(make, groups):
+    model = pyprune.prune(nn.Sequential(make()), FILTERS, ratio=0.5, zero_dead_channels=True)
+    config = pyprune.get_config(model)
+    (entry,) = [entry for entry in config["masks"] if "follows" in entry]
+    del entry["outputs"]
+    entry["groups"] = groups
+    fresh = pyprune.load_from_config(nn.Sequential(make()), config)
+    fresh.load_state_dict(model.state_dict())
+    pyprune.prune(fresh, FILTERS, ratio=0.34)
+    assert torch.equal(fresh[0].bias == 0, torch.autograd.functional.jacobian(fresh, torch.zeros(1, 4, 1, 1)).sum(
+        (0, 2, 3, 4, 5, 6, 7)) == 0)  # fmt: skip
+    assert int((fresh[0].bias == 0).sum()) == 2
+
+
+@pytest.mark.parametrize("wrong", [{"outputs": 4}, {"outputs": -1}, {"outputs": "0"}, {"groups": 0, "outputs": 0},
+                                   {"groups": 5}, {"outputs": 1}, {"groups": "x", "outputs": None}])  # fmt: skip
+def test_followers_of_other_channels_are_refused(wrong):
+    model = pyprune.prune(nn.Sequential(nn.Conv2d(4, 6, 1)), FILTERS, ratio=0.5, zero_dead_channels=True)
+    config = pyprune.get_config(model)
+    (entry,) = [entry for entry in config["masks"] if "follows" in entry]
+    entry.update(wrong)
+    with pytest.raises(ValueError, match=r"mask of 0\.bias follows '0\.weight', which has none, or other channels"):
+        pyprune.load_from_config(nn.Sequential(nn.Conv2d(4, 6, 1)), config)

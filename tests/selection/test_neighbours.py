@@ -9,6 +9,7 @@ from torch import nn
 import pyprune
 from pyprune import granularity, importance, scope
 from pyprune.methods.allocation import Amount
+from pyprune.methods.layout import Layout
 from pyprune.methods.method import Method
 from pyprune.selection.choose_units import choose_units
 from tests.methods.test_transposable import brute_force
@@ -74,7 +75,7 @@ def test_n_of_m_cuts_a_share_of_the_groups_that_cost_least(keep, of, dim, among,
         for shape in shapes
     ]
     method = Method(MAGNITUDE, scope=scope.n_of_m(keep=keep, of=of, dim=dim, among=among))
-    dims = {"out_dim": 1, "in_dim": 0} if transposed else {}
+    dims = {"layout": Layout(1, 0)} if transposed else {}
     ratio = None if share is None else share * (1 - keep / of)
     masks = choose_units(method, unit_groups_of(method, weights, **dims), Amount(ratio)).masks
     scores = [weight.abs().numpy() for weight in weights]
@@ -153,6 +154,26 @@ def test_prune_along_the_outputs_of_every_kind_of_layer():
     for name, rows in outputs_last.items():
         kept = (rows(layers[name].weight) != 0).reshape(-1, 4).sum(1)
         assert (kept == 1).all(), name
+
+
+@pytest.mark.parametrize("ratio", [None, 0.2])
+@pytest.mark.parametrize("dim", ["in", "out", "both"])
+@pytest.mark.parametrize("layout", [Layout(0, 1, groups=3), Layout(1, 0, groups=3), Layout(1, 2, groups=3)])
+def test_neighbours_are_of_one_group(layout, dim, ratio):
+    weight = torch.randn(18, 7, 4) if layout.inputs != 2 else torch.randn(3, 7, 6)
+    method = Method(MAGNITUDE, scope=scope.n_of_m(keep=2, of=4, dim=dim))
+    (mask,) = choose_units(method, unit_groups_of(method, [weight], layout=layout), Amount(ratio)).masks
+    apart = Layout(layout.outputs, layout.inputs)
+    if ratio is None:
+        parts = [
+            choose_units(method, unit_groups_of(method, [part], layout=apart), Amount(None)).masks[0]
+            for part in weight.chunk(3)
+        ]
+        assert torch.equal(mask, torch.cat(parts))
+    else:
+        (every,) = choose_units(method, unit_groups_of(method, [weight], layout=layout), Amount(None)).masks
+        assert (mask | ~every).sum() > (~every).sum()
+        assert not (~mask & every).any()
 
 
 def test_transposable_weights_are_n_of_m_in_both_passes():
