@@ -48,10 +48,12 @@ def element() -> Granularity:
     return Granularity("element", lambda weight: (1,) * weight.values.dim())
 
 
-def block(n: int, m: int, reduction: Reduction = "mean") -> Granularity:
+def block(n: int | Literal["channel"], m: int | Literal["channel"], reduction: Reduction = "mean") -> Granularity:
     """Remove blocks of ``n`` outputs by ``m`` inputs, in a convolution at one position of the kernel.
 
-    Where the sizes of a weight do not divide, the blocks at its edges are smaller; the mean is over what they have.
+    "channel" stands for all outputs, or all inputs, of a group: ``block(1, "channel")`` is one output with all its
+    inputs, and in a convolution one position of a filter. Where the sizes of a weight do not divide, the
+    blocks at its edges are smaller; the mean is over what they have.
 
     Raises:
         TypeError, ValueError: unless both are at least 1. `prune` raises if a block is larger than a weight.
@@ -62,19 +64,26 @@ def block(n: int, m: int, reduction: Reduction = "mean") -> Granularity:
         >>> import torch
         >>> block(4, 1).block_of(Weight("conv", torch.empty(8, 6, 3, 3)))
         (4, 1, 1, 1)
+        >>> block("channel", 1).block_of(Weight("conv", torch.empty(8, 6, 3, 3)))
+        (8, 1, 1, 1)
     """
-    check_count("n", n)
-    check_count("m", m)
+    for name, value in (("n", n), ("m", m)):
+        if isinstance(value, str) and value != "channel":
+            raise ValueError(f'{name} is {value!r}; give an int, or "channel" for all outputs or inputs')
+        if value != "channel":
+            check_count(name, value)
 
     def block_of(weight: Weight) -> tuple[int, ...]:
         shape = weight.values.shape
-        if len(shape) < 2 or n > shape[weight.out_dim] or m > shape[weight.in_dim]:
-            raise ValueError(
-                f"a block of {n} outputs by {m} inputs is larger than {weight.name} of shape {tuple(shape)}; name it "
-                "in ignored_scope, or choose smaller blocks"
-            )
         sizes = [1] * len(shape)
-        sizes[weight.out_dim], sizes[weight.in_dim] = n, m
+        for size, dim in ((n, weight.out_dim), (m, weight.in_dim)):
+            if len(shape) < 2 or (size != "channel" and size > shape[dim]):
+                raise ValueError(
+                    f"a block of {n} outputs by {m} inputs is larger than {weight.name} of shape {tuple(shape)}; "
+                    "name it in ignored_scope, or choose smaller blocks"
+                )
+            groups = weight.layout.groups if dim == 0 else 1
+            sizes[dim] = max(1, shape[dim] // groups) if size == "channel" else size
         return tuple(sizes)
 
     return Granularity(f"block({n}, {m})", block_of, check_reduction(reduction))

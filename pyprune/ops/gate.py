@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pyprune.checks import check_bool, check_count, check_number, shown
+from pyprune.ops._gate_transforms import TransformedGate
 from pyprune.ops._library import (
     WEIGHT_DTYPES,
     check_int64,
@@ -166,8 +167,11 @@ def _gate(
     stream = check_int64("stream", stream)
     _refuse_tangents(weight, logits)
     if out is None:
-        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        call: Callable[..., Tensor] = torch.ops.pyprune.gate.default if traced else _Gate.apply
+        call: Callable[..., Tensor] = _Gate.apply
+        if torch.compiler.is_compiling():
+            call = torch.ops.pyprune.gate.default
+        elif torch._C._are_functorch_transforms_active():
+            call = TransformedGate.apply
         return call(weight, logits, seed, stream, *rule)
     check_tensor(out, "out", (weight.dtype,))
     if out.shape != weight.shape or out.device != weight.device:

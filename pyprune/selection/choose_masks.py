@@ -170,7 +170,7 @@ def _by_device(method: Method, unit_groups: Sequence[UnitGroup]) -> list[list[Un
         if len(places) > 1:
             raise ValueError(f"the weights of {unit_group.name} are on several devices; move them to one")
         devices.setdefault(places.pop(), []).append(unit_group)
-    if method.scope.name in ("model", "group") and len(devices) > 1:
+    if method.scope.weights_compete and len(devices) > 1:
         raise ValueError(
             f"the weights are on {', '.join(map(str, devices))}; they compete with each other and must be on one "
             "device. Move the model, or use a local mode (UNSTRUCTURED_MAGNITUDE_LOCAL, scope.tensor())"

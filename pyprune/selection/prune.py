@@ -72,8 +72,8 @@ def prune(
         mode: a `Method`, a `PruneMode` or its name.
         ratio: fraction of the units to remove, in [0, 1). Where weights do not compete with each other, also a dict
             of such fractions by name or regular expression of weights or of modules above them, or by groups; what
-            it does not name loses nothing. Not for N:M, whose ratio is 1 - keep / of. For gates a loss has it, and
-            here it only warns.
+            it does not name loses nothing. For N:M it is at most 1 - keep / of, which None stands for, and less
+            leaves some groups whole. For gates a loss has it, and here it only warns.
         ignored_scope: weights to leave out.
         examples_inputs: a tensor, a tuple of positional or a dict of keyword arguments for the model. If given,
             one forward pass also finds weights that are bare parameters, which dimensions of weights are inputs by
@@ -186,17 +186,11 @@ def method_with_ratios(mode: PruneMode | str | Method) -> Method:
     """Return the method that ``mode`` is or names.
 
     Raises:
-        TypeError, ValueError: if it is none, or there is no ratio to choose: masks of N:M have one only, and that of
-            gates belongs to a loss.
+        TypeError, ValueError: if it is none, or means gates, whose ratio belongs to a loss.
     """
     name, method = method_of(mode)
     if method is None:
         raise ValueError(f"method is {name}, which trains gates by a loss; give a Method or a magnitude mode")
-    if method.scope.name == "n_of_m":
-        raise ValueError(
-            f"method keeps {method.scope.keep} of {method.scope.of}, which is one ratio and no choice of several; "
-            "give another scope, such as scope.tensor()"
-        )
     return method
 
 

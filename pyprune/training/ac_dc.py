@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from pyprune import ops
 from pyprune.methods.importance import magnitude
 from pyprune.methods.method import Method, PruneMode
-from pyprune.methods.schedules import alternating
+from pyprune.methods.schedules import alternating, check_ratios
 from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.modules.masks import Mask
 from pyprune.modules.targets import Target
@@ -87,7 +87,7 @@ def ac_dc(
         >>> [step for step in range(1, 21) if pruner.step()]
         [5, 10, 15]
     """
-    schedule = alternating(ratio, end=end, frequency=frequency, start=start)
+    schedule = alternating(check_ratios(ratio, "ratio"), end=end, frequency=frequency, start=start)
     return AcDcPruner(
         model,
         Method(magnitude()) if method is None else method,

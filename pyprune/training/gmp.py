@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from pyprune.methods.importance import magnitude
 from pyprune.methods.method import Method, PruneMode
-from pyprune.methods.schedules import cubic
+from pyprune.methods.schedules import check_ratios, cubic
 from pyprune.methods.scope import tensor
 from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.training.pruner import Pruner
@@ -21,7 +21,7 @@ def gmp(
     *,
     end: int,
     start: int = 0,
-    initial: float = 0.0,
+    initial: float | Mapping[str, float] = 0.0,
     frequency: int = 1,
     method: Method | PruneMode | str | None = None,
     reintroduce: bool = True,
@@ -53,7 +53,7 @@ def gmp(
     return Pruner(
         model,
         Method(magnitude(), scope=tensor()) if method is None else method,
-        cubic(ratio, end=end, start=start, initial=initial, frequency=frequency),
+        cubic(check_ratios(ratio, "ratio"), end=end, start=start, initial=initial, frequency=frequency),
         optimizer,
         ignored_scope=ignored_scope,
         examples_inputs=examples_inputs,

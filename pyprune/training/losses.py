@@ -9,6 +9,7 @@ import math
 import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from pyprune.methods.allocation import check_ratio
 from pyprune.modules.attachments import check_module
 from pyprune.modules.flops import flop_costs
 from pyprune.modules.gates import HardConcreteGate, StochasticGate, gates_of
+from pyprune.modules.sharding import sum_of_parts
 from pyprune.training.gate_checks import GatePlaces, OptimizerWatch
 
 
@@ -75,9 +77,11 @@ class _GateLoss(nn.Module):
             self._watch.loss_is_called(self._places)
         parts = []
         for group in self._groups:
-            sums = ops.gate_penalty([gate.logits for gate in group.gates], hard=self._hard, shift=group.shift)
+            logits = [gate.logits for gate in group.gates]
             # The costs move only if the model did since the loss was made.
-            parts.append((sums * group.costs.to(sums.device, non_blocking=True)).sum())
+            costs = group.costs.to(logits[0].device, non_blocking=True)
+            penalty = partial(ops.gate_penalty, hard=self._hard, shift=group.shift)
+            parts += sum_of_parts(logits, penalty, costs)
         home = parts[0].device
         return torch.stack([part.to(home, non_blocking=True) for part in parts]).sum() / self._whole
 
@@ -139,7 +143,7 @@ class RBLoss(_GateLoss):
 
     @target_ratio.setter
     def target_ratio(self, ratio: float) -> None:
-        self._target_ratio = check_ratio(ratio)
+        self._target_ratio = check_ratio(ratio, "target_ratio")
 
     def forward(self) -> Tensor:
         """Return the loss at the present logits."""
@@ -253,8 +257,8 @@ class LagrangianLoss(_GateLoss):
             raise TypeError(f"warmup_steps is {warmup_steps!r}; give a number of optimizer steps")
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps is {warmup_steps}; give 0 or more optimizer steps")
-        self._target_ratio: float = check_ratio(target_ratio)
-        self._start_ratio: float = check_ratio(start_ratio)
+        self._target_ratio: float = check_ratio(target_ratio, "target_ratio")
+        self._start_ratio: float = check_ratio(start_ratio, "start_ratio")
         self._warmup_steps: int = int(warmup_steps)
         self._learning_rate: float = _check_positive(learning_rate, "learning_rate")
         zeros = torch.zeros(2, dtype=torch.float64, device=self._groups[0].costs.device)

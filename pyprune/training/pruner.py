@@ -64,7 +64,7 @@ class Pruner:
             put on before or after.
         method: a `Method`, a magnitude mode of `PruneMode`, or its name.
         schedule: one of `pyprune.schedules`, or a function from the step to the ratio, by which masks are due at
-            every step. N:M has a ratio of its own: masks are on wherever that of the schedule is not 0.
+            every step. Of N:M it ends at 1 - keep / of, or below; on the way some groups are whole.
         optimizer: what trains the weights; needed for importances of gradients.
         ignored_scope, examples_inputs, allocation, zero_dead_channels: as in `prune`.
         min_ratio, max_ratio: as in `prune`; the least holds where the schedule has its last ratio (always, if it has
@@ -312,7 +312,7 @@ class Pruner:
         attach_masks(self.model, list((masks | (kept if followers else {})).values()), followers)
         if self.schedule.is_due(0) and not is_pruned(ratio) and not self._options.dropped_stay:
             self._open({target: mask for target, mask in self._masks().items() if target in carried})
-        self.ratio = self._ratio_in_use(ratio)
+        self.ratio = ratio
 
     def _make_watch(self) -> TrainingSums | TrainingGradients | None:
         """Return what is to look at the training."""
@@ -333,23 +333,10 @@ class Pruner:
 
     def _amount(self, ratio: Ratio) -> Amount:
         """Return how much goes at a ratio of the schedule, checked."""
-        scope = self.method.scope
         last = None if self.schedule.end is None else self.schedule(self.schedule.end)
-        if scope.ratio is not None:
-            if last is not None and (not isinstance(last, float) or abs(last - scope.ratio) > 0.01):
-                raise ValueError(
-                    f"the schedule ends at {last}, but keeping {scope.keep} of {scope.of} removes {scope.ratio:g}; "
-                    "give that"
-                )
-            return check_amount(self.method, replace(self._options, ratio=None))
         options = replace(self._options, ratio=ratio)
         is_last = self.schedule.end is None or ratio == last
         return check_amount(self.method, options if is_last else replace(options, min_ratio=0.0))
-
-    def _ratio_in_use(self, ratio: Ratio) -> Ratio:
-        """Return the ratio of the masks: N:M has its own as soon as the schedule has any."""
-        own = self.method.scope.ratio
-        return ratio if own is None or not is_pruned(ratio) else own
 
     def _open(self, masks: Mapping[Target, Mask]) -> None:
         """Let the masks keep everything."""
@@ -370,7 +357,7 @@ class Pruner:
                 self._open(masks)
         if isinstance(self._watch, TrainingSums):
             self._watch.restart()
-        self.ratio = self._ratio_in_use(ratio)
+        self.ratio = ratio
 
     def _write(
         self, amount: Amount, statistics: Mapping[Target, Tensor | None], masks: Mapping[Target, Mask]

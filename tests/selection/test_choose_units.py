@@ -122,6 +122,8 @@ CUTS = {
     "block": granularity.block(2, 3),
     "block of sums": granularity.block(3, 2, reduction="sum"),
     "block of largest": granularity.block(2, 2, reduction="max"),
+    "1xchannel": granularity.block(1, "channel"),
+    "channelx2": granularity.block("channel", 2, reduction="sum"),
     "out": granularity.channel("out"),
     "in": granularity.channel("in", reduction="mean"),
 }
@@ -316,6 +318,48 @@ def test_blocks_of_4_by_1_drop_the_lowest_means():
     method = Method(importance.magnitude(), granularity.block(4, 1), scope.tensor())
     (mask,) = choose_units(method, unit_groups_of(method, [weight]), Amount(0.5)).masks
     assert mask.int().tolist() == [[0] * 4] * 4 + [[1] * 4] * 4
+
+
+def inc_masks(weights, pattern, ratio, together):
+    """Neural Compressor's formula: convolutions as matrices of (outputs, positions x inputs), means of blocks."""
+    rows = [w.permute(0, *range(2, w.dim()), 1).flatten(1).double().abs().numpy() for w in weights]
+    scores = []
+    for weight, matrix in zip(weights, rows, strict=True):
+        n, m = (weight.shape[dim] if size == "channel" else int(size) for dim, size in enumerate(pattern.split("x")))
+        blocks = matrix.reshape(matrix.shape[0] // n, n, matrix.shape[1] // m, m)
+        scores.append(np.float32(blocks.mean((1, 3))))
+    sets = [scores] if together else [[score] for score in scores]
+    kept = []
+    for some in sets:
+        flat = np.concatenate([score.ravel() for score in some])
+        mask = numpy_keep(flat, int(ratio * flat.size + 0.5))
+        parts = np.split(mask, np.cumsum([score.size for score in some])[:-1])
+        kept += [part.reshape(score.shape) for part, score in zip(parts, some, strict=True)]
+    masks = []
+    for weight, matrix, part in zip(weights, rows, kept, strict=True):
+        whole = part.repeat(matrix.shape[0] // part.shape[0], 0).repeat(matrix.shape[1] // part.shape[1], 1)
+        positions = torch.from_numpy(whole).reshape(weight.shape[0], *weight.shape[2:], weight.shape[1])
+        masks.append(positions.movedim(-1, 1))
+    return masks
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.8])
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize(
+    ("pattern", "cut"),
+    [
+        ("1xchannel", granularity.block(1, "channel")),
+        ("channelx1", granularity.block("channel", 1)),
+        ("2xchannel", granularity.block(2, "channel")),
+        ("4x1", granularity.block(4, 1)),
+    ],
+)
+def test_patterns_of_neural_compressor(pattern, cut, together, ratio):
+    weights = [torch.randn(8, 6), torch.randn(4, 8, 3, 3), torch.randn(12, 4, 1, 1), torch.randn(8, 2, 5)]
+    method = Method(importance.magnitude(), cut, scope.model() if together else scope.tensor())
+    masks = choose_units(method, unit_groups_of(method, weights), Amount(ratio)).masks
+    for mask, want in zip(masks, inc_masks(weights, pattern, ratio, together), strict=True):
+        assert torch.equal(mask, want)
 
 
 def test_geometric_median_drops_the_filter_that_others_can_replace():

@@ -218,12 +218,21 @@ PAIRS = Method(importance.magnitude(), scope=scope.n_of_m(keep=2, of=4))
 @pytest.mark.parametrize(
     ("method", "options", "error", "words"),
     [
-        (PAIRS, {"ratio": 0.5}, ValueError, "2 of 4 leaves no choice"),
+        (PAIRS, {"ratio": 0.6}, ValueError, "keeping 2 of 4 removes at most 0.5"),
+        (PAIRS, {"ratio": {"fc": 0.9}}, ValueError, "keeping 2 of 4 removes at most 0.5"),
+        (PAIRS, {"ratio": 0.4, "max_ratio": 0.5}, ValueError, "none compete"),
+        (PAIRS, {"ratio": 0.4, "allocation": "erk"}, ValueError, r"use scope\.tensor"),
+        (
+            Method(importance.magnitude(), scope=scope.n_of_m(keep=2, of=4, among="model")),
+            {"ratio": {"fc": 0.2}},
+            ValueError,
+            'among="tensor"',
+        ),
         (ELEMENTS, {}, TypeError, "ratio is None"),
         (ELEMENTS, {"ratio": {"fc": 0.5}}, ValueError, r"use scope\.tensor"),
         (FILTERS, {"ratio": {"fd": 0.5}}, ValueError, "'fd' matches no weight"),
         (FILTERS, {"ratio": {"fc": 1.5}}, ValueError, r"in \[0, 1\)"),
-        (FILTERS, {"ratio": 0.5, "allocation": "erdos"}, ValueError, '"uniform" and "erk"'),
+        (FILTERS, {"ratio": 0.5, "allocation": "erdos"}, ValueError, '"uniform", "erk" and "er"'),
         (ELEMENTS, {"ratio": 0.5, "allocation": "erk"}, ValueError, r"use scope\.tensor"),
         (FILTERS, {"ratio": 0.5, "max_ratio": 0.6}, ValueError, "none compete"),
         (ELEMENTS, {"ratio": 0.5, "max_ratio": 2}, ValueError, "from 0 to 1"),
