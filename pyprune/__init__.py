@@ -23,6 +23,7 @@ from pyprune.ops.build_info import build_info
 from pyprune.recipes.recipe import Recipe
 from pyprune.recipes.recipe_pruner import RecipePruner
 from pyprune.selection.prune import prune
+from pyprune.selection.thresholds import ratios_below
 from pyprune.training.ac_dc import AcDcPruner, ac_dc
 from pyprune.training.gmp import gmp
 from pyprune.training.iterative import IterativeResult, PruningRound, iterative_prune, lottery_ticket
@@ -94,6 +95,7 @@ __all__ = [
     "ops",
     "prune",
     "pruning_statistic",
+    "ratios_below",
     "reapply",
     "schedules",
     "scope",

@@ -68,7 +68,7 @@ TAKES: dict[str, set[str]] = {
     "min_ratio": {*SHARE, "1", "1.0", "np.int64(1)", "{'0': 0.25}", "{}"},
     "max_ratio": {*SHARE, "1", "1.0", "np.int64(1)", "{'0': 0.25}", "{}"},
     "final": RATIOS | {"{'nowhere': 0.25}"},
-    "initial": SHARE,
+    "initial": RATIOS | {"{'nowhere': 0.25}"},
     "ignored_scope": OPTIONAL | {"an IgnoredScope"},
     "examples_inputs": INPUTS,
     "calibration": OPTIONAL,
@@ -241,6 +241,16 @@ ROWS: dict[str, Row] = {
             ),
         },
         {"calibration": set()},
+    ),
+    "ratios_below": Row(
+        pyprune.ratios_below,
+        lambda: {
+            "model": net(),
+            "method": Method(importance.magnitude()),
+            "threshold": 0.5,
+            **dict.fromkeys(("ignored_scope", "examples_inputs", "calibration")),
+        },
+        {"threshold": NOT_NEGATIVE | {"-1", "-0.25"}},
     ),
     "strip": Row(
         pyprune.strip,
@@ -526,7 +536,11 @@ ROWS: dict[str, Row] = {
         same(num_heads=10, num_kv_heads=None, names=None, reduction="sum"),
         {"num_heads": COUNT, "num_kv_heads": COUNT | OPTIONAL, "names": OPTIONAL},
     ),
-    "n_of_m": Row(scope.n_of_m, same(keep=2, of=6), {"keep": COUNT, "of": {"5"}}),
+    "n_of_m": Row(
+        scope.n_of_m,
+        same(keep=2, of=6, dim="in", among="tensor"),
+        {"keep": COUNT, "of": {"5"}, "dim": set(), "among": set()},
+    ),
     "group": Row(scope.group, same(groups={"a": ["0"]}), {"groups": {"{'a': ['0']}"}}),
     "one_shot": Row(schedules.one_shot, same(final=0.5, start=0)),
     "constant": Row(schedules.constant, same(final=0.5, end=9, start=0, frequency=1)),

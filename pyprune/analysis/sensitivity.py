@@ -20,7 +20,7 @@ from pyprune.checks import check_bool, check_items, check_path
 from pyprune.console import tracked
 from pyprune.methods.allocation import Amount, check_ratio
 from pyprune.methods.importance import magnitude
-from pyprune.methods.method import Method, PruneMode
+from pyprune.methods.method import Method, PruneMode, check_amount
 from pyprune.methods.scope import tensor
 from pyprune.methods.tolerance import check_drop, worsening
 from pyprune.modules.attachments import check_module
@@ -65,7 +65,8 @@ def sensitivity(
             It must not train the model.
         ratios: fractions of the units to remove, in [0, 1).
         method: how units are chosen. All that compete are those of one target: a weight, or with heads the four
-            weights of an attention layer. Its scope matters only if it is ``row``; not for N:M, or gates.
+            weights of an attention layer. Its scope matters only if it is ``row``, or N:M, whose ratios end at
+            1 - keep / of; not for gates.
         ignored_scope, examples_inputs, calibration: as in `prune`.
         higher_is_better: False if the score is a loss or an error.
         early_stop: leave out the larger ratios of a target once its score has lost more than this.
@@ -101,18 +102,19 @@ def sensitivity(
     check_bool("progress", progress)
     wanted = _check_ratios(ratios)
     check_path("save_to", save_to, optional=True)
+    check_amount(chosen, Amount(wanted[-1]))
     if save_to is not None and not Path(save_to).absolute().parent.is_dir():
         raise ValueError(f"save_to is {save_to}, whose folder does not exist; create it first")
     check_module(model)
     with changing_masks(masks_in(model)):
         statistics = targets_with_statistics(model, chosen, ignored_scope, examples_inputs, calibration)
-    # One target competes with itself alone, so all scopes but rows are the same.
-    method = chosen if chosen.scope.name == "row" else replace(chosen, scope=tensor())
+    # One target competes with itself alone, so all scopes but rows and N:M are the same.
+    method = chosen if chosen.scope.name in ("row", "n_of_m") else replace(chosen, scope=tensor())
     targets = _targets(method, list(statistics))
 
     def masks_of(name: str, ratio: float) -> dict[Target, NewMask]:
         with changing_masks(mask for target in targets[name] if isinstance(mask := target.attachment, Mask)):
-            choice = choose_masks(method, Amount(ratio), targets[name], statistics)
+            choice = choose_masks(method, check_amount(method, Amount(ratio)), targets[name], statistics)
             choice.check()
         return choice.masks
 
@@ -227,8 +229,9 @@ def _saved(
 
 
 def _description(method: Method) -> str:
-    cut = method.granularity
-    return f"{method.importance.name}, {cut.name} ({cut.reduction}, {cut.heads}), {method.scope.name}"
+    cut, among = method.granularity, method.scope
+    competing = f"{among.keep} of {among.of} along {among.dim}" if among.name == "n_of_m" else among.name
+    return f"{method.importance.name}, {cut.name} ({cut.reduction}, {cut.heads}), {competing}"
 
 
 def _checksum(values: Iterable[object]) -> int:

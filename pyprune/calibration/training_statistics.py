@@ -13,7 +13,7 @@ from pyprune.calibration.sums import ActivationSums, GradientSums
 from pyprune.checks import check_count, shown
 from pyprune.methods.importance import Importance
 from pyprune.modules.mask_states import check_tensors
-from pyprune.modules.targets import Target, channel_dims
+from pyprune.modules.targets import Target
 
 
 class TrainingGradients:
@@ -137,7 +137,7 @@ class TrainingSums:
             self._gradients = TrainingGradients(targets, optimizer, self._add)
             self._sums = GradientSums(rule, targets)
         else:
-            self._sums = ActivationSums(rule, targets, only_training=True)
+            self._sums = ActivationSums(rule, targets)
 
     @property
     def gathers(self) -> bool:
@@ -277,8 +277,11 @@ class TrainingSums:
 def _fits(target: Target, state: Mapping[str, Any]) -> bool:
     """Whether sums of activations can be those of a layer: of its input or its output channels, or so many groups."""
     sums, count = state["sums"][target.name], state["counts"][target.name]
-    sizes = [target.parameter.shape[dim] for dim in channel_dims(target)] if target.parameter.dim() else [1]
-    return count.dim() == 0 and sums.dim() > 0 and any(size and sums.numel() % size == 0 for size in sizes)
+    return (
+        count.dim() == 0
+        and sums.dim() > 0
+        and any(size and sums.numel() % size == 0 for size in target.parameter.shape)
+    )
 
 
 def average(tensors: Iterable[Tensor]) -> None:

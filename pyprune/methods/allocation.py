@@ -7,7 +7,7 @@ from typing import Literal
 
 from pyprune.checks import check_number
 
-Allocation = Literal["uniform", "erk"]
+Allocation = Literal["uniform", "erk", "er"]
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Amount:
 
     Args:
         ratio: fraction of the units to remove; or such a fraction by names or patterns of weights, or by groups;
-            None for N:M.
+            None for N:M in all groups.
         allocation: how one ratio becomes one for each weight.
         min_ratio, max_ratio: what at least and at most goes of each weight.
         from_remaining: whether the ratio is one of the units that are still kept, and others stay dropped.
@@ -99,17 +99,43 @@ def erk(shapes: Sequence[Sequence[int]], ratio: float) -> list[float]:
         [0.0, 0.505]
     """
     sizes = [math.prod(shape) for shape in shapes]
-    raw = [sum(shape) / size if size else 0.0 for shape, size in zip(shapes, sizes, strict=True)]
+    densities = [sum(shape) / size if size else 0.0 for shape, size in zip(shapes, sizes, strict=True)]
+    return _in_proportion(sizes, densities, ratio)
+
+
+def er(shapes: Sequence[Sequence[int]], channels: Sequence[tuple[int, int]], ratio: float) -> list[float]:
+    """Return a ratio for each weight by the Erdos-Renyi allocation, which is `erk` blind to the size of kernels.
+
+    The density of a weight is in proportion to (outputs + inputs) / (outputs * inputs).
+
+    Args:
+        shapes: of the weights.
+        channels: the numbers of output and input channels of each.
+        ratio: of all together.
+
+    Paper: Mocanu et al. 2018, "Scalable training of artificial neural networks with adaptive sparse connectivity".
+
+    Example:
+        >>> [round(ratio, 3) for ratio in er([(8, 8, 3, 3), (32, 8)], [(8, 8), (32, 8)], 0.5)]
+        [0.435, 0.647]
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+    densities = [(out + of) / (out * of) if out * of else 0.0 for out, of in channels]
+    return _in_proportion(sizes, densities, ratio)
+
+
+def _in_proportion(sizes: Sequence[int], densities: Sequence[float], ratio: float) -> list[float]:
+    """Return ratios that leave densities in proportion to these, at most 1, and 1 - ratio of all."""
     dense: set[int] = set()
     while True:
         kept = (1 - ratio) * sum(sizes) - sum(sizes[i] for i in dense)
-        rest = sum(raw[i] * sizes[i] for i in range(len(sizes)) if i not in dense)
+        rest = sum(densities[i] * sizes[i] for i in range(len(sizes)) if i not in dense)
         epsilon = kept / rest if rest else 0.0
-        full = {i for i in range(len(sizes)) if i not in dense and epsilon * raw[i] > 1}
+        full = {i for i in range(len(sizes)) if i not in dense and epsilon * densities[i] > 1}
         if not full:
             break
         dense |= full
-    return [0.0 if i in dense or not sizes[i] else max(0.0, 1 - epsilon * raw[i]) for i in range(len(sizes))]
+    return [0.0 if i in dense or not sizes[i] else max(0.0, 1 - epsilon * densities[i]) for i in range(len(sizes))]
 
 
 def limits(n: int, min_ratio: float, max_ratio: float) -> tuple[int, int]:

@@ -1,14 +1,15 @@
 """What disappears as one: single elements, blocks, channels, convolution kernels, attention heads.
 
 Each function returns the granularity of a `Method`. A *unit* is what it removes; the ratio counts units. Outputs and
-inputs are those of the layer; bare parameters count as (outputs, inputs), as the weights of linear layers do.
+inputs are those of the layer, wherever its weight has them; where that cannot be told, `prune` raises. A channel of a
+convolution with groups, or of experts in one weight, is a channel of one group, or of one expert.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pyprune.checks import check_choice, check_count, check_names
+from pyprune.checks import check_choice, check_count, check_names, shown
 from pyprune.methods.unit_groups import Reduction, Weight
 
 
@@ -48,10 +49,12 @@ def element() -> Granularity:
     return Granularity("element", lambda weight: (1,) * weight.values.dim())
 
 
-def block(n: int, m: int, reduction: Reduction = "mean") -> Granularity:
+def block(n: int | Literal["channel"], m: int | Literal["channel"], reduction: Reduction = "mean") -> Granularity:
     """Remove blocks of ``n`` outputs by ``m`` inputs, in a convolution at one position of the kernel.
 
-    Where the sizes of a weight do not divide, the blocks at its edges are smaller; the mean is over what they have.
+    "channel" stands for all outputs, or all inputs, of a group: ``block(1, "channel")`` is one output with all its
+    inputs, and in a convolution one position of a filter. Where the sizes of a weight do not divide, the
+    blocks at its edges are smaller; the mean is over what they have.
 
     Raises:
         TypeError, ValueError: unless both are at least 1. `prune` raises if a block is larger than a weight.
@@ -62,18 +65,26 @@ def block(n: int, m: int, reduction: Reduction = "mean") -> Granularity:
         >>> import torch
         >>> block(4, 1).block_of(Weight("conv", torch.empty(8, 6, 3, 3)))
         (4, 1, 1, 1)
+        >>> block("channel", 1).block_of(Weight("conv", torch.empty(8, 6, 3, 3)))
+        (8, 1, 1, 1)
     """
-    n, m = check_count("n", n, least=1), check_count("m", m, least=1)
+    for name, value in (("n", n), ("m", m)):
+        if isinstance(value, str) and value != "channel":
+            raise ValueError(f'{name} is {shown(value)}; give an int, or "channel" for all outputs or inputs')
+        if not isinstance(value, str):
+            check_count(name, value, least=1)
 
     def block_of(weight: Weight) -> tuple[int, ...]:
         shape = weight.values.shape
-        if len(shape) < 2 or n > shape[weight.out_dim] or m > shape[weight.in_dim]:
-            raise ValueError(
-                f"a block of {n} outputs by {m} inputs is larger than {weight.name} of shape {tuple(shape)}; name it "
-                "in ignored_scope, or choose smaller blocks"
-            )
         sizes = [1] * len(shape)
-        sizes[weight.out_dim], sizes[weight.in_dim] = n, m
+        for size, dim in ((n, weight.out_dim), (m, weight.in_dim)):
+            if len(shape) < 2 or (size != "channel" and size > shape[dim]):
+                raise ValueError(
+                    f"a block of {n} outputs by {m} inputs is larger than {weight.name} of shape {tuple(shape)}; "
+                    "name it in ignored_scope, or choose smaller blocks"
+                )
+            groups = weight.layout.groups if dim == 0 else 1
+            sizes[dim] = max(1, shape[dim] // groups) if size == "channel" else size
         return tuple(sizes)
 
     return Granularity(f"block({n}, {m})", block_of, check_reduction(reduction))
@@ -92,6 +103,7 @@ def channel(side: Literal["out", "in"] = "out", reduction: Reduction = "sum") ->
     def block_of(weight: Weight) -> tuple[int, ...]:
         sizes = list(weight.values.shape)
         if sizes:
+            sizes[0] //= weight.layout.groups
             sizes[weight.out_dim if side == "out" else weight.in_dim] = 1
         return tuple(max(1, size) for size in sizes)
 
@@ -109,7 +121,7 @@ def kernel(reduction: Reduction = "sum") -> Granularity:
 
     def block_of(weight: Weight) -> tuple[int, ...]:
         shape = weight.values.shape
-        if len(shape) < 3:
+        if len(shape) < 3 or {weight.out_dim, weight.in_dim} != {0, 1}:
             raise ValueError(
                 f"{weight.name} of shape {tuple(shape)} has no convolution kernels; name it in ignored_scope"
             )

@@ -79,9 +79,16 @@ class Method:
             raise ValueError(
                 f"{self.importance.name} compares channels, but the granularity is {cut}; give channel()"
             )
-        if self.scope.name in ("row", "n_of_m") and (self.granularity.heads or cut == 'channel("out")'):
+        # A unit that spans all inputs, or outputs, has no neighbours along them.
+        spans = {
+            "in": cut == 'channel("out")' or cut.endswith(", channel)"),
+            "out": cut == 'channel("in")' or cut.startswith("block(channel,"),
+        }
+        spans["both"] = spans["in"] or spans["out"]
+        is_alone = {"row": cut == 'channel("out")', "n_of_m": spans[self.scope.dim]}.get(self.scope.name)
+        if is_alone or (is_alone is not None and self.granularity.heads):
             raise ValueError(
-                f"with granularity {cut} an output channel has one unit, so nothing competes within scope "
+                f"with granularity {cut} a channel has one unit, so nothing competes within scope "
                 f"{self.scope.name}; give scope.tensor() or scope.model()"
             )
 
@@ -128,33 +135,34 @@ def check_amount(method: Method, amount: Amount) -> Amount:
         check_bool(name, getattr(amount, name))
     scope = method.scope.name
     by_weight = isinstance(amount.ratio, Mapping)
-    if scope == "n_of_m" and amount.ratio is not None:
-        raise ValueError(
-            f"ratio is {shown(amount.ratio)}, but {method.scope.keep} of {method.scope.of} leaves no choice: "
-            "leave it out"
-        )
-    if by_weight and scope == "model":
+    if by_weight and method.scope.weights_compete and scope != "group":
         raise ValueError(
             "a dict of ratios gives weights ratios of their own, so they do not compete; use scope.tensor()"
+            + (', or among="tensor"' if scope == "n_of_m" else "")
         )
-    check_choice("allocation", amount.allocation, ("uniform", "erk"))
-    if amount.allocation == "erk" and (by_weight or scope not in ("tensor", "row")):
+    check_choice("allocation", amount.allocation, ("uniform", "erk", "er"))
+    if amount.allocation != "uniform" and (by_weight or scope not in ("tensor", "row")):
         raise ValueError(
-            'allocation="erk" makes one ratio into one for each weight: use scope.tensor() or scope.row()'
+            f'allocation="{amount.allocation}" makes one ratio into one for each weight: use '
+            "scope.tensor() or scope.row()"
         )
-    if amount.allocation == "erk" and amount.from_remaining:
-        raise ValueError('allocation="erk" is about all weights; leave from_remaining out, or give ratios by name')
+    if amount.allocation != "uniform" and amount.from_remaining:
+        raise ValueError(
+            f'allocation="{amount.allocation}" is about all weights; leave from_remaining out, or give ratios by name'
+        )
     _check_limits(amount)
     if amount.is_capped and scope not in ("model", "group"):
         raise ValueError(
             f"min_ratio and max_ratio bound what a weight loses to others, but in scope {scope} none compete"
         )
-    if scope == "n_of_m":
+    if amount.ratio is None and scope == "n_of_m":
         return amount
+    most = method.scope.ratio
     if isinstance(amount.ratio, Mapping):
         check_rules("ratio", amount.ratio)
-        return replace(amount, ratio={rule: check_ratio(ratio) for rule, ratio in amount.ratio.items()})
-    return replace(amount, ratio=check_ratio(amount.ratio))
+        ratios = {rule: _at_most(most, check_ratio(ratio), method) for rule, ratio in amount.ratio.items()}
+        return replace(amount, ratio=ratios)
+    return replace(amount, ratio=_at_most(most, check_ratio(amount.ratio), method))
 
 
 def _check_limits(amount: Amount) -> None:
@@ -164,3 +172,13 @@ def _check_limits(amount: Amount) -> None:
             check_rules(name, value)
         for number in value.values() if isinstance(value, Mapping) else [value]:
             check_number(name, number, what="a fraction of a weight, from 0 to 1", least=0, most=1)
+
+
+def _at_most(most: float | None, ratio: float, method: Method) -> float:
+    """Return the ratio, but no more than there can be of N:M; a rounded one, as 0.67 for 1 of 3, is all of it."""
+    if most is not None and ratio > most + 0.01:
+        raise ValueError(
+            f"ratio is {ratio:g}, but keeping {method.scope.keep} of {method.scope.of} removes at most {most:.4g}; "
+            "give that, or less, by which some groups stay whole, or None"
+        )
+    return ratio if most is None else min(ratio, most)

@@ -6,7 +6,7 @@ and ``end`` masks are computed anew every ``frequency`` steps, the last time at 
 * ``final``: the ratio at the end, in [0, 1); or a dict of ratios by name or pattern of weights, as for `prune`.
 * ``end``: the step from which on the ratio is ``final``; after ``start``.
 * ``start``: the first step with masks, from 0; before it the ratio is 0.
-* ``initial``: the ratio at ``start``, in [0, 1).
+* ``initial``: the ratio at ``start``, in [0, 1); or a dict of ratios, by the same names as ``final`` if that is one.
 * ``frequency``: how many steps lie between two updates, at least 1.
 
 All raise TypeError or ValueError for what is out of range.
@@ -100,7 +100,12 @@ def constant(final: float | Mapping[str, float], *, end: int, start: int = 0, fr
 
 
 def linear(
-    final: float | Mapping[str, float], *, end: int, start: int = 0, initial: float = 0.0, frequency: int = 1
+    final: float | Mapping[str, float],
+    *,
+    end: int,
+    start: int = 0,
+    initial: float | Mapping[str, float] = 0.0,
+    frequency: int = 1,
 ) -> Schedule:
     """initial + (final - initial) x, where x is the share of the way from ``start`` to ``end``.
 
@@ -112,7 +117,12 @@ def linear(
 
 
 def cubic(
-    final: float | Mapping[str, float], *, end: int, start: int = 0, initial: float = 0.0, frequency: int = 1
+    final: float | Mapping[str, float],
+    *,
+    end: int,
+    start: int = 0,
+    initial: float | Mapping[str, float] = 0.0,
+    frequency: int = 1,
 ) -> Schedule:
     """initial + (final - initial) (1 - (1 - x)^3): fast, then slow. The schedule of gradual magnitude pruning.
 
@@ -130,7 +140,12 @@ agp = cubic
 
 
 def inverse_cubic(
-    final: float | Mapping[str, float], *, end: int, start: int = 0, initial: float = 0.0, frequency: int = 1
+    final: float | Mapping[str, float],
+    *,
+    end: int,
+    start: int = 0,
+    initial: float | Mapping[str, float] = 0.0,
+    frequency: int = 1,
 ) -> Schedule:
     """initial + (final - initial) (1 - (1 - x)^(1/3)): slow, then fast.
 
@@ -142,7 +157,12 @@ def inverse_cubic(
 
 
 def exponential(
-    final: float | Mapping[str, float], *, end: int, start: int = 0, initial: float = 0.0, frequency: int = 1
+    final: float | Mapping[str, float],
+    *,
+    end: int,
+    start: int = 0,
+    initial: float | Mapping[str, float] = 0.0,
+    frequency: int = 1,
 ) -> Schedule:
     """1 - (1 - initial) ((1 - final) / (1 - initial))^x: the same share of what is left goes every time.
 
@@ -154,7 +174,12 @@ def exponential(
 
 
 def cosine(
-    final: float | Mapping[str, float], *, end: int, start: int = 0, initial: float = 0.0, frequency: int = 1
+    final: float | Mapping[str, float],
+    *,
+    end: int,
+    start: int = 0,
+    initial: float | Mapping[str, float] = 0.0,
+    frequency: int = 1,
 ) -> Schedule:
     """initial + (final - initial) (1 - cos(pi x / 2)): slow, then fast.
 
@@ -166,7 +191,12 @@ def cosine(
 
 
 def cube(
-    final: float | Mapping[str, float], *, end: int, start: int = 0, initial: float = 0.0, frequency: int = 1
+    final: float | Mapping[str, float],
+    *,
+    end: int,
+    start: int = 0,
+    initial: float | Mapping[str, float] = 0.0,
+    frequency: int = 1,
 ) -> Schedule:
     """initial + (final - initial) x^3: slow, then fast. Neural Compressor's "cube", the opposite of `cubic`.
 
@@ -183,7 +213,7 @@ def polynomial(
     power: float,
     end: int,
     start: int = 0,
-    initial: float = 0.0,
+    initial: float | Mapping[str, float] = 0.0,
     frequency: int = 1,
 ) -> Schedule:
     """initial + (final - initial) x^power, for a positive power.
@@ -211,7 +241,7 @@ def multi_step(steps: Mapping[int, float | Mapping[str, float]]) -> Schedule:
     if not steps:
         raise ValueError("steps is empty; give a dict from step to ratio, as {0: 0.3, 5: 0.5}")
     ratios = {
-        check_step(step, "a key of steps"): check_ratios(ratio, "a ratio of steps") for step, ratio in steps.items()
+        check_step(step, "a key of steps"): check_ratios(ratio, f"steps[{step}]") for step, ratio in steps.items()
     }
     due = tuple(sorted(ratios))
     return Schedule("multi_step", ratios.__getitem__, due[0], due[-1], steps=due)
@@ -343,16 +373,24 @@ def _check_span(start: int, end: int, frequency: int) -> tuple[int, int, int]:
     return first, last, step
 
 
-def _curve(name: str, curve: Curve, final: object, end: int, start: int, initial: float, frequency: int) -> Schedule:
+def _curve(name: str, curve: Curve, final: object, end: int, start: int, initial: object, frequency: int) -> Schedule:
     span = _check_span(start, end, frequency)
-    ratios, first = check_ratios(final), check_ratio(initial, "initial")
+    ratios, first = check_ratios(final), check_ratios(initial, "initial")
+    if isinstance(ratios, dict) and isinstance(first, dict) and set(ratios) != set(first):
+        raise ValueError(
+            f"initial has ratios for {', '.join(sorted(first))}, final for {', '.join(sorted(ratios))}; give both "
+            "for the same names"
+        )
     return Schedule(name, partial(_along, curve, ratios, first, span[0], span[1]), *span)
 
 
-def _along(curve: Curve, final: Ratio, initial: float, start: int, end: int, step: int) -> Ratio:
-    if isinstance(final, dict):
-        return {rule: _between(curve, value, initial, start, end, step) for rule, value in final.items()}
-    return _between(curve, final, initial, start, end, step)
+def _along(curve: Curve, final: Ratio, initial: Ratio, start: int, end: int, step: int) -> Ratio:
+    if not isinstance(final, dict):
+        if not isinstance(initial, dict):
+            return _between(curve, final, initial, start, end, step)
+        final = dict.fromkeys(initial, final)
+    first = initial if isinstance(initial, dict) else dict.fromkeys(final, initial)
+    return {rule: _between(curve, value, first[rule], start, end, step) for rule, value in final.items()}
 
 
 def _between(curve: Curve, final: float, initial: float, start: int, end: int, step: int) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pyprune.checks import check_count, check_names, shown
+from pyprune.checks import check_choice, check_count, check_names, shown
 from pyprune.methods.name_rules import all_above, check_rules, meaning
 
 
@@ -19,11 +19,18 @@ class Scope:
     keep: int = 0
     of: int = 0
     groups: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    dim: Literal["in", "out", "both"] = "in"
+    among: Literal["tensor", "model"] = "tensor"
 
     @property
     def ratio(self) -> float | None:
-        """The ratio that N to M has of its own; None of other scopes."""
+        """The ratio of N to M in all groups, the most that there can be; None of other scopes."""
         return 1 - self.keep / self.of if self.name == "n_of_m" else None
+
+    @property
+    def weights_compete(self) -> bool:
+        """Whether units of different weights compete with each other."""
+        return self.name in ("model", "group") or (self.name == "n_of_m" and self.among == "model")
 
 
 def model() -> Scope:
@@ -56,31 +63,56 @@ def row() -> Scope:
     return Scope("row")
 
 
-def n_of_m(*, keep: int, of: int) -> Scope:
-    """Keep exactly ``keep`` of each ``of`` neighbours along the input channels, as sparse hardware wants it.
+def n_of_m(
+    *,
+    keep: int,
+    of: int,
+    dim: Literal["in", "out", "both"] = "in",
+    among: Literal["tensor", "model"] = "tensor",
+) -> Scope:
+    """Keep ``keep`` of each ``of`` neighbours, as sparse hardware wants it: in all groups, or in a share of them.
 
-    At the end of a row that ``of`` does not divide, the last ``keep`` at most stay of what is left, as if the row
-    went on with zeros. In a convolution the neighbours are input channels at one position of the kernel. The
-    ratio is 1 - keep / of, and `prune` takes no other.
+    Neighbours are input channels of one output, in a convolution at one position of the kernel. With ``dim="out"``
+    they are output channels of one input; with ``dim="both"`` a group is a square of ``of`` by ``of`` weights, and
+    exactly ``keep`` stay in each of its rows and columns, so that the weight and its transpose both are N:M (forward
+    and backward pass of a training). Of all such patterns it is the one that keeps the largest sum of scores, found
+    by trying them all: 90 for 2 of 4.
+
+    Where ``of`` does not divide, the last group is as if the weight went on with zeros: of what is left the last
+    ``keep`` at most stay.
+
+    Without a ratio all groups are cut. A ratio is, as everywhere, the share of the weights that goes: at most
+    1 - keep / of, which is all groups, and half of that is half of them. Of n groups that lose anything
+    floor(share * n + 0.5) go, those first whose masking costs the least: the sum of the scores that go. So a
+    schedule turns a weight into N:M group by group. Ties are broken by the lowest index.
 
     Args:
         keep: how many stay, at least 1 and fewer than ``of``.
-        of: how many neighbours there are, up to 64.
+        of: how many neighbours there are, up to 64; with ``dim="both"`` up to 4.
+        dim: along which channels the neighbours lie.
+        among: whose groups compete where a ratio leaves some whole: those of each weight, or of the whole model.
 
     Raises:
-        TypeError, ValueError: for other numbers.
+        TypeError, ValueError: for other numbers or names.
 
-    Paper: Mishra et al. 2021, "Accelerating Sparse Deep Neural Networks".
+    Papers: Mishra et al. 2021, "Accelerating Sparse Deep Neural Networks"; Hubara et al. 2021, "Accelerated Sparse
+    Neural Training: A Provable and Efficient Method to Find N:M Transposable Masks".
 
     Example:
-        >>> n_of_m(keep=2, of=4).keep
-        2
+        >>> n_of_m(keep=2, of=4).ratio
+        0.5
+        >>> n_of_m(keep=2, of=4, dim="both").dim
+        'both'
     """
     of = check_count("of", of, least=2, most=64, what="how many neighbours there are, an integer from 2 to 64")
     keep = check_count("keep", keep, least=1)
     if keep >= of:
         raise ValueError(f"keep={keep}, of={of}; keep less than of")
-    return Scope("n_of_m", keep, of)
+    check_choice("dim", dim, ("in", "out", "both"))
+    if dim == "both" and of > 4:
+        raise ValueError(f'of={of}; dim="both" tries all patterns of a square, so of is at most 4 there')
+    check_choice("among", among, ("tensor", "model"))
+    return Scope("n_of_m", keep, of, dim=dim, among=among)
 
 
 def group(groups: Mapping[str, Sequence[str]]) -> Scope:

@@ -1,6 +1,7 @@
 """Save which weights carry masks and gates, and put them on a fresh model so that a checkpoint fits."""
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from pyprune.checks import shown
+from pyprune.methods.layout import Layout, channels_shape
 from pyprune.modules.attachments import Attachment, check_module, gate_name
 from pyprune.modules.config_entries import VERSION, damaged, entries_of
 from pyprune.modules.forward_pass import attach_and_share
@@ -57,7 +59,8 @@ def get_config(model: nn.Module) -> dict[str, Any]:
                 name = followed.get(attachment.source)
                 if name is None:  # the weight was stripped by itself, and there is nothing to follow
                     continue
-                state |= {"follows": name, "groups": attachment.groups}
+                layout = attachment.layout
+                state |= {"follows": name, "outputs": layout.outputs, "groups": layout.groups}
             masks.append(entry | state | {"parks": attachment.parks})
         elif isinstance(attachment, StochasticGate):
             gates.append(entry | _describe(target, attachment))
@@ -194,12 +197,20 @@ def _mask(entry: Mapping[str, Any], following: Mask | None = None) -> Mask:
 
 
 def _follower(entry: Mapping[str, Any], source: Attachment | None) -> Mask:
-    groups, follows = entry["groups"], entry["follows"]
-    if not isinstance(source, Mask) or source.mask.dim() < 2:
-        raise damaged(f"the mask of {entry['names'][0]} follows {follows!r}, which has none that can be followed")
-    if groups and source.mask.shape[0] % groups:
-        raise damaged(f"{entry['names'][0]} follows {follows} in {groups} groups, which do not divide its channels")
-    return FollowingMask(source, groups)
+    groups, outputs, follows = entry["groups"], entry.get("outputs"), entry["follows"]
+    if outputs is None:  # as pyprune wrote it before: 0 groups where outputs come first
+        outputs, groups = min(1, groups), max(1, groups)
+    layout = Layout(outputs, None, groups)
+    if (
+        not isinstance(source, Mask)
+        or not outputs < source.mask.dim()
+        or source.mask.dim() < 2
+        or groups < 1
+        or source.mask.shape[0] % groups
+        or math.prod(channels_shape(tuple(source.mask.shape), layout, "out")) != math.prod(entry["shape"])
+    ):
+        raise damaged(f"the mask of {entry['names'][0]} follows {follows!r}, which has none, or other channels")
+    return FollowingMask(source, layout, entry["shape"])
 
 
 def _gate(entry: Mapping[str, Any], weight: nn.Parameter) -> Attachment:

@@ -80,7 +80,7 @@ def _check_mask(entry: Entry) -> None:
     if not isinstance(entry.get("parks", True), bool):
         raise damaged(f"parks of {names} is {shown(entry['parks'])}, no bool")
     if "follows" in entry:
-        follows, groups = entry["follows"], entry.get("groups")
-        if not isinstance(follows, str) or not is_size(groups):
-            raise damaged(f"{names} follows {shown(follows)} in {shown(groups)} groups")
+        follows, groups, outputs = entry["follows"], entry.get("groups"), entry.get("outputs")
+        if not isinstance(follows, str) or not is_size(groups) or not (outputs is None or is_size(outputs)):
+            raise damaged(f"the mask of {names} follows {shown(follows)}, which has none, or other channels")
         entry["follows"] = plain_rule(follows)

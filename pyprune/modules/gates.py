@@ -14,6 +14,7 @@ from pyprune.checks import check_bool, check_count, check_number, shown
 from pyprune.modules.attachments import Attachment, gate_name
 from pyprune.modules.gated_classes import gated_attributes, put_gate, take_gate
 from pyprune.modules.sampling import Sampler, Seat
+from pyprune.modules.sharding import whole
 
 
 class StochasticGate(nn.Module, Attachment):
@@ -120,19 +121,23 @@ class StochasticGate(nn.Module, Attachment):
             seed = self.seat.seed
             if seed is None:
                 seed = self.sampler.seed(weight.device, self.stream)
-        return self._gated(weight, seed)
+        return self._gated(weight, self.logits, seed)
 
     def deterministic(self, weight: Tensor) -> Tensor:
         """Return what the gate makes of a weight in evaluation."""
-        return self._gated(weight, None)
+        return self._gated(weight, self.logits, None)
 
     @torch.no_grad()
     def values(self) -> Tensor:
-        """Return the values in [0, 1] that the gates have in evaluation, of shape ``gate_shape``."""
-        return self.deterministic(torch.ones_like(self.logits))
+        """Return the values in [0, 1] that the gates have in evaluation, of shape ``gate_shape``.
 
-    def _gated(self, weight: Tensor, seed: Tensor | None) -> Tensor:
-        return ops.bernoulli_gate(weight, self.logits, seed, stream=self._noise_stream())
+        Of logits that FSDP2 has sharded they are gathered, so all ranks must call this.
+        """
+        logits = whole(self.logits)
+        return self._gated(torch.ones_like(logits), logits, None)
+
+    def _gated(self, weight: Tensor, logits: Tensor, seed: Tensor | None) -> Tensor:
+        return ops.bernoulli_gate(weight, logits, seed, stream=self._noise_stream())
 
     def _noise_stream(self) -> int:
         # Other noise on each rank, even where all ranks draw the same seeds.
@@ -210,10 +215,10 @@ class HardConcreteGate(StochasticGate):
         own = {name: getattr(self, name) for name in ("beta", "gamma", "zeta", "straight_through")}
         return super().options() | own
 
-    def _gated(self, weight: Tensor, seed: Tensor | None) -> Tensor:
+    def _gated(self, weight: Tensor, logits: Tensor, seed: Tensor | None) -> Tensor:
         return ops.hard_concrete_gate(
             weight,
-            self.logits,
+            logits,
             seed,
             beta=self.beta,
             gamma=self.gamma,

@@ -90,9 +90,11 @@ def ignored_by(
             f"{kind} {rule!r} (nearest: {', '.join(difflib.get_close_matches(rule, known, n=3, cutoff=0.0))})"
             for kind, rule, known in unmatched
         ]
+        of_nncf = any(kind == "name" and "/" in rule for kind, rule, _ in unmatched)
         raise ValueError(
             f"IgnoredScope rules that match nothing in the model: {'; '.join(complaints)}. "
             "Correct them, or set validate=False to allow them"
+            + (". Names with / are those of operations in NNCF; here give the name of the layer" if of_nncf else "")
         )
 
     def ignored(parameter: str) -> bool:

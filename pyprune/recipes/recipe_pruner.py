@@ -16,7 +16,7 @@ from pyprune.modules.optimizer import innermost_of
 from pyprune.modules.strip import strip
 from pyprune.modules.targets import attachments_of, find_targets
 from pyprune.modules.watching import unwatch
-from pyprune.recipes.stages import Stage
+from pyprune.recipes.stages import Stage, steps_of
 from pyprune.selection.choose_masks import prunable_targets
 from pyprune.training.ac_dc import AcDcPruner
 from pyprune.training.keep_sparse import KeepSparse, keep_sparse
@@ -43,14 +43,15 @@ class RecipePruner:
         steps_per_epoch: int,
         pruners: Sequence[Pruner],
         hold: Callable[[Sequence[Optimizer]], KeepSparse] | None,
+        hold_from: int = 0,
     ) -> None:
         self.model = model
         self.steps_per_epoch = steps_per_epoch
         self.step_count = 0
         self._optimizers = optimizers
         self._pruners = tuple(pruners)
-        self._hold = hold
-        self._held = None if hold is None else hold(optimizers)
+        self._hold, self._hold_from = hold, hold_from
+        self._held = self._hold_at(0)
 
     @property
     def epoch(self) -> float:
@@ -69,6 +70,8 @@ class RecipePruner:
         Raises:
             ValueError: as `Pruner.step` does.
         """
+        if self._held is None:
+            self._held = self._hold_at(self.step_count + 1)
         self.step_count += 1
         updated = [pruner.step() for pruner in self._pruners]
         for i, pruner in enumerate(self._pruners):
@@ -133,17 +136,20 @@ class RecipePruner:
             raise ValueError("the state is that of another recipe; apply the one that it was saved with")
         for pruner, state in zip(self._pruners, states, strict=True):
             pruner._check_state(state)
-        self._hold_again(held)
+        self._hold_again(held, step_count)
         for pruner, state in zip(self._pruners, states, strict=True):
             pruner.load_state_dict(state)
         self.step_count = step_count
 
-    def _hold_again(self, saved: Mapping[str, int]) -> None:
+    def _hold_at(self, step: int) -> KeepSparse | None:
+        """Hold the zeros that are there now, if the stage that says so has begun by this step."""
+        return None if self._hold is None or step < self._hold_from else self._hold(self._optimizers)
+
+    def _hold_again(self, saved: Mapping[str, int], step: int) -> None:
         """Hold the zeros that are there now: weights may have been loaded since the recipe was applied."""
-        there = None
-        if self._hold is not None and self._held is not None:
+        if self._held is not None:
             self._held.remove()
-            there = self._hold(self._optimizers)
+        there = self._hold_at(step)
         if saved != _count_held(there):
             if there is not None:
                 there.remove()
@@ -167,13 +173,16 @@ def start(
     check_step(steps_per_epoch, "steps_per_epoch", least=1)
     optimizers = innermost_of(optimizer, ", or several")
     pruning = [stage for stage in stages if stage.kind != "constant"]
-    hold = None
+    hold, hold_from = None, 0
     if not pruning:
         if not optimizers:
             raise ValueError("a constant recipe holds zeros through the optimizer; give it")
-        hold = partial(_hold, stages[0], model, examples_inputs)
+        hold, hold_from = (
+            partial(_hold, stages[0], model, examples_inputs),
+            steps_of(stages[0].start, steps_per_epoch),
+        )
     pruners = _make_pruners(pruning, model, optimizers, steps_per_epoch, examples_inputs)
-    return RecipePruner(model, optimizers, steps_per_epoch, pruners, hold)
+    return RecipePruner(model, optimizers, steps_per_epoch, pruners, hold, hold_from)
 
 
 _STATE = {"step_count", "steps_per_epoch", "pruners", "held"}

@@ -31,7 +31,7 @@ class Stage:
 
     Args:
         kind: "prune" and "ac_dc" set masks by a schedule, "constant" holds the zeros that are there.
-        start, end: in epochs; a constant stage may have no end.
+        start, end: in epochs; a constant stage may have no end, and alone it holds the zeros of its start.
         where: file, line and field, for messages.
         schedule: makes the schedule of a number of steps per epoch.
         method: how weights are chosen.
@@ -91,8 +91,6 @@ def read_stages(place: Place) -> tuple[Stage, ...]:
                 f"the stage begins at epoch {stage.start:g}, and {before.where} lasts from {before.start:g} to "
                 f"{before.end:g}; stages follow each other"
             )
-        if kind == "constant" and not stages and stage.start > 0:
-            raise place.error("nothing holds the zeros before the first stage; let it start at 0")
         if stages and stages[0].kind == "constant":
             raise body.error(
                 f"{stages[0].where} holds the zeros of a model without masks, and only by itself; before another "
@@ -207,7 +205,7 @@ def _curve_stage(
     if "frequency" in fields:
         epochs["frequency"] = fields["frequency"].number("a number of epochs", above=True, most=_MOST_EPOCHS)
     if "initial" in fields:
-        make = partial(make, initial=_ratio(fields["initial"]))
+        make = partial(make, initial=_ratios(fields["initial"]))
     in_steps = partial(_in_steps, partial(make, _ratios(fields["final"])), epochs)
     return _stage(kind, body, fields, start, start if end is None else end, in_steps)
 
@@ -233,8 +231,7 @@ def _stage(
     schedule = body.checked(make, _MANY)
     limits = {key: keywords[key] for key in ("allocation", "min_ratio", "max_ratio") if key in keywords}
     final = schedule(schedule.end or 0)
-    ratio = None if method.scope.name == "n_of_m" else final  # N:M has its own
-    body.checked(check_amount, method, Amount(ratio, **limits))
+    body.checked(check_amount, method, Amount(final, **limits))
     return Stage(kind, start, end, str(body), make, method, _ignored_scope(fields), keywords, final)
 
 

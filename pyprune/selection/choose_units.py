@@ -1,5 +1,6 @@
 """Which units stay: counts from ratios, scope by scope, and masks of units from the kernels."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -7,14 +8,15 @@ import torch
 from torch import Tensor
 
 from pyprune import ops
-from pyprune.methods.allocation import Amount, erk, limits, removed_in_all
+from pyprune.methods.allocation import Amount, er, erk, limits, removed_in_all
 from pyprune.methods.lamp import lamp_removed
 from pyprune.methods.method import Method
 from pyprune.methods.name_rules import by_name
 from pyprune.methods.scope import group_of
 from pyprune.methods.unit_groups import UnitGroup, reduce_units, spread_units
 from pyprune.selection.limits import capped_threshold
-from pyprune.selection.scores import is_magnitude_of_elements, keys, keys_in_rows
+from pyprune.selection.neighbours import count_of_rows, keep_in_rows, keep_n_of_m, outputs_first
+from pyprune.selection.scores import is_magnitude_of_elements, keys
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,21 @@ def ratios_of(method: Method, amount: Amount, unit_groups: Sequence[UnitGroup]) 
     Raises:
         ValueError: if a ratio is for a name that there is not.
     """
-    if method.scope.name not in ("tensor", "row") or amount.ratio is None:
+    if method.scope.weights_compete or amount.ratio is None:
         return None
     if isinstance(amount.ratio, Mapping):
         ratios = by_name(amount.ratio, [unit_group.names for unit_group in unit_groups], 0.0)
-    elif amount.allocation == "erk":
-        ratios = erk([tuple(unit_group.weight.values.shape) for unit_group in unit_groups], amount.ratio)
+    elif amount.allocation != "uniform":
+        weights = [unit_group.weight for unit_group in unit_groups]
+        shapes = [tuple(weight.values.shape) for weight in weights]
+        if amount.allocation == "erk":
+            ratios = erk(shapes, amount.ratio)
+        else:
+            channels = [
+                (shape[weight.out_dim], shape[weight.in_dim]) if len(shape) > 1 else (1, math.prod(shape))
+                for weight, shape in zip(weights, shapes, strict=True)
+            ]
+            ratios = er(shapes, channels, amount.ratio)
     else:
         return None
     return dict(zip([unit_group.name for unit_group in unit_groups], ratios, strict=True))
@@ -235,15 +246,17 @@ def _by_row(units: _Units) -> Selected:
     sizes, kept = [], []
     for unit_group, base, ratio in zip(units.unit_groups, units.bases, units.ratios(), strict=True):
         shape = unit_group.unit_shape
-        columns = torch.Size(shape).numel() // max(1, shape[unit_group.weight.out_dim] if len(shape) > 1 else 1)
+        columns = torch.Size(shape).numel() // max(1, count_of_rows(unit_group))
         left = columns if base is None else _left_in_rows(base, unit_group)
         sizes.append(max(1, columns))
         kept.append(columns - removed_in_all(columns, columns - left, units.amount, ratio))
-    return _in_rows(units, sizes, kept, neighbours_are_inputs=False)
+    return Selected(
+        *keep_in_rows(units.method, units.unit_groups, units.bases, units.masks, sizes, kept, along="row")
+    )
 
 
 def _left_in_rows(base: Tensor, unit_group: UnitGroup) -> int:
-    left = _outputs_first(base, unit_group).flatten(1).sum(1) if base.dim() > 1 else base.sum().reshape(1)
+    left = outputs_first(base, unit_group).flatten(2).sum(2) if base.dim() > 1 else base.sum().reshape(1)
     if left.numel() and left.min() != left.max():
         raise ValueError(
             f"the rows of {unit_group.name} have from {int(left.min())} to {int(left.max())} units left; to lose "
@@ -253,52 +266,8 @@ def _left_in_rows(base: Tensor, unit_group: UnitGroup) -> int:
 
 
 def _n_of_m(units: _Units) -> Selected:
-    count, scope = len(units.unit_groups), units.method.scope
-    return _in_rows(units, [scope.of] * count, [scope.keep] * count, neighbours_are_inputs=True)
-
-
-def _outputs_first(tensor: Tensor, unit_group: UnitGroup) -> Tensor:
-    return tensor.movedim(unit_group.weight.out_dim, 0)
-
-
-def _in_rows(units: _Units, sizes: list[int], kept: list[int], *, neighbours_are_inputs: bool) -> Selected:
-    """Keep ``kept`` of each ``sizes`` neighbours of a row: all units of an output, or only its input channels."""
-
-    def in_rows(tensor: Tensor, unit_group: UnitGroup) -> Tensor:
-        if tensor.dim() < 2:
-            return tensor.reshape(-1)
-        return (
-            tensor.movedim(unit_group.weight.in_dim, -1)
-            if neighbours_are_inputs
-            else _outputs_first(tensor, unit_group)
-        )
-
-    def per_column(factor: Tensor, unit_group: UnitGroup) -> Tensor:
-        shape = list(unit_group.weight.values.shape)
-        if neighbours_are_inputs or len(shape) < 2:
-            return factor.flatten()
-        shape[unit_group.weight.out_dim] = 1
-        return _outputs_first(factor.expand(shape), unit_group).flatten()
-
-    pairs = units.unit_groups
-    key = keys_in_rows(units.method, pairs)
-    masks = units.masks or [torch.empty_like(tensor, dtype=torch.bool) for tensor in key.tensors]
-    views = [in_rows(tensor, unit_group) for tensor, unit_group in zip(key.tensors, pairs, strict=True)]
-    factors = [
-        None if f is None else per_column(f, c)
-        for f, c in zip(key.factors or [None] * len(pairs), pairs, strict=True)
-    ]
-    bases = [None if base is None else in_rows(base, c) for base, c in zip(units.bases, pairs, strict=True)]
-    _, nonfinite = ops.group_masks(
-        views,
-        sizes,
-        kept,
-        row_dims=[view.dim() - 1 if neighbours_are_inputs else min(1, view.dim() - 1) for view in views],
-        factors=factors,
-        bases=bases,
-        masks=[in_rows(mask, unit_group) for mask, unit_group in zip(masks, pairs, strict=True)],
-    )
-    return Selected(list(masks), nonfinite)
+    ratios = None if units.amount.ratio is None else units.ratios()
+    return Selected(*keep_n_of_m(units.method, units.unit_groups, units.bases, units.masks, units.amount, ratios))
 
 
 _SELECT: Mapping[str, Callable[[_Units], Selected]] = {

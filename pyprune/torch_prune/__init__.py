@@ -19,7 +19,11 @@ are the same. What differs from the original:
   goes stale, and a second backward pass fails). While it is pruned, its class is a subclass that multiplies at each
   reading.
 * `remove` puts the parameter back in its place (there: at the end). A later hook takes the place of the one before
-  (there: comes after all hooks).
+  (there: comes after all hooks). Where torch's `weight_norm` or `spectral_norm` makes the weight of the parameter
+  that is pruned (``weight_v``), the hook comes before theirs (there: the weight is made of what was pruned a pass
+  ago, and a second backward pass fails).
+* Masks that were given, as `global_unstructured` does, are merged in a `PruningContainer` (there: it keeps those of
+  all rounds, and memory grows).
 * Scores or a mask of another shape are a ValueError (there: an AssertionError); what is no parameter is a TypeError
   before anything changes; for `global_unstructured`, no parameters or the same twice are a ValueError.
 

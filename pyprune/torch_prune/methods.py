@@ -100,6 +100,10 @@ class BasePruningMethod(torch_prune.BasePruningMethod):
 class PruningContainer(torch_prune.PruningContainer, BasePruningMethod):
     """The methods that were put on one parameter, one after the other; the last one computes masks.
 
+    Masks that were given (`CustomFromMask`, which `global_unstructured` puts on too) are merged into the latest of
+    them, their product, so that a model that is pruned again and again does not fill the memory with masks. Torch's
+    own container keeps them all.
+
     Example:
         >>> linear = nn.Linear(4, 4)
         >>> for _ in range(2):
@@ -211,6 +215,17 @@ def with_method(module: nn.Module, name: str, method: torch_prune.BasePruningMet
     container: Any = PruningContainer()
     container._tensor_name = name
     container._parameter_order = getattr(before, "_parameter_order", ())
-    for one in (*(before if isinstance(before, torch_prune.PruningContainer) else (before,)), method):
-        container.add_pruning_method(one)
+    for one in before if isinstance(before, torch_prune.PruningContainer) else (before,):
+        if not _takes_in(method, one):
+            container.add_pruning_method(one)
+    container.add_pruning_method(method)
     return container
+
+
+def _takes_in(method: Any, before: Any) -> bool:
+    """Merge a mask that was given earlier into the one that comes; return whether that could be done."""
+    kinds = (torch_prune.CustomFromMask, CustomFromMask)  # what subclasses make of their mask is not known
+    if type(method) not in kinds or type(before) not in kinds or method.mask.shape != before.mask.shape:
+        return False
+    method.mask = before.mask.to(method.mask.device) * method.mask
+    return True

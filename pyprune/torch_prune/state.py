@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import prune as torch_prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from pyprune.checks import shown
 from pyprune.modules.attachments import check_module
@@ -106,7 +108,16 @@ def attach(module: nn.Module, name: str, hook: Any, mask: Tensor, product: Tenso
     if keys:
         module._forward_pre_hooks[keys[0]] = hook
     else:
-        module.register_forward_pre_hook(hook)
+        keys = [module.register_forward_pre_hook(hook).id]
+    if any(_reads(other, name) for other in module._forward_pre_hooks.values()):
+        hooks = module._forward_pre_hooks
+        _replace(hooks, {keys[0]: hooks[keys[0]], **hooks})
+
+
+def _reads(hook: Any, name: str) -> bool:
+    """Whether a hook of torch makes another weight of the one with this name, and so must come after ours."""
+    made_of = {WeightNorm: ("_g", "_v"), SpectralNorm: ("_orig",)}.get(type(hook), ())
+    return any(hook.name + end == name for end in made_of)
 
 
 def show_product(module: nn.Module, name: str, product: Tensor) -> None:
@@ -136,6 +147,6 @@ def detach(module: nn.Module, hook: torch_prune.BasePruningMethod) -> None:
     _replace(module._parameters, {name: module._parameters[name] for name in names})
 
 
-def _replace(table: dict[str, Any], entries: dict[str, Any]) -> None:
+def _replace(table: dict[Any, Any], entries: dict[Any, Any]) -> None:
     table.clear()
     table.update(entries)

@@ -87,8 +87,7 @@ def ac_dc(
         >>> [step for step in range(1, 21) if pruner.step()]
         [5, 10, 15]
     """
-    check_ratios(ratio, "ratio")
-    schedule = alternating(ratio, end=end, frequency=frequency, start=start)
+    schedule = alternating(check_ratios(ratio, "ratio"), end=end, frequency=frequency, start=start)
     return AcDcPruner(
         model,
         Method(magnitude()) if method is None else method,

@@ -21,7 +21,7 @@ def gmp(
     *,
     end: int,
     start: int = 0,
-    initial: float = 0.0,
+    initial: float | Mapping[str, float] = 0.0,
     frequency: int = 1,
     method: Method | PruneMode | str | None = None,
     reintroduce: bool = True,
@@ -54,7 +54,7 @@ def gmp(
     return Pruner(
         model,
         Method(magnitude(), scope=tensor()) if method is None else method,
-        cubic(ratio, end=end, start=start, initial=initial, frequency=frequency),
+        cubic(check_ratios(ratio, "ratio"), end=end, start=start, initial=initial, frequency=frequency),
         optimizer,
         ignored_scope=ignored_scope,
         examples_inputs=examples_inputs,

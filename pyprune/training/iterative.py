@@ -130,7 +130,7 @@ def iterative_prune(
         schedule: the ratios of all rounds; or a `Schedule` with an end, whose due steps are the rounds (those left
             out at which nothing more goes than before); or any function, called with 1 to ``num_iterations``. The
             ratios are of all units, not of those left.
-        method: how units are chosen; not for N:M, or gates.
+        method: how units are chosen; not for gates.
         finetune_fn: trains the model in place. Masks are on, so a new optimizer each time is best: the moments of an
             old one would move weights that were just dropped.
         eval_fn: takes the model and returns its score. Called in evaluation mode, without gradients, with the same
@@ -236,7 +236,7 @@ def lottery_ticket(
         train_fn: trains the model in place, from beginning to end, with an optimizer of its own.
         ratio: fraction of the units to remove in the end, in [0, 1).
         iterations: how many rounds of pruning.
-        method: how units are chosen; not for N:M, or gates.
+        method: how units are chosen; not for gates.
         rewind_to: a state_dict of the dense model, from an early step of training; if None, the model at the call.
         eval_fn, ignored_scope, examples_inputs, calibrate_fn, progress: as in `iterative_prune`. Without ``eval_fn``
             the history has no scores.
@@ -269,7 +269,7 @@ def lottery_ticket(
     final, rounds = check_ratio(ratio), check_step(iterations, "iterations", least=1)
     # The last is exactly what was asked for, not rounded by the formula.
     ratios = [*(1 - (1 - final) ** (i / rounds) for i in range(1, rounds)), final]
-    amounts = [Amount(ratio, dropped_stay=True) for ratio in ratios]
+    amounts = [check_amount(chosen, Amount(ratio, dropped_stay=True)) for ratio in ratios]
     if eval_fn is not None:
         check_callable("eval_fn", eval_fn)
     _check_model(model, chosen, calibrate_fn, ignored_scope, examples_inputs)

@@ -8,6 +8,7 @@ replaced in the model, ValueError. They warn once if optimizers step without the
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from pyprune.modules.attachments import check_module
 from pyprune.modules.flops import flop_costs
 from pyprune.modules.gates import HardConcreteGate, StochasticGate, gates_of
 from pyprune.modules.mask_states import check_tensors
+from pyprune.modules.sharding import sum_of_parts
 from pyprune.training.gate_checks import GatePlaces, OptimizerWatch
 
 
@@ -76,9 +78,11 @@ class _GateLoss(nn.Module):
             self._watch.loss_is_called(self._places)
         parts = []
         for group in self._groups:
-            sums = ops.gate_penalty([gate.logits for gate in group.gates], hard=self._hard, shift=group.shift)
+            logits = [gate.logits for gate in group.gates]
             # The costs move only if the model did since the loss was made.
-            parts.append((sums * group.costs.to(sums.device, non_blocking=True)).sum())
+            costs = group.costs.to(logits[0].device, non_blocking=True)
+            penalty = partial(ops.gate_penalty, hard=self._hard, shift=group.shift)
+            parts += sum_of_parts(logits, penalty, costs)
         home = parts[0].device
         return torch.stack([part.to(home, non_blocking=True) for part in parts]).sum() / self._whole
 

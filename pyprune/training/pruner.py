@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pyprune.calibration.sums import without_tables
 from pyprune.calibration.training_statistics import TrainingGradients, TrainingSums, needs_gradients, needs_training
 from pyprune.checks import check_bool, shown
 from pyprune.methods.allocation import Allocation, Amount
@@ -64,7 +65,7 @@ class Pruner:
             put on before or after.
         method: a `Method`, a magnitude mode of `PruneMode`, or its name.
         schedule: one of `pyprune.schedules`, or a function from the step to the ratio, by which masks are due at
-            every step. N:M has a ratio of its own: masks are on wherever that of the schedule is not 0.
+            every step. Of N:M it ends at 1 - keep / of, or below; on the way some groups are whole.
         optimizer: what trains the weights; needed for importances of gradients.
         ignored_scope, examples_inputs, allocation, zero_dead_channels: as in `prune`.
         min_ratio, max_ratio: as in `prune`; the least holds where the schedule has its last ratio (always, if it has
@@ -133,7 +134,7 @@ class Pruner:
         self._same_unit_groups: list[UnitGroup] | None = None
         self._is_late = False  # masks were due, but there was nothing yet to choose them by
         there = find_targets(model, ignored_scope, examples_inputs)
-        self._targets = targets = prunable_targets(found, there)
+        self._targets = targets = without_tables(found.importance, prunable_targets(found, there))
         check_kind(self._targets, Mask)
         self._check_optimizer()
         for mask in self._carried().values():
@@ -141,10 +142,16 @@ class Pruner:
         with changing_masks(masks_in(model)):
             self._statistics = self._known_statistics(examples_inputs)
             unscored = [] if self._statistics is None else [t for t in targets if t not in self._statistics]
-            warn_of_missed(model, ignored_scope, there, {f"without a score by {found.importance.name}": unscored})
+            warn_of_missed(
+                model,
+                ignored_scope,
+                there,
+                {f"without a score by {found.importance.name}": unscored},
+                has_inputs=examples_inputs is not None,
+            )
             self._watch = self._make_watch()
             self._check_all()
-            self._attach(zero_dead_channels, examples_inputs)
+            self._attach(zero_dead_channels, examples_inputs, ignored_scope)
         if self._watch is not None:
             self._watch.start()
             self._watch.gathers = self._is_looked_at()
@@ -290,7 +297,7 @@ class Pruner:
                 choice.check()
                 choice.tell(self.model)
 
-    def _attach(self, zero_dead_channels: bool, inputs: Any) -> None:
+    def _attach(self, zero_dead_channels: bool, inputs: Any, ignored_scope: IgnoredScope | None) -> None:
         units = units_of(self.method, self._targets)
         masks = {
             target: NewMask(target.owners, torch.ones_like(target.parameter, dtype=torch.bool), units[target.name])
@@ -305,11 +312,11 @@ class Pruner:
             masks = choice.masks
         carried = {target: target.attachment for target in self._targets if target not in masks}
         kept = {t: NewMask(t.owners, m.mask.clone(), m.unit) for t, m in carried.items() if isinstance(m, Mask)}
-        followers = new_followers(self.model, masks | kept, inputs) if zero_dead_channels else []
+        followers = new_followers(self.model, masks | kept, inputs, ignored_scope) if zero_dead_channels else []
         attach_masks(self.model, list((masks | (kept if followers else {})).values()), followers)
         if self.schedule.is_due(0) and not is_pruned(ratio) and not self._options.dropped_stay:
             self._open({target: mask for target, mask in self._masks().items() if target in carried})
-        self.ratio = self._ratio_in_use(ratio)
+        self.ratio = ratio
 
     def _make_watch(self) -> TrainingSums | TrainingGradients | None:
         """Return what is to look at the training."""
@@ -330,23 +337,10 @@ class Pruner:
 
     def _amount(self, ratio: Ratio) -> Amount:
         """Return how much goes at a ratio of the schedule, checked."""
-        scope = self.method.scope
         last = None if self.schedule.end is None else self.schedule(self.schedule.end)
-        if scope.ratio is not None:
-            if last is not None and (not isinstance(last, float) or abs(last - scope.ratio) > 0.01):
-                raise ValueError(
-                    f"the schedule ends at {last}, but keeping {scope.keep} of {scope.of} removes {scope.ratio:g}; "
-                    "give that"
-                )
-            return check_amount(self.method, replace(self._options, ratio=None))
         options = replace(self._options, ratio=ratio)
         is_last = self.schedule.end is None or ratio == last
         return check_amount(self.method, options if is_last else replace(options, min_ratio=0.0))
-
-    def _ratio_in_use(self, ratio: Ratio) -> Ratio:
-        """Return the ratio of the masks: N:M has its own as soon as the schedule has any."""
-        own = self.method.scope.ratio
-        return ratio if own is None or not is_pruned(ratio) else own
 
     def _open(self, masks: Mapping[Target, Mask]) -> None:
         """Let the masks keep everything."""
@@ -367,7 +361,7 @@ class Pruner:
                 self._open(masks)
         if isinstance(self._watch, TrainingSums):
             self._watch.restart()
-        self.ratio = self._ratio_in_use(ratio)
+        self.ratio = ratio
 
     def _write(
         self, amount: Amount, statistics: Mapping[Target, Tensor | None], masks: Mapping[Target, Mask]

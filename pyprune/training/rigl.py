@@ -34,7 +34,7 @@ class RigLPruner(Pruner):
         end: the step of the last update, in calls of `Pruner.step`; three quarters of the training are usual.
         frequency: how many steps lie between updates; less than ``end``.
         fraction: share of the weights that moves in the first update, in [0, 1).
-        allocation: as in `prune`; by "erk" thin layers keep more.
+        allocation: as in `prune`; by "erk" thin layers keep more, by "er" without regard to the size of kernels.
         seed: of the first masks.
 
     Raises:
@@ -81,7 +81,7 @@ class RigLPruner(Pruner):
         super().__init__(
             model,
             Method(random(seed), scope=tensor()),
-            constant(ratio, end=end, frequency=frequency),
+            constant(check_ratio(ratio), end=end, frequency=frequency),
             optimizer,
             ignored_scope=ignored_scope,
             examples_inputs=examples_inputs,

@@ -21,6 +21,7 @@ from tests.selection.test_prune_methods import grouped_transformer
 
 BY_TENSOR = Method(importance.magnitude(), scope=scope.tensor())
 FILTERS = Method(importance.magnitude(p=2), granularity.channel("out"), scope.tensor())
+PAIRS = Method(importance.magnitude(), scope=scope.n_of_m(keep=2, of=4))
 
 
 def output_norm(inputs):
@@ -54,6 +55,14 @@ def test_sensitivity_scores_are_those_of_prune(case):
         for ratio, found in target.scores.items():
             pyprune.prune(case.model, BY_TENSOR, ratio={name: ratio})
             assert found == pytest.approx(score(case.model).item(), rel=1e-5), (name, ratio)
+
+
+def test_sensitivity_of_n_of_m_cuts_a_share_of_the_groups():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
+    seen = []
+    sensitivity(model, lambda model: seen.append(zeros_of(model)) or 1.0, ratios=(0.25, 0.5), method=PAIRS)
+    zeros = [(counts["0.weight"], counts["1.weight"]) for counts in seen]
+    assert zeros == [(0, 0), (16, 0), (32, 0), (0, 8), (0, 16)]
 
 
 @pytest.mark.parametrize("error", [ArithmeticError, KeyboardInterrupt])
@@ -266,7 +275,7 @@ def train(model):
         ({"early_stop": -1}, ValueError, "early_stop is -1"),
         ({"early_stop": "never"}, TypeError, "early_stop is 'never'"),
         ({"save_to": "no/such/folder.json"}, ValueError, "whose folder does not exist"),
-        ({"method": Method(importance.magnitude(), scope=scope.n_of_m(keep=2, of=4))}, ValueError, "keeps 2 of 4"),
+        ({"method": PAIRS}, ValueError, "keeping 2 of 4 removes at most 0.5"),
         ({"method": "UNSTRUCTURED_HARD_CONCRETE"}, ValueError, "trains gates by a loss"),
         ({"method": Method(importance.taylor())}, TypeError, "taylor needs statistics"),
         ({"method": Method(importance.magnitude(), granularity.block(64, 64))}, ValueError, "larger than conv1"),

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyprune.methods.allocation import check_ratio, erk, limits, removed_count
+from pyprune.methods.allocation import check_ratio, er, erk, limits, removed_count
 from pyprune.methods.name_rules import by_name
 
 
@@ -76,6 +76,23 @@ def test_erk_keeps_the_total_and_gives_thin_layers_more(ratio):
     limited = [density for density in densities if density < 1]
     factors = [density / part for density, part in zip(densities, raw, strict=True) if density < 1]
     assert factors == pytest.approx([factors[0]] * len(limited)) if limited else ratio == 0
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.5, 0.9, 0.99])
+def test_er_is_erk_of_the_channels_alone(ratio):
+    shapes = [(64, 8, 7, 7), (8, 64, 3), (512, 256), (4, 4), (0, 3), (5,)]
+    channels = [(64, 8), (8, 64), (512, 256), (4, 4), (0, 3), (1, 5)]
+    sizes = [math.prod(shape) for shape in shapes]
+    ratios = er(shapes, channels, ratio)
+    assert sum(one * size for one, size in zip(ratios, sizes, strict=True)) == pytest.approx(ratio * sum(sizes))
+    below = [
+        (1 - one) / (sum(pair) / math.prod(pair))
+        for one, pair in zip(ratios, channels, strict=True)
+        if math.prod(pair) and one > 0
+    ]
+    assert below == pytest.approx([below[0]] * len(below)) if below else ratio == 0
+    matrices = [(300, 20), (64, 64), (10, 5)]
+    assert er(matrices, matrices, ratio) == erk(matrices, ratio)
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,11 @@ import pytest
 import torch
 
 from pyprune import Method, granularity, importance, scope
+from pyprune.methods.layout import Layout
 from pyprune.methods.unit_groups import Member, UnitGroup, Weight, reduce_units, spread_units
 
 CONV = Weight("conv", torch.randn(8, 6, 3, 3))
-TRANSPOSED = Weight("deconv", torch.randn(6, 8, 3, 3), out_dim=1, in_dim=0)
+TRANSPOSED = Weight("deconv", torch.randn(6, 8, 3, 3), layout=Layout(1, 0))
 LINEAR = Weight("linear", torch.randn(10, 7))
 
 
@@ -16,6 +17,13 @@ LINEAR = Weight("linear", torch.randn(10, 7))
         (granularity.block(4, 2), CONV, (4, 2, 1, 1)),
         (granularity.block(4, 2), TRANSPOSED, (2, 4, 1, 1)),
         (granularity.block(4, 1), LINEAR, (4, 1)),
+        (granularity.block(1, "channel"), CONV, (1, 6, 1, 1)),
+        (granularity.block("channel", 1), CONV, (8, 1, 1, 1)),
+        (granularity.block(1, "channel"), TRANSPOSED, (6, 1, 1, 1)),
+        (granularity.block("channel", 2), TRANSPOSED, (2, 8, 1, 1)),
+        (granularity.block("channel", "channel"), LINEAR, (10, 7)),
+        (granularity.block("channel", 1), Weight("g", torch.randn(8, 3, 3, 3), Layout(groups=2)), (4, 1, 1, 1)),
+        (granularity.block(1, "channel"), Weight("g", torch.randn(8, 3, 3), Layout(1, 0, groups=4)), (2, 1, 1)),
         (granularity.channel("out"), CONV, (1, 6, 3, 3)),
         (granularity.channel("in"), CONV, (8, 1, 3, 3)),
         (granularity.channel("out"), TRANSPOSED, (6, 1, 3, 3)),
@@ -40,6 +48,9 @@ def test_granularity_cuts_weights_into_units(cut, weight, block):
     [
         (lambda: granularity.block(0, 1), ValueError, "n is 0"),
         (lambda: granularity.block(1, 2.0), TypeError, "m is 2.0"),
+        (lambda: granularity.block(1, "all"), ValueError, "m is 'all'; give an int, or \"channel\""),
+        (lambda: granularity.block(11, "channel").block_of(LINEAR), ValueError, "larger than linear"),
+        (lambda: granularity.block(1, "channel").block_of(Weight("gain", torch.ones(4))), ValueError, "larger than"),
         (lambda: granularity.block(1, 2, reduction="median"), ValueError, "allowed are"),
         (lambda: granularity.channel("output"), ValueError, 'allowed are "out" and "in"'),
         (lambda: granularity.head(0), ValueError, "num_heads is 0"),

@@ -94,6 +94,19 @@ def test_a_dict_gives_each_name_a_curve_of_its_own():
     assert schedule(9) == {"fc": 0.8, "conv.*": 0.4}
 
 
+@pytest.mark.parametrize("curve", CURVES, ids=lambda curve: curve.__name__)
+def test_a_dict_of_initial_ratios_gives_each_name_a_beginning_of_its_own(curve):
+    initial = {"fc": 0.2, "conv": 0.5}
+    for final in (0.8, {"fc": 0.8, "conv": 0.4}):
+        schedule = curve(final, end=4, start=1, initial=initial)
+        assert schedule(0) == {"fc": 0.0, "conv": 0.0}
+        for step in range(1, 6):
+            assert schedule(step) == {
+                name: curve(final[name] if isinstance(final, dict) else final, end=4, start=1, initial=first)(step)
+                for name, first in initial.items()
+            }
+
+
 def test_one_shot_prunes_once():
     schedule = one_shot(0.5, start=3)
     assert ratios_of(schedule, 6) == [0, 0, 0, 0.5, 0.5, 0.5]
@@ -185,6 +198,10 @@ def test_exponential_removes_the_same_fraction_of_what_is_left():
         (lambda: multi_step({0: 0.3, 5: 1.0}), ValueError, r"must be in \[0, 1\)"),
         (lambda: multi_step({0: math.nan}), ValueError, r"must be in \[0, 1\)"),
         (lambda: multi_step({0: True}), TypeError, r"number in \[0, 1\)"),
+        (lambda: multi_step({0: 0.5, 3: 10}), ValueError, r"steps\[3\] is 10"),
+        (lambda: multi_step({np.int64(3): {"fc": 10}}), ValueError, r"steps\[3\]\['fc'\] is 10"),
+        (lambda: schedules.cubic({"fc": 0.9}, end=5, initial={"fd": 0.1}), ValueError, "initial has ratios for fd"),
+        (lambda: schedules.cubic(0.9, end=5, initial={"fc": 1}), ValueError, r"initial\['fc'\] is 1"),
         (lambda: one_shot(1.0), ValueError, r"final is 1.0"),
         (lambda: one_shot(0.5, start=-1), ValueError, "start is -1"),
         (lambda: one_shot({"fc": 2}), ValueError, r"final\['fc'\] is 2"),

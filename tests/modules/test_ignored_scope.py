@@ -69,3 +69,10 @@ def test_ignored_scope_is_frozen_and_comparable():
     assert IgnoredScope(names=["a"]) == IgnoredScope(names=("a",))
     with pytest.raises(AttributeError):
         IgnoredScope().names = ["a"]
+
+
+def test_ignored_by_knows_names_of_operations_in_nncf():
+    for name, is_known in (("conv1/conv2d/0", True), ("conv2.weight", False)):
+        with pytest.raises(ValueError, match="match nothing") as raised:
+            ignored_by(IgnoredScope(names=[name]), ["conv1.weight"], {"": ["Net"], "conv1": ["Conv2d"]})
+        assert ("give the name of the layer" in str(raised.value)) == is_known

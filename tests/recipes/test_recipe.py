@@ -187,6 +187,32 @@ def test_constant_holds_the_zeros_of_a_plain_model():
     assert not torch.equal(model[0].weight == 0, before["0.weight"] == 0)  # nothing holds them any more
 
 
+@pytest.mark.filterwarnings("ignore:the model has no zeros to hold")
+def test_constant_with_a_start_holds_the_zeros_of_that_time():
+    recipe = Recipe.from_string("stages: [constant: {start: 2, end: 4}]")
+    model, optimizer = with_optimizer(network())
+    pruner = recipe.apply(model, optimizer, 5)
+    train(model, optimizer, pruner, 9)
+    assert pruner.state_dict()["held"] == {}
+    with torch.no_grad():
+        sparse = sparse_network().state_dict()
+        for name in ("0.weight", "2.weight"):
+            model.get_parameter(name).copy_(sparse[name])
+    pruner.step()
+    train(model, optimizer, pruner, 5)
+    assert same([model[i].weight == 0 for i in (0, 2)], [sparse[f"{i}.weight"] == 0 for i in (0, 2)])
+    saved = copy.deepcopy([part.state_dict() for part in (model, optimizer, pruner)])
+    again, optimizer = with_optimizer(network())
+    resumed = recipe.apply(again, optimizer, 5)
+    for part, state in zip((again, optimizer, resumed), saved, strict=True):
+        part.load_state_dict(state)
+    train(again, optimizer, resumed, 3)
+    assert same([again[i].weight == 0 for i in (0, 2)], [sparse[f"{i}.weight"] == 0 for i in (0, 2)])
+    early = recipe.apply(*with_optimizer(network()), 5)
+    with pytest.raises(ValueError, match="load its sparse weights"):
+        early.load_state_dict(saved[2])
+
+
 def test_constant_leaves_out_what_is_ignored():
     model, optimizer = with_optimizer(sparse_network())
     pruner = Recipe.from_string("stages: [constant: {ignore: {names: ['2']}}]").apply(model, optimizer, 5)
@@ -347,9 +373,6 @@ def test_apply_names_the_stage_that_does_not_fit_and_changes_nothing(unchanged):
         ),
         "stages:\n- prune: {final: {fc: 0.5}, end: 1}\n- prune: {final: 0.6, initial: 0, end: 2}": (
             "r.yaml:2: stages[0].prune: 'fc' matches no weight that is pruned"
-        ),
-        "stages:\n- prune: {final: 0.5, end: 1, scope: {n_of_m: {keep: 1, of: 4}}}": (
-            "r.yaml:2: stages[0].prune: the schedule ends at 0.5, but keeping 1 of 4 removes 0.75"
         ),
         "stages:\n- prune: {final: 0.5, end: 1e-2}": (
             "r.yaml:2: stages[0].prune: at steps_per_epoch=5, in steps: start is 0 and end 0"
@@ -515,6 +538,13 @@ SPARSEML = {
     "mask_type block4": (
         "{final: 0.8, start: 1, end: 3, frequency: 0.5, granularity: {block: {n: 1, m: 4}}}",
         lambda: by_hand(Method(MAGNITUDE, granularity.block(1, 4), scope.tensor()), schedules.cubic(0.8, **SPAN)),
+    ),
+    "2:4 of a share": (
+        "{final: 0.4, schedule: one_shot, start: 1, scope: {n_of_m: {keep: 2, of: 4, dim: both, among: model}}}",
+        lambda: by_hand(
+            Method(MAGNITUDE, scope=scope.n_of_m(keep=2, of=4, dim="both", among="model")),
+            schedules.one_shot(0.4, start=4),
+        ),
     ),
     "mask_type 2:4": (
         "{final: 0.5, schedule: one_shot, start: 1, scope: {n_of_m: {keep: 2, of: 4}}}",

@@ -152,6 +152,14 @@ def test_a_stage_needs_initial_where_the_one_before_leaves_different_ratios(firs
         ("- pruen", "recipe.yaml:1: [0]: 'pruen' is unknown; did you mean prune? Allowed: prune, ac_dc, constant"),
         ("- prune: {end: 2}", "recipe.yaml:1: [0].prune: it lacks final; give it"),
         ("- prune: {final: 0.5}", "recipe.yaml:1: [0].prune: it lacks end; give it"),
+        (
+            "- prune: {final: 0.5, end: 4, scope: {n_of_m: {keep: 3, of: 4}}}",
+            "recipe.yaml:1: [0].prune: ratio is 0.5, but keeping 3 of 4 removes at most 0.25",
+        ),
+        (
+            "- prune: {final: 0.5, end: 4, scope: {n_of_m: {keep: 2, of: 4, dim: rows}}}",
+            "scope.n_of_m: dim is 'rows'; allowed are \"in\", \"out\" and \"both\"",
+        ),
         ("- ac_dc: {final: 0.5, end: 4}", "recipe.yaml:1: [0].ac_dc: it lacks frequency; give it"),
         ("- ac_dc: {final: 0.5, end: 4, frequency: 1, initial: 0}", "[0].ac_dc.initial: 'initial' is unknown here"),
         ("- ac_dc: {final: 0.5, end: 4, frequency: 1, reintroduce: false}", "[0].ac_dc.reintroduce: 'reintroduce' is "
@@ -191,7 +199,6 @@ def test_a_stage_needs_initial_where_the_one_before_leaves_different_ratios(firs
         ("- constant:\n- constant:", "recipe.yaml:2: [1].constant: recipe.yaml:1: [0].constant has no end"),
         ("- prune: {schedule: one_shot, final: 0.5}\n- prune: {final: 0.9, end: 3}", "recipe.yaml:2: [1].prune: the "
          "stage begins at epoch 0, and recipe.yaml:1: [0].prune lasts from 0 to 0; stages follow each other"),
-        ("- constant: {start: 1}", "recipe.yaml:1: [0].constant.start: nothing holds the zeros before"),
         ("- constant: {end: 1}\n- prune: {final: 0.5, end: 2}", "recipe.yaml:2: [1].prune: recipe.yaml:1: "
          "[0].constant holds the zeros of a model without masks, and only by itself"),
         (PRUNE + "\n- constant:\n    ignore: {names: [fc]}", "[1].constant: the masks of the stages before are held"),

@@ -7,11 +7,12 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from pyprune import granularity, importance, scope
+from pyprune import granularity, importance, ops, scope
 from pyprune.methods.allocation import Amount, limits, removed_count
 from pyprune.methods.method import METHODS, Method, PruneMode
 from pyprune.methods.unit_groups import Member, UnitGroup, Weight
 from pyprune.selection.choose_units import choose_units
+from tests.ops.families import FAMILIES, draw
 
 LOCAL, GLOBAL = METHODS[PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL], METHODS[PruneMode.UNSTRUCTURED_MAGNITUDE_GLOBAL]
 
@@ -58,6 +59,26 @@ def test_global_magnitude_drops_an_all_zero_tensor_first():
     assert [mask.tolist() for mask in masks] == [[True, True], [False] * 3, [True]]
 
 
+@pytest.mark.parametrize("among", [scope.model(), scope.tensor(), scope.row()], ids=lambda among: among.name)
+@pytest.mark.parametrize("dtype", ops.WEIGHT_DTYPES, ids=str)
+def test_choose_units_is_exact_up_to_the_last_element(among, dtype):
+    method = Method(importance.magnitude(), granularity.element(), among)
+    for seed, family in enumerate(FAMILIES):
+        rng = np.random.default_rng(seed)
+        weights = [draw(rng, family, size, dtype).view(3, -1) for size in (30_000, 9, 3)]
+        scores = [weight.abs().double().numpy() for weight in weights]
+        if among.name == "model":
+            sets = [np.concatenate([score.ravel() for score in scores])]
+        else:
+            sets = [part for score in scores for part in (score if among.name == "row" else [score.ravel()])]
+        count = max(part.size for part in sets)
+        for ratio in (0.0, 1 / count, 0.5, 0.99, 0.9999, 1 - 1 / count, math.nextafter(1.0, 0.0)):
+            masks, _ = magnitude_masks(method, weights, ratio)
+            found = torch.cat([mask.ravel() for mask in masks]).numpy()
+            expected = [numpy_keep(part, removed_count(part.size, ratio)) for part in sets]
+            assert np.array_equal(found, np.concatenate(expected)), f"{family} at {ratio}"
+
+
 def test_global_magnitude_survives_norms_at_the_ends_of_float64():
     tiny = torch.tensor([5e-324, 0.0], dtype=torch.float64)
     huge = torch.full((2,), 1.7e308, dtype=torch.float64)
@@ -101,6 +122,8 @@ CUTS = {
     "block": granularity.block(2, 3),
     "block of sums": granularity.block(3, 2, reduction="sum"),
     "block of largest": granularity.block(2, 2, reduction="max"),
+    "1xchannel": granularity.block(1, "channel"),
+    "channelx2": granularity.block("channel", 2, reduction="sum"),
     "out": granularity.channel("out"),
     "in": granularity.channel("in", reduction="mean"),
 }
@@ -295,6 +318,48 @@ def test_blocks_of_4_by_1_drop_the_lowest_means():
     method = Method(importance.magnitude(), granularity.block(4, 1), scope.tensor())
     (mask,) = choose_units(method, unit_groups_of(method, [weight]), Amount(0.5)).masks
     assert mask.int().tolist() == [[0] * 4] * 4 + [[1] * 4] * 4
+
+
+def inc_masks(weights, pattern, ratio, together):
+    """Neural Compressor's formula: convolutions as matrices of (outputs, positions x inputs), means of blocks."""
+    rows = [w.permute(0, *range(2, w.dim()), 1).flatten(1).double().abs().numpy() for w in weights]
+    scores = []
+    for weight, matrix in zip(weights, rows, strict=True):
+        n, m = (weight.shape[dim] if size == "channel" else int(size) for dim, size in enumerate(pattern.split("x")))
+        blocks = matrix.reshape(matrix.shape[0] // n, n, matrix.shape[1] // m, m)
+        scores.append(np.float32(blocks.mean((1, 3))))
+    sets = [scores] if together else [[score] for score in scores]
+    kept = []
+    for some in sets:
+        flat = np.concatenate([score.ravel() for score in some])
+        mask = numpy_keep(flat, int(ratio * flat.size + 0.5))
+        parts = np.split(mask, np.cumsum([score.size for score in some])[:-1])
+        kept += [part.reshape(score.shape) for part, score in zip(parts, some, strict=True)]
+    masks = []
+    for weight, matrix, part in zip(weights, rows, kept, strict=True):
+        whole = part.repeat(matrix.shape[0] // part.shape[0], 0).repeat(matrix.shape[1] // part.shape[1], 1)
+        positions = torch.from_numpy(whole).reshape(weight.shape[0], *weight.shape[2:], weight.shape[1])
+        masks.append(positions.movedim(-1, 1))
+    return masks
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.8])
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize(
+    ("pattern", "cut"),
+    [
+        ("1xchannel", granularity.block(1, "channel")),
+        ("channelx1", granularity.block("channel", 1)),
+        ("2xchannel", granularity.block(2, "channel")),
+        ("4x1", granularity.block(4, 1)),
+    ],
+)
+def test_patterns_of_neural_compressor(pattern, cut, together, ratio):
+    weights = [torch.randn(8, 6), torch.randn(4, 8, 3, 3), torch.randn(12, 4, 1, 1), torch.randn(8, 2, 5)]
+    method = Method(importance.magnitude(), cut, scope.model() if together else scope.tensor())
+    masks = choose_units(method, unit_groups_of(method, weights), Amount(ratio)).masks
+    for mask, want in zip(masks, inc_masks(weights, pattern, ratio, together), strict=True):
+        assert torch.equal(mask, want)
 
 
 def test_geometric_median_drops_the_filter_that_others_can_replace():

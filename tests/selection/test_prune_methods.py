@@ -218,12 +218,21 @@ PAIRS = Method(importance.magnitude(), scope=scope.n_of_m(keep=2, of=4))
 @pytest.mark.parametrize(
     ("method", "options", "error", "words"),
     [
-        (PAIRS, {"ratio": 0.5}, ValueError, "2 of 4 leaves no choice"),
+        (PAIRS, {"ratio": 0.6}, ValueError, "keeping 2 of 4 removes at most 0.5"),
+        (PAIRS, {"ratio": {"fc": 0.9}}, ValueError, "keeping 2 of 4 removes at most 0.5"),
+        (PAIRS, {"ratio": 0.4, "max_ratio": 0.5}, ValueError, "none compete"),
+        (PAIRS, {"ratio": 0.4, "allocation": "erk"}, ValueError, r"use scope\.tensor"),
+        (
+            Method(importance.magnitude(), scope=scope.n_of_m(keep=2, of=4, among="model")),
+            {"ratio": {"fc": 0.2}},
+            ValueError,
+            'among="tensor"',
+        ),
         (ELEMENTS, {}, TypeError, "ratio is None"),
         (ELEMENTS, {"ratio": {"fc": 0.5}}, ValueError, r"use scope\.tensor"),
         (FILTERS, {"ratio": {"fd": 0.5}}, ValueError, "'fd' matches no weight"),
         (FILTERS, {"ratio": {"fc": 1.5}}, ValueError, r"in \[0, 1\)"),
-        (FILTERS, {"ratio": 0.5, "allocation": "erdos"}, ValueError, '"uniform" and "erk"'),
+        (FILTERS, {"ratio": 0.5, "allocation": "erdos"}, ValueError, '"uniform", "erk" and "er"'),
         (ELEMENTS, {"ratio": 0.5, "allocation": "erk"}, ValueError, r"use scope\.tensor"),
         (FILTERS, {"ratio": 0.5, "max_ratio": 0.6}, ValueError, "none compete"),
         (ELEMENTS, {"ratio": 0.5, "max_ratio": 2}, ValueError, "from 0 to 1"),
@@ -388,13 +397,13 @@ def test_channels_of_a_grouped_transposed_convolution(rule):
     calibration = None if rule.needs == "norm scale" else pyprune.calibrate(model, [inputs], rule)
     method = Method(rule, granularity.channel("out"), scope.tensor())
     pyprune.prune(model, method, ratio=0.34, calibration=calibration, examples_inputs=inputs)
-    assert pyprune.pruning_statistic(model).pruned_tensors[0].pruned_units == 1  # one channel of each group
+    assert pyprune.pruning_statistic(model).pruned_tensors[0].pruned_units == 2  # of six, whatever their groups
 
 
 def test_a_weight_tied_to_a_transposed_convolution_has_channels_of_two_kinds():
     model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ConvTranspose2d(8, 2, 3))
     model[1].weight = model[0].weight
-    with pytest.raises(ValueError, match=r"activations of 0\.weight cannot be seen"):
+    with pytest.raises(ValueError, match=r"through 0\.weight cannot be seen: it is used in both directions"):
         pyprune.calibrate(model, [torch.randn(1, 2, 6, 6)], importance.wanda())
 
 

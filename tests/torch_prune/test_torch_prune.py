@@ -87,7 +87,12 @@ def hooks(module):
 
 def kind(hook):
     name = type(hook).__name__
-    return [name, *map(kind, hook)] if isinstance(hook, original.PruningContainer) else name
+    if not isinstance(hook, original.PruningContainer):
+        return name
+    names = [kind(one) for one in hook]
+    # Given masks are merged into the last of them; the original keeps all.
+    given = [place for place, one in enumerate(names) if one == "CustomFromMask"]
+    return [name, *(one for place, one in enumerate(names) if place not in given[:-1])]
 
 
 @pytest.mark.parametrize("amount", AMOUNTS)
@@ -502,3 +507,87 @@ def test_calls_that_fail_change_nothing(already, unchanged):
         before.check()
         assert [hooks(module) for module in model.modules()] == hooks_before
         assert model[3].weight is weight
+
+
+GIVEN = {
+    "global L1": lambda library, net, step: library.global_unstructured(
+        places(net), library.L1Unstructured, amount=3
+    ),
+    "custom": lambda library, net, step: library.custom_from_mask(
+        net[3], "weight", torch.rand(net[3].weight.shape, generator=torch.Generator().manual_seed(step)) > 0.05
+    ),
+    "between others": lambda library, net, step: (
+        library.l1_unstructured(net[3], "weight", 1),
+        library.global_unstructured(places(net), library.L1Unstructured, amount=2),
+    ),
+}
+
+
+@pytest.mark.parametrize("library", [ours, original], ids=["ours", "begun by the original"])
+@pytest.mark.parametrize("case", GIVEN)
+def test_masks_of_earlier_rounds_are_not_kept(case, library):
+    mine, theirs = net(), net()
+    counts = []
+    for step in range(8):
+        GIVEN[case](library if step < 2 else ours, mine, step)
+        GIVEN[case](original, theirs, step)
+        counts.append(sum(hasattr(one, "mask") for hook in hooks(mine[3]) for one in hook) if step else 1)
+    assert counts[2:] == [1] * 6
+    assert_same(mine, theirs)
+    (container,) = hooks(mine[3])
+    merged = next(one for one in container if isinstance(one, original.CustomFromMask)).mask
+    given = [one.mask for one in hooks(theirs[3])[0] if isinstance(one, original.CustomFromMask)]
+    assert torch.equal(merged != 0, torch.stack([mask != 0 for mask in given]).all(0))
+
+
+class Inverted(ours.CustomFromMask):
+    """What a subclass makes of its mask is its own affair."""
+
+    def compute_mask(self, t, default_mask):
+        return default_mask * (1 - self.mask)
+
+
+def test_masks_of_subclasses_stay_by_themselves():
+    linear = nn.Linear(3, 2)
+    Inverted.apply(linear, "weight", torch.eye(2, 3))
+    ours.custom_from_mask(linear, "weight", torch.ones(2, 3))
+    (container,) = hooks(linear)
+    assert [type(one) for one in container] == [Inverted, ours.CustomFromMask]
+    with pytest.raises(ValueError, match="give one of the parameter's"):
+        ours.custom_from_mask(linear, "weight", torch.ones(3))
+
+
+def weight_from(kind, layer):
+    """Put a hook of torch on a layer that makes its weight, and return the name of what is trained, and the rule."""
+    if kind == "spectral_norm":
+        nn.utils.spectral_norm(layer)
+        return "weight_orig", lambda orig: orig / torch.dot(layer.weight_u, (orig.flatten(1) @ layer.weight_v))
+    nn.utils.weight_norm(layer)
+    shape = [-1] + [1] * (layer.weight_v.dim() - 1)
+    norm = lambda v: v.flatten(1).norm(dim=1).view(shape)  # noqa: E731
+    if kind == "weight_g":
+        return "weight_g", lambda g: g * layer.weight_v / norm(layer.weight_v)
+    return "weight_v", lambda v: layer.weight_g * v / norm(v)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.weight_norm.")
+@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 4), lambda: nn.Conv1d(3, 4, 2)], ids=["linear", "conv"])
+@pytest.mark.parametrize("kind", ["weight_v", "weight_g", "spectral_norm"])
+@pytest.mark.parametrize("begun_by", [ours, original], ids=["ours", "original"])
+def test_weights_that_torch_makes_of_a_pruned_parameter_are_fresh(kind, make, begun_by):
+    torch.manual_seed(0)
+    layer = make()
+    name, rule = weight_from(kind, layer)
+    begun_by.l1_unstructured(layer, name, 0.25)
+    ours.l1_unstructured(layer, name, 0.3)
+    x = torch.randn(5, 6) if isinstance(layer, nn.Linear) else torch.randn(5, 3, 6)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        layer(x).square().sum().backward()
+        pruned = getattr(layer, name + "_orig") * getattr(layer, name + "_mask")
+        torch.testing.assert_close(layer.weight, rule(pruned))
+        optimizer.step()
+    ours.remove(layer, name)
+    assert isinstance(getattr(layer, name), nn.Parameter)
+    layer(x).sum().backward()

@@ -13,6 +13,7 @@ from tests.selection.test_prune_methods import grouped_transformer
 
 LOCAL = Method(importance.magnitude(), scope=scope.tensor())
 GLOBAL = Method(importance.magnitude())
+PAIRS = Method(importance.magnitude(), scope=scope.n_of_m(keep=2, of=4))
 FILTERS = Method(importance.magnitude(p=2), granularity.channel("out"), scope.tensor())
 
 
@@ -215,7 +216,7 @@ def test_iterative_prune_calibrates_in_every_round(cnn):
         ({"schedule": lambda i: 0.1}, ValueError, "the schedule has no end"),
         ({"schedule": "0.5"}, TypeError, "schedule is '0.5'"),
         ({"num_iterations": 0}, ValueError, "num_iterations is 0"),
-        ({"method": Method(importance.magnitude(), scope=scope.n_of_m(keep=1, of=4))}, ValueError, "keeps 1 of 4"),
+        ({"method": PAIRS, "schedule": (0.2, 0.6)}, ValueError, "keeping 2 of 4 removes at most 0.5"),
         ({"method": GLOBAL, "schedule": ({"fc": 0.5},)}, ValueError, "dict of ratios"),
         ({"method": "UNSTRUCTURED_REGULARIZATION_BASED"}, ValueError, "trains gates"),
         ({"method": Method(importance.wanda())}, ValueError, "give calibrate_fn="),
@@ -349,7 +350,7 @@ def test_lottery_ticket_is_as_it_was_if_training_fails(cnn, unchanged):
         ({"train_fn": None}, TypeError, "train_fn is None"),
         ({"eval_fn": 1}, TypeError, "eval_fn is 1"),
         ({"rewind_to": {}}, ValueError, "rewind_to is no state_dict of this model"),
-        ({"method": Method(importance.magnitude(), scope=scope.n_of_m(keep=2, of=4))}, ValueError, "keeps 2 of 4"),
+        ({"method": PAIRS, "ratio": 0.7}, ValueError, "keeping 2 of 4 removes at most 0.5"),
         ({"method": Method(importance.snip())}, ValueError, "give calibrate_fn="),
     ],
 )

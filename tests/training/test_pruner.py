@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -90,6 +91,7 @@ def has_hooks(model):
 RATIOS = schedules.cubic(0.8, end=6, start=1, initial=0.1, frequency=2)
 BY_NAME = schedules.linear({"conv": 0.3, r"h.*": 0.9}, end=6, frequency=2)
 HALF = schedules.one_shot(0.5, start=2)
+TO_75, TO_50 = (schedules.cubic(final, end=6, start=1, frequency=2) for final in (0.75, 0.5))
 EQUAL_TO_PRUNE = {
     "local": (LOCAL, RATIOS, {}),
     "global": (Method(MAGNITUDE), RATIOS, {}),
@@ -107,6 +109,13 @@ EQUAL_TO_PRUNE = {
     "out channels": (Method(importance.magnitude(p=2), granularity.channel("out"), scope.tensor()), RATIOS, {}),
     "in channels": (Method(MAGNITUDE, granularity.channel("in")), RATIOS, {}),
     "2:4": (Method(MAGNITUDE, scope=scope.n_of_m(keep=2, of=4)), HALF, {"ignored_scope": ["conv"]}),
+    "1:4 of outputs": (Method(MAGNITUDE, scope=scope.n_of_m(keep=1, of=4, dim="out")), TO_75, {}),
+    "2:4 of both": (Method(MAGNITUDE, scope=scope.n_of_m(keep=2, of=4, dim="both", among="model")), TO_50, {}),
+    "2:4 by name": (
+        Method(MAGNITUDE, scope=scope.n_of_m(keep=2, of=4)),
+        schedules.linear({"conv": 0.3, r"h.*": 0.5}, end=6, frequency=2),
+        {},
+    ),
     "groups": (
         Method(MAGNITUDE, scope=scope.group({"a": ["conv"], "b": ["hidden", "head"]})),
         schedules.multi_step({0: {"a": 0.2, "b": 0.0}, 3: {"a": 0.5, "b": 0.7}}),
@@ -133,7 +142,6 @@ def test_masks_at_every_step_are_those_of_prune_at_the_ratio_of_the_schedule(nam
     optimizer = sgd(model)
     pruner = Pruner(model, method, schedule, **options)
     schedule = pruner.schedule
-    n_of_m = isinstance(method, Method) and method.scope.name == "n_of_m"
     expected = masks(model)
     for step in range(9):
         if step:
@@ -141,10 +149,7 @@ def test_masks_at_every_step_are_those_of_prune_at_the_ratio_of_the_schedule(nam
         if schedule.is_due(step):
             ratio = schedule(step)
             twin = raw_copy(model)
-            if n_of_m:
-                prune(twin, method, ratio=None, **options)
-            else:
-                prune(twin, method, ratio=ratio, **options)
+            prune(twin, method, ratio=ratio, **options)
             expected = masks(twin)
             assert pruner.ratio == ratio
         assert_same_masks(masks(model), expected)
@@ -166,7 +171,7 @@ def test_masks_are_on_from_the_beginning(ratio):
     assert zeros == ratio * (8 * 2 * 9 + 64 + 32)
 
 
-BOUND = ["local", "global", "blocks", "rows", "by name", "falling", "erk", "2:4", "groups"]
+BOUND = ["local", "global", "blocks", "rows", "by name", "falling", "erk", "2:4", "1:4 of outputs", "groups"]
 
 
 @pytest.mark.parametrize("name", BOUND)
@@ -763,12 +768,12 @@ WRONG = {
     "none": (lambda m: Pruner(m, TAYLOR, HALF), "importance taylor is measured in training; give the optimizer"),
     "step 0": (lambda m: Pruner(m, TAYLOR, schedules.one_shot(0.5), sgd(m)), "wants masks at step 0"),
     "ratio of N:M": (
-        lambda m: Pruner(m, Method(MAGNITUDE, scope=scope.n_of_m(keep=1, of=4)), HALF),
-        "ends at 0.5, but keeping 1 of 4 removes 0.75",
+        lambda m: Pruner(m, Method(MAGNITUDE, scope=scope.n_of_m(keep=3, of=4)), HALF),
+        "ratio is 0.5, but keeping 3 of 4 removes at most 0.25",
     ),
     "dict of N:M": (
-        lambda m: Pruner(m, Method(MAGNITUDE, scope=scope.n_of_m(keep=1, of=2)), schedules.one_shot({"head": 0.5})),
-        "keeping 1 of 2 removes 0.5",
+        lambda m: Pruner(m, Method(MAGNITUDE, scope=scope.n_of_m(keep=1, of=2)), schedules.one_shot({"head": 0.6})),
+        "keeping 1 of 2 removes at most 0.5",
     ),
     "unknown name": (lambda m: Pruner(m, LOCAL, schedules.one_shot({"haed": 0.5}, start=2)), "'haed' matches no"),
     "name in training": (
@@ -862,8 +867,8 @@ def test_several_pruners_see_the_same_gradients():
 
 
 def test_activations_that_cannot_be_seen_are_refused_before_masks_are_on():
-    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4))
-    with pytest.raises(ValueError, match=r"activations of 0\.weight cannot be seen"):
+    model = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2))
+    with pytest.raises(ValueError, match=r"activations of 1\.in_proj_weight cannot be seen while"):
         Pruner(model, Method(importance.wanda()), HALF)
     assert not masks(model)
     assert not has_hooks(model)
@@ -909,14 +914,18 @@ def test_the_least_ratio_holds_with_a_schedule_that_has_no_end():
     assert_same_masks(masks(model), masks(prune(other, method, ratio=0.5, min_ratio=0.45)))
 
 
-def test_the_ratio_of_n_of_m_is_that_of_its_masks():
-    method = Method(importance.magnitude(), scope=scope.n_of_m(keep=1, of=4))
-    pruner = Pruner(small(), method, schedules.cubic(0.75, end=4))
-    ratios = [pruner.ratio]
-    for _ in range(3):
+@pytest.mark.parametrize("dim", ["in", "out", "both"])
+def test_a_schedule_turns_more_and_more_groups_into_n_of_m(dim):
+    method = Method(importance.magnitude(), scope=scope.n_of_m(keep=1, of=4, dim=dim))
+    model, ignored = small(), pyprune.IgnoredScope(names=["conv"])
+    pruner = Pruner(model, method, schedules.linear(0.75, end=4), ignored_scope=ignored)
+    size = 4 if dim != "both" else 16
+    for step in range(5):
+        ratio = 0.75 * step / 4
+        assert pruner.ratio == pytest.approx(ratio)
+        for mask in masks(model).values():
+            assert int((~mask).sum()) == math.floor(step / 4 * mask.numel() / size + 0.5) * size * 3 // 4
         pruner.step()
-        ratios.append(pruner.ratio)
-    assert ratios == [0.0, 0.75, 0.75, 0.75]
 
 
 class Wrapped:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import pyprune
-from pyprune.methods.allocation import erk
+from pyprune.methods.allocation import er, erk
 from tests.conftest import attached, masks_of
 from tests.training.test_pruner import backward, masks, plain_gradient, raw, sgd, small
 
@@ -29,7 +29,7 @@ def expected_mask(weight, gradient, mask, share):
     return torch.from_numpy(mask)
 
 
-@pytest.mark.parametrize("allocation", ["erk", "uniform"])
+@pytest.mark.parametrize("allocation", ["erk", "er", "uniform"])
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
 def test_every_update_drops_the_smallest_weights_and_grows_the_largest_gradients(allocation, optimizer):
     model = small().double()
@@ -39,7 +39,11 @@ def test_every_update_drops_the_smallest_weights_and_grows_the_largest_gradients
     pruner = pyprune.RigLPruner(
         model, 0.6, optimizer, end=12, frequency=4, fraction=0.5, allocation=allocation, seed=3
     )
-    ratios = erk(shapes, 0.6) if allocation == "erk" else [0.6] * len(shapes)
+    ratios = {
+        "erk": erk(shapes, 0.6),
+        "er": er(shapes, [shape[:2] for shape in shapes], 0.6),
+        "uniform": [0.6] * len(shapes),
+    }[allocation]
     counts = [math.floor(ratio * math.prod(shape) + 0.5) for ratio, shape in zip(ratios, shapes, strict=True)]
     moved = 0
     for step in range(1, 15):

@@ -258,6 +258,40 @@ def test_a_wrong_schedule_is_refused_at_once():
             make(0.2, 0.8, 0)
 
 
+def gated():
+    return pyprune.prune(nn.Linear(4, 4), "UNSTRUCTURED_HARD_CONCRETE")
+
+
+NAMED = {
+    r"steps\[0\] is 10": [
+        lambda: MultiStepMagnitudePruningScheduler(masked(), mode=LOCAL, steps={0: 10}),
+        lambda: MultiStepRBPruningScheduler(rb_loss(), {0: 10}),
+    ],
+    "^ratio is 10": [
+        lambda: pyprune.gmp(nn.Linear(4, 4), 10, end=5),
+        lambda: pyprune.ac_dc(nn.Linear(4, 4), 10, None, end=5, frequency=1),
+        lambda: pyprune.RigLPruner(nn.Linear(4, 4), 10, None, end=5, frequency=1),
+    ],
+    r"ratio\['weight'\] is 10": [
+        lambda: pyprune.gmp(nn.Linear(4, 4), {"weight": 10}, end=5),
+        lambda: pyprune.ac_dc(nn.Linear(4, 4), {"weight": 10}, None, end=5, frequency=1),
+    ],
+    "target_ratio is 10": [
+        lambda: ExponentialRBPruningScheduler(rb_loss(), 0.1, 10, 5),
+        lambda: setattr(rb_loss(), "target_ratio", 10),
+        lambda: pyprune.LagrangianLoss(gated(), 10),
+    ],
+    "start_ratio is 10": [lambda: pyprune.LagrangianLoss(gated(), 0.5, start_ratio=10)],
+}
+
+
+@pytest.mark.parametrize("words", NAMED)
+def test_messages_name_the_argument_that_was_given(words):
+    for make in NAMED[words]:
+        with pytest.raises(ValueError, match=words):
+            make()
+
+
 def test_editing_the_dict_of_steps_changes_nothing():
     steps = {0: 0.5}
     scheduler = MultiStepRBPruningScheduler(rb_loss(), steps)
