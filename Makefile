@@ -13,7 +13,7 @@ PEERS := $(VENV)/peers
 # A new folder of the package is known to an editable installation only after the next one.
 SOURCES := $(shell find csrc -type f) $(shell find pyprune -name __init__.py) CMakeLists.txt pyproject.toml
 
-.PHONY: demo demo-rb pitch minilm compare sensitivity train-sparse sparse-transfer lightning transformers test test-cpp lint docs bench bench-full bench-report bench-cpp bench-cuda build-bench-cuda clean help
+.PHONY: demo demo-rb pitch minilm compare sensitivity train-sparse sparse-transfer lightning transformers test test-slow test-cpp lint docs bench bench-full bench-report bench-cpp bench-cuda build-bench-cuda clean help
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -55,6 +55,9 @@ transformers: $(VENV)/built  ## Prune a small GPT-2 by a recipe in the Hugging F
 # On a busy machine threads that spin while they wait for each other took ten times as long as those that sleep.
 test: $(VENV)/built  ## Run the whole test suite
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(VENV)/built  ## Run the searches of which `make test` takes samples (tests marked slow): half an hour
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m slow $(ARGS)
 
 test-cpp: $(VENV)/built  ## Run the kernels without torch, under sanitizers (ARGS=600: ten minutes of fuzzing)
 	$(BIN)/cmake -S csrc -B build/sanitized -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPYPRUNE_SANITIZE=address,undefined
