@@ -10,6 +10,7 @@ from typing import Any
 
 from pyprune.analysis.sensitivity_plot import draw
 from pyprune.console import as_text
+from pyprune.files import whole_file
 from pyprune.methods.tolerance import worsening
 
 _VERSION = 1
@@ -117,13 +118,8 @@ class SensitivityResult:
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write a JSON file; whoever reads it meanwhile sees the old one or the new one, whole."""
-        path = Path(path)
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
+        with whole_file(path) as unfinished:
             unfinished.write_text(json.dumps(self.to_dict(), indent=1))
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> "SensitivityResult":
@@ -138,9 +134,12 @@ class SensitivityResult:
             raise ValueError(f"{path}: {error}") from error
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write a line for each score, and one without a target for the baseline. The setting is left out."""
+        """Write a line for each score, and one without a target for the baseline. The setting is left out.
+
+        As with `to_json`, an interruption leaves the old file as it was.
+        """
         better = "higher" if self.higher_is_better else "lower"
-        with open(path, "w", newline="") as file:
+        with whole_file(path) as unfinished, open(unfinished, "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(_COLUMNS)
             writer.writerow(("", "", "", "", self.baseline, "", better))

@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pyprune.calibration.batches import Dataset, batches_of
 from pyprune.modules.attachments import check_module
 from pyprune.modules.evaluation import check_initialized, evaluating, forward
+from pyprune.modules.undo import Change, undoing
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -64,21 +65,18 @@ def batch_norm_adaptation(
         )
     if any(buffer.is_inference() for norm in norms for buffer in norm.buffers()):
         raise ValueError("the statistics were made under torch.inference_mode; build or load the model outside it")
-    saved = [(norm, norm.momentum, [(buffer, buffer.clone()) for buffer in norm.buffers()]) for norm in norms]
-    try:
-        with evaluating(model, training=norms):
-            if reset:
-                for norm in norms:
-                    norm.reset_running_stats()
-                    norm.momentum = None  # a cumulative average
-            for batch in batches:
-                forward(model, batch)
-    except BaseException:
-        for _, _, buffers in saved:
-            for buffer, value in buffers:
-                buffer.copy_(value)
-        raise
-    finally:
-        for norm, momentum, _ in saved:
+    momenta = [(norm, norm.momentum) for norm in norms]
+
+    def undo() -> None:
+        for norm, momentum in momenta:
             norm.momentum = momentum
+
+    statistics = [buffer for norm in norms for buffer in norm.buffers()]
+    with Change(model, values=statistics), undoing(undo), evaluating(model, training=norms):
+        if reset:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # a cumulative average
+        for batch in batches:
+            forward(model, batch)
     return model

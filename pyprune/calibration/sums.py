@@ -7,11 +7,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from pyprune.methods.importance import Importance
 from pyprune.modules.activations import but_channels, input_squares, recurrent_input
 from pyprune.modules.masks import raw_weight
 from pyprune.modules.targets import Target, channel_dims, is_transposed, output_layers
+from pyprune.modules.undo import undoing
 
 
 class GradientSums:
@@ -95,16 +97,17 @@ class ActivationSums:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Look at what goes through the layers."""
-        hooks = [
-            layer.register_forward_hook(partial(self._see, target, kind), with_kwargs=True)
-            for target, layers in self.layers.items()
-            for layer, kind in layers
-        ]
-        try:
-            yield
-        finally:
+        hooks: list[RemovableHandle] = []
+
+        def undo() -> None:
             for hook in hooks:
                 hook.remove()
+
+        with undoing(undo):
+            for target, layers in self.layers.items():
+                for layer, kind in layers:
+                    hooks.append(layer.register_forward_hook(partial(self._see, target, kind), with_kwargs=True))
+            yield
 
     @torch.no_grad()
     def _see(

@@ -10,6 +10,7 @@ from pyprune.modules.activations import channel_dim
 from pyprune.modules.evaluation import check_initialized, evaluating, forward, untouched
 from pyprune.modules.masks import NewFollower, NewMask
 from pyprune.modules.targets import Target, by_place, is_transposed, output_layers
+from pyprune.modules.undo import Before, undoing
 
 
 def norms_after(
@@ -34,6 +35,7 @@ def norms_after(
             f"{asked_by} must know which BatchNorm follows which layer; give examples_inputs, for one forward pass"
         )
     check_initialized(model)
+    layers = list(layers)
     made: dict[int, tuple[nn.Module, Tensor, int]] = {}
     # What each BatchNorm was given: a layer's output with its channels, or something else.
     given: dict[_BatchNorm, set[nn.Module | None]] = {}
@@ -48,14 +50,13 @@ def norms_after(
         changed = output is None or output._version != version
         given.setdefault(cast(_BatchNorm, norm), set()).add(None if changed else layer)
 
-    hooks = [layer.register_forward_hook(after_layer) for layer in layers]
-    hooks += [norm.register_forward_pre_hook(before_norm) for norm in model.modules() if isinstance(norm, _BatchNorm)]
-    try:
-        with evaluating(model), untouched(model):
-            forward(model, inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    norms = [norm for norm in model.modules() if isinstance(norm, _BatchNorm)]
+    with undoing(Before(*layers, *norms, with_attributes=False).restore), evaluating(model), untouched(model):
+        for layer in layers:
+            layer.register_forward_hook(after_layer)
+        for norm in norms:
+            norm.register_forward_pre_hook(before_norm)
+        forward(model, inputs)
     only = {norm: next(iter(found)) for norm, found in given.items() if len(found) == 1}
     followed = list(only.values())
     return {layer: norm for norm, layer in only.items() if layer is not None and followed.count(layer) == 1}

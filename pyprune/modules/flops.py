@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pyprune.modules.attachments import gate_name
-from pyprune.modules.evaluation import check_initialized, check_inputs, evaluating, forward, untouched
+from pyprune.modules.evaluation import check_initialized, check_inputs, evaluating, forward, untouched, using
 from pyprune.modules.gates import StochasticGate
+from pyprune.modules.undo import Before, undoing
 
 
 class _FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -52,14 +53,19 @@ def _unfused() -> Iterator[None]:
     """Keep torch from fused attention and recurrent kernels, whose products could not be counted."""
     backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.mkldnn)
     enabled = [backend.enabled for backend in backends]
-    try:
-        for backend in backends:
-            backend.enabled = False
-        with torch.enable_grad():  # fused attention is for inference only
-            yield
-    finally:
+
+    gradients = torch.is_grad_enabled()
+
+    def undo() -> None:
+        torch.set_grad_enabled(gradients)
         for backend, value in zip(backends, enabled, strict=True):
             backend.enabled = value
+
+    with undoing(undo):
+        for backend in backends:
+            backend.enabled = False
+        torch.set_grad_enabled(True)  # fused attention is for inference only
+        yield
 
 
 def flop_costs(
@@ -87,14 +93,13 @@ def flop_costs(
     """
     check_inputs(examples_inputs)
     check_initialized(model)
+    gates = list(gates)
     counter = _FlopCounter(gates)
-    hooks = [gate.register_forward_hook(counter.watch) for gate in gates]
-    try:
-        with evaluating(model), untouched(model), _unfused(), counter:
-            forward(model, examples_inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    before = Before(*gates, with_attributes=False)
+    with undoing(before.restore), evaluating(model), untouched(model), _unfused(), using(counter):
+        for gate in gates:
+            gate.register_forward_hook(counter.watch)
+        forward(model, examples_inputs)
     if not any(counter.flops.values()):
         raise ValueError("the forward pass has no countable FLOPs with gated weights; leave examples_inputs out")
     names = {module: name.removesuffix(gate_name("")) for name, module in model.named_modules()}

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pyprune.modules.evaluation import evaluating, forward, untouched
+from pyprune.modules.evaluation import evaluating, forward, untouched, using
 
 # Where the weights are: positions and keywords of the arguments of a torch function, by the function's plain name.
 _SECOND = ((1,), ("weight",))
@@ -86,6 +86,6 @@ def used_as_weights(model: nn.Module, inputs: Any) -> set[Tensor]:
         True
     """
     recorder = _WeightRecorder(model.parameters())
-    with evaluating(model), untouched(model), recorder:
+    with evaluating(model), untouched(model), using(recorder):
         forward(model, inputs)
     return recorder.used
