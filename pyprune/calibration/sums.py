@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from pyprune.methods.importance import Importance
 from pyprune.modules.activations import but_channels, input_squares, recurrent_input
@@ -97,17 +96,22 @@ class ActivationSums:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Look at what goes through the layers."""
-        hooks: list[RemovableHandle] = []
+        with undoing(self.start()):
+            yield
 
-        def undo() -> None:
+    def start(self) -> Callable[[], None]:
+        """Look at what goes through the layers from now on; return what ends that."""
+        hooks = [
+            layer.register_forward_hook(partial(self._see, target, kind), with_kwargs=True)
+            for target, layers in self.layers.items()
+            for layer, kind in layers
+        ]
+
+        def stop() -> None:
             for hook in hooks:
                 hook.remove()
 
-        with undoing(undo):
-            for target, layers in self.layers.items():
-                for layer, kind in layers:
-                    hooks.append(layer.register_forward_hook(partial(self._see, target, kind), with_kwargs=True))
-            yield
+        return stop
 
     @torch.no_grad()
     def _see(

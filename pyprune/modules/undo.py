@@ -7,7 +7,7 @@ and can be put back (`pyprune.modules.zeros`).
 """
 
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
@@ -79,6 +79,9 @@ class Before:
         for hold in zeroed:
             hold.changed_at = self._holds[hold].values["changed_at"]
             hold.masked_gradient = self._holds[hold].values["masked_gradient"]
+        for hold, before in self._holds.items():
+            if not (hold.is_raw or before.was_written):
+                hold.saw()
         for tensor, value in self._values:
             tensor.copy_(value)
 
@@ -170,6 +173,7 @@ class _HoldBefore:
         self.values = {name: value for name, value in vars(hold).items() if name != "parked"}
         self.parked = None if hold.parked is None else weakref.ref(hold.parked)
         self.followers = list(getattr(hold, "followers", ()))
+        self.was_written = hold.is_written()
         self.was_held = HELD.get(id(hold.parameter)) is hold
 
     def is_changed(self, hold: Hold) -> bool:
@@ -235,7 +239,7 @@ class _ParameterBefore:
 
 # What torch gives every module.
 _STRUCTURE = frozenset(vars(nn.Module()))
-_TABLES = (dict, OrderedDict, list, set, MasksOfModule)
+_TABLES = (dict, OrderedDict, list, deque, set, MasksOfModule)
 _HOOKS_OF_PARAMETERS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
@@ -243,14 +247,14 @@ def _refill(table: Any, content: Any) -> None:
     """Let a dict, list or set have a content again; one that has it is not touched."""
     if isinstance(table, dict):
         is_same = list(map(id, table)) == list(map(id, content)) and all(table[key] is content[key] for key in table)
-    elif isinstance(table, list):
+    elif isinstance(table, (list, deque)):
         is_same = list(map(id, table)) == list(map(id, content))
     else:
         is_same = table == content
     if is_same:
         return
     table.clear()
-    if isinstance(table, list):
+    if isinstance(table, (list, deque)):
         table.extend(content)
     else:
         table.update(content)

@@ -100,8 +100,9 @@ class RecipePruner:
 
     def freeze(self) -> None:
         """Let the masks stay as they are from now on, whatever the recipe says, and take all hooks off."""
-        for pruner in self._pruners:
-            pruner.freeze()
+        with Change(self.model, objects=self._touched()):
+            for pruner in self._pruners:
+                pruner.freeze()
 
     def finish(self) -> nn.Module:
         """End the training: fold the masks in, hold zeros no longer, and return the plain model.
@@ -115,10 +116,12 @@ class RecipePruner:
                 f"{self.ratio}; check steps_per_epoch={self.steps_per_epoch} and the number of epochs",
                 stacklevel=2,
             )
-        self.freeze()
-        if self._held is not None:
-            self._held.remove()
-        return strip(self.model)
+        with Change(self.model, objects=self._touched()) as change:
+            self.freeze()
+            if self._held is not None:
+                self._held.remove()
+            change.finish(partial(strip, self.model))
+        return self.model
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` takes: the states of the pruners, with their masks and what is parked."""

@@ -170,9 +170,9 @@ class Pruner:
 
     def _touched(self) -> list[object]:
         """List what a step changes besides masks and weights."""
-        sums = self._watch if isinstance(self._watch, TrainingSums) else None
-        inside = () if sums is None else (sums._gradients, sums._sums)
-        return [one for one in (self, self.optimizer, self._watch, *inside) if one is not None]
+        watch = self._watch
+        inside = watch.parts() if watch is not None else ()
+        return [one for one in (self, self.optimizer, *inside) if one is not None]
 
     def _advance(self) -> bool:
         """Do all of a step that can be taken back."""
@@ -207,9 +207,10 @@ class Pruner:
     def freeze(self) -> None:
         """Let the masks stay as they are from now on, whatever the schedule says, and take all hooks off."""
         self._check_last()
-        self.frozen = True
-        if self._watch is not None:
-            self._watch.stop()
+        with Change(self.model, objects=self._touched()):
+            self.frozen, self._spares = True, {}
+            if self._watch is not None:
+                self._watch.stop()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` takes: steps, what was measured, masks, and what is parked under them."""
