@@ -3,6 +3,7 @@
 import random
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -180,7 +181,9 @@ def differences(one: Any, other: Any, path: str = "") -> list[str]:
     return [] if one == other else [f"{path}: {one!r:.100} != {other!r:.100}"]
 
 
-def check(make: Callable[[], Things], call: Callable[[Things], object], lines: Callable[[int], Iterable[int]]) -> None:
+def check(
+    make: Callable[[], Things], call: Callable[[Things], object], lines: Callable[[int], Iterable[int]]
+) -> None:
     """Interrupt a call at lines of it, each time on fresh things; assert that they are as before, or as after.
 
     Args:
@@ -199,7 +202,7 @@ def check(make: Callable[[], Things], call: Callable[[Things], object], lines: C
     for n in lines(total):
         things, fault = fresh(make), Fault(n)
         try:
-            if not fault.run(lambda: call(things)):
+            if not fault.run(partial(call, things)):
                 continue
             after = look(things)
             wrong = differences(before, after)

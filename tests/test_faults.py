@@ -12,8 +12,8 @@ from torch import nn
 import pyprune
 import pyprune.torch_prune as torch_prune
 from pyprune import Method, Pruner, granularity, importance, schedules, scope
-from pyprune.selection.prune import update_masks
 from pyprune.integrations.training import Training, start_of
+from pyprune.selection.prune import update_masks
 from tests.fault_injector import check
 
 LOCAL = Method(importance.magnitude(), scope=scope.tensor())
@@ -111,7 +111,9 @@ def snip(model, optimizer):
 
 
 def wanda(model, optimizer):
-    return Pruner(model, Method(importance.wanda(), scope=scope.row()), schedules.linear(0.6, start=1, end=3), optimizer)
+    return Pruner(
+        model, Method(importance.wanda(), scope=scope.row()), schedules.linear(0.6, start=1, end=3), optimizer
+    )
 
 
 def rigl(model, optimizer):
@@ -130,7 +132,9 @@ def from_recipe(text):
     return lambda model, optimizer: pyprune.Recipe.from_string(text).apply(model, optimizer, 1)
 
 
-STAGES = "stages: [prune: {final: 0.5, end: 2}, prune: {final: 0.8, initial: 0.5, start: 2, end: 4, importance: snip}]"
+STAGES = (
+    "stages: [prune: {final: 0.5, end: 2}, prune: {final: 0.8, initial: 0.5, start: 2, end: 4, importance: snip}]"
+)
 CONSTANT = "stages: [constant]"
 
 
@@ -177,6 +181,10 @@ def files():
     for name in ("to_json", "to_csv", "plot.png"):
         (folder / name).write_text("the old one")
     return {"folder": folder}
+
+
+def small():
+    return {"model": nn.Linear(4, 3)}
 
 
 def torch_pruned(make=lambda: nn.Linear(4, 3), name="weight"):
@@ -357,7 +365,7 @@ CALLS = {
     "Training.finish": in_trainer(start_of(pyprune.Recipe.from_string(STAGES)), False),
     "Training.finish and strip": in_trainer(lambda model, optimizer, steps: snip(model, optimizer), True),
     **{
-        f"torch_prune.{name}": (lambda: {"model": nn.Linear(4, 3)}, of_model(getattr(torch_prune, name), "weight", *rest))
+        f"torch_prune.{name}": (small, of_model(getattr(torch_prune, name), "weight", *rest))
         for name, rest in {
             "identity": (),
             "random_unstructured": (0.5,),

@@ -94,14 +94,16 @@ def untouched(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def using(mode: TorchFunctionMode | TorchDispatchMode) -> Iterator[None]:
     """Be under a mode of torch, and leave it, whatever happens."""
-    stack = _get_current_function_mode_stack if isinstance(mode, TorchFunctionMode) else _get_current_dispatch_mode_stack
+    stack = (
+        _get_current_function_mode_stack if isinstance(mode, TorchFunctionMode) else _get_current_dispatch_mode_stack
+    )
 
     def undo() -> None:
         if any(one is mode for one in stack()):
-            mode.__exit__(None, None, None)
+            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     with undoing(undo):
-        mode.__enter__()
+        mode.__enter__()  # type: ignore[no-untyped-call]
         yield
 
 

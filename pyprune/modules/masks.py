@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from pyprune.modules import steps as _steps  # noqa: F401  (optimizers keep what masks hold)

@@ -62,7 +62,8 @@ def restored_on_failure(model: nn.Module) -> Iterator[Snapshot]:
 
     Python's and NumPy's random numbers are given back then, as torch's are.
     """
-    before, everything = Snapshot.of(model), _Everything(model)
+    before = Snapshot.of(model)
+    everything = _Everything(model, before)
     with ExitStack() as stack:
         # Twice, so that it is begun again if it is interrupted.
         stack.push(everything.restore_after)
@@ -73,11 +74,13 @@ def restored_on_failure(model: nn.Module) -> Iterator[Snapshot]:
 class _Everything:
     """What a model is, with copies on the CPU of all that it computes with."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, snapshot: Snapshot) -> None:
         self._before = Before(model)
+        # Of what is saved there are copies already.
+        copies = {id(value): snapshot.state[name] for name, value in model.state_dict(keep_vars=True).items()}
         tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
-        self._values = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in tensors]
-        self._parked = [(hold, hold.parked.to("cpu", copy=True)) for hold in holds_in(model) if hold.parked is not None]
+        self._values = [(one, copies[id(one)] if id(one) in copies else _copy(one)) for one in tensors]
+        self._parked = [(hold, _copy(hold.parked)) for hold in holds_in(model) if hold.parked is not None]
         self._random = random.getstate(), np.random.get_state()
 
     def restore_after(self, kind: type[BaseException] | None, *error: object) -> None:
@@ -100,6 +103,10 @@ class _Everything:
             assert hold.parameter is not None
             hold.parked = values.to(hold.parameter.device, copy=True)
             hold.saw()
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 def dense_tensors(model: nn.Module) -> dict[str, Tensor]:

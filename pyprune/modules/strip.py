@@ -119,7 +119,9 @@ def strip(
 
 
 @torch.no_grad()
-def _write(masks: Mapping[Tensor, Tensor], gated: Mapping[Tensor, Tensor], gates: Iterable[StochasticGate]) -> None:
+def _write(
+    masks: Mapping[nn.Parameter, Tensor], gated: Mapping[nn.Parameter, Tensor], gates: Iterable[StochasticGate]
+) -> None:
     fold_all(masks.items())
     for weight, value in gated.items():
         weight.copy_(value)

@@ -1,16 +1,19 @@
 """Changes that are made whole or not at all, whatever stops them: an error, Ctrl-C, an exit.
 
-A `Change` takes down what may be changed (`Before`), and if its body fails, brings all of it back. It knows modules, parameters,
-masks and other objects by what their attributes refer to, not by copies of tensors: what a body does to those it does
-to new ones, or leaves to `Change.finish`. Only zeros are written into weights at once, because what was there is parked,
-and can be put back (`pyprune.modules.zeros`).
+A `Change` takes down what may be changed (`Before`), and if its body fails, brings all of it back. It knows modules,
+parameters, masks and other objects by what their attributes refer to, not by copies of tensors: what a body computes
+goes into new ones, and what it writes into those that are there is left to `Change.finish`. Only zeros are written
+into weights at once, because what was there is parked, and can be put back (`pyprune.modules.zeros`).
+
+An interruption at the very end of a ``with`` statement may keep Python from calling ``__exit__``. So `Change` has
+nothing to do there: without a failure, all is done. What has to be undone in any case is undone by a generator
+(`undoing`), which Python closes then.
 """
 
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import ExitStack, contextmanager
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -48,7 +51,7 @@ class Before:
         followers = [follower for hold in found for follower in getattr(hold, "followers", ())]
         self._holds = {hold: _HoldBefore(hold) for hold in [*found, *followers]}
         names = None if with_attributes else _STRUCTURE
-        self._others = [
+        self._others: list[_ObjectBefore | _ParameterBefore] = [
             *(_ObjectBefore(module, names) for module in modules),
             *map(_ObjectBefore, objects),
             *map(_ParameterBefore, parameters),
@@ -135,7 +138,7 @@ class Change(ExitStack):
         self._settle = action
         action()
 
-    def _end(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def _end(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         if kind is not None and not self._is_settled:
             self._settle()
             self._is_settled = True

@@ -154,15 +154,12 @@ class RecipePruner:
         for pruner, state in zip(self._pruners, states, strict=True):
             pruner._check_state(state)
         with Change(self.model, objects=self._touched()) as change:
+            rest = [pruner._loading(state) for pruner, state in zip(self._pruners, states, strict=True)]
             self._hold_again(state_dict["held"])
             for pruner, state in zip(self._pruners, states, strict=True):
                 pruner._load(state)
             self.step_count = step_count
-            change.finish(partial(self._finish_loading, states))
-
-    def _finish_loading(self, states: Sequence[Mapping[str, Any]]) -> None:
-        for pruner, state in zip(self._pruners, states, strict=True):
-            pruner._finish_loading(state)
+            change.finish(partial(_do_all, rest))
 
     def _hold_again(self, saved: Mapping[str, int]) -> None:
         """Hold the zeros that are there now: weights may have been loaded since the recipe was applied."""
@@ -203,6 +200,11 @@ def start(
 
 
 _STATE = {"step_count", "steps_per_epoch", "pruners", "held"}
+
+
+def _do_all(actions: Iterable[Callable[[], None]]) -> None:
+    for action in actions:
+        action()
 
 
 def _count_held(held: KeepSparse | None) -> dict[str, int]:

@@ -58,7 +58,8 @@ class KeepSparse:
             >>> linear.weight.tolist()
             [[0.0, 5.0]]
         """
-        hold_zeros(self._held.values())
+        with Change(holds=self._held.values()):
+            hold_zeros(self._held.values())
 
     def mask_gradients(self) -> None:
         """Zero the gradients of what is dropped, now, where they did not come by a backward pass."""

@@ -122,10 +122,15 @@ class MovementPruner(Pruner):
     def _touched(self) -> list[object]:
         return [*super()._touched(), *([self._score_optimizer] if hasattr(self, "_score_optimizer") else ())]
 
-    def _finish_loading(self, state: Mapping[str, Any]) -> None:
-        super()._finish_loading(state)
-        for name, score in self.scores.items():
-            score.copy_(state["scores"][name])
+    def _loading(self, state: Mapping[str, Any]) -> Callable[[], None]:
+        load_masks = super()._loading(state)
+
+        def load() -> None:
+            load_masks()
+            for name, score in self.scores.items():
+                score.copy_(state["scores"][name])
+
+        return load
 
     def _check(self, scope: Scope, schedule: Schedule, threshold: float | None, regularization: float) -> None:
         if scope.name not in ("model", "tensor"):

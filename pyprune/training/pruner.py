@@ -3,8 +3,8 @@
 A `Pruner` is a schedule, a method and a step counter; what is chosen at an update is chosen as by `prune`.
 
 - An update writes into the masks before the last, and then they change places: fresh memory would cost more than the
-  kernel, and until all is done the old masks are there to go back to. Counts of non-finite scores are read at once on the CPU, and on a GPU with the next update, when
-  nobody waits.
+  kernel, and until all is done the old masks are there to go back to. Counts of non-finite scores are read at once on
+  the CPU, and on a GPU with the next update, when nobody waits.
 - The optimizer's step ends a batch, before it changes weights; a closure that it runs itself (as in Lightning) is a
   batch. Accumulated backward passes add up for as long as ``grad`` does. A step that a ``GradScaler`` skips is
   forgotten.
@@ -30,7 +30,7 @@ from pyprune.methods.unit_groups import UnitGroup
 from pyprune.modules.averages import reapply_to_averages
 from pyprune.modules.dead_channels import new_followers
 from pyprune.modules.ignored_scope import IgnoredScope
-from pyprune.modules.mask_states import check_state, load_states, state_of
+from pyprune.modules.mask_states import check_state, loading, state_of
 from pyprune.modules.masks import Mask, NewMask, attach_masks, changing_masks, masks_in
 from pyprune.modules.optimizer import innermost
 from pyprune.modules.steps import mask_state
@@ -47,8 +47,8 @@ class Pruner:
 
     Made before the training, it puts masks on the weights at once: those of step 0 of the schedule, or masks that
     keep everything (masks that are there stay until the schedule starts). Then call `step` after each step of the
-    optimizer, or after each epoch: the schedule counts these calls. Masks are written in place: nothing is compiled
-    again (but for activations, in the first batches and after the last update), and where the method allows it
+    optimizer, or after each epoch: the schedule counts these calls. Nothing is compiled again when masks change
+    (but for activations, in the first batches and after the last update), and where the method allows it
     (elements or units by magnitude, N:M) nothing waits for a GPU. After the training `pyprune.strip` leaves the plain
     model. Just after an update BatchNorm has averages of other weights: evaluate later, or after
     `pyprune.batch_norm_adaptation`.
@@ -228,8 +228,9 @@ class Pruner:
             raise ValueError(f"{state_dict!r:.80} is not the state_dict() of a {type(self).__name__}")
         self._check_state(state_dict)
         with Change(self.model, objects=self._touched()) as change:
+            load_rest = self._loading(state_dict)
             self._load(state_dict)
-            change.finish(partial(self._finish_loading, state_dict))
+            change.finish(load_rest)
 
     def __reduce__(self) -> str:
         raise TypeError(
@@ -274,9 +275,9 @@ class Pruner:
             self._watch.start()
         self._watch.gathers = self._is_looked_at()
 
-    def _finish_loading(self, state: Mapping[str, Any]) -> None:
-        """Do what cannot be taken back of a loading; it may be done twice."""
-        load_states([(mask, state["masks"][target.name]) for target, mask in self._carried().items()])
+    def _loading(self, state: Mapping[str, Any]) -> Callable[[], None]:
+        """Return what is to be done after `_load`, which cannot be taken back; it may be done twice."""
+        return loading([(mask, state["masks"][target.name]) for target, mask in self._carried().items()])
 
     # ---- before the training ----
 
@@ -422,8 +423,9 @@ class Pruner:
     def _spare(self, target: Target, mask: Mask) -> Tensor:
         """Return memory for the next mask of a target."""
         spare, now = self._spares.get(target), mask.mask
-        fits = spare is not None and (spare.shape, spare.device, spare.stride()) == (now.shape, now.device, now.stride())
-        return spare if spare is not None and fits else torch.empty_like(now)
+        if spare is None or (spare.device, spare.shape, spare.stride()) != (now.device, now.shape, now.stride()):
+            return torch.empty_like(now)
+        return spare
 
     def _unit_groups(self, amount: Amount) -> list[UnitGroup] | None:
         """Return what competes, if it is the same tensors at every update: to cut them up takes its time."""
