@@ -125,6 +125,7 @@ class Change(ExitStack):
     ) -> None:
         super().__init__()
         self._settle: Callable[[], object] = Before(*models, holds=holds, objects=objects, values=values).restore
+        self._gradients = torch.is_grad_enabled()
         self._is_settled = False
         # Twice: if the first is interrupted, the second begins again.
         self.push(self._end)
@@ -141,6 +142,7 @@ class Change(ExitStack):
     def _end(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         if kind is not None and not self._is_settled:
             self._settle()
+            torch.set_grad_enabled(self._gradients)  # torch was interrupted where it would do this
             self._is_settled = True
 
 
