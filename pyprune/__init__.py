@@ -16,7 +16,8 @@ from pyprune.modules.forward_pass import attach_gate, one_gate_sample
 from pyprune.modules.gates import HardConcreteGate, StochasticGate
 from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.modules.optimizer import check_optimizer, gate_parameters, weight_parameters
-from pyprune.modules.statistics import ModelPruningStatistic, TensorPruningStatistic, pruning_statistic
+from pyprune.modules.statistics import pruning_statistic
+from pyprune.modules.statistics_result import ModelPruningStatistic, TensorPruningStatistic
 from pyprune.modules.strip import StripFormat, strip
 from pyprune.ops.build_info import build_info
 from pyprune.recipes.recipe import Recipe

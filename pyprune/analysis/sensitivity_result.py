@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pyprune.analysis.sensitivity_plot import draw
-from pyprune.console import as_text
+from pyprune.console import as_html, as_text
 from pyprune.files import whole_file
 from pyprune.methods.tolerance import worsening
 
@@ -186,6 +186,9 @@ class SensitivityResult:
             # Text, because a name with brackets in it is no markup.
             table.add_row(Text(name), f"{target.weights:,}", *scores)
         return as_text(table)
+
+    def _repr_html_(self) -> str:
+        return as_html(str(self))
 
 
 def with_score(target: SensitivityTarget, ratio: float, score: float) -> SensitivityTarget:

@@ -1,12 +1,14 @@
 """Adapt BatchNorm statistics to the weights that are left."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyprune.calibration.batches import Dataset, batches_of
+from pyprune.console import listed, warn
 from pyprune.modules.attachments import check_module
 from pyprune.modules.evaluation import check_initialized, evaluating, forward
 from pyprune.modules.undo import Change, undoing
@@ -27,7 +29,8 @@ def batch_norm_adaptation(
     evaluation mode, without gradients, and every training flag is given back. By default a statistic s moves by
     its layer's momentum m, s = (1 - m) * s + m * batch, so after k batches (1 - m)^k of the old one is left (a
     layer with momentum None goes on averaging over all batches it has seen). With ``reset=True`` the old one
-    is forgotten, and the mean over these batches takes its place.
+    is forgotten, and the mean over these batches takes its place. A layer that no batch reaches (another expert, an
+    early exit) keeps its statistics, and a warning names it.
 
     Args:
         model: the model, on the device of the data.
@@ -44,8 +47,8 @@ def batch_norm_adaptation(
 
     Raises:
         TypeError, ValueError: for arguments out of range, a lazy model or one without BatchNorm that tracks
-            statistics, no batch, or a batch that is a longer list. After any error, also one of the loader or the
-            model, the statistics are as they were.
+            statistics, no batch, a batch that is a longer list, or one that makes statistics that are not finite.
+            After any error, also one of the loader or the model, the statistics are as they were.
 
     Example:
         >>> import torch
@@ -57,7 +60,12 @@ def batch_norm_adaptation(
     check_module(model)
     check_initialized(model)
     batches = batches_of(calibration_dataset, num_iterations, "BatchNorm adaptation")
-    norms = [norm for norm in model.modules() if isinstance(norm, _BatchNorm) and norm.running_mean is not None]
+    names = {
+        norm: name
+        for name, norm in model.named_modules()
+        if isinstance(norm, _BatchNorm) and norm.running_mean is not None
+    }
+    norms = list(names)
     if not norms:
         raise ValueError(
             f"{type(model).__name__} has no BatchNorm with running statistics, so there is nothing to adapt; "
@@ -71,12 +79,41 @@ def batch_norm_adaptation(
         for norm, momentum in momenta:
             norm.momentum = momentum
 
+    saved = {norm: [buffer.clone() for buffer in norm.buffers()] for norm in norms}
     statistics = [buffer for norm in norms for buffer in norm.buffers()]
     with Change(model, values=statistics), undoing(undo), evaluating(model, training=norms):
         if reset:
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum = None  # a cumulative average
-        for batch in batches:
+        start = {norm: [buffer.clone() for buffer in norm.buffers()] for norm in norms}
+        for index, batch in enumerate(batches):
             forward(model, batch)
+            _check_finite(names, index)
+        # They count batches, so whatever saw one has changed.
+        missed = [norm for norm, before in start.items() if all(map(torch.equal, norm.buffers(), before))]
+        for norm in missed:
+            for buffer, value in zip(norm.buffers(), saved[norm], strict=True):
+                buffer.copy_(value)
+    if missed:
+        warn(
+            f"no batch reached {listed([names[norm] for norm in missed])}: these keep the statistics that they had. "
+            "Give data that goes through them, or leave them as they are"
+        )
     return model
+
+
+def _check_finite(names: Mapping[_BatchNorm, str], batch: int) -> None:
+    """Raise ValueError if the statistics of a layer are NaN or infinite."""
+    bad = [
+        name
+        for norm, name in names.items()
+        if not all(
+            bool(buffer.isfinite().all()) for buffer in (norm.running_mean, norm.running_var) if buffer is not None
+        )
+    ]
+    if bad:
+        raise ValueError(
+            f"after batch {batch} the BatchNorm statistics of {listed(bad)} are NaN or infinite: what goes in is not "
+            "finite. Leave such batches out, or repair the weights; statistics that were so before go by reset=True"
+        )

@@ -1,9 +1,10 @@
-"""What gated weights cost in a forward pass."""
+"""What weights cost in a forward pass."""
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,23 +14,38 @@ from torch.utils._pytree import tree_leaves
 from pyprune.modules.attachments import gate_name
 from pyprune.modules.evaluation import check_initialized, check_inputs, evaluating, forward, untouched, using
 from pyprune.modules.gates import StochasticGate
+from pyprune.modules.targets import Target
 from pyprune.modules.undo import Before, undoing
 
+_Key = TypeVar("_Key")
 
-class _FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the FLOPs of the operators that take the output of a gate, or a view or copy of it."""
 
-    def __init__(self, gates: Iterable[StochasticGate]) -> None:
+class _FlopCounter(TorchDispatchMode, Generic[_Key]):  # type: ignore[no-untyped-call]
+    """Counts the FLOPs of a pass, and of the operators that take certain tensors, or views or copies of them.
+
+    Args:
+        keys: whose tensors these are: gates, or weights.
+    """
+
+    def __init__(self, keys: Iterable[_Key]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.flops = dict.fromkeys(gates, 0)
-        # By storage, which views share. The tensors are kept, so that no other gets the storage of one.
-        self._gates: dict[int, StochasticGate] = {}
+        self.total = 0
+        self.flops = dict.fromkeys(keys, 0)
+        # By storage, which views share, and recurrent layers' weights. The tensors are kept, so that no other gets
+        # the memory of one.
+        self._places: dict[int, list[tuple[range, _Key]]] = {}
         self._kept: list[Tensor] = []
 
-    def watch(self, gate: StochasticGate, inputs: Any, output: Tensor) -> None:
+    def see(self, key: _Key, tensor: Tensor) -> None:
+        """Count from now on what takes a tensor."""
+        size = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        place = range(tensor.data_ptr(), tensor.data_ptr() + size * tensor.element_size())
+        self._places.setdefault(tensor.untyped_storage().data_ptr(), []).append((place, key))
+        self._kept.append(tensor)
+
+    def watch(self, gate: _Key, inputs: Any, output: Tensor) -> None:
         """Take the output of a gate: a forward hook."""
-        self._gates[output.untyped_storage().data_ptr()] = gate
-        self._kept.append(output)
+        self.see(gate, output)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -38,14 +54,19 @@ class _FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        is_counted = func.overloadpacket in flop_registry
+        flops = flop_registry[func.overloadpacket](*args, **kwargs, out_val=result) if is_counted else 0
+        self.total += flops
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        pointers = {leaf.untyped_storage().data_ptr() for leaf in leaves if leaf.layout is torch.strided}
-        for gate in {self._gates[pointer] for pointer in pointers if pointer in self._gates}:
-            if func.overloadpacket in flop_registry:
-                self.flops[gate] += flop_registry[func.overloadpacket](*args, **kwargs, out_val=result)
-            elif func.overloadpacket.__name__ in ("clone", "_to_copy"):
-                self.watch(gate, args, result)
+        for key in {key for leaf in leaves if leaf.layout is torch.strided for key in self._keys_of(leaf)}:
+            self.flops[key] += flops
+            if func.overloadpacket.__name__ in ("clone", "_to_copy"):
+                self.see(key, result)
         return result
+
+    def _keys_of(self, tensor: Tensor) -> list[_Key]:
+        places = self._places.get(tensor.untyped_storage().data_ptr(), [])
+        return [key for place, key in places if tensor.data_ptr() in place]
 
 
 @contextmanager
@@ -109,3 +130,36 @@ def flop_costs(
             f"no FLOPs were counted for the weights of {', '.join(free)}; the loss leaves them alone", stacklevel=3
         )
     return {gate: flops / max(1, gate.logits.numel()) for gate, flops in counter.flops.items()}
+
+
+def _see_output(
+    counter: _FlopCounter[Target], target: Target, gate: nn.Module, inputs: object, output: Tensor
+) -> None:
+    counter.see(target, output)
+
+
+def macs_of(model: nn.Module, targets: Sequence[Target], examples_inputs: Any) -> tuple[int, dict[Target, int]]:
+    """Return the multiply-accumulates of one forward pass, and those of the operators that take each weight.
+
+    They are those of matrix products and convolutions, half of what torch counts as FLOPs. The pass runs in
+    evaluation mode, and leaves the model as it was.
+
+    Example:
+        >>> from pyprune.modules.targets import find_targets
+        >>> linear = nn.Linear(4, 2)
+        >>> macs_of(linear, find_targets(linear), torch.ones(3, 4))[0]
+        24
+    """
+    check_inputs(examples_inputs)
+    check_initialized(model)
+    counter = _FlopCounter(targets)
+    gates = {target: gate for target in targets if isinstance(gate := target.attachment, nn.Module)}
+    before = Before(*gates.values(), with_attributes=False)
+    with undoing(before.restore), evaluating(model), untouched(model), _unfused(), using(counter):
+        for target in targets:
+            if target in gates:
+                gates[target].register_forward_hook(partial(_see_output, counter, target))
+            else:
+                counter.see(target, target.parameter)
+        forward(model, examples_inputs)
+    return counter.total // 2, {target: flops // 2 for target, flops in counter.flops.items()}

@@ -17,9 +17,11 @@ class IgnoredScope:
         patterns: regular expressions for such names, matched at their start, as `re.match` does.
         types: class names of modules ("Embedding": all below such modules, subclasses too).
         validate: whether a rule that matches nothing in the model is an error.
+        all_zero: leave out weights that are zero everywhere, too, such as fresh LoRA factors and zero-initialised
+            heads: masked as a whole they would never train. A call without an ignored scope does so.
 
     Raises:
-        TypeError: if a rule is not a string, or a plain string was given for a list of them.
+        TypeError: if a rule is not a string, a plain string was given for a list of them, or a flag is not a bool.
         ValueError: for a pattern that is not a regular expression.
 
     Example:
@@ -31,6 +33,7 @@ class IgnoredScope:
     patterns: Sequence[str] = ()
     types: Sequence[str] = ()
     validate: bool = True
+    all_zero: bool = True
 
     def __post_init__(self) -> None:
         for field in ("names", "patterns", "types"):
@@ -43,6 +46,9 @@ class IgnoredScope:
                 if not isinstance(rule, str):
                     raise TypeError(f"IgnoredScope {field} has {rule!r} in it; every rule must be a string")
             object.__setattr__(self, field, tuple(rules))
+        for flag in ("validate", "all_zero"):
+            if not isinstance(getattr(self, flag), bool):
+                raise TypeError(f"IgnoredScope {flag} is {getattr(self, flag)!r}; give True or False")
         for pattern in self.patterns:
             try:
                 re.compile(pattern)

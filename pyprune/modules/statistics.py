@@ -1,16 +1,16 @@
 """Report how much of a model is pruned."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from pyprune import ops
-from pyprune.console import as_text
+from pyprune.modules.flops import macs_of
 from pyprune.modules.gates import StochasticGate
 from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.modules.masks import Mask
+from pyprune.modules.statistics_result import ModelPruningStatistic, TensorPruningStatistic
 from pyprune.modules.targets import (
     Target,
     all_parameters,
@@ -19,51 +19,6 @@ from pyprune.modules.targets import (
     choose_targets,
     is_readable,
 )
-
-
-@dataclass(frozen=True)
-class TensorPruningStatistic:
-    """How much of one weight is pruned; units are what was removed as one, down to single elements."""
-
-    tensor_name: str
-    shape: tuple[int, ...]
-    pruned_ratio: float
-    units: int
-    pruned_units: int
-
-
-@dataclass(frozen=True)
-class ModelPruningStatistic:
-    """How much of a model is pruned: of the weights that are listed, and of all parameters."""
-
-    pruning_ratio: float
-    global_pruning_ratio: float
-    pruned_tensors: tuple[TensorPruningStatistic, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return dicts, lists and numbers, ready for JSON."""
-        tensors = [asdict(tensor) | {"shape": list(tensor.shape)} for tensor in self.pruned_tensors]
-        return asdict(self) | {"pruned_tensors": tensors}
-
-    def __str__(self) -> str:
-        # Imported here: `import pyprune` must cost little.
-        from rich import box
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(title="Pruning statistics", title_justify="left", box=box.SIMPLE, show_footer=True)
-        table.add_column("weight", "all of these\nall parameters of the model", overflow="fold")
-        table.add_column("shape", justify="right")
-        table.add_column("pruned", f"{self.pruning_ratio:.2%}\n{self.global_pruning_ratio:.2%}", justify="right")
-        units, pruned_units = (
-            sum(getattr(one, name) for one in self.pruned_tensors) for name in ("units", "pruned_units")
-        )
-        table.add_column("units pruned", f"{pruned_units:,} of {units:,}", justify="right")
-        for tensor in self.pruned_tensors:
-            # Text, because a name with brackets in it is no markup.
-            name, shape = Text(tensor.tensor_name), " x ".join(map(str, tensor.shape))
-            table.add_row(name, shape, f"{tensor.pruned_ratio:.2%}", f"{tensor.pruned_units:,} of {tensor.units:,}")
-        return as_text(table)
 
 
 def pruning_statistic(
@@ -79,14 +34,18 @@ def pruning_statistic(
     Args:
         model: the model, pruned or not.
         ignored_scope: weights not to list.
-        examples_inputs: as in `prune`; finds bare parameters in a model without masks and gates.
+        examples_inputs: as in `prune`. One forward pass counts multiply-accumulates (MACs); it also finds bare
+            parameters in a model without masks and gates.
 
     Returns:
         ``pruning_ratio``: zeros / elements of the listed weights; ``global_pruning_ratio``: these zeros,
         and those of weights that `prune` would choose and that carry nothing (a layer that was stripped by itself),
         / elements of all parameters of the model; ``pruned_tensors``: name, shape and ratio of each, how many units
         it has (blocks, channels or heads, as `prune` cut it; else elements; heads count once for each projection
-        that is stacked in a weight), and how many of these have no weight left. 0.0 of nothing.
+        that is stacked in a weight), and how many of these have no weight left. 0.0 of nothing. With
+        ``examples_inputs`` also ``macs``: the multiply-accumulates of matrix products and convolutions in a pass, of
+        the model and in those that take each weight, and ``macs_without_zeros``: those that the zeros above are not
+        in. A dense kernel does all of them.
 
     Raises:
         TypeError, ValueError: for wrong arguments, or, without masks and gates, if the zeros of a weight cannot be
@@ -112,6 +71,8 @@ def pruning_statistic(
         elif isinstance(target.attachment, StochasticGate):
             counted[target] = target.attachment.values()
     zeros = _count(counted)
+    macs, macs_of_each = (None, {}) if examples_inputs is None else macs_of(model, list(counted), examples_inputs)
+    left = {t: macs_of_each[t] - _share(macs_of_each[t], zeros[t], t.parameter.numel()) for t in macs_of_each}
     units = {target: (target.parameter.numel(), zeros[target]) for target in counted} | _count_units(counted)
     tensors = tuple(
         TensorPruningStatistic(
@@ -119,6 +80,8 @@ def pruning_statistic(
             tuple(target.parameter.shape),
             _ratio(zeros[target], target.parameter.numel()),
             *units[target],
+            macs_of_each.get(target),
+            left.get(target),
         )
         for target in counted
     )
@@ -133,7 +96,14 @@ def pruning_statistic(
             total + sum(_count(others).values()), sum(target.parameter.numel() for target in all_parameters(model))
         ),
         tensors,
+        macs,
+        None if macs is None else macs - sum(macs_of_each.values()) + sum(left.values()),
     )
+
+
+def _share(macs: int, zeros: int, weights: int) -> int:
+    """Return how many of the multiply-accumulates with a weight are with a zero in it; each element has as many."""
+    return macs * zeros // weights if weights else 0
 
 
 def _count(tensors: dict[Target, Tensor]) -> dict[Target, int]:

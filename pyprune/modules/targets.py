@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pyprune import ops
+from pyprune.console import listed, warn
 from pyprune.modules.attachments import (
     Attachment,
     Owner,
@@ -24,6 +25,7 @@ from pyprune.modules.ignored_scope import IgnoredScope, ignored_by
 from pyprune.modules.memory import overlapping, overlaps_itself
 from pyprune.modules.sharding import is_sharded, local_part
 from pyprune.modules.tracing import used_as_weights
+from pyprune.modules.zero_weights import are_zero
 
 _LAYERS = (
     nn.Linear,
@@ -68,7 +70,8 @@ def find_targets(
 
     They are the weights of Linear, Conv and ConvTranspose layers, Embedding, EmbeddingBag, MultiheadAttention
     (all projections), RNN, LSTM, GRU and their cells, subclasses included; what carries a mask or gate already; and,
-    with ``examples_inputs``, what one forward pass takes as a weight (`used_as_weights`). Never biases or norms.
+    with ``examples_inputs``, what one forward pass takes as a weight (`used_as_weights`). Never biases or norms; and
+    what is zero everywhere only where the scope lets it compete: a warning names the others.
 
     Args:
         model: the model; what is attached to it does not change names or order of what is found.
@@ -97,6 +100,8 @@ def find_targets(
         part = local_part(target.parameter) if shards else target.parameter
         check_prunable(replace(target, parameter=cast(nn.Parameter, part)), advice=_ADVICE)
     _check_apart(survey.parameters, targets)
+    if ignored_scope is None or ignored_scope.all_zero:
+        targets = _without_zeros(targets)
     if not targets:
         raise ValueError(
             f"{type(model).__name__} has no weight to prune: no linear, convolution, embedding, attention or "
@@ -145,6 +150,28 @@ def _choose(model: nn.Module, survey: _Survey, examples_inputs: Any) -> list[Tar
         if not any(survey.ignored(owner.name) for owner in target.owners)
         and (target.parameter in used or _is_attached_to(target) or target.is_among(layer_names))
     ]
+
+
+def _without_zeros(targets: list[Target]) -> list[Target]:
+    """Leave out weights that are zero everywhere and carry no mask or gate, and name them."""
+    zero = are_zero([target.parameter for target in targets])
+    empty = [t for t, is_zero in zip(targets, zero, strict=True) if is_zero and not _is_attached_to(t)]
+    if empty and len(empty) == len(targets):
+        raise ValueError(
+            f"every weight to prune is zero everywhere: {listed([target.name for target in empty])}. Load the "
+            "weights first, or let them compete by IgnoredScope(all_zero=False)"
+        )
+    if empty:
+        warn(
+            "zero everywhere, and left out as if ignored, because what is masked as a whole never trains: "
+            f"{listed([target.name for target in empty])}. IgnoredScope(all_zero=False) lets them compete"
+        )
+    return [target for target in targets if target not in empty]
+
+
+def ignored_in(model: nn.Module, scope: IgnoredScope | None) -> Callable[[str], bool]:
+    """Return what says of the name of a parameter of a model whether a scope ignores it."""
+    return _survey(model, scope).ignored
 
 
 def _is_attached_to(target: Target) -> bool:

@@ -251,7 +251,7 @@ def _made(place: Place | None, makers: Mapping[str, Callable[..., Any]], otherwi
 def _ignored_scope(fields: Mapping[str, Place]) -> IgnoredScope | None:
     if "ignore" not in fields:
         return None
-    rules = fields["ignore"].fields(("names", "patterns", "types", "validate"))
+    rules = fields["ignore"].fields(("names", "patterns", "types", "validate", "all_zero"))
     return fields["ignore"].checked(IgnoredScope, **{key: place.value() for key, place in rules.items()})
 
 

@@ -4,14 +4,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pyprune import ops
+from pyprune.console import listed, warn
 from pyprune.methods.allocation import Amount, matches
 from pyprune.methods.method import Method
 from pyprune.methods.scope import group_of
 from pyprune.methods.unit_groups import Member, UnitGroup, Weight
-from pyprune.modules.masks import Mask, NewMask
+from pyprune.modules.masks import Mask, NewMask, channels_alive
 from pyprune.modules.targets import Target, channel_dims
+from pyprune.modules.zero_weights import are_zero
 from pyprune.selection.attention import find_attention, names_of
 from pyprune.selection.choose_units import choose_units, ratios_of
 
@@ -59,6 +62,26 @@ class Choice:
             raise ValueError(
                 f"NaN or infinite {self.what}: {', '.join(bad)}. Repair them, or name them in ignored_scope"
             )
+
+    def tell(self, model: nn.Module) -> None:
+        """Warn of layers without a weight, and of outputs of the model without one. This waits for the device."""
+        empty = are_zero([new.mask for new in self.masks.values()])
+        if any(empty):
+            names = [target.name for target, is_empty in zip(self.masks, empty, strict=True) if is_empty]
+            warn(
+                f"the masks drop all of {listed(names)}: nothing goes through these layers any more. Give a "
+                "max_ratio, such as 0.9, or let the units of each weight compete among themselves: scope.tensor()"
+            )
+        last = next((layer for layer in reversed(list(model.modules())) if isinstance(layer, nn.Linear)), None)
+        for target, new in self.masks.items():
+            if new.unit is None or len(self.masks) == 1 or all(owner.module is not last for owner in target.owners):
+                continue
+            gone = int(ops.count_zeros([channels_alive(new.mask)]))
+            if 0 < gone < len(new.mask):
+                warn(
+                    f"{gone} of the {len(new.mask)} outputs of the last layer, {target.name}, are pruned: where the "
+                    "model puts them out, as classes, they are constant. To keep them, name it in ignored_scope"
+                )
 
 
 def choose_masks(
@@ -115,12 +138,15 @@ def unit_groups_of(
     def weight_of(target: Target) -> Weight:
         out_dim, in_dim = channel_dims(target)
         carried = target.attachment if amount.has_bases else None
+        base = carried.mask if isinstance(carried, Mask) else None
+        if amount.from_remaining and base is None:  # what was stripped has zeros where a mask was
+            base = target.parameter.detach() != 0
         return Weight(
             target.name,
             target.parameter,
             out_dim,
             in_dim,
-            carried.mask if isinstance(carried, Mask) else None,
+            base,
             statistics.get(target),
             tuple(owner.name for owner in target.owners),
         )

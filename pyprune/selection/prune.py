@@ -12,6 +12,7 @@ from pyprune.methods.allocation import Allocation, Amount, check_ratio
 from pyprune.methods.importance import Importance
 from pyprune.methods.method import METHODS, Method, PruneMode, check_amount, check_mode
 from pyprune.modules.attachments import Attachment, check_module
+from pyprune.modules.coverage import warn_of_missed
 from pyprune.modules.dead_channels import new_followers, norms_after
 from pyprune.modules.forward_pass import attach_and_share
 from pyprune.modules.gates import HardConcreteGate, StochasticGate
@@ -81,7 +82,8 @@ def prune(
             which thin layers keep more (Evci et al. 2020), and all together lose that share of their weights.
         min_ratio, max_ratio: fraction of its units that each tensor loses at least, and at most, while it competes
             with others; or a dict, as for ``ratio``. What a limit changes is made up for by the other tensors.
-        from_remaining: choose only among what is still kept, and take ``ratio`` as one of that.
+        from_remaining: choose only among what is still kept, and take ``ratio`` as one of that. In a weight
+            without a mask, what is zero counts as gone, as after `strip`.
         zero_dead_channels: mask the bias of an output channel without weights too, and its scale and shift in the
             BatchNorm that follows (which takes ``examples_inputs``), so that it is really zero. Later calls, with or
             without this, keep those masks in step.
@@ -158,6 +160,7 @@ def update_masks(model: nn.Module, mode: PruneMode | str, ratio: float) -> None:
     with Change(model), changing_masks(masks_in(model)):
         choice = choose_masks(METHODS[mode], amount, targets, {})
         choice.check()
+        choice.tell(model)
         attach_masks(model, list(choice.masks.values()))
 
 
@@ -215,6 +218,7 @@ def put_masks(
         statistics = targets_with_statistics(model, method, ignored_scope, examples_inputs, calibration)
         choice = choose_masks(method, amount, list(statistics), statistics)
         choice.check()
+        choice.tell(model)
         followers = new_followers(model, choice.masks, examples_inputs) if zero_dead_channels else []
         attach_masks(model, list(choice.masks.values()), followers)
 
@@ -227,9 +231,16 @@ def targets_with_statistics(
     calibration: Calibration | None,
 ) -> dict[Target, Tensor | None]:
     """Return the weights that a method prunes, each with the statistic that its scores are computed from."""
-    targets = prunable_targets(method, find_targets(model, ignored_scope, examples_inputs))
+    found = find_targets(model, ignored_scope, examples_inputs)
+    targets = prunable_targets(method, found)
     check_kind(targets, Mask)
     statistics = statistics_of(model, method.importance, targets, calibration, examples_inputs)
+    warn_of_missed(
+        model,
+        ignored_scope,
+        found,
+        {f"without a score by {method.importance.name}": [t for t in targets if t not in statistics]},
+    )
     return {target: statistics[target] for target in targets if target in statistics}
 
 
@@ -322,6 +333,7 @@ def _put_gates(
         check_ratio(amount.ratio)
     targets = find_targets(model, ignored_scope, examples_inputs)
     check_kind(targets, kind)
+    warn_of_missed(model, ignored_scope, targets)
     # Masks that drop nothing are made, and what is not finite is found on the way.
     choose_masks(METHODS[PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL], Amount(0.0), targets, {}).check()
     if amount.ratio is not None:

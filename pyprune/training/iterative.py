@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyprune.calibration.calibrate import Calibration
 from pyprune.calibration.training_statistics import needs_training
-from pyprune.console import as_text, tracked
+from pyprune.console import as_html, as_text, tracked
 from pyprune.methods.allocation import Amount, check_ratio
 from pyprune.methods.importance import magnitude
 from pyprune.methods.method import Method, PruneMode, check_amount
@@ -94,6 +94,9 @@ class IterativeResult:
             )
         return as_text(table)
 
+    def _repr_html_(self) -> str:
+        return as_html(str(self))
+
 
 @torch.inference_mode(False)
 def iterative_prune(
@@ -117,8 +120,8 @@ def iterative_prune(
 
     The model is left with the weights and masks of the last round, or with ``max_drop`` of the sparsest one whose
     score after training holds it. Call `strip` at the end. If one of your functions fails or is interrupted, the
-    model is as it was at the call, with its gradients, buffers, flags, hooks and modules (a copy of its tensors is kept
-    on the CPU): save in ``finetune_fn`` what you would not lose.
+    model is as it was at the call, with its gradients, buffers, flags, hooks and modules (a copy of its tensors is
+    kept on the CPU): save in ``finetune_fn`` what you would not lose.
 
     Args:
         model: the model, trained.
@@ -217,7 +220,7 @@ def lottery_ticket(
     Round i of n prunes what is left, by the trained weights, to a ratio of ``1 - (1 - ratio)^(i / n)`` in all: each
     takes the same share. Then weights and buffers go back to what they were (BatchNorm's too), the masks stay, and
     the subnetwork is trained. So the model is trained ``iterations + 1`` times, first dense; in the end it is the
-    last ticket, trained, with its masks on. If one of your functions fails, the model is as it was at the call, as there.
+    last ticket, trained, with its masks on. If one of your functions fails, the model is as it was at the call.
 
     Args:
         model: the model, dense and not trained, or hardly.

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from pyprune import ops
 from pyprune.modules.attachments import attach, check_module, detach
 from pyprune.modules.averages import apply_masks, plain_name
+from pyprune.modules.coverage import warn_of_missed
 from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.modules.masks import FollowingMask, Mask
 from pyprune.modules.optimizer import innermost_of
@@ -123,7 +124,8 @@ def keep_sparse(
     """Hold the zeros of a model while an optimizer trains it: the masks stay as they are.
 
     A model that carries masks is stripped first (`strip`), and exactly what they drop is held, in biases and
-    BatchNorm too. In every other weight that `prune` would choose, what is zero now is held. The forward pass costs
+    BatchNorm too. In every other weight that `prune` would choose, what is zero now is held (not in one that is zero
+    everywhere and so could never train: see `IgnoredScope`). The forward pass costs
     what it costs in the dense model, a checkpoint is a plain one, and a mask of one byte per element is all the
     memory it takes: nothing is parked, and what is dropped does not come back.
 
@@ -140,8 +142,7 @@ def keep_sparse(
 
     Raises:
         TypeError, ValueError: for wrong arguments, a weight that cannot be pruned (see `prune`), learned gates, an
-            optimizer that lacks such a weight, and a weight that is zero everywhere; the last two only if the weight
-            requires a gradient. The model is then as it was.
+            optimizer that lacks such a weight that requires a gradient. The model is then as it was.
 
     Example:
         >>> from pyprune import prune
@@ -158,7 +159,9 @@ def keep_sparse(
     """
     check_module(model)
     optimizers = innermost_of(optimizer, "; several of them, or None")
-    held = _masks_to_hold(model, find_targets(model, ignored_scope, examples_inputs, shards=True))
+    targets = find_targets(model, ignored_scope, examples_inputs, shards=True)
+    warn_of_missed(model, ignored_scope, targets)
+    held = _masks_to_hold(model, targets)
     if optimizer is not None:
         _check_all_grouped(held, optimizers)
     if not held:
@@ -195,16 +198,6 @@ def _masks_to_hold(model: nn.Module, targets: list[Target]) -> dict[Target, Tens
     }
     carried |= followers
     zeros = _count_zeros({target: carried.get(target, target.parameter) for target in [*targets, *followers]})
-    empty = [
-        target.name
-        for target, count in zeros.items()
-        if 0 < count == target.parameter.numel() and target not in carried and target.parameter.requires_grad
-    ]
-    if empty:
-        raise ValueError(
-            f"zero everywhere, and held so these would never train: {', '.join(empty)}. Name what is to train in "
-            "ignored_scope, and freeze with requires_grad_(False) what is to stay zero"
-        )
     return {
         target: carried[target] if target in carried else local_part(target.parameter) != 0
         for target, count in zeros.items()

@@ -28,6 +28,7 @@ from pyprune.methods.method import Method, PruneMode, check_amount
 from pyprune.methods.schedules import Ratio, Schedule, as_schedule, check_ratios, check_step, is_pruned
 from pyprune.methods.unit_groups import UnitGroup
 from pyprune.modules.averages import reapply_to_averages
+from pyprune.modules.coverage import warn_of_missed
 from pyprune.modules.dead_channels import new_followers
 from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.modules.mask_states import check_state, loading, state_of
@@ -134,7 +135,8 @@ class Pruner:
         self._same_unit_groups: list[UnitGroup] | None = None
         self._spares: dict[Target, Tensor] = {}  # the masks before the last, to write the next ones to
         self._is_late = False  # masks were due, but there was nothing yet to choose them by
-        self._targets = prunable_targets(found, find_targets(model, ignored_scope, examples_inputs))
+        there = find_targets(model, ignored_scope, examples_inputs)
+        self._targets = targets = prunable_targets(found, there)
         check_kind(self._targets, Mask)
         self._check_optimizer()
         self._watch: TrainingSums | TrainingGradients | None = None
@@ -143,6 +145,8 @@ class Pruner:
                 mask.parks = True  # `keep_sparse` had no use for what is dropped
             with changing_masks(masks_in(model)):
                 self._statistics = self._known_statistics(examples_inputs)
+                unscored = [] if self._statistics is None else [t for t in targets if t not in self._statistics]
+                warn_of_missed(model, ignored_scope, there, {f"without a score by {found.importance.name}": unscored})
                 self._watch = self._make_watch()
                 self._check_all()
                 self._attach(zero_dead_channels, examples_inputs)
@@ -321,7 +325,9 @@ class Pruner:
             if statistics is None:
                 ratios_of(self.method, amount, unit_groups_of(self.method, amount, self._targets, {}))
             elif is_pruned(ratio):
-                choose_masks(self.method, amount, self._targets, statistics).check()
+                choice = choose_masks(self.method, amount, self._targets, statistics)
+                choice.check()
+                choice.tell(self.model)
 
     def _attach(self, zero_dead_channels: bool, inputs: Any) -> None:
         units = units_of(self.method, self._targets)
@@ -467,11 +473,13 @@ class Pruner:
         last, self._unchecked = self._unchecked, None
         if last is not None and not _on_cpu(masks):
             last.check()
+            last.tell(self.model)
 
     def _check_last(self) -> None:
         """Raise if the masks of the last update were computed from NaN or infinity."""
         if self._unchecked is not None:
             self._unchecked.check()
+            self._unchecked.tell(self.model)
             self._unchecked = None
 
 

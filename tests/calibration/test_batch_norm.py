@@ -233,3 +233,41 @@ def test_batch_norm_adaptation_refuses_statistics_that_it_cannot_write():
         norm = nn.BatchNorm1d(2)
     with pytest.raises(ValueError, match=r"under torch\.inference_mode"):
         batch_norm_adaptation(norm, [torch.ones(2, 2)])
+
+
+class Experts(nn.Module):
+    """Each input says which branch takes it."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList([nn.BatchNorm1d(2, momentum=0.0 if i == 1 else 0.1) for i in range(3)])
+
+    def forward(self, x, index):
+        return self.experts[index](x)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_batch_norm_adaptation_names_layers_that_no_batch_reached_and_leaves_their_statistics(reset):
+    model = Experts()
+    for index in range(3):
+        model(torch.randn(8, 2) + 5, index)
+    before = copy.deepcopy(model.experts[2].state_dict())
+    with pytest.warns(UserWarning, match=r"no batch reached experts\.2: ") as caught:
+        batch_norm_adaptation(model, [(torch.randn(8, 2), 0), (torch.randn(8, 2), 1)], reset=reset)
+    assert [one.filename for one in caught] == [__file__]
+    for name, value in model.experts[2].state_dict().items():
+        assert torch.equal(value, before[name])
+    assert model.experts[2].momentum == 0.1
+    assert model.experts[0].num_batches_tracked == (1 if reset else 2)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_batch_norm_adaptation_refuses_batches_that_are_not_finite(cnn, value, reset):
+    model, data = cnn.model, batches(cnn.model)
+    data[1][3, 0, 2, 2] = value
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"after batch 1 the BatchNorm statistics of .* are NaN or infinite"):
+        batch_norm_adaptation(model, data, reset=reset)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])

@@ -9,6 +9,7 @@ from torch import nn
 
 import pyprune
 from pyprune import Method, Pruner, Recipe, granularity, importance, schedules, scope
+from pyprune.modules.targets import attachments_of
 from tests.conftest import masks_of
 
 pytest.importorskip("yaml")
@@ -228,15 +229,15 @@ def test_constant_refuses_the_state_of_other_zeros():
         masked.load_state_dict(masked.state_dict() | {"held": state["held"]})
 
 
-def test_constant_says_what_to_do_about_a_weight_that_is_zero_everywhere(unchanged):
+def test_constant_leaves_a_weight_alone_that_is_zero_everywhere():
     model, optimizer = with_optimizer(sparse_network())
     nn.init.zeros_(model[2].weight)
-    before = unchanged(model)
-    complaint = "r.yaml:1: stages[0]: zero everywhere, and held so these would never train: 2.weight. Name "
-    with pytest.raises(ValueError, match=re.escape(complaint) + r"what is to train in ignore: \{names: \[\.\.\.\]\}"):
-        Recipe.from_string("stages: [constant]", "r.yaml").apply(model, optimizer, 5)
-    before.check()
-    Recipe.from_string("stages: [constant: {ignore: {names: [2.weight]}}]").apply(model, optimizer, 5)
+    with pytest.warns(UserWarning, match=r"zero everywhere, .*: 2\.weight"):
+        Recipe.from_string("stages: [constant]").apply(model, optimizer, 5)
+    assert [target.name for target in attachments_of(model)] == ["0.weight"]
+    model, optimizer = with_optimizer(model)
+    Recipe.from_string("stages: [constant: {ignore: {all_zero: false}}]").apply(model, optimizer, 5)
+    assert [target.name for target in attachments_of(model)] == ["0.weight", "2.weight"]
 
 
 def test_freeze_keeps_the_masks():

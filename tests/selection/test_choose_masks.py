@@ -1,8 +1,11 @@
+import copy
+import warnings
+
 import pytest
 import torch
 from torch import nn
 
-from pyprune import Method, importance, prune, scope
+from pyprune import IgnoredScope, Method, Pruner, granularity, importance, prune, schedules, scope, strip
 from pyprune.methods.allocation import Amount
 from pyprune.modules.targets import find_targets
 from pyprune.selection import choose_masks as module
@@ -52,3 +55,61 @@ def test_weights_that_compete_must_be_on_one_device():
     method = Method(importance.magnitude())
     unit_groups = unit_groups_of(method, Amount(0.5), targets, {})
     assert [len(together) for together in module._by_device(method, unit_groups)] == [2]
+
+
+@pytest.mark.parametrize("where", [scope.model(), scope.tensor(), scope.row()], ids=lambda where: where.name)
+@pytest.mark.parametrize(
+    "cut", [granularity.element(), granularity.channel("out"), granularity.block(2, 2)], ids=lambda cut: cut.name
+)
+def test_from_remaining_goes_on_where_strip_ended(where, cut):
+    if where.name == "row" and cut.name != "element":
+        return
+    method = Method(importance.magnitude(), cut, where)
+    masked, stripped = (nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(2))
+    stripped.load_state_dict(masked.state_dict())
+    for model in (masked, stripped):
+        prune(model, method, ratio=0.5)
+    strip(stripped)
+    for model in (masked, stripped):
+        prune(model, method, ratio=0.5, from_remaining=True)
+    for layer, other in zip(masked, stripped, strict=True):
+        assert torch.equal(layer.weight, other.weight)
+    zeros = sum(int((layer.weight == 0).sum()) for layer in stripped)
+    assert zeros == 0.75 * sum(layer.weight.numel() for layer in stripped)
+
+
+def test_tell_names_layers_that_nothing_is_left_of():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    model[2].weight.data.mul_(1e-3)
+    method = Method(importance.magnitude(p=2), granularity.channel("out"), scope.model())
+    with pytest.warns(UserWarning, match=r"^the masks drop all of 2\.weight: nothing goes through") as caught:
+        prune(model, method, ratio=0.34)
+    assert [one.filename for one in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prune(model, method, ratio=0.34, max_ratio=0.9, ignored_scope=IgnoredScope(names=["4"]))
+
+
+@pytest.mark.parametrize(
+    ("method", "ignored", "said"),
+    [
+        (Method(importance.magnitude(p=2), granularity.channel("out"), scope.tensor()), [], True),
+        (Method(importance.magnitude(p=2), granularity.channel("out"), scope.tensor()), ["2"], False),
+        (Method(importance.magnitude(p=2), granularity.channel("in"), scope.tensor()), [], False),
+        (Method(importance.magnitude(), scope=scope.tensor()), [], False),
+    ],
+)
+def test_tell_names_the_last_layer_if_it_loses_outputs(method, ignored, said):
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    calls = [
+        lambda model, scope: prune(model, method, ratio=0.5, ignored_scope=scope),
+        lambda model, scope: Pruner(model, method, schedules.linear(0.5, end=4), ignored_scope=scope),
+    ]
+    for call in calls:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call(copy.deepcopy(model), IgnoredScope(names=ignored))
+        texts = [str(one.message) for one in caught]
+        expected = "2 of the 4 outputs of the last layer, 2.weight, are pruned: where the model puts them out, as "
+        expected += "classes, they are constant. To keep them, name it in ignored_scope"
+        assert texts == ([expected] if said else [])

@@ -63,7 +63,7 @@ def test_prune_removes_the_exact_count(sizes, ratio, mode):
     model = nn.ModuleList([nn.Linear(size, 1, bias=False) for size in sizes])
     for module in model:
         module.weight.data = module.weight.data.mul(4).round()
-    pyprune.prune(model, mode, ratio=ratio)
+    pyprune.prune(model, mode, ratio=ratio, ignored_scope=IgnoredScope(all_zero=False))
     removed = [int((~mask).sum()) for mask in masks_of(model).values()]
     if mode is LOCAL:
         assert removed == [min(math.floor(ratio * size + 0.5), size - 1) for size in sizes]

@@ -106,6 +106,7 @@ def combinations():
 
 
 @pytest.mark.parametrize(("kind", "method"), list(combinations()))
+@pytest.mark.filterwarnings("ignore:this reaches 89% of the weights of ConvNet")  # a layer without a BatchNorm
 def test_every_method_prunes_every_kind_of_model(kind, method, device):
     model, inputs = MODELS[kind](device)
     rule = method.importance

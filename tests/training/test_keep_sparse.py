@@ -144,9 +144,17 @@ def test_keep_sparse_takes_frozen_weights_into_its_masks():
     with torch.no_grad():
         model[2].weight.zero_()
     model[2].weight.requires_grad_(False)
-    keep = keep_sparse(model, torch.optim.SGD([model[0].bias], lr=0.1))
+    every = pyprune.IgnoredScope(all_zero=False)
+    keep = keep_sparse(model, torch.optim.SGD([model[0].bias], lr=0.1), ignored_scope=every)
     assert list(keep.masks) == ["0.weight", "2.weight"]
     assert not keep.masks["2.weight"].any()
+
+
+def test_keep_sparse_leaves_out_what_is_zero_everywhere():
+    model = zero_layer(sparse(two_layers()))
+    with pytest.warns(UserWarning, match=r"zero everywhere, and left out as if ignored, .*: 2\.weight\."):
+        keep = keep_sparse(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert list(keep.masks) == ["0.weight"]
 
 
 def test_keep_sparse_names_weights_as_the_plain_model_does():
@@ -403,7 +411,6 @@ def test_keep_sparse_refuses_wrong_arguments(prepare, change, optimizer, options
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (zero_layer, r"zero everywhere, and held so these would never train: 2\.weight\. Name what"),
         (gates, r"learned gates are on 0\.weight, 2\.weight; fold them in with pyprune\.strip"),
     ],
 )

@@ -242,7 +242,10 @@ def test_followers_that_come_later_or_by_a_copy_are_in_step_too():
 def test_batch_norm_scales_are_those_of_the_moment():
     model = small()
     method = Method(importance.batch_norm_scale(), granularity.channel("out"))
-    pruner = Pruner(model, method, schedules.one_shot(0.5, start=1), examples_inputs=batch()[0])
+    with pytest.warns(
+        UserWarning, match=r"leaves out hidden.weight, head.weight \(without a score by batch_norm_scale"
+    ):
+        pruner = Pruner(model, method, schedules.one_shot(0.5, start=1), examples_inputs=batch()[0])
     model.norm.weight.data.copy_(torch.arange(8.0).flip(0) + 1)
     pruner.step()
     assert masks(model)["conv.weight"].flatten(1).any(1).tolist() == [True] * 4 + [False] * 4

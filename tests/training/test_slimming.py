@@ -44,7 +44,9 @@ def test_trained_so_the_channels_with_the_smallest_scales_go():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     method = Method(importance.batch_norm_scale(), granularity.channel("out"))
     schedule = schedules.one_shot(0.5, start=30)
-    pruner = pyprune.Pruner(model, method, schedule, optimizer, examples_inputs=torch.randn(1, 2, 4, 4))
+    ignored = pyprune.IgnoredScope(names=["hidden", "head"])
+    inputs = torch.randn(1, 2, 4, 4)
+    pruner = pyprune.Pruner(model, method, schedule, optimizer, ignored_scope=ignored, examples_inputs=inputs)
     before = slimming_loss(model, 1.0).item()
     for step in range(30):
         optimizer.zero_grad()
