@@ -1,6 +1,7 @@
 """What a sensitivity analysis has found, as a table and in files."""
 
 import csv
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -139,14 +140,16 @@ class SensitivityResult:
         As with `to_json`, an interruption leaves the old file as it was.
         """
         better = "higher" if self.higher_is_better else "lower"
-        with whole_file(path) as unfinished, open(unfinished, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(_COLUMNS)
-            writer.writerow(("", "", "", "", self.baseline, "", better))
-            for name, target in self.targets.items():
-                for ratio, score in target.scores.items():
-                    drop = self.drop(name, ratio)
-                    writer.writerow((name, target.weights, target.units, ratio, score, drop, better))
+        text = io.StringIO(newline="")
+        writer = csv.writer(text)
+        writer.writerow(_COLUMNS)
+        writer.writerow(("", "", "", "", self.baseline, "", better))
+        for name, target in self.targets.items():
+            for ratio, score in target.scores.items():
+                drop = self.drop(name, ratio)
+                writer.writerow((name, target.weights, target.units, ratio, score, drop, better))
+        with whole_file(path) as unfinished:
+            unfinished.write_text(text.getvalue(), newline="")
 
     @classmethod
     def from_csv(cls, path: str | os.PathLike[str]) -> "SensitivityResult":

@@ -153,7 +153,11 @@ def macs_of(model: nn.Module, targets: Sequence[Target], examples_inputs: Any) -
     check_inputs(examples_inputs)
     check_initialized(model)
     counter = _FlopCounter(targets)
-    gates = {target: gate for target in targets if isinstance(gate := target.attachment, nn.Module)}
+    gates: dict[Target, nn.Module] = {}
+    for target in targets:
+        gate = target.attachment
+        if isinstance(gate, nn.Module):
+            gates[target] = gate
     before = Before(*gates.values(), with_attributes=False)
     with undoing(before.restore), evaluating(model), untouched(model), _unfused(), using(counter):
         for target in targets:

@@ -178,9 +178,9 @@ def test_a_failure_whose_undoing_is_interrupted_leaves_the_model_as_it_was():
         model[1].weight.data[model[1].weight != 0] = torch.nan
         return model
 
-    before, n, is_interrupted = look({"model": broken()}), 0, True
+    before, n, is_interrupted = look({"model": broken()}), -2, True
     while is_interrupted:
-        n += 1
+        n += 3
         model, fault = broken(), Fault(n)
         try:
             is_interrupted = fault.run(lambda model=model: pyprune.prune(model, LOCAL, ratio=0.6))
