@@ -277,5 +277,6 @@ def _make_raw(hold: Hold, parameter: nn.Parameter | None) -> None:
 def _random_state(parameters: list[nn.Parameter]) -> dict[torch.device | None, Tensor]:
     states: dict[torch.device | None, Tensor] = {None: torch.get_rng_state()}
     for device in {parameter.device for parameter in parameters if parameter.is_cuda}:
-        states[device] = torch.cuda.get_rng_state(device)
+        if device.index < torch.cuda.device_count():
+            states[device] = torch.cuda.get_rng_state(device)
     return states
