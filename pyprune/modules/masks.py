@@ -84,6 +84,7 @@ def channels_alive(mask: Tensor, groups: int = 0) -> Tensor:
     """Say of each output channel of a layer whether it keeps a weight; ``groups`` as in `FollowingMask`.
 
     Example:
+        >>> import torch
         >>> channels_alive(torch.tensor([[True, False], [False, False]])).tolist()
         [True, False]
     """
@@ -116,6 +117,7 @@ def changing_masks(masks: Iterable[Mask]) -> Iterator[None]:
     Masks become other tensors (``mask.mask = ...``), and are not written into: if the body fails, all is as it was.
 
     Example:
+        >>> import torch
         >>> from pyprune import prune
         >>> linear = prune(nn.Linear(2, 2), "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.5)
         >>> (mask,) = masks_in(linear)
@@ -165,6 +167,7 @@ def attach_masks(model: nn.Module, masks: Sequence[NewMask], followers: Iterable
     was there is parked; but those of a mask that was there already must be raw (`changing_masks`), and stay so.
 
     Example:
+        >>> import torch
         >>> linear = torch.nn.Linear(2, 2)
         >>> attach_masks(linear, [NewMask([Owner("weight", linear, "weight")], torch.eye(2, dtype=torch.bool))])
         >>> bool(linear.weight[0, 1] == 0)
