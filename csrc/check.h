@@ -24,6 +24,16 @@ inline Dtype dtype_of(const torch::stable::Tensor& tensor) {
   }
 }
 
+// What is elsewhere has a pointer all the same, or none.
+inline void check_on_cpu(const torch::stable::Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.is_cpu(), "all tensors must be on the CPU");
+}
+
+inline void check_seed(const torch::stable::Tensor& seed) {
+  STD_TORCH_CHECK(seed.numel() == 1 && seed.scalar_type() == torch::headeronly::ScalarType::Long,
+                  "seed must be one int64");
+}
+
 inline void check_weights(const std::vector<torch::stable::Tensor>& weights) {
   for (const auto& weight : weights) {
     STD_TORCH_CHECK(dtype_of(weight) != Dtype::kBool, "weights must be floating point");

@@ -85,8 +85,9 @@ Histogram histogram_of(const std::vector<CandidateRun>& runs, Bracket bracket) {
 }
 
 Bracket Histogram::bracket_of(size_t from, size_t to) const {
+  // Behind the last of the widest intervals no key is left, nor a number for it.
   const auto before = [this](uint64_t bin) {
-    return static_cast<int64_t>(static_cast<uint64_t>(first) + (bin << shift) - 1);
+    return static_cast<int64_t>(std::min(static_cast<uint64_t>(first) + (bin << shift), uint64_t{1} << 63) - 1);
   };
   Bracket bracket{before(from), 0, before(to + 1)};
   if (finest && from == to) {

@@ -39,8 +39,8 @@ struct GateCall {
     STD_TORCH_CHECK(fits(weight, logits_), "each size of the logits must divide the weight's");
     STD_TORCH_CHECK(logits.dtype == Dtype::kFloat32 || logits.dtype == dtype_of(weight), "logits have another dtype");
     if (seed.has_value()) {
-      STD_TORCH_CHECK(seed->numel() == 1 && seed->scalar_type() == torch::headeronly::ScalarType::Long,
-                      "seed must be one int64");
+      check_seed(*seed);
+      check_on_cpu(*seed);
       noise.seed = *static_cast<const uint64_t*>(seed->const_data_ptr());
     }
   }

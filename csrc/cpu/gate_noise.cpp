@@ -15,6 +15,8 @@ namespace {
 using torch::stable::Tensor;
 
 Tensor gate_noise(const Tensor seed, const std::vector<int64_t> size, int64_t stream) {
+  check_seed(seed);
+  check_on_cpu(seed);
   const Noise noise{*static_cast<const uint64_t*>(seed.const_data_ptr()), static_cast<uint64_t>(stream)};
   Tensor result = torch::stable::empty(size, torch::headeronly::ScalarType::Float);
   float* const out = static_cast<float*>(result.mutable_data_ptr());

@@ -274,10 +274,8 @@ class Selection {
 
   // The first of the elements in the bracket go, in the order of their scores and places.
   void correct_masks(Bracket bracket, Places& places) {
-    Selected kth{bracket.last, 0, places.inside};
-    if (places.going == 0 && !bracket.one_score()) {
-      kth = {bracket.below, 0, 0};  // weights pruned before: what lies below the bracket is just what goes
-    } else if (!bracket.one_score()) {
+    Selected kth{bracket.below + 1, 0, places.inside};  // right for one score, and where nothing in the bracket goes
+    if (places.going > 0 && !bracket.one_score()) {
       kth = select_key(places.keys, bracket, places.going);
     }
     // Per weight, the largest bits of what goes for sure, and of what does not stay for sure.

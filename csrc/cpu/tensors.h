@@ -13,6 +13,7 @@
 namespace pyprune {
 
 inline Strided strided_of(const torch::stable::Tensor& tensor) {
+  check_on_cpu(tensor);
   return Strided(const_cast<void*>(tensor.const_data_ptr()), dtype_of(tensor), tensor.sizes().data(),
                  tensor.strides().data(), tensor.dim());
 }
@@ -45,6 +46,7 @@ inline std::vector<UnitPattern> patterns_of(const std::vector<torch::stable::Ten
   std::vector<UnitPattern> result;
   const int64_t* block = blocks.data();
   for (size_t i = 0; i < tensors.size(); ++i) {
+    check_on_cpu(unit_masks[i]);
     result.emplace_back(views[i], tensors[i].sizes().data(), tensors[i].strides().data(), block, tensors[i].dim(),
                         static_cast<const uint8_t*>(unit_masks[i].const_data_ptr()), unit_masks[i].strides().data());
     block += tensors[i].dim();

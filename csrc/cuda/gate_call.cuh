@@ -33,7 +33,7 @@ class GateCall {
     STD_TORCH_CHECK(fits, "each size of the logits must divide the weight's");
     if (seed.has_value()) {
       on_device(*seed);
-      STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 1, "seed must be one int64");
+      check_seed(*seed);
       noise.seed = static_cast<const int64_t*>(seed->const_data_ptr());
     }
     stream = current_stream(weight);

@@ -5,7 +5,7 @@ namespace pyprune {
 namespace {
 
 Tensor gate_noise(const Tensor seed, const std::vector<int64_t> size, int64_t stream) {
-  STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, "seed must be one int64");
+  check_seed(seed);
   const torch::stable::accelerator::DeviceGuard guard(seed.get_device_index());
   Tensor noise = torch::stable::new_empty(seed, size, ScalarType::Float);
   launch_gate_noise(static_cast<const int64_t*>(seed.const_data_ptr()), static_cast<uint64_t>(stream), noise.numel(),

@@ -53,17 +53,16 @@ struct Layout {
   Strided view(void* data, Dtype dtype) const { return Strided(data, dtype, sizes.data(), strides.data(), 3); }
 };
 
-// Draws the bits of magnitudes of one kind.
-struct Magnitudes {
-  uint64_t low, high;  // from low to high
-  bool sprinkled;      // with infinities and NaN
+// Bits of magnitudes of one kind, from low to high.
+struct Crowd {
+  uint64_t low, high;
 
-  explicit Magnitudes(Dtype dtype) : low(0), high(infinity_bits(dtype) - 1), sprinkled(one_in(10)) {
+  explicit Crowd(Dtype dtype) : low(0), high(infinity_bits(dtype) - 1) {
     const uint64_t normal = dtype == Dtype::kFloat64   ? uint64_t{1} << 52
                             : dtype == Dtype::kFloat32 ? uint64_t{1} << 23
                             : dtype == Dtype::kFloat16 ? uint64_t{1} << 10
                                                        : uint64_t{1} << 7;
-    switch (random_between(0, 5)) {
+    switch (random_between(0, 6)) {
       case 0: high = 0; break;       // zeros
       case 1: high = normal; break;  // denormals
       case 2:                        // one binade
@@ -74,12 +73,31 @@ struct Magnitudes {
         low = random_bits() % high;
         high = std::min(high, low + any_of<uint64_t>({0, 1, 4}));
         break;
-      default: break;  // anything
+      case 4: low = high -= random_bits() % normal; break;  // of the largest ones there are, one value
+      default: break;                                       // anything
+    }
+  }
+  uint64_t draw() const { return low + random_bits() % (high - low + 1); }
+};
+
+// Draws a crowd, with others among it or without.
+struct Magnitudes {
+  Crowd crowd, others;
+  int64_t one_in_so_many;  // is of the others; 0: none
+  bool sprinkled;          // with infinities and NaN
+
+  explicit Magnitudes(Dtype dtype)
+      : crowd(dtype), others(dtype), one_in_so_many(any_of({0, 0, 2, 30, 1000})), sprinkled(one_in(10)) {
+    if (one_in(3)) {  // the next ones of the crowd
+      others.low = crowd.high;
+      others.high = std::min(crowd.high + 8, infinity_bits(dtype) - 1);
     }
   }
   uint64_t draw(Dtype dtype) const {
-    const uint64_t infinity = infinity_bits(dtype);
-    return sprinkled && one_in(50) ? infinity + random_bits() % 2 : low + random_bits() % (high - low + 1);
+    if (sprinkled && one_in(50)) {
+      return infinity_bits(dtype) + random_bits() % 2;
+    }
+    return one_in_so_many > 0 && one_in(one_in_so_many) ? others.draw() : crowd.draw();
   }
 };
 
@@ -99,8 +117,13 @@ struct Case {
         mask(mask_layout.extent),
         base(base_layout.extent) {
     const Magnitudes magnitudes(dtype);
+    std::vector<uint64_t> bits(layout.numel);
+    std::ranges::generate(bits, [&] { return magnitudes.draw(dtype); });
+    if (one_in(4)) {
+      std::ranges::sort(bits);  // what a sample shows of one place is true of no other
+    }
     for (int64_t i = 0; i < layout.numel; ++i) {
-      write(i, magnitudes.draw(dtype) | (random_bits() & 1) << (8 * item_size(dtype) - 1));
+      write(i, bits[i] | (random_bits() & 1) << (8 * item_size(dtype) - 1));
     }
   }
   // Of `of` elements the base lacks `lacking`, on average; it may be any byte but zero where it lacks none.
@@ -181,7 +204,11 @@ void test_round() {
   const bool usable = std::ranges::count(nonfinite, 0) == std::ssize(nonfinite);
   const int64_t count = scores.size();
   competition.removed = any_of({random_between(0, count), random_between(lacking, count), lacking, count, count / 2,
-                                std::min<int64_t>(count, 1)});
+                                std::min<int64_t>(count, 1), std::max<int64_t>(count - 1, 0)});
+  if (count > 0 && one_in(3)) {  // all up to some score, and no more
+    const double last = scores[random_between(0, count - 1)];
+    competition.removed = std::ranges::count_if(scores, [last](double score) { return score <= last; });
+  }
   std::vector<size_t> order(count);
   std::iota(order.begin(), order.end(), size_t{0});
   if (usable) {
@@ -195,7 +222,7 @@ void test_round() {
     expected[i] = expected[i] != 0 && scores[i] != -1;
   }
   set_thread_count(random_between(1, 4));
-  shift_bracket(any_of({0.0, 0.0, -10.0, 10.0}));  // a bracket that misses, too
+  shift_bracket(any_of({0.0, 0.0, -10.0, -4.0, -3.0, 3.0, 4.0, 10.0}));  // a bracket that misses, or nearly
   with_each_capability([&] {
     for (Case& one : cases) {
       std::ranges::fill(one.mask, uint8_t{2});

@@ -4,14 +4,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pyprune.calibration.batches import Dataset, batches_of
-from pyprune.calibration.sums import ActivationSums, GradientSums
+from pyprune.calibration.sums import GradientSums, warn_of_tables
+from pyprune.calibration.use_sums import UseSums
 from pyprune.methods.importance import Importance, Statistic
 from pyprune.methods.method import Method
 from pyprune.modules.attachments import check_module
@@ -52,9 +53,12 @@ def calibrate(
     """Run batches through the model, and keep of each weight only the statistic that an importance is computed from.
 
     For gradients ``loss_fn`` runs the model; the gradient is that of the weight in use, so it is not zero where a
-    mask drops a weight. Activations need no loss. What is measured is the model as it is, with the masks that it
-    carries: calibrate before pruning if masks are to be chosen from raw weights. All modules run in evaluation mode.
-    Training flags, ``requires_grad``, ``grad``, buffers and torch's random numbers are as before in the end.
+    mask drops a weight. Activations need no loss; they are seen where a weight is multiplied with them, whoever
+    does that (attention, ``F.linear(x, layer.weight)``, experts). Embeddings that are only looked up have no inputs:
+    they are left out, by `prune` too, and a warning names them. What is measured is the model as it is, with the
+    masks that it carries: calibrate before pruning if masks are to be chosen from raw weights. All modules run in
+    evaluation mode. Training flags, ``requires_grad``, ``grad``, buffers and torch's random numbers are as before in
+    the end.
 
     Args:
         model: the model, on the device of the data.
@@ -65,7 +69,7 @@ def calibrate(
             ``lambda model, batch: cross_entropy(model(batch[0]), batch[1])``.
         num_batches: how many batches to use; all if None or if there are fewer.
         ignored_scope: weights to leave out.
-        examples_inputs: as in `prune`; finds bare parameters, for gradients.
+        examples_inputs: as in `prune`; finds bare parameters, and directions.
 
     Returns:
         What `prune` takes as ``calibration``.
@@ -95,19 +99,25 @@ def calibrate(
                 f"importance {rule.name} needs gradients, and loss_fn is {loss_fn!r}; give a function of the model "
                 "and a batch that returns the loss"
             )
-        gathered = _Gradients(rule, targets)
-        run = cast(Callable[[nn.Module, Any], Any], partial(gathered.run, loss_fn))
+        gradients = _Gradients(rule, targets)
+        gathered: _Gradients | UseSums = gradients
+        run: Callable[[nn.Module, Any], Any] = partial(gradients.run, loss_fn)
     elif loss_fn is not None:
         raise ValueError(f"importance {rule.name} needs activations, and no loss_fn; leave it out")
     else:
-        gathered = ActivationSums(rule, targets)  # type: ignore[assignment]
+        gathered = UseSums(rule, targets)
         run = forward
     count = 0
-    with Change(model), untouched(model), evaluating(model), gathered.watching():
+    with Change(model), untouched(model), evaluating(model), gathered.watching(model):
         for batch in batches:
             run(model, batch)
             count += 1
-    tensors = {target.name: gathered.result(target, count) for target in targets}
+    tensors = {target.name: tensor for target, tensor in gathered.results(count).items()}
+    if not tensors:
+        raise ValueError(f"importance {rule.name} needs products, and in all weights rows are only looked up")
+    tables = [target for target in targets if target.name not in tensors]
+    if tables:
+        warn_of_tables(rule, tables)
     _check_finite(tensors)
     return Calibration(rule.needs, rule.options, tensors, count)
 
@@ -141,7 +151,7 @@ class _Gradients:
         self.is_recurrent = any(isinstance(owner.module, nn.RNNBase) for t in targets for owner in t.owners)
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self, model: nn.Module) -> Iterator[None]:
         """Let all targets have gradients, and see what masks make of the weights."""
         frozen = [target.parameter for target in self.targets if not target.parameter.requires_grad]
         hooks: list[RemovableHandle] = []
@@ -185,5 +195,5 @@ class _Gradients:
             else:  # a batch that does not use a weight makes no exception for decay
                 self.sums.add_nothing(target)
 
-    def result(self, target: Target, count: int) -> Tensor:
-        return self.sums.result(target, count)
+    def results(self, count: int) -> Mapping[Target, Tensor]:
+        return {target: self.sums.result(target, count) for target in self.targets}

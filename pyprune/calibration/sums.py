@@ -1,6 +1,6 @@
 """Sums of gradients and activations, from which importances are computed."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -8,10 +8,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from pyprune.console import listed, warn
 from pyprune.methods.importance import Importance
 from pyprune.modules.activations import but_channels, input_squares, recurrent_input
 from pyprune.modules.masks import raw_weight
-from pyprune.modules.targets import Target, channel_dims, is_transposed, output_layers
+from pyprune.modules.targets import Target, output_layers
 from pyprune.modules.undo import undoing
 
 
@@ -47,20 +48,20 @@ class GradientSums:
 
 
 class ActivationSums:
-    """Norms of the inputs of layers, or figures of their outputs: one number for each channel.
+    """Norms of the inputs of layers in training, or figures of their outputs: one number for each channel.
+
+    They are seen by hooks on the layers, because a training may be compiled. `UseSums` sees more.
 
     Args:
         rule: what the sums are for.
         targets: of whose layers.
-        only_training: whether layers in evaluation mode are not looked at.
 
     Raises:
         ValueError: if the activations of a target cannot be seen.
     """
 
-    def __init__(self, rule: Importance, targets: list[Target], *, only_training: bool = False) -> None:
+    def __init__(self, rule: Importance, targets: list[Target]) -> None:
         self.rule = rule
-        self.only_training = only_training
         self.gathers = True  # False: hooks look at nothing
         self.layers: dict[Target, list[tuple[nn.Module, str]]] = {}
         self.sums: dict[Target, Tensor] = {}
@@ -73,8 +74,8 @@ class ActivationSums:
                 problems.append(target.name)
         if problems:
             raise ValueError(
-                f"the activations of {', '.join(problems)} cannot be seen from outside of its layer; name it in "
-                "ignored_scope, here and in prune"
+                f"the activations of {listed(problems)} cannot be seen while a model trains, from outside of its "
+                "layer; name it in ignored_scope, or use calibrate and prune, which see them inside"
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ActivationSums":
@@ -85,7 +86,7 @@ class ActivationSums:
 
     def _visible(self, target: Target) -> list[tuple[nn.Module, str]]:
         layers = [(layer, "input") for layer in output_layers(target)]
-        if len({is_transposed(layer) for layer, _ in layers}) > 1:
+        if not target.layout.is_clear:
             return []  # tied the other way round, it has channels of two kinds
         if self.rule.needs == "input norm" and not layers:
             for owner in target.owners:
@@ -117,7 +118,7 @@ class ActivationSums:
     def _see(
         self, target: Target, kind: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        if not self.gathers or (self.only_training and (not layer.training or _is_recomputed())):
+        if not self.gathers or not layer.training or _is_recomputed():
             return
         if self.rule.needs == "input norm":
             figures = input_squares(kind, layer, args, kwargs, output)
@@ -137,14 +138,51 @@ class ActivationSums:
         if sums is None:
             raise ValueError(f"no batch went through the layer of {target.name}; name it in ignored_scope")
         if self.rule.needs != "input norm":
-            return (sums / self.counts[target].clamp(min=1)).to(_wide(target))
-        out_dim, in_dim = channel_dims(target)
-        shape = [1] * target.parameter.dim()
-        shape[in_dim] = sums.shape[-1]
-        if sums.dim() > 1:  # each group of outputs has inputs of its own
-            shape[out_dim] = target.parameter.shape[out_dim]
-            sums = sums.repeat_interleave(shape[out_dim] // len(sums), dim=0)
-        return sums.sqrt().reshape(shape).to(_wide(target))
+            return mean_of_outputs(target, sums, self.counts[target])
+        return norms_of_inputs(target, sums.reshape(target.layout.groups, 1, -1))
+
+
+def without_tables(rule: Importance, targets: Sequence[Target]) -> list[Target]:
+    """Leave out embeddings where an importance needs activations, and warn: nothing is multiplied with them."""
+    tables = [target for target in targets if target.layout.is_table]
+    if not tables or rule.needs not in ("input norm", "zero outputs", "mean output"):
+        return list(targets)
+    warn_of_tables(rule, tables)
+    return [target for target in targets if target not in tables]
+
+
+def warn_of_tables(rule: Importance, tables: Sequence[Target]) -> None:
+    """Say that embeddings are left out."""
+    warn(
+        f"importance {rule.name} leaves out {listed([target.name for target in tables])}: rows are looked up there, "
+        "and nothing is multiplied with them. To say so yourself, name it in ignored_scope"
+    )
+
+
+def norms_of_inputs(target: Target, squares: Tensor) -> Tensor:
+    """Return the norms of the inputs of a weight, to be broadcast over it.
+
+    Args:
+        target: the weight.
+        squares: their squares: (groups, outputs of one, or 1 if all have the same inputs, inputs of one).
+    """
+    layout, shape = target.layout, target.parameter.shape
+    if len(shape) < 2:
+        return squares.sqrt().reshape(-1).to(_wide(target))
+    assert layout.outputs is not None
+    assert layout.inputs is not None
+    groups, outputs, inputs = squares.shape
+    sizes = [groups] + [1] * len(shape)
+    sizes[layout.outputs + 1], sizes[layout.inputs + 1] = outputs, inputs
+    norms = (squares if layout.outputs < layout.inputs else squares.mT).sqrt().reshape(sizes)
+    if groups > 1 and norms.shape[1] == 1:  # along the first dimension, each group has its own
+        norms = norms.repeat_interleave(shape[0] // groups, dim=1)
+    return norms.flatten(0, 1).to(_wide(target))
+
+
+def mean_of_outputs(target: Target, sums: Tensor, counts: Tensor) -> Tensor:
+    """Return the means of what the outputs of a weight were."""
+    return (sums / counts.clamp(min=1)).to(_wide(target))
 
 
 def _is_recomputed() -> bool:

@@ -139,7 +139,7 @@ class TrainingSums:
             self._gradients = TrainingGradients(targets, optimizer, self._add)
             self._sums = GradientSums(rule, targets)
         else:
-            self._sums = ActivationSums(rule, targets, only_training=True)
+            self._sums = ActivationSums(rule, targets)
 
     @property
     def gathers(self) -> bool:

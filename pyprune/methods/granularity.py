@@ -1,7 +1,8 @@
 """What disappears as one: single elements, blocks, channels, convolution kernels, attention heads.
 
 Each function returns the granularity of a `Method`. A *unit* is what it removes; the ratio counts units. Outputs and
-inputs are those of the layer; bare parameters count as (outputs, inputs), as the weights of linear layers do.
+inputs are those of the layer, wherever its weight has them; where that cannot be told, `prune` raises. A channel of a
+convolution with groups, or of experts in one weight, is a channel of one group, or of one expert.
 """
 
 from collections.abc import Callable, Sequence
@@ -93,6 +94,7 @@ def channel(side: Literal["out", "in"] = "out", reduction: Reduction = "sum") ->
     def block_of(weight: Weight) -> tuple[int, ...]:
         sizes = list(weight.values.shape)
         if sizes:
+            sizes[0] //= weight.layout.groups
             sizes[weight.out_dim if side == "out" else weight.in_dim] = 1
         return tuple(max(1, size) for size in sizes)
 
@@ -110,7 +112,7 @@ def kernel(reduction: Reduction = "sum") -> Granularity:
 
     def block_of(weight: Weight) -> tuple[int, ...]:
         shape = weight.values.shape
-        if len(shape) < 3:
+        if len(shape) < 3 or {weight.out_dim, weight.in_dim} != {0, 1}:
             raise ValueError(
                 f"{weight.name} of shape {tuple(shape)} has no convolution kernels; name it in ignored_scope"
             )

@@ -1,5 +1,6 @@
 """Unit groups: the units of one weight, or of several that lose them together, in pure tensors and numbers."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,18 +10,19 @@ import torch
 from torch import Tensor
 
 from pyprune import ops
+from pyprune.methods.layout import LINEAR, Layout
 
 Reduction = Literal["sum", "mean", "max"]
 
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """A weight in plain tensors: its values, which of its dimensions are channels, and what is known of it.
+    """A weight in plain tensors: its values, what its dimensions count, and what is known of it.
 
     Args:
         name: its name in the dense model.
         values: the raw weight.
-        out_dim, in_dim: which dimension counts output channels, and which input channels (of one group).
+        layout: which of its dimensions count outputs, inputs and groups.
         base: bool tensor of the same shape, False where the weight is pruned already and stays so; or None.
         statistic: what calibration measured for it, or None.
         names: all its names, if it is tied.
@@ -28,11 +30,30 @@ class Weight:
 
     name: str
     values: Tensor
-    out_dim: int = 0
-    in_dim: int = 1
+    layout: Layout = LINEAR
     base: Tensor | None = None
     statistic: Tensor | None = None
     names: tuple[str, ...] = ()
+
+    @property
+    def out_dim(self) -> int:
+        """Which dimension counts output channels, of one group if it is not the first; raise if it cannot be told."""
+        return self._known(self.layout.outputs, "outputs")
+
+    @property
+    def in_dim(self) -> int:
+        """Which dimension counts input channels, of one group if it is not the first; raise if it cannot be told."""
+        return self._known(self.layout.inputs, "inputs")
+
+    def _known(self, dim: int | None, what: str) -> int:
+        if self.values.dim() < 2:
+            return 0
+        if dim is None:
+            raise ValueError(
+                f"which dimension of {self.name} of shape {tuple(self.values.shape)} counts {what} cannot be told: "
+                f"{self.layout.problem}. Name it in ignored_scope, or remove single elements"
+            )
+        return dim
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +99,14 @@ class UnitGroup:
         if self.is_one_weight:
             return first.unit_shape
         return (first.unit_shape[0] * first.unit_shape[1] // first.parts,)
+
+
+def units_as_rows(member: Member) -> Tensor:
+    """Return the elements of each unit of a weight as a row of a matrix, where all units are of one size."""
+    values, block = member.weight.values, member.block
+    sizes = [size for whole, part in zip(values.shape, block, strict=True) for size in (whole // part, part)]
+    dims = range(len(sizes))
+    return values.reshape(sizes).permute(*dims[::2], *dims[1::2]).reshape(math.prod(member.unit_shape), -1)
 
 
 def reduce_units(

@@ -6,8 +6,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pyprune.modules.targets import is_transposed
-
 
 def recurrent_input(module: nn.Module, attribute: str) -> str | None:
     """Say what a weight of a recurrent layer multiplies, if it can be seen: inputs of the first layer, or states."""
@@ -24,12 +22,11 @@ def recurrent_input(module: nn.Module, attribute: str) -> str | None:
 def input_squares(
     kind: str, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
 ) -> Tensor:
-    """Sum the squares of what a weight multiplies, for each input channel; a row for each group of a convolution."""
+    """Sum the squares of what a weight multiplies, for each input channel; of a convolution a row for each group."""
     given = args[0] if args else kwargs["input"]
     if kind == "input":
         sums = _sum_squares(layer, given)
-        grouped = isinstance(layer, nn.modules.conv._ConvNd) and not is_transposed(layer) and layer.groups > 1
-        return sums.reshape(cast(int, layer.groups), -1) if grouped else sums
+        return sums.reshape(layer.groups, -1) if isinstance(layer, nn.modules.conv._ConvNd) else sums
     first = args[1] if len(args) > 1 else kwargs.get("hx")
     first = first[0] if isinstance(first, tuple) else first
     direction, size = int(kind == "backward states"), cast(int, layer.hidden_size)
@@ -54,7 +51,8 @@ def _sum_squares(layer: nn.Module, tensor: Any) -> Tensor:
 
 def channel_dim(layer: nn.Module, tensor: Tensor) -> int:
     """Return which dimension of a layer's input or output counts channels: before the positions of a convolution."""
-    positions = len(layer.kernel_size) if isinstance(layer, nn.modules.conv._ConvNd) else 0
+    weight = getattr(layer, "weight", None) if hasattr(layer, "kernel_size") else None
+    positions = weight.dim() - 2 if isinstance(weight, Tensor) else 0
     return tensor.dim() - 1 - positions
 
 

@@ -1,6 +1,7 @@
 """Save which weights carry masks and gates, and put them on a fresh model so that a checkpoint fits."""
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -8,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from pyprune.methods.layout import Layout, channels_shape
 from pyprune.modules.attachments import Attachment, check_module, gate_name
 from pyprune.modules.forward_pass import attach_and_share
 from pyprune.modules.gates import HardConcreteGate, StochasticGate, check_gates
@@ -58,7 +60,8 @@ def get_config(model: nn.Module) -> dict[str, Any]:
                 name = followed.get(attachment.source)
                 if name is None:  # the weight was stripped by itself, and there is nothing to follow
                     continue
-                state |= {"follows": name, "groups": attachment.groups}
+                layout = attachment.layout
+                state |= {"follows": name, "outputs": layout.outputs, "groups": layout.groups}
             masks.append(entry | state | {"parks": attachment.parks})
         elif isinstance(attachment, StochasticGate):
             gates.append(entry | _describe(target, attachment))
@@ -201,14 +204,26 @@ def _mask(entry: Mapping[str, Any], following: Mask | None = None) -> Mask:
 
 
 def _follower(entry: Mapping[str, Any], source: Attachment | None) -> Mask:
-    groups = entry.get("groups")
-    if not isinstance(source, Mask) or not isinstance(groups, int) or source.mask.dim() < 2:
+    groups, outputs = entry.get("groups"), entry.get("outputs")
+    if outputs is None and isinstance(groups, int):  # as pyprune wrote it before: 0 groups where outputs come first
+        outputs, groups = min(1, groups), max(1, groups)
+    if (
+        not isinstance(source, Mask)
+        or not isinstance(groups, int)
+        or not isinstance(outputs, int)
+        or not 0 <= outputs < source.mask.dim()
+        or source.mask.dim() < 2
+        or groups < 1
+        or source.mask.shape[0] % groups
+        or math.prod(channels_shape(tuple(source.mask.shape), Layout(outputs, None, groups), "out"))
+        != math.prod(entry["shape"])
+    ):
         names = ", ".join(entry["names"])
         raise ValueError(
-            f"config says that the mask of {names} follows {entry['follows']!r}, which has none; give the dict that "
-            "get_config returned"
+            f"config says that the mask of {names} follows {entry['follows']!r}, which has none, or other channels; "
+            "give the dict that get_config returned"
         )
-    return FollowingMask(source, groups)
+    return FollowingMask(source, Layout(outputs, None, groups), entry["shape"])
 
 
 def _gate(entry: Mapping[str, Any], weight: nn.Parameter) -> Attachment:

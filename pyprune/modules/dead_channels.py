@@ -1,103 +1,111 @@
-"""What belongs to an output channel besides its weights: the bias, and the BatchNorm that comes next."""
+"""What belongs to an output channel besides its weights: the bias, and the norms that come next."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any, cast
+import math
+from collections.abc import Mapping
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
-from pyprune.modules.activations import channel_dim
-from pyprune.modules.evaluation import check_initialized, evaluating, forward, untouched
+from pyprune.console import listed, warn
+from pyprune.methods.layout import Layout, channels_shape
+from pyprune.modules.ignored_scope import IgnoredScope
+from pyprune.modules.layers import bias_of, weight_layouts
 from pyprune.modules.masks import NewFollower, NewMask
-from pyprune.modules.targets import Target, by_place, is_transposed, output_layers
-from pyprune.modules.undo import Before, undoing
+from pyprune.modules.norms import NORMS, given_to_norms
+from pyprune.modules.targets import Target, by_place, ignored_in, output_layers
 
 
-def norms_after(
-    model: nn.Module, layers: Iterable[nn.Module], inputs: Any, asked_by: str = "norms_after"
-) -> dict[nn.Module, _BatchNorm]:
-    """Run the model once; return, for those layers whose output goes into a BatchNorm as it is, that BatchNorm.
-
-    One that follows several layers, or a layer that several follow, is left out. The pass runs in evaluation mode
-    without gradients, and leaves the model as it was.
-
-    Raises:
-        ValueError: if there are no inputs, in the name of what asked.
-
-    Example:
-        >>> import torch
-        >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
-        >>> norms_after(model, [model[0]], torch.ones(1, 1, 3, 3)) == {model[0]: model[1]}
-        True
-    """
-    if inputs is None:
-        raise ValueError(
-            f"{asked_by} must know which BatchNorm follows which layer; give examples_inputs, for one forward pass"
-        )
-    check_initialized(model)
-    layers = list(layers)
-    made: dict[int, tuple[nn.Module, Tensor, int]] = {}
-    # What each BatchNorm was given: a layer's output with its channels, or something else.
-    given: dict[_BatchNorm, set[nn.Module | None]] = {}
-
-    def after_layer(layer: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and channel_dim(layer, output) == 1:  # which BatchNorm takes for channels
-            # The tensor is kept, so that its id stays its own; its version tells whether something wrote into it.
-            made[id(output)] = (layer, output, output._version)
-
-    def before_norm(norm: nn.Module, args: tuple[Any, ...]) -> None:
-        layer, output, version = made.get(id(args[0]) if args else 0, (None, None, 0))
-        changed = output is None or output._version != version
-        given.setdefault(cast(_BatchNorm, norm), set()).add(None if changed else layer)
-
-    norms = [norm for norm in model.modules() if isinstance(norm, _BatchNorm)]
-    with undoing(Before(*layers, *norms, with_attributes=False).restore), evaluating(model), untouched(model):
-        for layer in layers:
-            layer.register_forward_hook(after_layer)
-        for norm in norms:
-            norm.register_forward_pre_hook(before_norm)
-        forward(model, inputs)
-    only = {norm: next(iter(found)) for norm, found in given.items() if len(found) == 1}
-    followed = list(only.values())
-    return {layer: norm for norm, layer in only.items() if layer is not None and followed.count(layer) == 1}
-
-
-def new_followers(model: nn.Module, masks: Mapping[Target, NewMask], inputs: Any) -> list[NewFollower]:
-    """Plan masks for the biases of these targets' layers, and for scale and shift of the BatchNorm after them.
+def new_followers(
+    model: nn.Module, masks: Mapping[Target, NewMask], inputs: Any, ignored_scope: IgnoredScope | None = None
+) -> list[NewFollower]:
+    """Plan masks for the biases of these targets' layers, and for scale and shift of the norms after them.
 
     They are to drop what belongs to output channels without a weight, so that such a channel is really zero. What
-    carries such a mask already is left out.
+    carries such a mask already is left out, and what is ignored stays as it is. Warnings name that, and norms after
+    which dead channels are not zero.
 
     Raises:
         ValueError: if the model has BatchNorm and there are no inputs to see which layer it follows, if that
             BatchNorm has no scale and shift to mask, or if layers share a bias.
     """
-    layers = {layer: target for target in masks for layer in output_layers(target)}
-    norms: dict[nn.Module, _BatchNorm] = {}
-    if any(isinstance(module, _BatchNorm) for module in model.modules()):
-        norms = norms_after(model, layers, inputs, "zero_dead_channels")
+    norms = _norms_of(model, {layer: target for target in masks for layer in output_layers(target)}, inputs)
+    ignored = ignored_in(model, ignored_scope)
     places = by_place(model)
     new: list[NewFollower] = []
-    for layer, target in layers.items():
-        norm = norms.get(layer)
-        if norm is not None and not norm.affine:
-            raise ValueError(
-                f"zero_dead_channels cannot zero what the BatchNorm after {target.name} puts out: it has no scale "
-                "and shift. Name the layer in ignored_scope, or leave the option out"
-            )
-        for module, attribute in [
-            (layer, "bias"),
-            *((norm, name) for name in ("weight", "bias") if norm is not None),
-        ]:
-            found = places.get((module, attribute))
-            if found is None or found.attachment is not None:
-                continue
-            if len({owner.module for owner in found.owners}) > 1:
-                names = ", ".join(owner.name for owner in found.owners)
-                raise ValueError(
-                    f"zero_dead_channels cannot mask {names}: layers with channels of their own share it. Name one "
-                    "in ignored_scope, or leave the option out"
-                )
-            groups = cast(int, layer.groups) if is_transposed(layer) else 0
-            new.append(NewFollower(found.owners, masks[target], groups))
+    left: list[str] = []
+    for target in masks:
+        for owner in target.owners:
+            layout = weight_layouts(owner.module).get(owner.attribute, target.layout)
+            follow = [(owner.module, bias_of(owner.attribute))]
+            if owner.attribute == "weight":
+                follow += [(norm, name) for norm in norms.get(owner.module, ()) for name in ("weight", "bias")]
+            for module, attribute in follow:
+                found = places.get((module, attribute))
+                if found is None or found.attachment is not None or not _has_channels(found, target, layout):
+                    continue
+                if any(ignored(place.name) for place in found.owners):
+                    left.append(found.name)
+                    continue
+                if len({place.module for place in found.owners}) > 1:
+                    names = " and ".join(place.name for place in found.owners)
+                    raise ValueError(
+                        f"zero_dead_channels cannot mask the bias of {target.name}, because it is one parameter under"
+                        f" several names, {names}, and other uses of it may have other dead channels. Name "
+                        f"{target.name} in ignored_scope, or leave the option out"
+                    )
+                new.append(NewFollower(found.owners, masks[target], layout, found.parameter.shape))
+    if left:
+        warn(
+            f"zero_dead_channels leaves {listed(left)} as they are, because ignored_scope names them: what they add "
+            "to dead channels is not zero"
+        )
     return new
+
+
+def _norms_of(model: nn.Module, layers: Mapping[nn.Module, Target], inputs: Any) -> dict[nn.Module, list[nn.Module]]:
+    """Return the norms that have the channels of one layer each, by that layer; warn of others."""
+    there: dict[nn.Module, str] = {m: name for name, m in model.named_modules() if isinstance(m, NORMS)}
+    if inputs is None and not any(isinstance(norm, _BatchNorm) for norm in there):
+        if there:
+            warn(
+                f"zero_dead_channels does not know which layers {listed(list(there.values()))} follow, and after a "
+                "norm dead channels are not zero; give examples_inputs, for one forward pass"
+            )
+        return {}
+    followed: dict[nn.Module, list[nn.Module]] = {}
+    mixed: list[nn.Module] = []
+    given = given_to_norms(model, layers, inputs, "zero_dead_channels") if there else {}
+    for norm, at_each_call in given.items():
+        channels = [one for one in at_each_call if one is not None]
+        sources = {layer for one in channels for layer in one.layers}
+        if not sources:
+            continue
+        if len(sources) > 1 or len(channels) < len(at_each_call) or any(one.joined for one in channels):
+            mixed.append(norm)
+        elif getattr(norm, "weight", None) is not None:
+            followed.setdefault(sources.pop(), []).append(norm)
+        elif isinstance(norm, _BatchNorm):
+            raise ValueError(
+                f"zero_dead_channels cannot zero what the BatchNorm after {layers[sources.pop()].name} puts out: it "
+                "has no scale and shift. Name the layer in ignored_scope, or leave the option out"
+            )
+        elif not isinstance(norm, _InstanceNorm) or norm.track_running_stats:  # which leaves zeros zero
+            mixed.append(norm)
+    if mixed:
+        warn(
+            f"zero_dead_channels does not reach behind {listed([there[norm] for norm in mixed])}, where dead "
+            "channels are not zero: these norms have no scale and shift, or not of the channels of one layer alone"
+        )
+    return followed
+
+
+def _has_channels(bias: Target, target: Target, layout: Layout) -> bool:
+    """Whether a parameter has one value for each output channel of a weight, and nothing else makes these outputs."""
+    if target.parameter.dim() < 2 or layout.outputs is None or layout.is_table:
+        return False
+    if any(isinstance(owner.module, (nn.RNNBase, nn.RNNCellBase)) for owner in target.owners):
+        return False  # a gate has two weights
+    channels = channels_shape(tuple(target.parameter.shape), layout, "out")
+    return bias.parameter.numel() == math.prod(channels)

@@ -99,7 +99,7 @@ def using(mode: TorchFunctionMode | TorchDispatchMode) -> Iterator[None]:
     )
 
     def undo() -> None:
-        if any(one is mode for one in stack()):
+        while any(one is mode for one in stack()):  # an operator that was interrupted may have left it twice
             mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     with undoing(undo):

@@ -7,6 +7,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from pyprune.methods.layout import Layout, groups_first
 from pyprune.modules import steps as _steps  # noqa: F401  (optimizers keep what masks hold)
 from pyprune.modules.attachments import Owner, attach, shared_attachment
 from pyprune.modules.holding import HELD, Hold
@@ -46,17 +47,17 @@ class FollowingMask(Mask):
 
     Args:
         source: the mask of the layer's weight.
-        groups: 0 if the first dimension of the weight counts output channels; of a transposed convolution, whose
-            second one does, the number of groups.
+        layout: what the dimensions of that weight count.
+        shape: that of the parameter.
     """
 
     on_target = False
 
-    def __init__(self, source: Mask, groups: int = 0) -> None:
-        super().__init__(channels_alive(source.mask, groups))
+    def __init__(self, source: Mask, layout: Layout, shape: Sequence[int]) -> None:
+        super().__init__(channels_alive(source.mask, layout).reshape(tuple(shape)))
         # In a list: it is no submodule, and a copy of a model links to the copy.
         self._source = [source]
-        self.groups = groups
+        self.layout = layout
 
     @property
     def source(self) -> Mask:
@@ -77,21 +78,20 @@ class FollowingMask(Mask):
 
     def update(self) -> None:
         """Become what the source has become."""
-        self.mask = channels_alive(self.source.mask, self.groups)
+        self.mask = channels_alive(self.source.mask, self.layout).view_as(self.mask)
 
 
-def channels_alive(mask: Tensor, groups: int = 0) -> Tensor:
-    """Say of each output channel of a layer whether it keeps a weight; ``groups`` as in `FollowingMask`.
+def channels_alive(mask: Tensor, layout: Layout) -> Tensor:
+    """Say of each output channel of a layer, those of one group after the other, whether it keeps a weight.
 
     Example:
         >>> import torch
-        >>> channels_alive(torch.tensor([[True, False], [False, False]])).tolist()
+        >>> channels_alive(torch.tensor([[True, False], [False, False]]), Layout(0, 1)).tolist()
         [True, False]
     """
-    if groups == 0:
-        return mask.flatten(1).any(1)
-    # (inputs, outputs of a group, ...), with the inputs of one group after the other.
-    return mask.reshape(groups, mask.shape[0] // groups, mask.shape[1], -1).any(3).any(1).flatten()
+    assert layout.outputs is not None
+    outputs_first = groups_first(mask, layout).movedim(layout.outputs + 1, 1)
+    return outputs_first.flatten(2).any(2).flatten()
 
 
 def masks_in(model: nn.Module) -> list[Mask]:
@@ -147,11 +147,12 @@ class NewMask:
 
 @dataclass(frozen=True, eq=False)
 class NewFollower:
-    """A `FollowingMask` to be, of a new mask."""
+    """A `FollowingMask` to be, of a new mask; ``layout`` and ``shape`` as there."""
 
     owners: Sequence[Owner]
     of: NewMask
-    groups: int
+    layout: Layout
+    shape: Sequence[int]
 
 
 def _mask_elsewhere(owners: Sequence[Owner]) -> Mask | None:
@@ -185,7 +186,7 @@ def attach_masks(model: nn.Module, masks: Sequence[NewMask], followers: Iterable
                 )
             updates.append(new)
         carried[new] = shared or Mask(new.mask, new.unit)
-    following = [(follower.owners, FollowingMask(carried[follower.of], follower.groups)) for follower in followers]
+    following = [(new.owners, FollowingMask(carried[new.of], new.layout, new.shape)) for new in followers]
     attach([*((new.owners, mask) for new, mask in carried.items()), *following])
     for new in updates:
         carried[new].mask = new.mask

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pyprune import ops
 from pyprune.console import listed, warn
+from pyprune.methods.layout import Layout
 from pyprune.modules.attachments import (
     Attachment,
     Owner,
@@ -22,37 +23,43 @@ from pyprune.modules.attachments import (
 )
 from pyprune.modules.evaluation import check_initialized, check_inputs
 from pyprune.modules.ignored_scope import IgnoredScope, ignored_by
+from pyprune.modules.layers import is_quantised, weight_layouts
 from pyprune.modules.memory import overlapping, overlaps_itself
 from pyprune.modules.sharding import is_sharded, local_part
-from pyprune.modules.tracing import used_as_weights
+from pyprune.modules.tracing import BOTH, one_layout, used_as_weights
 from pyprune.modules.zero_weights import are_zero
 
-_LAYERS = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.Embedding,
-    nn.EmbeddingBag,
-)
 _ADVICE = ". To prune the other weights, name it in ignored_scope"
 
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """A parameter, its first name in the dense model, and every place that holds it (several if it is tied)."""
+    """A parameter, its first name in the dense model, and every place that holds it (several if it is tied).
+
+    ``used_as`` is what its dimensions count by a forward pass that was looked at.
+    """
 
     name: str
     parameter: nn.Parameter
     owners: tuple[Owner, ...]
+    used_as: Layout | None = None
 
     @property
     def attachment(self) -> Attachment | None:
         """The mask or gate that the owners share, if they carry one."""
         return shared_attachment(self.owners)
+
+    @property
+    def layout(self) -> Layout:
+        """What the dimensions of the weight count: by how it is used, or else by the layers that have it."""
+        used, layers = self.used_as, [weight_layouts(owner.module).get(owner.attribute) for owner in self.owners]
+        known = [layout for layout in layers if layout is not None]
+        if self.parameter.dim() < 2:
+            return Layout()
+        if used is not None and (not known or used.problem == BOTH or (used.is_clear and not used.is_table)):
+            return used
+        bare = "it is in no layer that is known; give examples_inputs, to see how it is used"
+        return one_layout(known) if known else Layout(None, None, problem=bare)
 
     def is_among(self, names: Set[str]) -> bool:
         """Whether one of its names is among ``names``."""
@@ -68,10 +75,11 @@ def find_targets(
 ) -> list[Target]:
     """Find the weights to prune, by identity: a tied weight is one target with several owners.
 
-    They are the weights of Linear, Conv and ConvTranspose layers, Embedding, EmbeddingBag, MultiheadAttention
-    (all projections), RNN, LSTM, GRU and their cells, subclasses included; what carries a mask or gate already; and,
-    with ``examples_inputs``, what one forward pass takes as a weight (`used_as_weights`). Never biases or norms; and
-    what is zero everywhere only where the scope lets it compete: a warning names the others.
+    They are the weights of Linear, Bilinear, Conv and ConvTranspose layers, Embedding, EmbeddingBag,
+    MultiheadAttention (all projections), RNN, LSTM, GRU and their cells, subclasses included; layers of other
+    libraries that look like them, and experts of transformers (`weight_layouts`); what carries a mask or gate
+    already; and, with ``examples_inputs``, what one forward pass takes as a weight (`used_as_weights`). Never biases
+    or norms; and what is zero everywhere only where the scope lets it compete: a warning names the others.
 
     Args:
         model: the model; what is attached to it does not change names or order of what is found.
@@ -140,12 +148,12 @@ def _survey(model: nn.Module, scope: IgnoredScope | None) -> _Survey:
 
 def _choose(model: nn.Module, survey: _Survey, examples_inputs: Any) -> list[Target]:
     layer_names = {owner.name for owner in survey.layers}
-    used: set[Tensor] = set()
+    used: dict[nn.Parameter, Layout] = {}
     if examples_inputs is not None:
         check_initialized(model)
         used = used_as_weights(model, examples_inputs)
     return [
-        target
+        replace(target, used_as=used.get(target.parameter))
         for target in survey.parameters
         if not any(survey.ignored(owner.name) for owner in target.owners)
         and (target.parameter in used or _is_attached_to(target) or target.is_among(layer_names))
@@ -183,25 +191,15 @@ def by_place(model: nn.Module) -> dict[tuple[nn.Module, str], Target]:
     return {(owner.module, owner.attribute): target for target in all_parameters(model) for owner in target.owners}
 
 
-def is_transposed(layer: nn.Module) -> bool:
-    """Whether a layer is a transposed convolution, the second dimension of whose weight counts outputs."""
-    return isinstance(layer, nn.modules.conv._ConvTransposeNd)
-
-
-def channel_dims(target: Target) -> tuple[int, int]:
-    """Return which dimension of a weight counts output channels, and which input channels (of a group)."""
-    if target.parameter.dim() < 2:
-        return 0, 0
-    return (1, 0) if any(is_transposed(owner.module) for owner in target.owners) else (0, 1)
-
-
 def output_layers(target: Target) -> list[nn.Module]:
-    """Return the linear and convolution layers that have the weight, whose outputs are its output channels."""
-    return [
-        owner.module
-        for owner in target.owners
-        if isinstance(owner.module, (nn.Linear, nn.modules.conv._ConvNd)) and owner.attribute == "weight"
-    ]
+    """Return the layers that have the weight, whose outputs are its output channels."""
+    found = []
+    for owner in target.owners:
+        layout = weight_layouts(owner.module).get("weight") if owner.attribute == "weight" else None
+        # Experts in one weight give what only some of them make.
+        if layout is not None and not layout.is_table and layout.outputs in (0, 1) and layout.inputs in (0, 1, None):
+            found.append(owner.module)
+    return found
 
 
 def all_parameters(model: nn.Module) -> list[Target]:
@@ -222,7 +220,7 @@ def layer_weights(model: nn.Module) -> list[Owner]:
     return [
         Owner(f"{name}.{attribute}" if name else attribute, module, attribute)
         for name, module in dense_modules(model)
-        for attribute in _weight_attributes(module)
+        for attribute in weight_layouts(module)
     ]
 
 
@@ -318,30 +316,8 @@ def _class_names(module: nn.Module) -> list[str]:
     return [cls.__name__ for cls in parametrize.type_before_parametrizations(module).__mro__]
 
 
-def _is_quantised(module: nn.Module) -> bool:
-    home = type(module).__module__
-    if not home.startswith("torch.ao.nn.") or ".quantized" not in home:
-        return False
-    # Others in there, stubs and activations, are found in float models too.
-    return hasattr(module, "weight") or hasattr(module, "get_weight")
-
-
-def _weight_attributes(module: nn.Module) -> list[str]:
-    """Name the weights that a layer of this type has; they may turn out not to be parameters."""
-    names: Sequence[str] = ()
-    if isinstance(module, _LAYERS) or _is_quantised(module):
-        names = ("weight",)
-    elif isinstance(module, nn.MultiheadAttention):
-        names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-    elif isinstance(module, nn.RNNBase):
-        names = [name for name in module._flat_weights_names if name.startswith("weight_")]
-    elif isinstance(module, nn.RNNCellBase):
-        names = ("weight_ih", "weight_hh")
-    return [name for name in names if module._parameters.get(name, "computed") is not None]
-
-
 def _check_is_parameter(owner: Owner) -> None:
-    if _is_quantised(owner.module):
+    if is_quantised(owner.module):
         raise TypeError(f"{owner.name} is quantised; prune before quantising{_ADVICE}")
     if owner.foreign_steps:
         steps = ", ".join(owner.foreign_steps)

@@ -3,14 +3,19 @@
 import ctypes
 import pkgutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from pyprune.ops._blocks import unit_shape
+from pyprune.checks import LARGEST_INT, check_count
+from pyprune.ops._blocks import units_along
+from pyprune.ops._memory import has_no_addresses
 
 try:
     # Python that starts in a checkout finds its folder before the installed package, which has the native module.
@@ -25,6 +30,8 @@ except ImportError as error:
     ) from error
 
 WEIGHT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_BOOL = (torch.bool,)
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def _load_cuda_kernels() -> str:
@@ -51,50 +58,127 @@ CUDA_PROBLEM = _load_cuda_kernels()
 CUDA_KERNELS_LOADED = not CUDA_PROBLEM
 
 
-def check_tensors(tensors: Sequence[Tensor], name: str, dtypes: Sequence[torch.dtype]) -> None:
-    """Raise unless all tensors are strided, of an allowed dtype, and on one device that has kernels."""
+def check_tensors(
+    tensors: Sequence[Tensor], name: str, dtypes: Sequence[torch.dtype], *, values: bool = True
+) -> None:
+    """Raise unless this is a list of dense tensors with values, of an allowed dtype, on one device that has kernels.
+
+    Args:
+        tensors: what was given.
+        name: of the argument.
+        dtypes: which are allowed.
+        values: whether values are needed: otherwise meta tensors will do.
+    """
+    _check_list(tensors, name)
+    device = None
     for index, tensor in enumerate(tensors):
-        if tensor.dtype not in dtypes:
-            allowed = ", ".join(str(dtype) for dtype in dtypes)
-            raise TypeError(f"{name}[{index}] has dtype {tensor.dtype}; allowed are {allowed}")
-        if tensor.layout is not torch.strided:
-            raise TypeError(f"{name}[{index}] has layout {tensor.layout}; only dense (strided) tensors are allowed")
-        if tensor.device != tensors[0].device:
+        # Most fit, and are many.
+        if type(tensor) not in _PLAIN or tensor.dtype not in dtypes or not _is_dense(tensor):
+            check_tensor(tensor, name, dtypes, index=index)
+        if device is None:
+            device = tensor.device
+            _check_device(tensor, f"{name}[0]", values)
+        elif tensor.device != device:
             raise ValueError(
-                f"{name}[{index}] is on {tensor.device} and {name}[0] on {tensors[0].device}; "
+                f"{name}[{index}] is on {tensor.device} and {name}[0] on {device}; "
                 "one call takes tensors of one device"
             )
-        if tensor.device.type not in ("cpu", "cuda", "meta"):
-            raise ValueError(f"{name}[{index}] is on {tensor.device}; kernels exist for cpu and cuda")
-        if tensor.is_cuda and not CUDA_KERNELS_LOADED:
-            raise RuntimeError(
-                f"{name}[{index}] is on {tensor.device}, but {CUDA_PROBLEM} (see pyprune.build_info())"
-            )
+
+
+def check_tensor(
+    tensor: Tensor,
+    name: str,
+    dtypes: Sequence[torch.dtype],
+    *,
+    index: int | None = None,
+    like: Tensor | None = None,
+    values: bool | None = None,
+) -> None:
+    """Raise unless this is a dense tensor of an allowed dtype.
+
+    Args:
+        tensor: what was given.
+        name: of the argument.
+        dtypes: which are allowed.
+        index: in the argument, which is a list.
+        like: a tensor of the same call; this one must have its shape and device.
+        values: None if a device is as good as any other; otherwise as in `check_tensors`.
+    """
+    check_type(tensor, _place(name, index))
+    if tensor.dtype not in dtypes:
+        allowed = ", ".join(dict.fromkeys(str(dtype) for dtype in dtypes))
+        raise TypeError(f"{_place(name, index)} has dtype {tensor.dtype}; allowed are {allowed}")
+    if not _is_dense(tensor):
+        layout = "nested" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{_place(name, index)} has layout {layout}; only dense (strided) tensors are allowed")
+    if like is not None and (tensor.shape != like.shape or tensor.device != like.device):
+        raise ValueError(
+            f"{_place(name, index)} is {tuple(tensor.shape)} on {tensor.device}, its weight {tuple(like.shape)} "
+            f"on {like.device}; they must agree"
+        )
+    if values is not None:
+        _check_device(tensor, _place(name, index), values)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
+def _place(name: str, index: int | None) -> str:
+    return name if index is None else f"{name}[{index}]"
+
+
+def _check_list(tensors: object, name: str) -> None:
+    if isinstance(tensors, str) or not isinstance(tensors, (Sequence, nn.ParameterList)):
+        raise TypeError(f"{name} is a {type(tensors).__name__}; give a list of tensors")
+
+
+def check_type(tensor: object, name: str, *, wrappers: bool = False) -> None:
+    """Raise unless this is a tensor that has values and, where ``wrappers`` are not allowed, memory of its own."""
+    if type(tensor) in _PLAIN:
+        return
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; give a tensor")
+    if has_no_addresses():
+        return
+    if isinstance(tensor, FakeTensor):
+        raise ValueError(f"{name} is a fake tensor, which has no values outside of its mode; give a real one")
+    if is_lazy(tensor):
+        raise ValueError(f"{name} is a {type(tensor).__name__} without values; call its module once before")
+    if not wrappers and is_traceable_wrapper_subclass(tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; the kernels take plain tensors: give what it holds")
+
+
+def _check_device(tensor: Tensor, name: str, values: bool) -> None:
+    if tensor.is_meta and values:
+        raise ValueError(f"{name} is on the meta device and has no values; load it first")
+    if tensor.device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"{name} is on {tensor.device}; kernels exist for cpu and cuda")
+    if tensor.is_cuda and not CUDA_KERNELS_LOADED:
+        raise RuntimeError(f"{name} is on {tensor.device}, but {CUDA_PROBLEM} (see pyprune.build_info())")
 
 
 def check_masks(masks: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
     """Raise unless there is one bool mask per weight, of its shape and on its device."""
-    if len(masks) != len(weights):
-        raise ValueError(f"got {len(masks)} masks for {len(weights)} weights; give one mask per weight")
-    check_tensors(masks, "masks", (torch.bool,))
+    check_one_each(masks, "masks", weights)
     for index, (mask, weight) in enumerate(zip(masks, weights, strict=True)):
+        if type(mask) not in _PLAIN or mask.dtype is not torch.bool or not _is_dense(mask):
+            check_tensor(mask, "masks", _BOOL, index=index)
         if mask.shape != weight.shape or mask.device != weight.device:
             raise ValueError(
                 f"masks[{index}] is {tuple(mask.shape)} on {mask.device}, its weight {tuple(weight.shape)} "
                 f"on {weight.device}; they must agree"
             )
-        check_not_expanded(mask, f"masks[{index}]")
 
 
 def check_unit_masks(
     unit_masks: Sequence[Tensor], name: str, blocks: Sequence[Sequence[int]], tensors: Sequence[Tensor]
 ) -> None:
     """Raise unless there is one bool mask per tensor, with one element per unit, on its device."""
-    if len(unit_masks) != len(tensors):
-        raise ValueError(f"got {len(unit_masks)} {name} for {len(tensors)} tensors; give one per tensor")
-    check_tensors(unit_masks, name, (torch.bool,))
+    check_one_each(unit_masks, name, tensors, "tensor")
     for index, (units, block, tensor) in enumerate(zip(unit_masks, blocks, tensors, strict=True)):
-        expected = unit_shape(tensor.shape, block)
+        check_tensor(units, name, _BOOL, index=index)
+        expected = units_along(tensor.shape, block)
         if units.shape != expected or units.device != tensor.device:
             raise ValueError(
                 f"{name}[{index}] is {tuple(units.shape)} on {units.device}; units of {tuple(block)} in a "
@@ -102,35 +186,45 @@ def check_unit_masks(
             )
 
 
-def check_bases(bases: Sequence[Tensor | None], weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
-    """Raise unless each weight has None or a bool base, of its shape and device, apart from the masks to write."""
-    if len(bases) != len(weights):
-        raise ValueError(f"got {len(bases)} bases for {len(weights)} weights; give a base or None per weight")
-    written = {mask.untyped_storage().data_ptr() for mask in masks if mask.numel() and mask.device.type != "meta"}
+def check_bases(bases: Sequence[Tensor | None], weights: Sequence[Tensor]) -> None:
+    """Raise unless each weight has None or a bool base, of its shape and device."""
+    check_one_each(bases, "bases", weights, what="a base or None")
     for index, (base, weight) in enumerate(zip(bases, weights, strict=True)):
-        if base is None:
-            continue
-        if base.dtype is not torch.bool or base.layout is not torch.strided:
-            raise TypeError(f"bases[{index}] is {base.dtype} with layout {base.layout}; give a dense bool tensor")
-        if base.shape != weight.shape or base.device != weight.device:
-            raise ValueError(
-                f"bases[{index}] is {tuple(base.shape)} on {base.device}, its weight {tuple(weight.shape)} "
-                f"on {weight.device}; they must agree"
-            )
-        if base.numel() and base.untyped_storage().data_ptr() in written:
-            raise ValueError(
-                f"bases[{index}] shares memory with a mask that is to be written; give masks of their own, and copy "
-                "them into the bases afterwards"
-            )
+        if base is not None:
+            check_tensor(base, "bases", _BOOL, index=index, like=weight)
 
 
-def check_not_expanded(tensor: Tensor, name: str) -> None:
-    """Raise if elements of a tensor that is to be written share memory."""
-    if tensor.is_contiguous():  # at once, because this is asked of every weight at every training step
-        return
-    strides = zip(tensor.shape, tensor.stride(), strict=True)
-    if tensor.numel() and any(size > 1 and stride == 0 for size, stride in strides):
-        raise ValueError(f"{name} is expanded: elements share memory. Give a tensor of its own, as clone() does")
+def check_one_each(
+    tensors: Sequence[object], name: str, weights: Sequence[Tensor], of: str = "weight", what: str = "one"
+) -> None:
+    """Raise unless this is a list as long as that of the weights."""
+    _check_list(tensors, name)
+    if len(tensors) != len(weights):
+        raise ValueError(f"got {len(tensors)} {name} for {len(weights)} {of}s; give {what} per {of}")
+
+
+def check_int64(name: str, value: int) -> int:
+    """Return an integer that the kernels can hold."""
+    if type(value) is int and -LARGEST_INT <= value <= LARGEST_INT:
+        return value
+    return check_count(name, value, least=-LARGEST_INT, what="an integer of 64 bits")
+
+
+def register_fake(name: str, fake: Callable[..., Any]) -> None:
+    """Register what an operator returns without values, for tensors of one device.
+
+    Torch calls it with real tensors, too, if one of them is on the meta device: the results would be memory that
+    nobody has written.
+    """
+
+    def checked(*arguments: Any) -> Any:
+        lists = [one if isinstance(one, (list, tuple)) else [one] for one in arguments]
+        devices = {str(one.device) for some in lists for one in some if isinstance(one, Tensor)}
+        if len(devices) > 1:
+            raise RuntimeError(f"{name}: all tensors must be on one device, not on {' and '.join(sorted(devices))}")
+        return fake(*arguments)
+
+    torch.library.register_fake(name, checked)
 
 
 def refuse_second_derivative(name: str) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyprune.ops._library import WEIGHT_DTYPES, check_tensors
+from pyprune.ops._library import WEIGHT_DTYPES, check_tensors, register_fake
 
 
 @torch.no_grad()
@@ -30,4 +30,4 @@ def _fake(tensors: list[Tensor]) -> Tensor:
     return tensors[0].new_empty(len(tensors), dtype=torch.int64)
 
 
-torch.library.register_fake("pyprune::count_zeros", _fake)
+register_fake("pyprune::count_zeros", _fake)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from pyprune.ops._blocks import check_blocks
-from pyprune.ops._library import check_not_expanded, check_tensors, check_unit_masks
+from pyprune.ops._library import check_tensors, check_unit_masks, register_fake
+from pyprune.ops._memory import check_memory
 
 
 @torch.no_grad()
@@ -19,7 +20,7 @@ def expand(unit_masks: Sequence[Tensor], blocks: Sequence[Sequence[int]], masks:
         masks: the bool tensors to write, any strides without overlap.
 
     Raises:
-        TypeError, ValueError: for other dtypes, mixed devices, or shapes that disagree.
+        TypeError, ValueError: for other dtypes, mixed devices, shapes that disagree, or masks that share memory.
 
     Example:
         >>> mask = torch.empty(2, 3, dtype=torch.bool)
@@ -30,8 +31,7 @@ def expand(unit_masks: Sequence[Tensor], blocks: Sequence[Sequence[int]], masks:
     check_tensors(masks, "masks", (torch.bool,))
     checked = check_blocks(blocks, masks, "masks")
     check_unit_masks(unit_masks, "unit_masks", checked, masks)
-    for index, mask in enumerate(masks):
-        check_not_expanded(mask, f"masks[{index}]")
+    check_memory({"masks": masks}, {"unit_masks": unit_masks})
     if masks:
         sizes = [size for block in checked for size in block]
         torch.ops.pyprune.expand(list(unit_masks), sizes, list(masks))
@@ -42,4 +42,4 @@ def _fake(unit_masks: list[Tensor], blocks: list[int], masks: list[Tensor]) -> N
     return None
 
 
-torch.library.register_fake("pyprune::expand", _fake)
+register_fake("pyprune::expand", _fake)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from pyprune.ops._blocks import check_blocks
-from pyprune.ops._library import WEIGHT_DTYPES, check_masks, check_not_expanded, check_tensors, check_unit_masks
+from pyprune.ops._library import WEIGHT_DTYPES, check_masks, check_tensors, check_unit_masks, register_fake
+from pyprune.ops._memory import check_memory
 
 
 @torch.no_grad()
@@ -20,7 +21,7 @@ def fold(weights: Sequence[Tensor], masks: Sequence[Tensor], blocks: Sequence[Se
             `unit_scores`). No element mask is made.
 
     Raises:
-        TypeError, ValueError: for other dtypes, mixed devices, expanded weights, or shapes that disagree.
+        TypeError, ValueError: for other dtypes, mixed devices, shapes that disagree, or weights that share memory.
 
     Example:
         >>> weight = torch.tensor([1.0, 2.0])
@@ -29,13 +30,12 @@ def fold(weights: Sequence[Tensor], masks: Sequence[Tensor], blocks: Sequence[Se
         [1.0, 0.0]
     """
     check_tensors(weights, "weights", WEIGHT_DTYPES)
-    for index, weight in enumerate(weights):
-        check_not_expanded(weight, f"weights[{index}]")
     if blocks is None:
         check_masks(masks, weights)
     else:
         checked = check_blocks(blocks, weights, "weights")
         check_unit_masks(masks, "masks", checked, weights)
+    check_memory({"weights": weights}, {"masks": masks})
     if weights:
         if blocks is None:
             torch.ops.pyprune.fold(list(weights), list(masks))
@@ -53,5 +53,5 @@ def _fake_units(weights: list[Tensor], unit_masks: list[Tensor], blocks: list[in
     return None
 
 
-torch.library.register_fake("pyprune::fold", _fake)
-torch.library.register_fake("pyprune::fold_units", _fake_units)
+register_fake("pyprune::fold", _fake)
+register_fake("pyprune::fold_units", _fake_units)

@@ -1,15 +1,23 @@
 """Learned gates on a weight: sampled in training with noise that is never stored, deterministic without a seed."""
 
 import math
-import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pyprune.ops._library import WEIGHT_DTYPES, check_not_expanded, check_tensors, refuse_second_derivative
+from pyprune.checks import check_bool, check_count, check_number, shown
+from pyprune.ops._library import (
+    WEIGHT_DTYPES,
+    check_int64,
+    check_tensor,
+    check_type,
+    refuse_second_derivative,
+    register_fake,
+)
+from pyprune.ops._memory import check_memory
 
 # The values of GateRule in csrc/gate_math.h.
 BERNOULLI, HARD_CONCRETE, STRAIGHT_THROUGH = range(3)
@@ -36,7 +44,7 @@ def bernoulli_gate(
             heads of a (heads * size, in) projection, (out / 4, in / 4) blocks of 4 x 4.
         seed: int64 tensor of one element on the weight's device; None for the deterministic form at test time.
         stream: separates the noise of gates that share a seed.
-        out: where to write instead of a new tensor; like ``weight``. Not for use with autograd.
+        out: where to write instead of a new tensor; like ``weight``, which it may be. Not for use with autograd.
 
     Returns:
         The gated weight, of the weight's shape, dtype and layout.
@@ -91,16 +99,25 @@ def hard_concrete_gate(
         [0.0, 0.5, 1.0]
     """
     check_hard_concrete(beta, gamma, zeta)
+    check_bool("straight_through", straight_through)
     rule = STRAIGHT_THROUGH if straight_through else HARD_CONCRETE
     return _gate(weight, logits, seed, stream, (rule, float(beta), float(gamma), float(zeta)), out)
 
 
 def check_hard_concrete(beta: float, gamma: float, zeta: float) -> None:
     """Raise unless these are parameters of a hard-concrete distribution."""
-    for name, value in (("beta", beta), ("gamma", gamma), ("zeta", zeta)):
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(f"{name} is {value!r}; give a number")
-    if not 0 < beta < math.inf:
+    floats = type(beta) is type(gamma) is type(zeta) is float
+    if floats and 0 < beta < math.inf and gamma < 0 and zeta > 1 and zeta - gamma < _LARGEST:
+        return  # at once, because this is asked in every forward pass
+    beta, gamma, zeta = (
+        check_number(name, value, what="a number", advice=advice)
+        for name, value, advice in (
+            ("beta", beta, "the temperature must be a finite number above 0"),
+            ("gamma", gamma, "gamma must be a finite number below 0"),
+            ("zeta", zeta, "zeta must be a finite number above 1"),
+        )
+    )
+    if beta <= 0:
         raise ValueError(f"beta is {beta}; the temperature must be a finite number above 0")
     if not (gamma < 0 and zeta > 1 and zeta - gamma < _LARGEST):
         raise ValueError(
@@ -110,14 +127,25 @@ def check_hard_concrete(beta: float, gamma: float, zeta: float) -> None:
 
 def check_gate_shape(shape: torch.Size | tuple[int, ...], gate_shape: torch.Size | tuple[int, ...]) -> None:
     """Raise unless logits of ``gate_shape`` can gate a weight of ``shape``."""
+    for name, sizes in (("shape", shape), ("gate_shape", gate_shape)):
+        if not isinstance(sizes, torch.Size):
+            _check_sizes(name, sizes)
     fits = len(shape) == len(gate_shape) and all(
         gates == size or (gates > 0 and size % gates == 0) for size, gates in zip(shape, gate_shape, strict=True)
     )
     if not fits:
         raise ValueError(
-            f"logits of shape {tuple(gate_shape)} do not fit a weight of shape {tuple(shape)}: they need as many "
-            "dimensions, and each of their sizes must divide the weight's"
+            f"gate_shape: logits of shape {shown(tuple(gate_shape))} do not fit a weight of shape "
+            f"{shown(tuple(shape))}: they need as many dimensions, and each of their sizes must divide the weight's"
         )
+
+
+def _check_sizes(name: str, sizes: object) -> None:
+    if isinstance(sizes, (str, bytes)) or not isinstance(sizes, Sequence):
+        raise TypeError(f"{name} is {shown(sizes)}; give a tuple of integers")
+    for size in sizes:
+        if not isinstance(size, torch.SymInt):
+            check_count(name, size, what="sizes that are integers and not negative")
 
 
 def _gate(
@@ -128,32 +156,27 @@ def _gate(
     rule: tuple[int, float, float, float],
     out: Tensor | None,
 ) -> Tensor:
-    for name, tensor in (("weight", weight), ("logits", logits)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}; give a tensor")
-    check_tensors([weight], "weight", WEIGHT_DTYPES)
-    if logits.dtype not in (torch.float32, weight.dtype) or logits.layout is not torch.strided:
-        raise TypeError(
-            f"logits are {logits.dtype} ({logits.layout}) for a weight of {weight.dtype}; give dense logits of "
-            "float32 or of the weight's dtype"
-        )
+    check_tensor(weight, "weight", WEIGHT_DTYPES, values=False)
+    check_tensor(logits, "logits", (torch.float32, weight.dtype))
     if logits.device != weight.device:
         raise ValueError(f"logits are on {logits.device}, the weight on {weight.device}; both must be on one device")
     check_gate_shape(weight.shape, logits.shape)
     if seed is not None:
         check_seed(seed, weight.device)
+    stream = check_int64("stream", stream)
     _refuse_tangents(weight, logits)
     if out is None:
         traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
         call: Callable[..., Tensor] = torch.ops.pyprune.gate.default if traced else _Gate.apply
         return call(weight, logits, seed, stream, *rule)
-    check_tensors([out], "out", (weight.dtype,))
+    check_tensor(out, "out", (weight.dtype,))
     if out.shape != weight.shape or out.device != weight.device:
         raise ValueError(
             f"out is {tuple(out.shape)} on {out.device}, the weight {tuple(weight.shape)} on {weight.device}; "
             "they must agree"
         )
-    check_not_expanded(out, "out")
+    in_place = out is weight or (out.data_ptr() == weight.data_ptr() and out.stride() == weight.stride())
+    check_memory({"out": out}, {"weight": None if in_place else weight, "logits": logits, "seed": seed})
     if torch.is_grad_enabled() and (weight.requires_grad or logits.requires_grad or out.requires_grad):
         raise ValueError("out is not for use with autograd; leave it out, or call this under torch.no_grad()")
     with torch.no_grad():
@@ -174,7 +197,8 @@ def _refuse_tangents(*tensors: Tensor) -> None:
 def check_seed(seed: Tensor, device: torch.device | None = None) -> None:
     """Raise unless this is one int64, on the device if one is given."""
     if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1:
-        raise TypeError(f"seed is {seed!r}; give an int64 tensor of one element, as torch.randint draws it")
+        raise TypeError(f"seed is {shown(seed)}; give an int64 tensor of one element, as torch.randint draws it")
+    check_type(seed, "seed")
     if device is not None and seed.device != device:
         raise ValueError(f"seed is on {seed.device}, what it is for on {device}; draw it there")
 
@@ -232,9 +256,9 @@ class _Gate(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
-torch.library.register_fake("pyprune::gate", _fake)
-torch.library.register_fake("pyprune::gate_out", _fake_out)
-torch.library.register_fake("pyprune::gate_backward", _fake_backward)
-torch.library.register_fake("pyprune::gate_backward_out", _fake_backward_out)
+register_fake("pyprune::gate", _fake)
+register_fake("pyprune::gate_out", _fake_out)
+register_fake("pyprune::gate_backward", _fake_backward)
+register_fake("pyprune::gate_backward_out", _fake_backward_out)
 torch.library.register_autograd("pyprune::gate", _backward, setup_context=_setup_context)
 refuse_second_derivative("pyprune::gate_backward")

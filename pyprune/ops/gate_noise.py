@@ -1,11 +1,14 @@
 """The noise of the gates, for tests and for references: the kernels draw it themselves and never store it."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyprune.checks import LARGEST_INT, check_count, shown
+from pyprune.ops._library import check_int64, register_fake
 from pyprune.ops.gate import check_seed
 
 
@@ -19,16 +22,22 @@ def gate_noise(shape: Sequence[int], seed: Tensor, *, stream: int = 0) -> Tensor
     Paper: Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3".
 
     Raises:
-        TypeError: if ``seed`` is not an int64 tensor of one element.
-        ValueError: for negative sizes.
+        TypeError: if ``seed`` is not an int64 tensor of one element, or for what are no integers.
+        ValueError: for sizes that are negative or too large, and for a stream of more than 64 bits.
 
     Example:
         >>> gate_noise((2, 3), torch.tensor(0)).shape
         torch.Size([2, 3])
     """
     check_seed(seed)
-    if any(size < 0 for size in shape):
-        raise ValueError(f"shape is {tuple(shape)}; sizes cannot be negative")
+    stream = check_int64("stream", stream)
+    if isinstance(shape, (str, bytes)) or not isinstance(shape, Sequence):
+        raise TypeError(f"shape is {shown(shape)}; give a sequence of integers")
+    for size in shape:
+        if not isinstance(size, torch.SymInt):
+            check_count("shape", size, what="sizes that are integers and not negative")
+    if math.prod(shape) > LARGEST_INT // 4:
+        raise ValueError(f"shape is {shown(tuple(shape))}; no memory holds that many numbers")
     result: Tensor = torch.ops.pyprune.gate_noise(seed, list(shape), stream)
     return result
 
@@ -37,4 +46,4 @@ def _fake(seed: Tensor, size: list[Any], stream: int) -> Tensor:
     return seed.new_empty(size, dtype=torch.float32)
 
 
-torch.library.register_fake("pyprune::gate_noise", _fake)
+register_fake("pyprune::gate_noise", _fake)

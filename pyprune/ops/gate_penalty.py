@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyprune.ops._library import WEIGHT_DTYPES, check_tensors, refuse_second_derivative
+from pyprune.checks import check_bool, check_number
+from pyprune.ops._library import WEIGHT_DTYPES, check_tensors, refuse_second_derivative, register_fake
 
 
 def gate_penalty(logits: Sequence[Tensor], *, hard: bool = False, shift: float = 0.0) -> Tensor:
@@ -36,9 +37,9 @@ def gate_penalty(logits: Sequence[Tensor], *, hard: bool = False, shift: float =
         >>> gate_penalty([torch.zeros(4)]).tolist()
         [2.0]
     """
-    if isinstance(logits, Tensor):
-        raise TypeError("logits is a tensor; give a list of tensors")
-    check_tensors(logits, "logits", WEIGHT_DTYPES)
+    check_tensors(logits, "logits", WEIGHT_DTYPES, values=False)
+    check_bool("hard", hard)
+    shift = check_number("shift", shift, what="a finite number")
     if not logits:
         return torch.zeros(0, dtype=torch.float64)
     result: Tensor = torch.ops.pyprune.gate_penalty(list(logits), hard, shift)
@@ -62,7 +63,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor], None, None]:
     return torch.ops.pyprune.gate_penalty_backward(grad, list(ctx.saved_tensors), ctx.shift), None, None
 
 
-torch.library.register_fake("pyprune::gate_penalty", _fake)
-torch.library.register_fake("pyprune::gate_penalty_backward", _fake_backward)
+register_fake("pyprune::gate_penalty", _fake)
+register_fake("pyprune::gate_penalty_backward", _fake_backward)
 torch.library.register_autograd("pyprune::gate_penalty", _backward, setup_context=_setup_context)
 refuse_second_derivative("pyprune::gate_penalty_backward")

@@ -1,12 +1,22 @@
 """Masks that keep the largest elements of each group of neighbours: N:M, and a number of elements per row."""
 
-import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from pyprune.ops._library import WEIGHT_DTYPES, check_masks, check_tensors
+from pyprune.checks import shown
+from pyprune.ops._library import (
+    WEIGHT_DTYPES,
+    check_bases,
+    check_int64,
+    check_masks,
+    check_one_each,
+    check_tensor,
+    check_tensors,
+    register_fake,
+)
+from pyprune.ops._memory import check_memory
 
 
 @torch.no_grad()
@@ -42,7 +52,8 @@ def group_masks(
             float32(|w|) * factor rounded to float32.
         bases: for each weight a bool tensor of its shape, or None. Elements where it is False go before all others,
             and never stay, even if fewer than ``kept`` do.
-        masks: bool tensors to write, shaped like the weights; new ones (with the weights' layout) if None.
+        masks: bool tensors to write, shaped like the weights, each with memory of its own; new ones (with the
+            weights' layout) if None.
 
     Returns:
         The masks (True = kept), and an int64 tensor of shape [len(weights)] that counts the NaN and infinite elements
@@ -50,7 +61,8 @@ def group_masks(
         synchronisation with the device.
 
     Raises:
-        TypeError, ValueError: for other dtypes, mixed devices, shapes that disagree or impossible numbers.
+        TypeError, ValueError: for other dtypes, mixed devices, shapes that disagree, masks that share memory with
+            each other or with what is read, or impossible numbers.
 
     Example:
         >>> masks, bad = group_masks([torch.tensor([[3.0, -1.0, 2.0, 0.5, 1.0, 1.0]])], sizes=4, kept=2)
@@ -64,7 +76,7 @@ def group_masks(
     )
     for index, (weight, size, keep, dims) in enumerate(zip(weights, sizes, kept, row_dims, strict=True)):
         if size < 1:
-            raise ValueError(f"sizes is {size} for weights[{index}]; a group has at least 1 column")
+            raise ValueError(f"sizes is {shown(size)} for weights[{index}]; a group has at least 1 column")
         if not 0 <= keep <= size:
             raise ValueError(f"kept is {keep} of groups of {size} for weights[{index}]; allowed are 0 to {size}")
         if not 0 <= dims < weight.dim():
@@ -73,10 +85,13 @@ def group_masks(
                 "less than the number of dimensions, because the other dimensions are the columns"
             )
     factors = _factors(factors, weights, row_dims)
-    bases = _bases(bases, weights)
+    bases = _one_or_none_per_weight(bases, "bases", weights)
+    check_bases(bases, weights)
     if masks is None:
         masks = [torch.empty_like(weight, dtype=torch.bool) for weight in weights]
-    check_masks(masks, weights)
+    else:
+        check_masks(masks, weights)
+        check_memory({"masks": masks}, {"weights": weights, "factors": factors, "bases": bases})
     if not weights:
         return [], torch.empty(0, dtype=torch.int64)
     nonfinite = torch.ops.pyprune.group_masks(list(weights), sizes, kept, row_dims, factors, bases, list(masks))
@@ -86,11 +101,13 @@ def group_masks(
 
 
 def _one_per_weight(numbers: int | Sequence[int], name: str, count: int) -> list[int]:
+    if isinstance(numbers, (str, bytes)):
+        raise TypeError(f"{name} is {shown(numbers)}; give an int, or one per weight")
     if not isinstance(numbers, Sequence):
-        return [operator.index(numbers)] * count
+        return [check_int64(name, numbers)] * count
     if len(numbers) != count:
         raise ValueError(f"{name} has {len(numbers)} numbers for {count} weights; give one per weight, or one int")
-    return [operator.index(number) for number in numbers]
+    return [check_int64(f"{name}[{index}]", number) for index, number in enumerate(numbers)]
 
 
 def _factors(
@@ -98,23 +115,15 @@ def _factors(
 ) -> list[Tensor | None]:
     found = _one_or_none_per_weight(factors, "factors", weights)
     for index, (factor, weight, dims) in enumerate(zip(found, weights, row_dims, strict=True)):
+        if factor is None:
+            continue
         columns = weight.shape[dims:].numel()
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        if factor is not None and (factor.shape != (columns,) or factor.dtype != dtype):
+        check_tensor(factor, "factors", WEIGHT_DTYPES, index=index)
+        if factor.shape != (columns,) or factor.dtype != dtype or factor.device != weight.device:
             raise ValueError(
-                f"factors[{index}] is {factor.dtype} of shape {tuple(factor.shape)}; expected {dtype} of shape "
-                f"({columns},), one per column of weights[{index}]"
-            )
-    return found
-
-
-def _bases(bases: Sequence[Tensor | None] | None, weights: Sequence[Tensor]) -> list[Tensor | None]:
-    found = _one_or_none_per_weight(bases, "bases", weights)
-    for index, (base, weight) in enumerate(zip(found, weights, strict=True)):
-        if base is not None and (base.shape != weight.shape or base.dtype != torch.bool):
-            raise ValueError(
-                f"bases[{index}] is {base.dtype} of shape {tuple(base.shape)}; expected bool of shape "
-                f"{tuple(weight.shape)}, as weights[{index}] has"
+                f"factors[{index}] is {factor.dtype} of shape {tuple(factor.shape)} on {factor.device}; expected "
+                f"{dtype} of shape ({columns},), one per column of weights[{index}], on {weight.device}"
             )
     return found
 
@@ -124,16 +133,7 @@ def _one_or_none_per_weight(
 ) -> list[Tensor | None]:
     if tensors is None:
         return [None] * len(weights)
-    if len(tensors) != len(weights):
-        raise ValueError(
-            f"{name} has {len(tensors)} entries for {len(weights)} weights; give one per weight, or None"
-        )
-    for index, (tensor, weight) in enumerate(zip(tensors, weights, strict=True)):
-        if tensor is not None and (tensor.device != weight.device or tensor.layout is not torch.strided):
-            raise ValueError(
-                f"{name}[{index}] is {tensor.layout} on {tensor.device}; expected a dense (strided) tensor on "
-                f"{weight.device}, where its weight is"
-            )
+    check_one_each(tensors, name, weights, what="one or None")
     return list(tensors)
 
 
@@ -149,4 +149,4 @@ def _fake(
     return weights[0].new_empty(len(weights), dtype=torch.int64)
 
 
-torch.library.register_fake("pyprune::group_masks", _fake)
+register_fake("pyprune::group_masks", _fake)

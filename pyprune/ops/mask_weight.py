@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from pyprune.ops._library import CUDA_KERNELS_LOADED, WEIGHT_DTYPES
+from pyprune.checks import check_bool
+from pyprune.ops._library import CUDA_KERNELS_LOADED, WEIGHT_DTYPES, check_type, register_fake
 
 # Elements. torch.where takes a nanosecond for each, because it branches; a call of the kernel starts some µs later.
 _WORTH_A_KERNEL = 4096
@@ -29,7 +30,8 @@ def mask_weight(weight: Tensor, mask: Tensor, *, dense_gradient: bool = False) -
         A tensor of the weight's shape, dtype and layout.
 
     Raises:
-        TypeError, ValueError: if the mask is not bool, or of another shape.
+        TypeError, ValueError: if the mask is not bool, of another shape or elsewhere, or the weight is not
+            floating-point.
 
     Example:
         >>> weight = torch.tensor([1.0, torch.inf], requires_grad=True)
@@ -40,17 +42,33 @@ def mask_weight(weight: Tensor, mask: Tensor, *, dense_gradient: bool = False) -
         >>> weight.grad.tolist()
         [1.0, 0.0]
     """
+    _check_dense(weight, "weight")
+    _check_dense(mask, "mask")
+    check_bool("dense_gradient", dense_gradient)
+    if not weight.is_floating_point():
+        raise TypeError(f"weight is {weight.dtype}; give a floating-point tensor")
     if mask.dtype is not torch.bool:
         raise TypeError(f"mask is {mask.dtype}; give a bool tensor, True = kept")
     if mask.shape != weight.shape:
         raise ValueError(f"mask is {tuple(mask.shape)}, its weight {tuple(weight.shape)}; they must agree")
-    if dense_gradient:
-        return _straight(weight, mask)
+    if mask.device != weight.device:
+        raise ValueError(f"mask is on {mask.device}, its weight on {weight.device}; both must be on one device")
+    return _straight(weight, mask) if dense_gradient else _kept(weight, mask)
+
+
+def _kept(weight: Tensor, mask: Tensor) -> Tensor:
     if weight.numel() < _WORTH_A_KERNEL or not _has_kernel(weight):
         return torch.where(mask, weight, 0)
     if weight.requires_grad and torch.is_grad_enabled():
         return _masked(weight, mask)
     return _call(weight, mask)
+
+
+def _check_dense(tensor: Tensor, name: str) -> None:
+    check_type(tensor, name, wrappers=True)
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{name} has layout {layout}; only dense (strided) tensors are allowed")
 
 
 def _has_kernel(tensor: Tensor) -> bool:
@@ -85,7 +103,7 @@ class _Masked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return mask_weight(grad, *ctx.saved_tensors), None
+        return _kept(grad, *ctx.saved_tensors), None
 
 
 class _Straight(torch.autograd.Function):
@@ -95,7 +113,7 @@ class _Straight(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, mask: Tensor) -> Tensor:
-        return mask_weight(weight, mask)
+        return _kept(weight, mask)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -115,4 +133,4 @@ def _fake(weight: Tensor, mask: Tensor) -> Tensor:
     return torch.empty_like(weight)
 
 
-torch.library.register_fake("pyprune::mask_weight", _fake)
+register_fake("pyprune::mask_weight", _fake)

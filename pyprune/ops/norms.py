@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyprune.ops._library import WEIGHT_DTYPES, check_tensors
+from pyprune.ops._library import WEIGHT_DTYPES, check_tensors, register_fake
 
 
 @torch.no_grad()
@@ -33,16 +33,18 @@ def norms(tensors: Sequence[Tensor]) -> Tensor:
 def inverse_norms(tensors: Sequence[Tensor]) -> Tensor:
     """Return 1 / norm of each tensor, finite and positive also where all elements are zero: scales for `threshold`.
 
+    Where the norm is NaN it is 1: then masks mean nothing, and `threshold` counts what is not finite.
+
     Example:
         >>> inverse_norms([torch.tensor([3.0, 4.0])]).tolist()
         [0.2]
     """
     limits = torch.finfo(torch.float64)
-    return norms(tensors).clamp(min=limits.tiny, max=limits.max).reciprocal()
+    return norms(tensors).nan_to_num(nan=1.0).clamp(min=limits.tiny, max=limits.max).reciprocal()
 
 
 def _fake(tensors: list[Tensor]) -> Tensor:
     return tensors[0].new_empty(len(tensors), dtype=torch.float64)
 
 
-torch.library.register_fake("pyprune::norms", _fake)
+register_fake("pyprune::norms", _fake)

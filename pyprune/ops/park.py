@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyprune.ops._library import WEIGHT_DTYPES, check_masks, check_not_expanded, check_tensors
+from pyprune.ops._library import WEIGHT_DTYPES, check_masks, check_tensors, register_fake
+from pyprune.ops._memory import check_memory
 from pyprune.ops.count_zeros import count_zeros
 
 
@@ -26,7 +27,7 @@ def park(weights: Sequence[Tensor], masks: Sequence[Tensor], *, into: Sequence[T
         For each weight a tensor of one dimension, of its dtype.
 
     Raises:
-        TypeError, ValueError: for other dtypes, mixed devices, expanded weights, or shapes that disagree.
+        TypeError, ValueError: for other dtypes, mixed devices, shapes that disagree, or weights that share memory.
 
     Example:
         >>> weight = torch.tensor([1.0, 2.0, 3.0])
@@ -74,9 +75,10 @@ def unpark(weights: Sequence[Tensor], masks: Sequence[Tensor], parked: Sequence[
         >>> weight.tolist()
         [1.0, 2.0, 3.0]
     """
-    _check(weights, masks)
+    check_tensors(parked, "parked", WEIGHT_DTYPES)
+    _check(weights, masks, parked)
     if len(parked) != len(weights):
-        raise ValueError(f"got {len(parked)} parked tensors for {len(weights)} weights; give what park returned")
+        raise ValueError(f"parked has {len(parked)} tensors for {len(weights)} weights; give what park returned")
     for index, (values, weight) in enumerate(zip(parked, weights, strict=True)):
         if values.dtype != weight.dtype or values.device != weight.device or not values.is_contiguous():
             raise ValueError(
@@ -107,11 +109,10 @@ def _check_sizes(masks: Sequence[Tensor], parked: Sequence[Tensor]) -> None:
             )
 
 
-def _check(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+def _check(weights: Sequence[Tensor], masks: Sequence[Tensor], parked: Sequence[Tensor] = ()) -> None:
     check_tensors(weights, "weights", WEIGHT_DTYPES)
-    for index, weight in enumerate(weights):
-        check_not_expanded(weight, f"weights[{index}]")
     check_masks(masks, weights)
+    check_memory({"weights": weights}, {"masks": masks, "parked": parked})
 
 
 def _fake_park(weights: list[Tensor], masks: list[Tensor], parked: list[Tensor]) -> None:
@@ -122,5 +123,5 @@ def _fake_unpark(weights: list[Tensor], masks: list[Tensor], parked: list[Tensor
     return None
 
 
-torch.library.register_fake("pyprune::park", _fake_park)
-torch.library.register_fake("pyprune::unpark", _fake_unpark)
+register_fake("pyprune::park", _fake_park)
+register_fake("pyprune::unpark", _fake_unpark)

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyprune.ops._library import WEIGHT_DTYPES, check_masks, check_tensors
+from pyprune.checks import check_count
+from pyprune.ops._library import WEIGHT_DTYPES, check_masks, check_tensors, register_fake
 
 
 @torch.no_grad()
@@ -31,6 +32,8 @@ def probe(weights: Sequence[Tensor], masks: Sequence[Tensor], turn: int | None =
     """
     check_tensors(weights, "weights", WEIGHT_DTYPES)
     check_masks(masks, weights)
+    if turn is not None:
+        check_count("turn", turn)
     if not weights:
         return []
     if not weights[0].is_cpu:
@@ -45,4 +48,4 @@ def _fake(weights: list[Tensor], masks: list[Tensor], turn: int) -> Tensor:
     return torch.empty(len(weights), dtype=torch.int64)
 
 
-torch.library.register_fake("pyprune::probe", _fake)
+register_fake("pyprune::probe", _fake)

@@ -1,12 +1,14 @@
 """Exact k-smallest masks over a list of weights, without concatenating or sorting them."""
 
-import operator
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from pyprune.ops._library import WEIGHT_DTYPES, check_bases, check_masks, check_tensors
+from pyprune.checks import LARGEST_INT, check_bool, check_count, shown
+from pyprune.ops._library import WEIGHT_DTYPES, check_bases, check_masks, check_tensor, check_tensors, register_fake
+from pyprune.ops._memory import check_memory, has_no_addresses
 from pyprune.ops.norms import inverse_norms
 
 
@@ -32,10 +34,12 @@ def threshold(
     Args:
         weights: float32, float64, float16 or bfloat16 tensors on one device, any strides.
         removed: how many elements to drop, in all or of each weight, those that the bases lack included.
-        scales: float64 tensor of shape [len(weights)], positive and finite, on the weights' device.
+        scales: float64 tensor of shape [len(weights)], positive and finite, on the weights' device. On a GPU its
+            values are not looked at; what is not positive and finite there counts as 0.
         normalize: divide by the norm of each weight, as ``scales=1 / norms(weights)`` does, but on the CPU without
             reading the weights a second time (unless one is float64). An all-zero weight has scores of zero.
-        masks: bool tensors to write, shaped like the weights; new ones (with the weights' layout) if None.
+        masks: bool tensors to write, shaped like the weights, each with memory of its own; new ones (with the
+            weights' layout) if None.
         bases: masks to prune further, shaped like the weights; None in place of one that keeps everything. Where a
             base is False the element goes before all others, whatever its score, and is never kept: if ``removed`` is
             less than the number of those, just those go. Norms are those of the whole weight all the same.
@@ -48,7 +52,8 @@ def threshold(
         only synchronisation with the device.
 
     Raises:
-        TypeError, ValueError: for other dtypes, mixed devices, shapes that disagree or an impossible count.
+        TypeError, ValueError: for other dtypes, mixed devices, shapes that disagree, masks that share memory with
+            each other or with what is read, or an impossible count.
 
     Example:
         >>> masks, bad = threshold([torch.tensor([3.0, -1.0]), torch.tensor([2.0, 0.5])], removed=2)
@@ -62,29 +67,20 @@ def threshold(
         [False, False, False, False, True, True]
     """
     check_tensors(weights, "weights", WEIGHT_DTYPES)
-    sizes = [weight.numel() for weight in weights]
-    if isinstance(removed, Sequence):
-        counts, limits = [operator.index(count) for count in removed], sizes
-    else:
-        counts, limits = [operator.index(removed)], [sum(sizes)]
-    if len(counts) != len(limits):
-        raise ValueError(
-            f"removed has {len(counts)} counts for {len(limits)} weights; give one per weight, or one int"
-        )
-    for count, limit in zip(counts, limits, strict=True):
-        if not 0 <= count <= limit:
-            raise ValueError(f"cannot remove {count} of {limit} elements; allowed are 0 to {limit}")
-    if scales is not None and (scales.shape != (len(weights),) or scales.dtype != torch.float64):
-        raise ValueError(
-            f"scales is {scales.dtype} of shape {tuple(scales.shape)}; expected float64 of shape ({len(weights)},)"
-        )
+    counts = _counts(removed, [weight.numel() for weight in weights])
+    check_bool("normalize", normalize)
     if normalize and scales is not None:
         raise ValueError("give scales, or normalize=True, not both")
+    if scales is not None:
+        _check_scales(scales, weights)
+    fresh = masks is None
     if masks is None:
         masks = [torch.empty_like(weight, dtype=torch.bool) for weight in weights]
     check_masks(masks, weights)
     if bases is not None:
-        check_bases(bases, weights, masks)
+        check_bases(bases, weights)
+    if not fresh:
+        check_memory({"masks": masks}, {"weights": weights, "bases": bases, "scales": scales})
     if not weights:
         return [], torch.empty(0, dtype=torch.int64)
     starts = [] if bases is None else _laid_out(bases, masks)
@@ -97,6 +93,40 @@ def threshold(
     # Let autograd notice masks that a graph still needs.
     torch.autograd.graph.increment_version(list(masks))
     return list(masks), nonfinite
+
+
+def _counts(removed: int | Sequence[int], sizes: list[int]) -> list[int]:
+    if isinstance(removed, (str, bytes)):
+        raise TypeError(f"removed is {shown(removed)}; give an int, or one per weight")
+    each = isinstance(removed, Sequence)
+    counts, limits = (removed, sizes) if isinstance(removed, Sequence) else ([removed], [sum(sizes)])
+    if len(counts) != len(limits):
+        raise ValueError(
+            f"removed has {len(counts)} counts for {len(limits)} weights; give one per weight, or one int"
+        )
+    result = []
+    for index, (count, limit) in enumerate(zip(counts, limits, strict=True)):
+        name = f"removed[{index}]" if each else "removed"
+        if type(count) is not int:
+            count = check_count(name, count, least=-LARGEST_INT, what="an integer")
+        if not 0 <= count <= limit:
+            raise ValueError(f"{name}: cannot remove {shown(count)} of {limit} elements; allowed are 0 to {limit}")
+        result.append(count)
+    return result
+
+
+def _check_scales(scales: Tensor, weights: Sequence[Tensor]) -> None:
+    check_tensor(scales, "scales", (torch.float64,))
+    if scales.shape != (len(weights),) or (weights and scales.device != weights[0].device):
+        raise ValueError(
+            f"scales is of shape {tuple(scales.shape)} on {scales.device}; expected ({len(weights)},) on the device "
+            "of the weights"
+        )
+    # On a GPU they are not read: that would wait for it.
+    if scales.is_cpu and not has_no_addresses():
+        for index, scale in enumerate(scales.tolist()):
+            if not 0 < scale < math.inf:
+                raise ValueError(f"scales[{index}] is {scale}; scales must be positive and finite")
 
 
 def _laid_out(bases: Sequence[Tensor | None], masks: Sequence[Tensor]) -> list[Tensor | None]:
@@ -128,5 +158,5 @@ def _fake_normalized(weights: list[Tensor], removed: int, masks: list[Tensor], b
     return weights[0].new_empty(len(weights), dtype=torch.int64)
 
 
-torch.library.register_fake("pyprune::threshold", _fake)
-torch.library.register_fake("pyprune::normalized_threshold", _fake_normalized)
+register_fake("pyprune::threshold", _fake)
+register_fake("pyprune::normalized_threshold", _fake_normalized)

@@ -1,14 +1,14 @@
 """Scores of blocks of weights, for a list of tensors in one call."""
 
-import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from pyprune.ops._blocks import check_blocks, unit_shape
-from pyprune.ops._library import WEIGHT_DTYPES, check_tensors
+from pyprune.checks import check_choice, check_number
+from pyprune.ops._blocks import check_blocks, units_along
+from pyprune.ops._library import WEIGHT_DTYPES, check_tensors, register_fake
 
 Reduction = Literal["sum", "mean", "max"]
 
@@ -53,12 +53,12 @@ def unit_scores(
         >>> unit_scores([weight], [(2, 1)], p=None, reduction="mean")[0].tolist()
         [[2.5, 1.5, -1.5]]
     """
+    if p is not None:
+        what = "a positive finite power, or None for the elements with their sign"
+        p = check_number("p", p, what=what, least=0, open_ends=True)
+    check_choice("reduction", reduction, get_args(Reduction))
     check_tensors(tensors, "tensors", WEIGHT_DTYPES if p is not None else (torch.bool, *WEIGHT_DTYPES))
     checked = check_blocks(blocks, tensors, "tensors")
-    if p is not None and not 0 < p < math.inf:
-        raise ValueError(f"p is {p!r}; give a positive finite power, or None for the elements with their sign")
-    if reduction not in get_args(Reduction):
-        raise ValueError(f"reduction is {reduction!r}; allowed are {', '.join(get_args(Reduction))}")
     if not tensors:
         return []
     sizes = [size for block in checked for size in block]
@@ -73,8 +73,8 @@ def _fake(tensors: list[Tensor], blocks: list[int], p: float | None, reduction: 
     for tensor in tensors:
         block, blocks = blocks[: tensor.dim()], blocks[tensor.dim() :]
         dtype = torch.float64 if tensor.dtype in (torch.float64, torch.bool) else torch.float32
-        scores.append(tensor.new_empty(unit_shape(tensor.shape, block), dtype=dtype))
+        scores.append(tensor.new_empty(units_along(tensor.shape, block), dtype=dtype))
     return scores
 
 
-torch.library.register_fake("pyprune::unit_scores", _fake)
+register_fake("pyprune::unit_scores", _fake)

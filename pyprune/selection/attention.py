@@ -73,6 +73,11 @@ def _check_matrices(projections: Sequence[Target]) -> None:
                 f"{projection.name} has {projection.parameter.dim()} dimensions, and heads are cut from linear "
                 "layers; name it in ignored_scope"
             )
+        if projection.layout.outputs != 0:
+            raise ValueError(
+                f"{projection.name} has inputs first, or in an order that cannot be told, and heads are cut from "
+                "linear layers, which have outputs first; name it in ignored_scope"
+            )
 
 
 def _split(projections: Sequence[Target], heads: Heads) -> Parts:

@@ -13,7 +13,7 @@ from pyprune.methods.method import Method
 from pyprune.methods.scope import group_of
 from pyprune.methods.unit_groups import Member, UnitGroup, Weight
 from pyprune.modules.masks import Mask, NewMask, channels_alive
-from pyprune.modules.targets import Target, channel_dims
+from pyprune.modules.targets import Target
 from pyprune.modules.zero_weights import are_zero
 from pyprune.selection.attention import find_attention, names_of
 from pyprune.selection.choose_units import choose_units, ratios_of
@@ -76,10 +76,13 @@ class Choice:
         for target, new in self.masks.items():
             if new.unit is None or len(self.masks) == 1 or all(owner.module is not last for owner in target.owners):
                 continue
-            gone = int(ops.count_zeros([channels_alive(new.mask)]))
-            if 0 < gone < len(new.mask):
+            if target.layout.outputs is None:
+                continue
+            alive = channels_alive(new.mask, target.layout)
+            gone = int(ops.count_zeros([alive]))
+            if 0 < gone < len(alive):
                 warn(
-                    f"{gone} of the {len(new.mask)} outputs of the last layer, {target.name}, are pruned: where the "
+                    f"{gone} of the {len(alive)} outputs of the last layer, {target.name}, are pruned: where the "
                     "model puts them out, as classes, they are constant. To keep them, name it in ignored_scope"
                 )
 
@@ -136,7 +139,6 @@ def unit_groups_of(
     """Cut weights into the units of a method: a group for each weight, or for the heads of a layer."""
 
     def weight_of(target: Target) -> Weight:
-        out_dim, in_dim = channel_dims(target)
         carried = target.attachment if amount.has_bases else None
         base = carried.mask if isinstance(carried, Mask) else None
         if amount.from_remaining and base is None:  # what was stripped has zeros where a mask was
@@ -144,8 +146,7 @@ def unit_groups_of(
         return Weight(
             target.name,
             target.parameter,
-            out_dim,
-            in_dim,
+            target.layout,
             base,
             statistics.get(target),
             tuple(owner.name for owner in target.owners),

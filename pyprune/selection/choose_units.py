@@ -9,6 +9,7 @@ from torch import Tensor
 from pyprune import ops
 from pyprune.methods.allocation import Amount, by_name, erk, limits, removed_in_all
 from pyprune.methods.lamp import lamp_removed
+from pyprune.methods.layout import Layout, groups_first
 from pyprune.methods.method import Method
 from pyprune.methods.scope import group_of
 from pyprune.methods.unit_groups import UnitGroup, reduce_units, spread_units
@@ -234,7 +235,7 @@ def _by_row(units: _Units) -> Selected:
     sizes, kept = [], []
     for unit_group, base, ratio in zip(units.unit_groups, units.bases, units.ratios(), strict=True):
         shape = unit_group.unit_shape
-        columns = torch.Size(shape).numel() // max(1, shape[unit_group.weight.out_dim] if len(shape) > 1 else 1)
+        columns = torch.Size(shape).numel() // max(1, _count_of_rows(unit_group))
         left = columns if base is None else _left_in_rows(base, unit_group)
         sizes.append(max(1, columns))
         kept.append(columns - removed_in_all(columns, columns - left, units.amount, ratio))
@@ -242,7 +243,7 @@ def _by_row(units: _Units) -> Selected:
 
 
 def _left_in_rows(base: Tensor, unit_group: UnitGroup) -> int:
-    left = _outputs_first(base, unit_group).flatten(1).sum(1) if base.dim() > 1 else base.sum().reshape(1)
+    left = _outputs_first(base, unit_group).flatten(2).sum(2) if base.dim() > 1 else base.sum().reshape(1)
     if left.numel() and left.min() != left.max():
         raise ValueError(
             f"the rows of {unit_group.name} have from {int(left.min())} to {int(left.max())} units left; to lose "
@@ -256,8 +257,33 @@ def _n_of_m(units: _Units) -> Selected:
     return _in_rows(units, [scope.of] * count, [scope.keep] * count, neighbours_are_inputs=True)
 
 
+def _count_of_rows(unit_group: UnitGroup) -> int:
+    shape, weight = unit_group.unit_shape, unit_group.weight
+    if len(shape) < 2:
+        return 1
+    return shape[weight.out_dim] * (1 if weight.out_dim == 0 else weight.layout.groups)
+
+
+def _groups_first(tensor: Tensor, unit_group: UnitGroup, *, matter: bool) -> Tensor:
+    weight = unit_group.weight
+    if matter and tensor.shape[0] % weight.layout.groups:
+        raise ValueError(
+            f"{weight.name} of shape {tuple(weight.values.shape)} has {weight.layout.groups} groups, and blocks that "
+            "lie across them are in no row; name it in ignored_scope, or choose smaller blocks"
+        )
+    return groups_first(tensor, weight.layout if matter else Layout())
+
+
 def _outputs_first(tensor: Tensor, unit_group: UnitGroup) -> Tensor:
-    return tensor.movedim(unit_group.weight.out_dim, 0)
+    """Return a view with two dimensions in front, that count groups, where they matter, and outputs."""
+    dim = unit_group.weight.out_dim
+    return _groups_first(tensor, unit_group, matter=dim != 0).movedim(dim + 1, 1)
+
+
+def _inputs_last(tensor: Tensor, unit_group: UnitGroup) -> Tensor:
+    """Return a view with the inputs of a group as its last dimension."""
+    dim = unit_group.weight.in_dim
+    return _groups_first(tensor, unit_group, matter=dim == 0).movedim(dim + 1, -1)
 
 
 def _in_rows(units: _Units, sizes: list[int], kept: list[int], *, neighbours_are_inputs: bool) -> Selected:
@@ -266,11 +292,7 @@ def _in_rows(units: _Units, sizes: list[int], kept: list[int], *, neighbours_are
     def in_rows(tensor: Tensor, unit_group: UnitGroup) -> Tensor:
         if tensor.dim() < 2:
             return tensor.reshape(-1)
-        return (
-            tensor.movedim(unit_group.weight.in_dim, -1)
-            if neighbours_are_inputs
-            else _outputs_first(tensor, unit_group)
-        )
+        return _inputs_last(tensor, unit_group) if neighbours_are_inputs else _outputs_first(tensor, unit_group)
 
     def per_column(factor: Tensor, unit_group: UnitGroup) -> Tensor:
         shape = list(unit_group.weight.values.shape)
@@ -292,7 +314,7 @@ def _in_rows(units: _Units, sizes: list[int], kept: list[int], *, neighbours_are
         views,
         sizes,
         kept,
-        row_dims=[view.dim() - 1 if neighbours_are_inputs else min(1, view.dim() - 1) for view in views],
+        row_dims=[view.dim() - 1 if neighbours_are_inputs or view.dim() < 2 else 2 for view in views],
         factors=factors,
         bases=bases,
         masks=[in_rows(mask, unit_group) for mask, unit_group in zip(masks, pairs, strict=True)],

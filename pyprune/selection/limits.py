@@ -115,7 +115,7 @@ def _limits(
             )
     reason = "least"
     if bases is not None:
-        ops.check_bases(bases, weights, [])
+        ops.check_bases(bases, weights)
         lacking = ops.count_zeros([weights[0].new_ones(0) if base is None else base for base in bases]).tolist()
         for i, lacks in enumerate(lacking):
             if lacks > high[i]:

@@ -13,11 +13,12 @@ from pyprune.methods.importance import Importance
 from pyprune.methods.method import METHODS, Method, PruneMode, check_amount, check_mode
 from pyprune.modules.attachments import Attachment, check_module
 from pyprune.modules.coverage import warn_of_missed
-from pyprune.modules.dead_channels import new_followers, norms_after
+from pyprune.modules.dead_channels import new_followers
 from pyprune.modules.forward_pass import attach_and_share
 from pyprune.modules.gates import HardConcreteGate, StochasticGate
 from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.modules.masks import Mask, attach_masks, changing_masks, masks_by_target, masks_in
+from pyprune.modules.norms import norms_after
 from pyprune.modules.targets import Target, by_place, check_prunable, find_targets, output_layers
 from pyprune.modules.undo import Change
 from pyprune.selection.choose_masks import choose_masks, prunable_targets
@@ -76,7 +77,8 @@ def prune(
             here it only warns.
         ignored_scope: weights to leave out.
         examples_inputs: a tensor, a tuple of positional or a dict of keyword arguments for the model. If given,
-            one forward pass also finds weights that are bare parameters, and the BatchNorm after each layer.
+            one forward pass also finds weights that are bare parameters, which dimensions of weights are inputs by
+            their use, and the BatchNorm after each layer.
         calibration: what `calibrate` gathered, for an importance that needs it.
         allocation: how one ratio becomes one for each tensor, within scope tensor or row: "uniform", or "erk", by
             which thin layers keep more (Evci et al. 2020), and all together lose that share of their weights.
@@ -85,8 +87,9 @@ def prune(
         from_remaining: choose only among what is still kept, and take ``ratio`` as one of that. In a weight
             without a mask, what is zero counts as gone, as after `strip`.
         zero_dead_channels: mask the bias of an output channel without weights too, and its scale and shift in the
-            BatchNorm that follows (which takes ``examples_inputs``), so that it is really zero. Later calls, with or
-            without this, keep those masks in step.
+            norms that follow (which takes ``examples_inputs``), so that it is really zero. What is ignored stays, and
+            warnings name that, and norms behind which channels are not zero (those of several layers). Later calls,
+            with or without this, keep those masks in step.
         same_on_all_ranks: as in `StochasticGate`; for new gates. Masks have no noise, and it only warns.
 
     Raises:
@@ -219,7 +222,7 @@ def put_masks(
         choice = choose_masks(method, amount, list(statistics), statistics)
         choice.check()
         choice.tell(model)
-        followers = new_followers(model, choice.masks, examples_inputs) if zero_dead_channels else []
+        followers = new_followers(model, choice.masks, examples_inputs, ignored_scope) if zero_dead_channels else []
         attach_masks(model, list(choice.masks.values()), followers)
 
 
@@ -235,11 +238,14 @@ def targets_with_statistics(
     targets = prunable_targets(method, found)
     check_kind(targets, Mask)
     statistics = statistics_of(model, method.importance, targets, calibration, examples_inputs)
+    # Tables were left out with a warning by `calibrate`.
+    unscored = [target for target in targets if target not in statistics and not target.layout.is_table]
     warn_of_missed(
         model,
         ignored_scope,
         found,
-        {f"without a score by {method.importance.name}": [t for t in targets if t not in statistics]},
+        {f"without a score by {method.importance.name}": unscored},
+        has_inputs=examples_inputs is not None,
     )
     return {target: statistics[target] for target in targets if target in statistics}
 
@@ -267,7 +273,8 @@ def statistics_of(
             "with the same options; calibrate with this importance"
         )
     found = _by_name(calibration.tensors, targets)
-    missing = [target.name for target in targets if target not in found]
+    # Tables were left out with a warning.
+    missing = [target.name for target in targets if target not in found and not target.layout.is_table]
     if missing:
         raise ValueError(f"calibration lacks {', '.join(missing)}; calibrate with the same ignored_scope")
     return {target: statistic.to(target.parameter.device) for target, statistic in found.items()}
@@ -333,7 +340,7 @@ def _put_gates(
         check_ratio(amount.ratio)
     targets = find_targets(model, ignored_scope, examples_inputs)
     check_kind(targets, kind)
-    warn_of_missed(model, ignored_scope, targets)
+    warn_of_missed(model, ignored_scope, targets, has_inputs=examples_inputs is not None)
     # Masks that drop nothing are made, and what is not finite is found on the way.
     choose_masks(METHODS[PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL], Amount(0.0), targets, {}).check()
     if amount.ratio is not None:

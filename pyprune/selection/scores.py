@@ -9,7 +9,7 @@ from torch import Tensor
 from pyprune import ops
 from pyprune.methods.importance import normalized, random_scores, without_signs
 from pyprune.methods.method import Method
-from pyprune.methods.unit_groups import UnitGroup, Weight, reduce_units
+from pyprune.methods.unit_groups import UnitGroup, Weight, reduce_units, units_as_rows
 
 
 @dataclass(frozen=True)
@@ -107,19 +107,16 @@ def _scores_of_channels(method: Method, unit_group: UnitGroup) -> Tensor:
     assert weight.statistic is not None
     scores = method.importance.score(weight.values, weight.statistic)
     units = torch.Size(shape).numel()
-    if units == 0 or scores.numel() % units:
+    if scores.numel() != units:
         raise ValueError(
             f"{weight.name} has {units} output channels, and importance {method.importance.name} {scores.numel()} "
             "scores; name it in ignored_scope"
         )
-    # In a grouped transposed convolution a unit is one output channel of every group. Other sizes of the shape are 1.
-    return scores.reshape(-1, units).sum(0).reshape(shape)
+    return scores.reshape(shape)  # groups, and the channels of one; its other sizes are 1
 
 
 def _scores_of_rows(method: Method, unit_group: UnitGroup) -> Tensor:
-    weight = unit_group.weight
-    dim = weight.out_dim if method.granularity.name == 'channel("out")' else weight.in_dim
-    rows = weight.values.movedim(dim, 0).flatten(1) if weight.values.dim() > 1 else weight.values.reshape(-1, 1)
+    rows = units_as_rows(unit_group.members[0])
     return method.importance.score(rows, rows).reshape(unit_group.unit_shape)
 
 
@@ -148,13 +145,13 @@ def _score_of_elements(method: Method, unit_group: UnitGroup, index: int) -> Ten
 
 def _is_per_column(unit_group: UnitGroup) -> bool:
     weight = unit_group.weight
-    return weight.statistic is not None and weight.statistic.numel() == (
-        weight.values.shape[weight.in_dim] if weight.values.dim() else 1
-    )
+    if weight.statistic is None or weight.layout.groups > 1:  # each group has columns of its own
+        return False
+    return weight.statistic.numel() == (weight.values.shape[weight.in_dim] if weight.values.dim() else 1)
 
 
 def _one_by_mean(weights: Sequence[Tensor]) -> Tensor:
     blocks = [tuple(max(1, size) for size in weight.shape) for weight in weights]
     means = [mean.sum(dtype=torch.float64) for mean in ops.unit_scores(weights, blocks, p=1.0, reduction="mean")]
     finite = torch.finfo(torch.float64)
-    return torch.stack(means).clamp(min=finite.tiny, max=finite.max).reciprocal()
+    return torch.stack(means).nan_to_num(nan=1.0).clamp(min=finite.tiny, max=finite.max).reciprocal()

@@ -160,7 +160,7 @@ def keep_sparse(
     check_module(model)
     optimizers = innermost_of(optimizer, "; several of them, or None")
     targets = find_targets(model, ignored_scope, examples_inputs, shards=True)
-    warn_of_missed(model, ignored_scope, targets)
+    warn_of_missed(model, ignored_scope, targets, has_inputs=examples_inputs is not None)
     held = _masks_to_hold(model, targets)
     if optimizer is not None:
         _check_all_grouped(held, optimizers)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pyprune.calibration.sums import without_tables
 from pyprune.calibration.training_statistics import TrainingGradients, TrainingSums, needs_gradients, needs_training
 from pyprune.methods.allocation import Allocation, Amount
 from pyprune.methods.method import Method, PruneMode, check_amount
@@ -136,7 +137,7 @@ class Pruner:
         self._spares: dict[Target, Tensor] = {}  # the masks before the last, to write the next ones to
         self._is_late = False  # masks were due, but there was nothing yet to choose them by
         there = find_targets(model, ignored_scope, examples_inputs)
-        self._targets = targets = prunable_targets(found, there)
+        self._targets = targets = without_tables(found.importance, prunable_targets(found, there))
         check_kind(self._targets, Mask)
         self._check_optimizer()
         self._watch: TrainingSums | TrainingGradients | None = None
@@ -146,10 +147,16 @@ class Pruner:
             with changing_masks(masks_in(model)):
                 self._statistics = self._known_statistics(examples_inputs)
                 unscored = [] if self._statistics is None else [t for t in targets if t not in self._statistics]
-                warn_of_missed(model, ignored_scope, there, {f"without a score by {found.importance.name}": unscored})
+                warn_of_missed(
+                    model,
+                    ignored_scope,
+                    there,
+                    {f"without a score by {found.importance.name}": unscored},
+                    has_inputs=examples_inputs is not None,
+                )
                 self._watch = self._make_watch()
                 self._check_all()
-                self._attach(zero_dead_channels, examples_inputs)
+                self._attach(zero_dead_channels, examples_inputs, ignored_scope)
             if self._watch is not None:
                 self._watch.start()
                 self._watch.gathers = self._is_looked_at()
@@ -329,7 +336,7 @@ class Pruner:
                 choice.check()
                 choice.tell(self.model)
 
-    def _attach(self, zero_dead_channels: bool, inputs: Any) -> None:
+    def _attach(self, zero_dead_channels: bool, inputs: Any, ignored_scope: IgnoredScope | None) -> None:
         units = units_of(self.method, self._targets)
         masks = {
             target: NewMask(target.owners, torch.ones_like(target.parameter, dtype=torch.bool), units[target.name])
@@ -344,7 +351,7 @@ class Pruner:
             masks = choice.masks
         carried = {target: target.attachment for target in self._targets if target not in masks}
         kept = {t: NewMask(t.owners, m.mask.clone(), m.unit) for t, m in carried.items() if isinstance(m, Mask)}
-        followers = new_followers(self.model, masks | kept, inputs) if zero_dead_channels else []
+        followers = new_followers(self.model, masks | kept, inputs, ignored_scope) if zero_dead_channels else []
         attach_masks(self.model, list((masks | (kept if followers else {})).values()), followers)
         if self.schedule.is_due(0) and not is_pruned(ratio) and not self._options.dropped_stay:
             self._open({target: mask for target, mask in self._masks().items() if target in carried})

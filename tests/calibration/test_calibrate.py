@@ -206,16 +206,17 @@ def test_calibrate_refuses_bad_input_and_changes_nothing(cnn, unchanged, options
     before.check()
 
 
-def test_calibrate_names_what_cannot_be_seen(transformer, recurrent, unchanged):
-    before = unchanged(transformer.model)
-    with pytest.raises(ValueError, match=r"activations of layer\.self_attn\.in_proj_weight, cross"):
-        calibrate(transformer.model, [transformer.inputs], importance.wanda())
-    rest = pyprune.IgnoredScope(patterns=["embed", r"layer\.self_attn\.in", "cross"])
-    with pytest.raises(ValueError, match=r"no batch went through the layer of layer\.self_attn\.out_proj"):
-        calibrate(transformer.model, [transformer.inputs], importance.wanda(), ignored_scope=rest)
+def test_calibrate_names_what_cannot_be_seen(cnn, unchanged):
+    bilinear, unused = nn.Bilinear(3, 4, 5), nn.Linear(6, 3)
+    cnn.model.unused = unused
+    before = unchanged(cnn.model)
+    with pytest.raises(ValueError, match=r"no batch went through unused\.weight; name it"):
+        calibrate(cnn.model, [cnn.inputs], importance.wanda())
     before.check()
-    with pytest.raises(ValueError, match=r"activations of lstm\.weight_ih_l0"):
-        calibrate(recurrent.model, [recurrent.inputs], importance.wanda())
+    with pytest.raises(ValueError, match="through weight cannot be seen: it multiplies two inputs at once"):
+        calibrate(bilinear, [(torch.randn(2, 3), torch.randn(2, 4))], importance.wanda())
+    with pytest.raises(ValueError, match=r"through weight_\w+ cannot be seen: its layer adds the outputs of two"):
+        calibrate(nn.LSTM(3, 4), [torch.randn(2, 5, 3)], importance.apoz())
 
 
 def test_calibrate_gives_all_back_when_the_model_fails(cnn, unchanged):

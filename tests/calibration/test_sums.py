@@ -53,7 +53,7 @@ def test_sums_are_wide_and_follow_a_model_that_is_cast(name):
 def test_activations_are_seen_while_they_are_watched():
     model = layer()
     targets = find_targets(model)
-    sums = ActivationSums(importance.wanda(), targets, only_training=True)
+    sums = ActivationSums(importance.wanda(), targets)
     x = torch.tensor([[3.0, 1.0], [4.0, 1.0]])
     model(x)
     assert not sums.sums
@@ -74,7 +74,7 @@ def test_activations_are_seen_while_they_are_watched():
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_what_a_checkpoint_runs_again_is_not_counted_again(reentrant):
     linear = nn.Linear(3, 2)
-    sums = ActivationSums(importance.wanda(), find_targets(linear), only_training=True)
+    sums = ActivationSums(importance.wanda(), find_targets(linear))
     inputs = torch.ones(4, 3, requires_grad=True)
     with sums.watching():
         torch.utils.checkpoint.checkpoint(linear, inputs, use_reentrant=reentrant).sum().backward()

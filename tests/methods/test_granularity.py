@@ -2,10 +2,11 @@ import pytest
 import torch
 
 from pyprune import Method, granularity, importance, scope
+from pyprune.methods.layout import Layout
 from pyprune.methods.unit_groups import Member, UnitGroup, Weight, reduce_units, spread_units
 
 CONV = Weight("conv", torch.randn(8, 6, 3, 3))
-TRANSPOSED = Weight("deconv", torch.randn(6, 8, 3, 3), out_dim=1, in_dim=0)
+TRANSPOSED = Weight("deconv", torch.randn(6, 8, 3, 3), layout=Layout(1, 0))
 LINEAR = Weight("linear", torch.randn(10, 7))
 
 

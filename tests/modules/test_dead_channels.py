@@ -1,4 +1,5 @@
 import copy
+import warnings
 
 import pytest
 import torch
@@ -6,8 +7,8 @@ from torch import nn
 
 import pyprune
 from pyprune import Method, granularity, importance, scope
-from pyprune.modules.dead_channels import norms_after
 from pyprune.modules.masks import FollowingMask
+from pyprune.modules.norms import norms_after
 from pyprune.modules.targets import attachments_of
 from tests.conftest import attached
 
@@ -160,7 +161,9 @@ def test_a_norm_that_an_ignored_layer_shares_is_left_alone():
     model = Shared()
     ignored = pyprune.IgnoredScope(names=["b"])
     inputs = torch.randn(1, 1, 3, 3)
-    pyprune.prune(model, FILTERS, ratio=0.5, examples_inputs=inputs, zero_dead_channels=True, ignored_scope=ignored)
+    options = {"examples_inputs": inputs, "zero_dead_channels": True, "ignored_scope": ignored}
+    with pytest.warns(UserWarning, match="does not reach behind norm, where dead channels are not zero"):
+        pyprune.prune(model, FILTERS, ratio=0.5, **options)
     assert set(followers(model)) == {"a.bias"}
 
 
@@ -168,7 +171,8 @@ def test_a_norm_that_an_ignored_layer_shares_is_left_alone():
 def test_a_norm_over_tokens_does_not_follow_channels(tokens):
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(tokens))
     inputs = torch.randn(2, tokens, 3)
-    pyprune.prune(model, FILTERS, ratio=0.5, examples_inputs=inputs, zero_dead_channels=True)
+    with pytest.warns(UserWarning, match="does not reach behind 1, where dead channels are not zero"):
+        pyprune.prune(model, FILTERS, ratio=0.5, examples_inputs=inputs, zero_dead_channels=True)
     assert set(followers(model)) == {"0.bias"}
 
 
@@ -186,9 +190,144 @@ def test_what_cannot_be_zeroed_is_refused_before_anything_changes(unchanged):
     shared = nn.ModuleList([nn.Linear(3, 4), nn.Linear(3, 4)])
     shared[1].bias = shared[0].bias
     inputs = torch.randn(1, 1, 3, 3)
-    for model, words in ((plain, "no scale and shift"), (shared, r"0\.bias, 1\.bias: layers")):
+    for model, words in ((plain, "no scale and shift"), (shared, r"several names, 0\.bias and 1\.bias")):
         before = unchanged(model)
         with pytest.raises(ValueError, match=words):
             pyprune.prune(model, FILTERS, ratio=0.5, examples_inputs=inputs if model is plain else None,
                           zero_dead_channels=True)  # fmt: skip
         before.check()
+
+
+@pytest.mark.parametrize(("make", "groups"), [
+    (lambda: nn.Conv2d(4, 6, 1), 0), (lambda: nn.ConvTranspose2d(4, 6, 1, groups=2), 2)
+])  # fmt: skip
+def test_followers_are_loaded_from_configs_that_say_less(make, groups):
+    model = pyprune.prune(nn.Sequential(make()), FILTERS, ratio=0.5, zero_dead_channels=True)
+    config = pyprune.get_config(model)
+    (entry,) = [entry for entry in config["masks"] if "follows" in entry]
+    del entry["outputs"]
+    entry["groups"] = groups
+    fresh = pyprune.load_from_config(nn.Sequential(make()), config)
+    fresh.load_state_dict(model.state_dict())
+    pyprune.prune(fresh, FILTERS, ratio=0.34)
+    assert torch.equal(fresh[0].bias == 0, torch.autograd.functional.jacobian(fresh, torch.zeros(1, 4, 1, 1)).sum(
+        (0, 2, 3, 4, 5, 6, 7)) == 0)  # fmt: skip
+    assert int((fresh[0].bias == 0).sum()) == 2
+
+
+@pytest.mark.parametrize("wrong", [{"outputs": 4}, {"outputs": -1}, {"outputs": "0"}, {"groups": 0, "outputs": 0},
+                                   {"groups": 5}, {"outputs": 1}, {"groups": "x", "outputs": None}])  # fmt: skip
+def test_followers_of_other_channels_are_refused(wrong):
+    model = pyprune.prune(nn.Sequential(nn.Conv2d(4, 6, 1)), FILTERS, ratio=0.5, zero_dead_channels=True)
+    config = pyprune.get_config(model)
+    (entry,) = [entry for entry in config["masks"] if "follows" in entry]
+    entry.update(wrong)
+    with pytest.raises(ValueError, match=r"mask of 0\.bias follows '0\.weight', which has none, or other channels"):
+        pyprune.load_from_config(nn.Sequential(nn.Conv2d(4, 6, 1)), config)
+
+
+class Net(nn.Module):
+    """Layers by name, and a forward pass as a function of them."""
+
+    def __init__(self, run, **layers):
+        super().__init__()
+        self.run = run
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def conv(**options):
+    return nn.Conv2d(3, 8, 3, **options)
+
+
+def shuffled(model):
+    """Give norms and biases values that show."""
+    generator = torch.Generator().manual_seed(3)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.dim() == 1:
+            tensor.data.copy_(1 + torch.rand(tensor.shape, generator=generator))
+        assert name
+    return model.eval()
+
+
+BATCH = nn.BatchNorm2d(8)
+
+
+def one(norm, before=lambda y: y, after=lambda y: y, layer=None):
+    return Net(lambda n, x: after(n.a(before(n.c(x)))), c=layer or conv(), a=norm)
+
+
+ZERO = {
+    "two norms after one layer": Net(
+        lambda n, x: (n.a(n.c(x)), n.b(n.c(x[..., ::2]))), c=conv(), a=BATCH, b=nn.BatchNorm2d(8)
+    ),
+    "group norm": one(nn.GroupNorm(4, 8)),
+    "instance norm": one(nn.InstanceNorm2d(8, affine=True)),
+    "instance norm without scale": one(nn.InstanceNorm2d(8)),
+    "instance norm with averages": one(nn.InstanceNorm2d(8, affine=True, track_running_stats=True)),
+    "after an activation": one(BATCH, nn.functional.relu),
+    "after an activation in place": one(BATCH, nn.ReLU(inplace=True)),
+    "after pooling": one(BATCH, nn.AvgPool2d(2)),
+    "layer norm": one(nn.LayerNorm(8), layer=nn.Linear(12, 8)),
+    "layer norm of patches": one(
+        nn.LayerNorm(8), lambda y: y.flatten(2).transpose(1, 2), lambda y: y.transpose(1, 2), conv(stride=3)
+    ),
+    "layer norm of permuted images": one(
+        nn.LayerNorm(8), lambda y: y.permute(0, 2, 3, 1), lambda y: y.permute(0, 3, 1, 2)
+    ),
+}
+SAID = {
+    "one norm after two layers": Net(lambda n, x: n.a(n.c(x)) + n.a(n.d(x)), c=conv(), d=conv(), a=BATCH),
+    "joined": one(nn.BatchNorm2d(16), lambda y: torch.cat([y, y + 1], 1)),
+    "joined after an activation": one(nn.BatchNorm2d(16), lambda y: torch.cat((y.relu(), y), 1)),
+    "group norm without scale": one(nn.GroupNorm(4, 8, affine=False)),
+    "layer norm over all": one(nn.LayerNorm([8, 10, 10])),
+    "norm of positions": one(nn.BatchNorm1d(12), layer=nn.Linear(12, 8), before=lambda y: y[:, 0]),
+}
+
+
+def channels_of(output, name):
+    output = output if isinstance(output, tuple) else (output,)
+    return [one.movedim(-1, 1).flatten(2) if name == "layer norm" else one.flatten(2) for one in output]
+
+
+@pytest.mark.parametrize("name", ZERO)
+def test_dead_channels_are_zero_after_every_norm(name):
+    model, x = shuffled(copy.deepcopy(ZERO[name])), torch.randn(2, 3, 12, 12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pyprune.prune(model, FILTERS, ratio=0.5, examples_inputs=x, zero_dead_channels=True)
+    for output in channels_of(model(x), name):
+        assert (output == 0).all(2).all(0).sum() == 4
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_norms_behind_which_dead_channels_are_not_zero_are_named(name):
+    model, x = shuffled(copy.deepcopy(SAID[name])), torch.randn(2, 3, 12, 12)
+    with pytest.warns(UserWarning, match="zero_dead_channels does not reach behind a, where dead channels") as caught:
+        pyprune.prune(model, FILTERS, ratio=0.5, examples_inputs=x, zero_dead_channels=True)
+    assert len(caught) == 1
+    schedule, fresh = pyprune.schedules.linear(0.5, end=3), shuffled(copy.deepcopy(SAID[name]))
+    with pytest.warns(UserWarning, match="does not reach behind a"):
+        pyprune.Pruner(fresh, FILTERS, schedule, examples_inputs=x, zero_dead_channels=True)
+
+
+def test_other_norms_want_inputs_too():
+    model = Net(lambda n, x: n.a(n.c(x)), c=conv(), a=nn.GroupNorm(2, 8))
+    with pytest.warns(UserWarning, match="does not know which layers a follow, and after a norm dead"):
+        pyprune.prune(model, FILTERS, ratio=0.5, zero_dead_channels=True)
+
+
+@pytest.mark.parametrize(("names", "untouched"), [(["1"], ["1.weight", "1.bias"]), (["0.bias"], ["0.bias"])])
+def test_what_is_ignored_is_left_as_it_is_and_named(names, untouched):
+    model, x = shuffled(nn.Sequential(conv(), nn.BatchNorm2d(8))), torch.randn(2, 3, 8, 8)
+    before = {name: model.get_parameter(name).clone() for name in untouched}
+    scope = pyprune.IgnoredScope(names=names)
+    named = "zero_dead_channels leaves " + ", ".join(untouched) + " as they are, because ignored_scope names them"
+    with pytest.warns(UserWarning, match=named):
+        pyprune.prune(model, FILTERS, ratio=0.5, examples_inputs=x, zero_dead_channels=True, ignored_scope=scope)
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in before.items())
+    assert {"0.bias", "1.weight", "1.bias"} == set(followers(model)) | set(untouched)

@@ -352,7 +352,7 @@ def test_gate_refuses_bad_input():
     weight, logits, seed = torch.ones(4, 6), torch.ones(4, 6), torch.tensor(1)
     with pytest.raises(TypeError, match="int64"):
         ops.bernoulli_gate(weight.long(), logits, seed)
-    with pytest.raises(TypeError, match=r"float64 .* float32"):
+    with pytest.raises(TypeError, match=r"float64; allowed are torch\.float32$"):
         ops.bernoulli_gate(weight, logits.double(), seed)
     for shape in [(4,), (3, 6), (8, 6), (4, 6, 1), (0, 6)]:
         with pytest.raises(ValueError, match="must divide"):
@@ -376,7 +376,7 @@ def test_gate_refuses_bad_input():
         {"zeta": math.inf},
         {"zeta": 1e300},
     ):
-        with pytest.raises(ValueError, match=r"beta|gamma"):
+        with pytest.raises(ValueError, match=r"beta|gamma|zeta"):
             ops.hard_concrete_gate(weight, logits, seed, **options)
     with pytest.raises(ValueError, match="must agree"):
         ops.bernoulli_gate(weight, logits, seed, out=torch.empty(4, 5))

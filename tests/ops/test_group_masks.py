@@ -288,7 +288,7 @@ def test_group_masks_refuses_bad_input():
         ops.group_masks([weight], [4, 4], 2)
     with pytest.raises(TypeError):
         ops.group_masks([weight], 4.0, 2)
-    with pytest.raises(ValueError, match="factors has 2 entries"):
+    with pytest.raises(ValueError, match="got 2 factors"):
         ops.group_masks([weight], 4, 2, factors=[None, None])
     for factors in (torch.ones(7), torch.ones(8, dtype=torch.float64), torch.ones(3, 8)):
         with pytest.raises(ValueError, match=r"expected torch\.float32 of shape \(8,\)"):
@@ -296,7 +296,7 @@ def test_group_masks_refuses_bad_input():
     with pytest.raises(ValueError, match=r"expected torch\.float64"):
         ops.group_masks([weight.double()], 4, 2, factors=[torch.ones(8)])
     for base in (torch.ones(3, 8), torch.ones(8, dtype=torch.bool)):
-        with pytest.raises(ValueError, match="expected bool of shape"):
+        with pytest.raises((TypeError, ValueError), match=r"bases\[0\]"):
             ops.group_masks([weight], 4, 2, bases=[base])
     with pytest.raises(ValueError, match="on meta"):
         ops.group_masks([weight], 4, 2, bases=[torch.ones(3, 8, dtype=torch.bool, device="meta")])

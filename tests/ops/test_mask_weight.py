@@ -169,14 +169,15 @@ def test_mask_weight_notices_a_mask_that_changed():
 
 
 def test_mask_weight_takes_what_has_no_kernel():
-    weight, mask = torch.arange(10_000), torch.arange(10_000) % 2 == 0
-    assert torch.equal(ops.mask_weight(weight, mask), weight * mask)
+    weight, mask = torch.arange(10_000.0), torch.arange(10_000) % 2 == 0
+    for dtype in (torch.float8_e5m2, torch.float64):
+        assert torch.equal(ops.mask_weight(weight.to(dtype), mask).double(), (weight * mask).to(dtype).double())
     assert ops.mask_weight(weight.to("meta"), mask.to("meta")).is_meta
 
     class Tagged(torch.Tensor):
         pass
 
-    tagged = weight.float().as_subclass(Tagged)
+    tagged = weight.as_subclass(Tagged)
     assert isinstance(ops.mask_weight(tagged, mask), Tagged)
 
 

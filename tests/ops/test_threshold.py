@@ -170,9 +170,10 @@ def test_threshold_counts_what_is_not_finite(device, dtype, value):
     for removed in (0, 100, 70_034, [0, 0], [50_000, 10]):
         _, nonfinite = ops.threshold(on_device, removed)
         assert nonfinite.tolist() == [2, 1]
-    # A norm of NaN makes a scale of NaN: still counted, still no crash.
-    scales = ops.norms(on_device).reciprocal()
-    assert ops.threshold(on_device, 100, scales=scales)[1].tolist() == [2, 1]
+    assert ops.threshold(on_device, 100, scales=ops.inverse_norms(on_device))[1].tolist() == [2, 1]
+    # A scale of NaN, which nobody looks at on a GPU: still counted, still no crash.
+    scales, masks = ops.norms(on_device).reciprocal(), [torch.empty_like(one, dtype=torch.bool) for one in on_device]
+    assert torch.ops.pyprune.threshold(on_device, scales, [100], masks, []).tolist() == [2, 1]
 
 
 def arrays(dtype: type) -> st.SearchStrategy[np.ndarray]:
@@ -236,6 +237,7 @@ def test_threshold_keeps_denormals_whatever_torch_is_told(device, dtype):
 
 def test_operators_guard_what_the_python_layer_promises(device):
     weight, mask = torch.randn(4, device=device), torch.ones(4, dtype=torch.bool, device=device)
+    scales, factors = torch.ones(1, dtype=torch.float64, device=device), torch.ones(4, device=device)
     for removed in ([5], [-1], [1, 1]):
         with pytest.raises(RuntimeError):
             torch.ops.pyprune.threshold([weight], None, removed, [mask], [])
@@ -245,6 +247,12 @@ def test_operators_guard_what_the_python_layer_promises(device):
         (torch.ops.pyprune.threshold, ([weight], None, [1], [mask], [None, None])),
         (torch.ops.pyprune.threshold, ([weight], None, [1], [mask], [mask[:3]])),
         (torch.ops.pyprune.threshold, ([weight], None, [1], [mask], [weight])),
+        (torch.ops.pyprune.threshold, ([weight], scales.to("meta"), [1], [mask], [])),
+        (torch.ops.pyprune.threshold, ([weight], None, [1], [mask], [mask.to("meta")])),
+        (torch.ops.pyprune.group_masks, ([weight], [4], [2], [0], [factors.to("meta")], [None], [mask])),
+        (torch.ops.pyprune.fold_units, ([weight], [mask.to("meta")], [1])),
+        (torch.ops.pyprune.gate, (weight, weight, torch.tensor(1, device="meta"), 0, 0, 1.0, 0.0, 1.0)),
+        (torch.ops.pyprune.gate_noise, (weight, [4], 0)),
         (torch.ops.pyprune.norms, ([mask],)),
         (torch.ops.pyprune.fold, ([mask], [mask])),
         (torch.ops.pyprune.fold, ([weight], [mask, mask])),
@@ -324,8 +332,9 @@ def test_threshold_refuses_bad_input():
         ops.threshold([weight.int()], 1)
     with pytest.raises(TypeError, match="layout"):
         ops.threshold([weight.to_sparse()], 1)
-    with pytest.raises(ValueError, match="scales"):
-        ops.threshold([weight], 1, scales=torch.ones(2))
+    for scales in (torch.ones(2, dtype=torch.float64), torch.tensor([math.nan], dtype=torch.float64)):
+        with pytest.raises(ValueError, match="scales"):
+            ops.threshold([weight], 1, scales=scales)
     with pytest.raises(ValueError, match="must agree"):
         ops.threshold([weight], 1, masks=[torch.ones(3, dtype=torch.bool)])
     with pytest.raises(ValueError, match="expanded"):

@@ -190,10 +190,10 @@ def test_unit_scores_refuse_bad_input():
         ops.unit_scores([weight], [(1,)])
     with pytest.raises(ValueError, match="at least 1"):
         ops.unit_scores([weight], [(0, 1)])
-    with pytest.raises(TypeError, match="tuple of integers"):
+    with pytest.raises(TypeError, match=r"blocks\[0\] is 1.5; give integers"):
         ops.unit_scores([weight], [(1.5, 1)])
     for p in (0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="positive finite"):
             ops.unit_scores([weight], [(1, 1)], p=p)
-    with pytest.raises(ValueError, match="sum, mean, max"):
+    with pytest.raises(ValueError, match='"sum", "mean" and "max"'):
         ops.unit_scores([weight], [(1, 1)], reduction="median")

@@ -7,11 +7,12 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from pyprune import granularity, importance, scope
+from pyprune import granularity, importance, ops, scope
 from pyprune.methods.allocation import Amount, limits, removed_count
 from pyprune.methods.method import METHODS, Method, PruneMode
 from pyprune.methods.unit_groups import Member, UnitGroup, Weight
 from pyprune.selection.choose_units import choose_units
+from tests.ops.families import FAMILIES, draw
 
 LOCAL, GLOBAL = METHODS[PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL], METHODS[PruneMode.UNSTRUCTURED_MAGNITUDE_GLOBAL]
 
@@ -56,6 +57,26 @@ def test_global_magnitude_divides_by_the_norm_of_each_tensor(ratio):
 def test_global_magnitude_drops_an_all_zero_tensor_first():
     masks, _ = magnitude_masks(GLOBAL, [torch.tensor([1e-30, 2e-30]), torch.zeros(3), torch.tensor([1e30])], 0.5)
     assert [mask.tolist() for mask in masks] == [[True, True], [False] * 3, [True]]
+
+
+@pytest.mark.parametrize("among", [scope.model(), scope.tensor(), scope.row()], ids=lambda among: among.name)
+@pytest.mark.parametrize("dtype", ops.WEIGHT_DTYPES, ids=str)
+def test_choose_units_is_exact_up_to_the_last_element(among, dtype):
+    method = Method(importance.magnitude(), granularity.element(), among)
+    for seed, family in enumerate(FAMILIES):
+        rng = np.random.default_rng(seed)
+        weights = [draw(rng, family, size, dtype).view(3, -1) for size in (30_000, 9, 3)]
+        scores = [weight.abs().double().numpy() for weight in weights]
+        if among.name == "model":
+            sets = [np.concatenate([score.ravel() for score in scores])]
+        else:
+            sets = [part for score in scores for part in (score if among.name == "row" else [score.ravel()])]
+        count = max(part.size for part in sets)
+        for ratio in (0.0, 1 / count, 0.5, 0.99, 0.9999, 1 - 1 / count, math.nextafter(1.0, 0.0)):
+            masks, _ = magnitude_masks(method, weights, ratio)
+            found = torch.cat([mask.ravel() for mask in masks]).numpy()
+            expected = [numpy_keep(part, removed_count(part.size, ratio)) for part in sets]
+            assert np.array_equal(found, np.concatenate(expected)), f"{family} at {ratio}"
 
 
 def test_global_magnitude_survives_norms_at_the_ends_of_float64():

@@ -863,8 +863,8 @@ def test_several_pruners_see_the_same_gradients():
 
 
 def test_activations_that_cannot_be_seen_are_refused_before_masks_are_on():
-    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4))
-    with pytest.raises(ValueError, match=r"activations of 0\.weight cannot be seen"):
+    model = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2))
+    with pytest.raises(ValueError, match=r"activations of 1\.in_proj_weight cannot be seen while"):
         Pruner(model, Method(importance.wanda()), HALF)
     assert not masks(model)
     assert not has_hooks(model)
