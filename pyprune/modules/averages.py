@@ -3,15 +3,17 @@
 import gc
 import sys
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from pyprune.modules.attachments import check_module, dense_parameters
-from pyprune.modules.masks import Mask, masks_by_target
+from pyprune.modules.masks import Mask, changing_masks, masks_by_target
 from pyprune.modules.sharding import local_part
 from pyprune.modules.targets import Target, all_parameters
-from pyprune.modules.zeros import fold_all, released
+from pyprune.modules.undo import Change
+from pyprune.modules.zeros import fold_all
 
 # torch.compile puts this into names; a checkpoint of the plain model does not have it.
 _WRAPPED = "_orig_mod."
@@ -51,10 +53,12 @@ def apply_masks(masks: Mapping[str, Tensor], model: nn.Module) -> None:
             "model of the same architecture, without wrappers around it, its adapters merged and removed"
         )
     carried = {name: attached for name in masks if isinstance(attached := there[name].attachment, Mask)}
-    with released(carried.values()):
-        for name, attached in carried.items():
-            attached.mask.copy_(masks[name])
-    fold_all((there[name].parameter, mask) for name, mask in masks.items() if name not in carried)
+    plain = [(there[name].parameter, mask) for name, mask in masks.items() if name not in carried]
+    with Change() as change:
+        with changing_masks(carried.values()):
+            for name, attached in carried.items():
+                attached.mask = masks[name].to(attached.mask.device, copy=True)
+        change.finish(partial(fold_all, plain))
 
 
 def reapply(model: nn.Module, other: nn.Module) -> None:

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 from pyprune.modules.memory import prefer_huge_pages
+from pyprune.modules.undo import Change
 from pyprune.torch_prune.amount import Amount, count
 from pyprune.torch_prune.amount import _compute_nparams_toprune as _compute_nparams_toprune
 from pyprune.torch_prune.amount import _validate_pruning_amount as _validate_pruning_amount
@@ -226,11 +227,12 @@ def global_unstructured(
         check_scores(score, orig, name)
     masks = [mask for _, mask in found]
     choose = _l1_masks if takes_smallest(method) else _joint_masks
-    kept = choose(method, scores, masks)
-    for (module, name), (orig, _), one in zip(places, found, kept, strict=True):
-        mask = prefer_huge_pages(torch.empty_like(orig, requires_grad=False)).copy_(one)
-        hook = with_method(module, name, CustomFromMask(mask))
-        attach(module, name, hook, mask, Product.apply(orig, mask))
+    with Change(*dict.fromkeys(module for module, _ in places)):
+        kept = choose(method, scores, masks)
+        for (module, name), (orig, _), one in zip(places, found, kept, strict=True):
+            mask = prefer_huge_pages(torch.empty_like(orig, requires_grad=False)).copy_(one)
+            hook = with_method(module, name, CustomFromMask(mask))
+            attach(module, name, hook, mask, Product.apply(orig, mask))
 
 
 def remove(module: _M, name: str) -> _M:
@@ -244,7 +246,9 @@ def remove(module: _M, name: str) -> _M:
         >>> [name for name, _ in linear.named_parameters()], int((linear.weight == 0).sum())
         (['weight', 'bias'], 2)
     """
-    torch_prune.remove(module, name)
+    orig = module._parameters.get(name + "_orig")
+    with Change(module, values=[] if orig is None else [orig]):
+        torch_prune.remove(module, name)
     return module
 
 
