@@ -2,12 +2,13 @@
 
 import gc
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from pyprune.console import warn
 from pyprune.modules.attachments import check_module, dense_parameters
 from pyprune.modules.masks import Mask, changing_masks, masks_by_target
 from pyprune.modules.sharding import local_part
@@ -139,6 +140,23 @@ def reapply_to_averages(model: nn.Module) -> None:
         for average in averages:
             if _names(average) == names:
                 apply_masks(masks, average)
+
+
+def warn_of_copies(masks: Iterable[Mask]) -> None:
+    """Warn if copies of a model, made when it had these masks, are written to like averages and have old ones."""
+    if any(
+        copied.parameter is not None and copied.is_written() and not _same(copied.mask, mask.mask)
+        for mask in masks
+        for copied in mask.copies
+    ):
+        warn(
+            "a copy of the model has the masks that were on when it was made. If it is an average of the model, "
+            "pyprune.reapply(model, average) gives it the zeros that the model has now"
+        )
+
+
+def _same(mask: Tensor, other: Tensor) -> bool:
+    return mask.shape == other.shape and torch.equal(mask, other.to(mask.device))
 
 
 def _names(model: nn.Module) -> list[tuple[str, torch.Size]]:

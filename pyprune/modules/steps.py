@@ -115,7 +115,8 @@ def _after_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
 
 
 def _fold_weights(holds: Iterable[Hold]) -> None:
-    fold_all((hold.parameter, hold.local_mask) for hold in holds if hold.parameter is not None)
+    once = dict.fromkeys(holds)
+    fold_all((hold.parameter, hold.local_mask) for hold in once if hold.parameter is not None)
 
 
 def _written_unseen(holds: list[Hold], known: _Known) -> Iterator[Hold]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyprune import ops
+from pyprune.console import listed, warn
 from pyprune.modules.attachments import check_module, detach
 from pyprune.modules.forward_pass import unshare_samples
 from pyprune.modules.gates import HardConcreteGate, StochasticGate, check_gates
@@ -21,6 +22,9 @@ from pyprune.modules.watching import unwatch
 from pyprune.modules.zeros import check_places, fold_all
 
 _M = TypeVar("_M", bound=nn.Module)
+
+# How PEFT calls a layer that it has put an adapter on.
+_ADAPTED = ".base_layer."
 
 
 class StripFormat(str, Enum):
@@ -75,6 +79,25 @@ def strip(
         (4, 'Linear')
     """
     check_module(model)
+    below = [target.name for target in attachments_of(model) if _ADAPTED in f".{target.name}"]
+    stripped = let_go(model, do_copy=do_copy, strip_format=strip_format, expected_count=expected_count)
+    if below:
+        warn(
+            f"there are adapters on {listed(below)}; merged from now on, they fill the zeros of these weights. Merge "
+            "them while masks are on, and strip then, or use keep_sparse(...).reapply(merged)"
+        )
+    return stripped
+
+
+@torch.inference_mode(False)
+def let_go(
+    model: _M,
+    *,
+    do_copy: bool = False,
+    strip_format: StripFormat | str = StripFormat.IN_PLACE,
+    expected_count: bool = False,
+) -> _M:
+    """Do what `strip` says, without a word."""
     if strip_format == StripFormat.NATIVE:
         raise ValueError(
             "strip_format NATIVE converts NNCF's quantizers and would leave the masks on; pyprune has no "

@@ -18,7 +18,7 @@ from pyprune.modules.masks import FollowingMask, Mask
 from pyprune.modules.optimizer import innermost_of
 from pyprune.modules.sharding import local_part
 from pyprune.modules.steps import mask_gradients, mask_state
-from pyprune.modules.strip import strip
+from pyprune.modules.strip import let_go
 from pyprune.modules.targets import Target, attachments_of, find_targets
 from pyprune.modules.undo import Change
 from pyprune.modules.watching import unwatch, watch
@@ -170,7 +170,7 @@ def keep_sparse(
     for mask in masks.values():
         mask.parks = False
     with Change(model) as change:
-        strip(model)
+        let_go(model)
         attach((target.owners, mask) for target, mask in masks.items())
         hold_zeros(masks.values())
         watch(model)

@@ -28,7 +28,7 @@ from pyprune.methods.allocation import Allocation, Amount
 from pyprune.methods.method import Method, PruneMode, check_amount
 from pyprune.methods.schedules import Ratio, Schedule, as_schedule, check_ratios, check_step, is_pruned
 from pyprune.methods.unit_groups import UnitGroup
-from pyprune.modules.averages import reapply_to_averages
+from pyprune.modules.averages import reapply_to_averages, warn_of_copies
 from pyprune.modules.coverage import warn_of_missed
 from pyprune.modules.dead_channels import new_followers
 from pyprune.modules.ignored_scope import IgnoredScope
@@ -205,6 +205,8 @@ class Pruner:
             if is_last or any(mask.copies for mask in self._carried().values()):
                 # What is zero in them at the end stays so; those that were copied with masks have old ones.
                 reapply_to_averages(self.model)
+            if is_last:
+                warn_of_copies(self._carried().values())
             if self.optimizer is not None:
                 mask_state(self.optimizer, self._carried().values())
         if self._watch is not None:
@@ -303,9 +305,11 @@ class Pruner:
             return
         trained = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
         if not any(id(target.parameter) in trained for target in self._targets):
-            raise ValueError(
-                "the optimizer trains none of the weights to prune; make it from this model's parameters"
+            frozen = not any(target.parameter.requires_grad for target in self._targets)
+            advice = (
+                "they are frozen, so prune them once, before" if frozen else "make it from this model's parameters"
             )
+            raise ValueError(f"the optimizer trains none of the weights to prune; {advice}")
 
     def _known_statistics(self, inputs: Any) -> dict[Target, Tensor | None] | None:
         """Return what the importance needs, unless it is measured in training."""
