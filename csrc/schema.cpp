@@ -31,8 +31,9 @@ STABLE_TORCH_LIBRARY(pyprune, m) {
   // The same with a mask for each unit. `blocks` as for unit_scores.
   m.def("fold_units(Tensor(a!)[] weights, Tensor[] unit_masks, int[] blocks) -> ()");
 
-  // weights[i][~masks[i]], in the order of the flat index, and zeros in its place; and the way back, in place.
-  m.def("park(Tensor(a!)[] weights, Tensor[] masks) -> Tensor[]");
+  // weights[i][~masks[i]], in the order of the flat index, and zeros in its place; and the way back, in place. Empty
+  // tensors become what is parked, so that nobody can be interrupted between the zeros and a result.
+  m.def("park(Tensor(a!)[] weights, Tensor[] masks, Tensor(b!)[] parked) -> ()");
   m.def("unpark(Tensor(a!)[] weights, Tensor[] masks, Tensor[] parked) -> ()");
 
   // Per weight whether something that its mask drops was found not to be zero: by a look at a few elements, others at

@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <array>
+
 #include "capability.h"
 #include "huge_pages.h"
 #include "kernels/count_zeros.h"
@@ -58,9 +60,18 @@ void for_each_chunk(const std::vector<Strided>& weights, const std::vector<Strid
   });
 }
 
-std::vector<Tensor> park(const std::vector<Tensor> weights, const std::vector<Tensor> masks) {
+// Let a tensor be another one, with its memory.
+void become(const Tensor& tensor, const Tensor& other) {
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(tensor), torch::stable::detail::from(other)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::set_", "source_Tensor", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // the result, which is to be freed
+}
+
+void park(const std::vector<Tensor> weights, const std::vector<Tensor> masks, const std::vector<Tensor> into) {
   check_weights(weights);
   check_masks(masks, weights);
+  STD_TORCH_CHECK(into.size() == weights.size(), "expected a tensor for what is parked of each weight");
   const std::vector<Strided> w = strided_of(weights), m = strided_of(masks);
   const std::vector<Chunk> chunks = chunks_of(w);
   const Counts counts = count_dropped(m, chunks);
@@ -72,7 +83,9 @@ std::vector<Tensor> park(const std::vector<Tensor> weights, const std::vector<Te
     prefer_huge_pages(data[i], counts.in_tensor[i] * item_size(w[i].dtype));
   }
   for_each_chunk(w, m, chunks, counts, data, PYPRUNE_KERNEL(park_run));
-  return parked;
+  for (size_t i = 0; i < into.size(); ++i) {
+    become(into[i], parked[i]);
+  }
 }
 
 void unpark(const std::vector<Tensor> weights, const std::vector<Tensor> masks, const std::vector<Tensor> parked) {

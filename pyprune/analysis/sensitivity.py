@@ -28,6 +28,7 @@ from pyprune.modules.evaluation import check_callable, score_of
 from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.modules.masks import Mask, NewMask, changing_masks, masks_in
 from pyprune.modules.targets import Target
+from pyprune.modules.undo import Before, Change, undoing
 from pyprune.selection.attention import find_attention
 from pyprune.selection.choose_masks import choose_masks
 from pyprune.selection.prune import method_with_ratios, targets_with_statistics
@@ -61,8 +62,8 @@ def sensitivity(
     Args:
         model: the model.
         eval_fn: takes the model and returns its score. It is called in evaluation mode, without gradients, with the
-            same random numbers each time; buffers that it changes (as `batch_norm_adaptation` does) are given back.
-            It must not train the model.
+            same random numbers each time; buffers that it changes (as `batch_norm_adaptation` does) are given back,
+            and so are modules, hooks and flags. It must not train the model.
         ratios: fractions of the units to remove, in [0, 1).
         method: how units are chosen. All that compete are those of one target: a weight, or with heads the four
             weights of an attention layer. Its scope matters only if it is ``row``, or N:M, whose ratios end at
@@ -106,7 +107,7 @@ def sensitivity(
     if save_to is not None and not Path(save_to).absolute().parent.is_dir():
         raise ValueError(f"save_to is {save_to}, whose folder does not exist; create it first")
     check_module(model)
-    with changing_masks(masks_in(model)):
+    with Change(model), changing_masks(masks_in(model)):
         statistics = targets_with_statistics(model, chosen, ignored_scope, examples_inputs, calibration)
     # One target competes with itself alone, so all scopes but rows and N:M are the same.
     method = chosen if chosen.scope.name in ("row", "n_of_m") else replace(chosen, scope=tensor())
@@ -141,7 +142,7 @@ def sensitivity(
         if last is not None and last[0] == name and _equal(masks, last[1]):
             score = last[2]
         else:
-            with _pruned(model, masks):
+            with _pruned(masks):
                 score = score_of(model, eval_fn)
         last = name, masks, score
         result = replace(result, targets={**result.targets, name: with_score(target, ratio, score)})
@@ -189,23 +190,17 @@ def _equal(masks: Mapping[Target, NewMask], others: Mapping[Target, NewMask]) ->
 
 
 @contextmanager
-def _pruned(model: nn.Module, masks: Mapping[Target, NewMask]) -> Iterator[None]:
+def _pruned(masks: Mapping[Target, NewMask]) -> Iterator[None]:
     """Write masks into weights, or into the masks that are there, and give all back, whatever happens."""
     carried = {target: mask for target in masks if isinstance(mask := target.attachment, Mask)}
-    plain = {target: target.parameter.detach().clone() for target in masks if target not in carried}
-    before = {target: mask.mask.clone() for target, mask in carried.items()}
-    try:
-        with changing_masks(carried.values()), torch.no_grad():
+    plain = [target for target in masks if target not in carried]
+    before = Before(holds=carried.values(), values=[target.parameter for target in plain])
+    with undoing(before.restore):
+        with changing_masks(carried.values()):
             for target, mask in carried.items():
-                mask.mask.copy_(masks[target].mask)
+                mask.mask = masks[target].mask
         ops.fold([target.parameter for target in plain], [masks[target].mask for target in plain])
         yield
-    finally:
-        with changing_masks(carried.values()), torch.no_grad():
-            for target, mask in carried.items():
-                mask.mask.copy_(before[target])
-            for target, values in plain.items():
-                target.parameter.copy_(values)
 
 
 # ---- resuming ----

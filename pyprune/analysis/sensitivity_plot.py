@@ -3,7 +3,10 @@
 import math
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pyprune.files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +37,9 @@ def draw(drops: Drops, baseline: float, path: str | os.PathLike[str]) -> None:
     image = _draw_heat(heat, drops)
     figure.colorbar(image, ax=heat, label="drop", shrink=min(1.0, 6 / figure.get_figheight()))
     _draw_curves(curves, drops)
-    figure.savefig(path, dpi=120)
+    path = Path(path)
+    with whole_file(path if path.suffix else path.with_suffix(".png")) as unfinished:
+        figure.savefig(unfinished, dpi=120)
 
 
 def _draw_heat(axes: "Axes", drops: Drops) -> Any:

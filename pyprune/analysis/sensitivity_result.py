@@ -1,6 +1,7 @@
 """What a sensitivity analysis has found, as a table and in files."""
 
 import csv
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any
 from pyprune.analysis.sensitivity_plot import draw
 from pyprune.checks import check_bool, check_count, check_number, check_path, shown
 from pyprune.console import as_html, as_text
+from pyprune.files import whole_file
 from pyprune.methods.allocation import check_ratio
 from pyprune.methods.tolerance import worsening
 
@@ -127,13 +129,8 @@ class SensitivityResult:
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write a JSON file; whoever reads it meanwhile sees the old one or the new one, whole."""
-        path = Path(path)
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
+        with whole_file(path) as unfinished:
             unfinished.write_text(json.dumps(self.to_dict(), indent=1))
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> "SensitivityResult":
@@ -149,16 +146,21 @@ class SensitivityResult:
             raise ValueError(f"{path}: {error}") from error
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write a line for each score, and one without a target for the baseline. The setting is left out."""
+        """Write a line for each score, and one without a target for the baseline. The setting is left out.
+
+        As with `to_json`, an interruption leaves the old file as it was.
+        """
         better = "higher" if self.higher_is_better else "lower"
-        with open(path, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(_COLUMNS)
-            writer.writerow(("", "", "", "", self.baseline, "", better))
-            for name, target in self.targets.items():
-                for ratio, score in target.scores.items():
-                    drop = self.drop(name, ratio)
-                    writer.writerow((name, target.weights, target.units, ratio, score, drop, better))
+        text = io.StringIO(newline="")
+        writer = csv.writer(text)
+        writer.writerow(_COLUMNS)
+        writer.writerow(("", "", "", "", self.baseline, "", better))
+        for name, target in self.targets.items():
+            for ratio, score in target.scores.items():
+                drop = self.drop(name, ratio)
+                writer.writerow((name, target.weights, target.units, ratio, score, drop, better))
+        with whole_file(path) as unfinished:
+            unfinished.write_text(text.getvalue(), newline="")
 
     @classmethod
     def from_csv(cls, path: str | os.PathLike[str]) -> "SensitivityResult":

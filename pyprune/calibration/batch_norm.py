@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyprune.calibration.batches import Dataset, batches_of
@@ -12,6 +12,7 @@ from pyprune.checks import check_bool
 from pyprune.console import listed, warn
 from pyprune.modules.attachments import check_module
 from pyprune.modules.evaluation import check_initialized, evaluating, forward
+from pyprune.modules.undo import Change, undoing
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -76,40 +77,34 @@ def batch_norm_adaptation(
         )
     if any(buffer.is_inference() for norm in norms for buffer in norm.buffers()):
         raise ValueError("the statistics were made under torch.inference_mode; build or load the model outside it")
-    saved = [(norm, norm.momentum, [(buffer, buffer.clone()) for buffer in norm.buffers()]) for norm in norms]
-    try:
-        with evaluating(model, training=norms):
-            if reset:
-                for norm in norms:
-                    norm.reset_running_stats()
-                    norm.momentum = None  # a cumulative average
-            start = {norm: [buffer.clone() for buffer in norm.buffers()] for norm in norms}
-            for index, batch in enumerate(batches):
-                forward(model, batch, "a batch of calibration_dataset")
-                _check_finite(names, index)
+    momenta = [(norm, norm.momentum) for norm in norms]
+
+    def undo() -> None:
+        for norm, momentum in momenta:
+            norm.momentum = momentum
+
+    saved = {norm: [buffer.clone() for buffer in norm.buffers()] for norm in norms}
+    statistics = [buffer for norm in norms for buffer in norm.buffers()]
+    with Change(model, values=statistics), undoing(undo), evaluating(model, training=norms):
+        if reset:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # a cumulative average
+        start = {norm: [buffer.clone() for buffer in norm.buffers()] for norm in norms}
+        for index, batch in enumerate(batches):
+            forward(model, batch, "a batch of calibration_dataset")
+            _check_finite(names, index)
         # They count batches, so whatever saw one has changed.
         missed = [norm for norm, before in start.items() if all(map(torch.equal, norm.buffers(), before))]
-        for norm, _, buffers in saved:
-            if norm in missed:
-                _put_back(buffers)
-    except BaseException:
-        for _, _, buffers in saved:
-            _put_back(buffers)
-        raise
-    finally:
-        for norm, momentum, _ in saved:
-            norm.momentum = momentum
+        for norm in missed:
+            for buffer, value in zip(norm.buffers(), saved[norm], strict=True):
+                buffer.copy_(value)
     if missed:
         warn(
             f"no batch reached {listed([names[norm] for norm in missed])}: these keep the statistics that they had. "
             "Give data that goes through them, or leave them as they are"
         )
     return model
-
-
-def _put_back(buffers: Iterable[tuple[Tensor, Tensor]]) -> None:
-    for buffer, value in buffers:
-        buffer.copy_(value)
 
 
 def _check_finite(names: Mapping[_BatchNorm, str], batch: int) -> None:

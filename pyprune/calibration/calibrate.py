@@ -20,6 +20,7 @@ from pyprune.modules.attachments import check_module
 from pyprune.modules.evaluation import check_initialized, evaluating, forward, untouched
 from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.modules.targets import Target, find_targets
+from pyprune.modules.undo import Change, undoing
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +109,7 @@ def calibrate(
         gathered = UseSums(rule, targets)
         run = partial(forward, name="a batch of dataset")
     count = 0
-    with untouched(model), evaluating(model), gathered.watching(model):
+    with Change(model), untouched(model), evaluating(model), gathered.watching(model):
         for batch in batches:
             run(model, batch)
             count += 1
@@ -155,7 +156,14 @@ class _Gradients:
         """Let all targets have gradients, and see what masks make of the weights."""
         frozen = [target.parameter for target in self.targets if not target.parameter.requires_grad]
         hooks: list[RemovableHandle] = []
-        try:
+
+        def undo() -> None:
+            for hook in hooks:
+                hook.remove()
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+
+        with undoing(undo):
             for parameter in frozen:
                 parameter.requires_grad_(True)
             for target in self.targets:
@@ -163,11 +171,6 @@ class _Gradients:
                 if isinstance(gate, nn.Module):
                     hooks.append(gate.register_forward_hook(partial(self._see, target)))
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for parameter in frozen:
-                parameter.requires_grad_(False)
 
     def _see(self, target: Target, attachment: nn.Module, args: Any, output: Tensor) -> None:
         self.in_use.setdefault(target, []).append(output)

@@ -13,6 +13,7 @@ from pyprune.methods.importance import Importance
 from pyprune.modules.activations import but_channels, input_squares, recurrent_input
 from pyprune.modules.masks import raw_weight
 from pyprune.modules.targets import Target, output_layers
+from pyprune.modules.undo import undoing
 
 
 class GradientSums:
@@ -96,16 +97,22 @@ class ActivationSums:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Look at what goes through the layers."""
+        with undoing(self.start()):
+            yield
+
+    def start(self) -> Callable[[], None]:
+        """Look at what goes through the layers from now on; return what ends that."""
         hooks = [
             layer.register_forward_hook(partial(self._see, target, kind), with_kwargs=True)
             for target, layers in self.layers.items()
             for layer, kind in layers
         ]
-        try:
-            yield
-        finally:
+
+        def stop() -> None:
             for hook in hooks:
                 hook.remove()
+
+        return stop
 
     @torch.no_grad()
     def _see(

@@ -103,10 +103,14 @@ class TrainingGradients:
         self._batch.clear()
         return were_there
 
+    def parts(self) -> list[object]:
+        """List what changes when this does."""
+        return [self, self._hooks]
+
     def stop(self) -> None:
         """Take all hooks off."""
         self._hooks.close()
-        self._batch.clear()
+        self._batch = {}
         self._was_skipped = self._was_dropped = False
 
 
@@ -156,7 +160,7 @@ class TrainingSums:
     def start(self) -> None:
         """Put all hooks on."""
         if isinstance(self._sums, ActivationSums):
-            self._hooks.enter_context(self._sums.watching())
+            self._hooks.callback(self._sums.start())
         if self._gradients is not None:
             self._gradients.start()
 
@@ -210,6 +214,10 @@ class TrainingSums:
         else:
             for tensor in self._sums.sums.values():
                 tensor.zero_()
+
+    def parts(self) -> list[object]:
+        """List what changes when this does."""
+        return [self, self._hooks, self._sums, *([] if self._gradients is None else self._gradients.parts())]
 
     def stop(self) -> None:
         """Take all hooks off."""

@@ -47,7 +47,7 @@ def _take_zeros(module: nn.Module, incompatible: object) -> None:
     with changing_masks(masks):
         for mask in masks:
             if mask.parameter is not None:
-                mask.mask.copy_(mask.parameter != 0)
+                mask.mask = mask.parameter.detach() != 0
 
 
 def state_of_masks(model: nn.Module) -> dict[str, Any]:

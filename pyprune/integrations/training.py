@@ -14,6 +14,7 @@ from pyprune.modules.evaluation import check_inputs
 from pyprune.modules.masks import masks_by_target
 from pyprune.modules.optimizer import innermost_of
 from pyprune.modules.strip import strip
+from pyprune.modules.undo import Change
 from pyprune.recipes.recipe import Recipe
 from pyprune.recipes.recipe_pruner import RecipePruner
 from pyprune.training.keep_sparse import KeepSparse, keep_sparse
@@ -64,17 +65,18 @@ class Training:
     ) -> None:
         found = innermost_of(optimizer)  # without Accelerate's wrapper
         self.model = model
-        self.pruning = start(model, found[0] if len(found) == 1 else found, steps_per_epoch)
-        if not isinstance(self.pruning, (Pruner, RecipePruner, KeepSparse)):
-            raise TypeError(f"prune returned a {type(self.pruning).__name__}; it must return a Pruner")
-        if resumed is not None:
-            if not isinstance(resumed, Mapping) or set(resumed) != {"pruning", "masks"}:
-                raise ValueError(f"the state to resume from is {shown(resumed)}, and not that of this callback")
-            if isinstance(self.pruning, KeepSparse):
-                load_masks(model, resumed["masks"])
-            else:
-                self.pruning.load_state_dict(resumed["pruning"])
-        self._hooks = masks_follow_loading(model)
+        with Change(model, objects=found):
+            self.pruning = start(model, found[0] if len(found) == 1 else found, steps_per_epoch)
+            if not isinstance(self.pruning, (Pruner, RecipePruner, KeepSparse)):
+                raise TypeError(f"prune returned a {type(self.pruning).__name__}; it must return a Pruner")
+            if resumed is not None:
+                if not isinstance(resumed, Mapping) or set(resumed) != {"pruning", "masks"}:
+                    raise ValueError(f"the state to resume from is {shown(resumed)}, and not that of this callback")
+                if isinstance(self.pruning, KeepSparse):
+                    load_masks(model, resumed["masks"])
+                else:
+                    self.pruning.load_state_dict(resumed["pruning"])
+            self._hooks = masks_follow_loading(model)
 
     def step(self) -> None:
         """Go on by one step of the optimizer."""
@@ -95,15 +97,18 @@ class Training:
 
     def finish(self, *, strip_masks: bool) -> None:
         """Let go of the model; with ``strip_masks``, leave it plain, and hold its zeros no longer."""
-        for hook in self._hooks:
-            hook.remove()
-        if not strip_masks:
-            if not isinstance(self.pruning, KeepSparse):
+        touched = [] if isinstance(self.pruning, KeepSparse) else self.pruning._touched()
+        with Change(self.model, objects=touched) as change:
+            for hook in self._hooks:
+                hook.remove()
+            if isinstance(self.pruning, KeepSparse):
+                if strip_masks:
+                    self.pruning.remove()
+                return
+            if not strip_masks:
                 self.pruning.freeze()
-        elif isinstance(self.pruning, RecipePruner):
-            self.pruning.finish()
-        elif isinstance(self.pruning, KeepSparse):
-            self.pruning.remove()
-        else:
-            self.pruning.freeze()
-            strip(self.model)
+            elif isinstance(self.pruning, RecipePruner):
+                change.finish(self.pruning.finish)
+            else:
+                self.pruning.freeze()
+                change.finish(partial(strip, self.model))

@@ -16,6 +16,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from pyprune.checks import check_path
+from pyprune.files import whole_file
 from pyprune.integrations.training import Start, Training, check_options, start_of
 from pyprune.recipes.recipe import Recipe
 
@@ -105,10 +106,10 @@ class PruningCallback(TrainerCallback):
             return
         file = _checkpoint(args, state) / FILE
         if args.should_save:  # one rank, or with save_on_each_node, one of each machine
-            torch.save(self._training.state(), file)
+            _save(self._training.state(), file)
         if args.process_index > 0:
             file.parent.mkdir(parents=True, exist_ok=True)  # the other rank may not have been here yet
-            torch.save({"pruning": self._training.state()["pruning"]}, _of_rank(file, args.process_index))
+            _save({"pruning": self._training.state()["pruning"]}, _of_rank(file, args.process_index))
 
     def on_log(
         self,
@@ -139,6 +140,11 @@ class PruningCallback(TrainerCallback):
                 "PruningCallback(resume_from=...) the checkpoint that the Trainer resumes from"
             )
         return folder / FILE
+
+
+def _save(state: dict[str, Any], file: Path) -> None:
+    with whole_file(file) as unfinished:
+        torch.save(state, unfinished)
 
 
 def _of_rank(file: Path, rank: int) -> Path:

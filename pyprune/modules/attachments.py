@@ -130,24 +130,13 @@ def shared_attachment(owners: Sequence[Owner]) -> Attachment | None:
     return None
 
 
-def attach(attachments: Iterable[tuple[Sequence[Owner], Attachment]]) -> list[Owner]:
-    """Put each attachment on those owners of one parameter that have none; change nothing if one refuses.
-
-    Returns:
-        The owners that had none.
-    """
-    new: list[Owner] = []
-    try:
-        for owners, attachment in attachments:
-            for owner in owners:
-                # A module reached under two names has two owners but takes one attachment.
-                if owner.attachment is None:
-                    new.append(owner)
-                    attachment.put_on(owner.module, owner.attribute)
-    except BaseException:
-        detach(new)
-        raise
-    return new
+def attach(attachments: Iterable[tuple[Sequence[Owner], Attachment]]) -> None:
+    """Put each attachment on those owners of one parameter that have none; call it within a `Change` of the model."""
+    for owners, attachment in attachments:
+        for owner in owners:
+            # A module reached under two names has two owners but takes one attachment.
+            if owner.attachment is None:
+                attachment.put_on(owner.module, owner.attribute)
 
 
 def detach(owners: Sequence[Owner]) -> None:

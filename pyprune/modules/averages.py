@@ -2,16 +2,19 @@
 
 import gc
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from pyprune.console import warn
 from pyprune.modules.attachments import check_module, dense_parameters
-from pyprune.modules.masks import Mask, masks_by_target
+from pyprune.modules.masks import Mask, changing_masks, masks_by_target
 from pyprune.modules.sharding import local_part
 from pyprune.modules.targets import Target, all_parameters
-from pyprune.modules.zeros import fold_all, released
+from pyprune.modules.undo import Change
+from pyprune.modules.zeros import fold_all
 
 
 @torch.no_grad()
@@ -36,10 +39,12 @@ def apply_masks(masks: Mapping[str, Tensor], model: nn.Module) -> None:
             "model of the same architecture, without wrappers around it, its adapters merged and removed"
         )
     carried = {name: attached for name in masks if isinstance(attached := there[name].attachment, Mask)}
-    with released(carried.values()):
-        for name, attached in carried.items():
-            attached.mask.copy_(masks[name])
-    fold_all((there[name].parameter, mask) for name, mask in masks.items() if name not in carried)
+    plain = [(there[name].parameter, mask) for name, mask in masks.items() if name not in carried]
+    with Change() as change:
+        with changing_masks(carried.values()):
+            for name, attached in carried.items():
+                attached.mask = masks[name].to(attached.mask.device, copy=True)
+        change.finish(partial(fold_all, plain))
 
 
 def reapply(model: nn.Module, other: nn.Module) -> None:
@@ -121,6 +126,23 @@ def reapply_to_averages(model: nn.Module) -> None:
         for average in averages:
             if _names(average) == names:
                 apply_masks(masks, average)
+
+
+def warn_of_copies(masks: Iterable[Mask]) -> None:
+    """Warn if copies of a model, made when it had these masks, are written to like averages and have old ones."""
+    if any(
+        copied.parameter is not None and copied.is_written() and not _same(copied.mask, mask.mask)
+        for mask in masks
+        for copied in mask.copies
+    ):
+        warn(
+            "a copy of the model has the masks that were on when it was made. If it is an average of the model, "
+            "pyprune.reapply(model, average) gives it the zeros that the model has now"
+        )
+
+
+def _same(mask: Tensor, other: Tensor) -> bool:
+    return mask.shape == other.shape and torch.equal(mask, other.to(mask.device))
 
 
 def _names(model: nn.Module) -> list[tuple[str, torch.Size]]:

@@ -3,6 +3,7 @@
 import difflib
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from pyprune.modules.gates import HardConcreteGate, StochasticGate, check_gates
 from pyprune.modules.mask_states import pack_bits, state_of, unpack_bits
 from pyprune.modules.masks import FollowingMask, Mask
 from pyprune.modules.targets import Target, all_parameters, attachments_of, check_prunable
+from pyprune.modules.undo import Change
 from pyprune.modules.watching import watch
 from pyprune.modules.zeros import hold_zeros, holds_in, settle_written
 
@@ -110,14 +112,20 @@ def load_from_config(model: _M, config: Mapping[str, Any]) -> _M:
     for entry in gates:
         target = _fitting(entry["names"], entry["shape"], by_name)
         attachments[target] = _gate(entry, target.parameter)
-    attach_and_share(model, [(target.owners, attachment) for target, attachment in attachments.items()])
-    masks_put = [attachment for attachment in attachments.values() if isinstance(attachment, Mask)]
-    parked = {mask: mask.parked for mask in masks_put}
-    hold_zeros(masks_put)
+    parked = {found: found.parked for found in attachments.values() if isinstance(found, Mask)}
+    for mask in parked:
+        mask.parked = None  # the weights are those of the fresh model yet
+    with Change(model) as change:
+        attach_and_share(model, [(target.owners, attachment) for target, attachment in attachments.items()])
+        hold_zeros(parked)
+        watch(model)
+        change.finish(partial(_park, parked))
+    return model
+
+
+def _park(parked: Mapping[Mask, torch.Tensor | None]) -> None:
     for mask, values in parked.items():
         mask.parked = values
-    watch(model)
-    return model
 
 
 def upgrade_checkpoint(

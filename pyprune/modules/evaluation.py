@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from pyprune.checks import shown
 from pyprune.modules.attachments import wrapped_name
+from pyprune.modules.undo import Before, undoing
 
 
 def forward(model: nn.Module, inputs: Any, name: str = "examples_inputs") -> Any:
@@ -77,16 +80,20 @@ def evaluating(model: nn.Module, *, training: Iterable[nn.Module] = ()) -> Itera
     The flags are set one by one, not by ``train()``, which some models override with side effects.
     """
     flags = [(module, module.training) for module in model.modules()]
-    try:
+    gradients = torch.is_grad_enabled()
+
+    def undo() -> None:
+        torch.set_grad_enabled(gradients)
+        for module, flag in flags:
+            module.training = flag
+
+    with undoing(undo):
+        torch.set_grad_enabled(False)
         for module, _ in flags:
             module.training = False
         for module in training:
             module.training = True
-        with torch.no_grad():
-            yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
+        yield
 
 
 @contextmanager
@@ -96,26 +103,43 @@ def untouched(model: nn.Module) -> Iterator[None]:
     # Only under inference_mode could an inference tensor be written to, and it counts no versions.
     values = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_inference()]
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-    try:
-        with torch.random.fork_rng(devices=list(devices)):
-            yield
-    finally:
+
+    @torch.no_grad()
+    def undo() -> None:
         for buffer, version, value in values:
             # BatchNorm in training does not count as a version.
             if buffer._version != version or not torch.equal(buffer, value):
-                with torch.no_grad():
-                    buffer.copy_(value)
+                buffer.copy_(value)
         for module, buffers, not_saved in homes:
             module._buffers.clear()
             module._buffers.update(buffers)
             module._non_persistent_buffers_set.clear()
             module._non_persistent_buffers_set.update(not_saved)
 
+    with undoing(undo), torch.random.fork_rng(devices=list(devices)):
+        yield
+
+
+@contextmanager
+def using(mode: TorchFunctionMode | TorchDispatchMode) -> Iterator[None]:
+    """Be under a mode of torch, and leave it, whatever happens."""
+    stack = (
+        _get_current_function_mode_stack if isinstance(mode, TorchFunctionMode) else _get_current_dispatch_mode_stack
+    )
+
+    def undo() -> None:
+        while any(one is mode for one in stack()):  # an operator that was interrupted may have left it twice
+            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    with undoing(undo):
+        mode.__enter__()  # type: ignore[no-untyped-call]
+        yield
+
 
 def score_of(model: nn.Module, eval_fn: Callable[[nn.Module], object]) -> float:
-    """Return the score that a function gives a model in evaluation; flags, buffers and random numbers stay.
+    """Return the score that a function gives a model in evaluation; all but the model's values is given back.
 
-    So every call sees the same random numbers.
+    That is its modules, hooks, flags and buffers, and torch's random numbers, so every call sees the same ones.
 
     Raises:
         TypeError: if it returns no number.
@@ -127,7 +151,7 @@ def score_of(model: nn.Module, eval_fn: Callable[[nn.Module], object]) -> float:
     """
     weights = {name: weight for name, weight in model.named_parameters() if not weight.is_inference()}
     versions = {name: weight._version for name, weight in weights.items()}
-    with untouched(model), evaluating(model):
+    with undoing(Before(model, with_attributes=False).restore), untouched(model), evaluating(model):
         score = eval_fn(model)
     changed = [name for name, version in versions.items() if weights[name]._version != version]
     if changed:

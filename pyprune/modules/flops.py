@@ -3,18 +3,19 @@
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.hooks import RemovableHandle
 
 from pyprune.modules.attachments import gate_name
-from pyprune.modules.evaluation import check_initialized, check_inputs, evaluating, forward, untouched
+from pyprune.modules.evaluation import check_initialized, check_inputs, evaluating, forward, untouched, using
 from pyprune.modules.gates import StochasticGate
 from pyprune.modules.targets import Target
+from pyprune.modules.undo import Before, undoing
 
 _Key = TypeVar("_Key")
 
@@ -73,14 +74,19 @@ def _unfused() -> Iterator[None]:
     """Keep torch from fused attention and recurrent kernels, whose products could not be counted."""
     backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.mkldnn)
     enabled = [backend.enabled for backend in backends]
-    try:
-        for backend in backends:
-            backend.enabled = False
-        with torch.enable_grad():  # fused attention is for inference only
-            yield
-    finally:
+
+    gradients = torch.is_grad_enabled()
+
+    def undo() -> None:
+        torch.set_grad_enabled(gradients)
         for backend, value in zip(backends, enabled, strict=True):
             backend.enabled = value
+
+    with undoing(undo):
+        for backend in backends:
+            backend.enabled = False
+        torch.set_grad_enabled(True)  # fused attention is for inference only
+        yield
 
 
 def flop_costs(
@@ -108,14 +114,13 @@ def flop_costs(
     """
     check_inputs(examples_inputs)
     check_initialized(model)
+    gates = list(gates)
     counter = _FlopCounter(gates)
-    hooks = [gate.register_forward_hook(counter.watch) for gate in gates]
-    try:
-        with evaluating(model), untouched(model), _unfused(), counter:
-            forward(model, examples_inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    before = Before(*gates, with_attributes=False)
+    with undoing(before.restore), evaluating(model), untouched(model), _unfused(), using(counter):
+        for gate in gates:
+            gate.register_forward_hook(counter.watch)
+        forward(model, examples_inputs)
     if not any(counter.flops.values()):
         raise ValueError("the forward pass has no countable FLOPs with gated weights; leave examples_inputs out")
     names = {module: name.removesuffix(gate_name("")) for name, module in model.named_modules()}
@@ -125,6 +130,12 @@ def flop_costs(
             f"no FLOPs were counted for the weights of {', '.join(free)}; the loss leaves them alone", stacklevel=3
         )
     return {gate: flops / max(1, gate.logits.numel()) for gate, flops in counter.flops.items()}
+
+
+def _see_output(
+    counter: _FlopCounter[Target], target: Target, gate: nn.Module, inputs: object, output: Tensor
+) -> None:
+    counter.see(target, output)
 
 
 def macs_of(model: nn.Module, targets: Sequence[Target], examples_inputs: Any) -> tuple[int, dict[Target, int]]:
@@ -142,19 +153,17 @@ def macs_of(model: nn.Module, targets: Sequence[Target], examples_inputs: Any) -
     check_inputs(examples_inputs)
     check_initialized(model)
     counter = _FlopCounter(targets)
-    hooks: list[RemovableHandle] = []
+    gates: dict[Target, nn.Module] = {}
     for target in targets:
         gate = target.attachment
         if isinstance(gate, nn.Module):
-            hooks.append(
-                gate.register_forward_hook(lambda _, args, output, target=target: counter.see(target, output))
-            )
-        else:
-            counter.see(target, target.parameter)
-    try:
-        with evaluating(model), untouched(model), _unfused(), counter:
-            forward(model, examples_inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+            gates[target] = gate
+    before = Before(*gates.values(), with_attributes=False)
+    with undoing(before.restore), evaluating(model), untouched(model), _unfused(), using(counter):
+        for target in targets:
+            if target in gates:
+                gates[target].register_forward_hook(partial(_see_output, counter, target))
+            else:
+                counter.see(target, target.parameter)
+        forward(model, examples_inputs)
     return counter.total // 2, {target: flops // 2 for target, flops in counter.flops.items()}

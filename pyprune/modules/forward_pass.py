@@ -30,7 +30,6 @@ from pyprune.modules.attachments import (
     attach,
     check_module,
     dense_modules,
-    detach,
     shared_attachment,
 )
 from pyprune.modules.gated_classes import (
@@ -44,6 +43,7 @@ from pyprune.modules.gated_classes import (
 )
 from pyprune.modules.gates import StochasticGate, gates_of
 from pyprune.modules.sampling import Sampler
+from pyprune.modules.undo import Change
 
 _Module = TypeVar("_Module", bound=nn.Module)
 # They hold modules or parameters, and are not called.
@@ -82,7 +82,7 @@ def one_gate_sample(model: nn.Module) -> Iterator[None]:
 
 
 def attach_and_share(model: nn.Module, attachments: Sequence[tuple[Sequence[Owner], Attachment]]) -> None:
-    """Put masks and gates on a model, and let its gates share samples; change nothing if something refuses.
+    """Put masks and gates on a model, and let its gates share samples; call it within a `Change` of the model.
 
     Raises:
         ValueError: if the model is in DistributedDataParallel already, which would not know the new logits.
@@ -96,12 +96,8 @@ def attach_and_share(model: nn.Module, attachments: Sequence[tuple[Sequence[Owne
             "the model is in DistributedDataParallel, which would not average the gradients of new gates; put gates "
             "on first, then wrap"
         )
-    new = attach(attachments)
-    try:
-        share_samples(model)
-    except BaseException:
-        detach(new)
-        raise
+    attach(attachments)
+    share_samples(model)
 
 
 def attach_gate(module: _Module, attribute: str, gate: StochasticGate) -> _Module:
@@ -148,17 +144,15 @@ def attach_gate(module: _Module, attribute: str, gate: StochasticGate) -> _Modul
         raise ValueError(
             f"the gate is for a weight of shape {gate.shape}, and {attribute} is {tuple(parameter.shape)}"
         )
-    attach([([owner], gate)])
-    gate.folded = False
-    module.__dict__.setdefault(SAMPLER, gate.sampler)
+    with Change(module, gate):
+        attach([([owner], gate)])
+        gate.folded = False
+        module.__dict__.setdefault(SAMPLER, gate.sampler)
     return module
 
 
 def share_samples(model: nn.Module) -> None:
-    """Make each call of the model, or of a part of it, a pass in which all gates keep one sample.
-
-    It changes all or nothing.
-    """
+    """Make each call of the model, or of a part of it, a pass in which all gates keep one sample."""
     sampler = Sampler()
     classes = {
         module: class_with_gates(module, gated_attributes(module))

@@ -6,6 +6,7 @@ and pickle finds its way by the class of the user. `forward_pass` says what a pa
 
 import copy
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, cast
 from weakref import WeakValueDictionary
 
@@ -16,6 +17,7 @@ from torch.nn.utils import parametrize
 from pyprune.modules.attachments import Attachment, gate_name
 from pyprune.modules.gated_attributes import check_fits, computed_attributes
 from pyprune.modules.sampling import Sampler
+from pyprune.modules.undo import undoing
 
 # The attribute that tells a module whether a pass is open.
 SAMPLER = "_gate_sampler"
@@ -53,13 +55,10 @@ class _GatedModule(nn.Module):
         if name not in self._gated_attributes:
             return super().register_parameter(name, param)
         check_fits(name, self._modules[gate_name(name)], param)
-        cls = type(self)
-        try:
+        with undoing(partial(set_class, self, type(self))):
             # torch asks whether the attribute is there, for which the gate would draw a sample.
             set_class(self, self._dense_class)
             self.register_parameter(name, param)
-        finally:
-            set_class(self, cls)
 
     def __delattr__(self, name: str) -> None:
         if name in self._gated_attributes:
@@ -103,11 +102,9 @@ def _remake(make: Callable[..., nn.Module], arguments: tuple[Any, ...], attribut
 def _deepcopied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """Copy a module by the method of its class, which may look at the class, as that of torch.fx does."""
     cls, attributes = type(module), gated_attributes(module)
-    set_class(module, _without_gates(cls))
-    try:
+    with undoing(partial(set_class, module, cls)):
+        set_class(module, _without_gates(cls))
         copied: nn.Module = copy.deepcopy(module, memo)
-    finally:
-        set_class(module, cls)
     copied.__dict__[SAMPLER] = copy.deepcopy(module.__dict__.get(SAMPLER), memo)
     for name in map(gate_name, attributes):
         copied._modules.setdefault(name, copy.deepcopy(module._modules[name], memo))

@@ -83,6 +83,7 @@ class Hold(Attachment):
         # Of those that were copied with their models, for averages.
         self.copies: weakref.WeakSet[Hold] = weakref.WeakSet()
         self.untied_from: Hold | None = None
+        self.overwritten: Tensor | None = None  # what was written over zeros, on its way to what is parked
         self._hook: torch.utils.hooks.RemovableHandle | None = None
 
     @property
@@ -97,6 +98,11 @@ class Hold(Attachment):
                 self._resize(parameter.shape)
         return self._mask
 
+    @mask.setter
+    def mask(self, mask: Tensor) -> None:
+        # Another tensor, so that the old mask is there until all that changes with it has changed.
+        self._mask = mask
+
     @property
     def local_mask(self) -> Tensor:
         """The part of the mask that belongs to this rank's part of a sharded parameter; else all of it."""
@@ -110,7 +116,7 @@ class Hold(Attachment):
         self._written = (-1, 0)
         self.mask_changed()
         HELD[id(parameter)] = self
-        _look_at_torch()
+        look_at_torch()
         self.watch_gradient()
 
     def mask_changed(self) -> None:
@@ -125,7 +131,7 @@ class Hold(Attachment):
         if self._hook is not None:
             self._hook.remove()
         self.parameter = self._hook = None
-        _look_away()
+        look_at_torch()
 
     def watch_gradient(self) -> None:
         """Zero gradients as they arrive, if the parameter can have any."""
@@ -172,11 +178,10 @@ class Hold(Attachment):
             stacklevel=2,
         )
         rows = min(shape[0], old.shape[0])
-        with torch.inference_mode(False):
-            self._mask = torch.ones(shape, dtype=torch.bool, device=old.device)
-            self._mask[:rows] = old[:rows]
-            if self.parked is not None:
-                self.parked = self.parked[: int((~old[:rows]).sum())].clone()
+        mask, parked = _with_rows(old, shape), self.parked
+        if parked is not None:
+            parked = parked[: int((~old[:rows]).sum())].clone()
+        vars(self).update(_mask=mask, parked=parked)  # together, though someone may interrupt
 
     def find_shard(self) -> None:
         """Hold the sharded parameter that has taken the place of the plain one (``fully_shard``)."""
@@ -280,6 +285,15 @@ class Hold(Attachment):
             self.bind(parameter)
 
 
+@torch.inference_mode(False)
+def _with_rows(mask: Tensor, shape: torch.Size) -> Tensor:
+    """Return a mask with more rows, which are kept, or fewer."""
+    resized = torch.ones(shape, dtype=torch.bool, device=mask.device)
+    rows = min(shape[0], mask.shape[0])
+    resized[:rows] = mask[:rows]
+    return resized
+
+
 def check_dense(gradient: Tensor) -> None:
     """Raise TypeError if a gradient is sparse."""
     if gradient.layout is not torch.strided:
@@ -303,17 +317,16 @@ def _mask_gradient(held: "weakref.ref[Hold]", parameter: Tensor) -> None:
 # ---- torch's hooks for all modules and optimizers, from the first mask to the last `strip` ----
 # A garbage collection may come while torch goes through them, so models that are gone take none off.
 
-# What puts such a hook on, and the hook.
-HOOKS: list[tuple[Callable[..., Any], Callable[..., Any]]] = []
-_handles: list[torch.utils.hooks.RemovableHandle] = []
+# The tables of such hooks, what puts one in, and the hook.
+HOOKS: list[tuple[dict[int, Callable[..., Any]], Callable[..., Any], Callable[..., Any]]] = []
 
 
-def _look_at_torch() -> None:
-    if not _handles:
-        _handles.extend(put_on(hook) for put_on, hook in HOOKS)
-
-
-def _look_away() -> None:
-    if not HELD:
-        while _handles:
-            _handles.pop().remove()
+def look_at_torch() -> None:
+    """Have the hooks on while something is held, and off while nothing is, whatever was left half done."""
+    for table, put_on, hook in HOOKS:
+        keys = [key for key, known in table.items() if known is hook]
+        if HELD and not keys:
+            put_on(hook)
+        elif keys and not HELD:
+            for key in keys:
+                table.pop(key, None)

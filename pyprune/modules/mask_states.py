@@ -1,7 +1,8 @@
 """Masks and what is parked under them as plain tensors, to save and to load: a state_dict of the model lacks them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pyprune import ops
 from pyprune.checks import LARGEST_INT, shown
+from pyprune.modules.holding import Hold
 from pyprune.modules.masks import Mask, changing_masks
+from pyprune.modules.undo import Change
 
 
 def pack_bits(mask: Tensor) -> Tensor:
@@ -130,18 +133,43 @@ def is_plain(value: Tensor) -> bool:
 @torch.no_grad()
 def load_states(pairs: Sequence[tuple[Mask, Mapping[str, Any]]]) -> None:
     """Bring masks, and what is parked under them, to states that `check_state` has seen."""
-    with torch.inference_mode(False):
-        for mask, _ in pairs:
-            for one in (mask, *mask.followers):
-                if one.is_written():  # weights were loaded before: they are right where the new mask keeps them
-                    one.parked = None
-                    one.saw()
-        with changing_masks([mask for mask, _ in pairs]):
-            for mask, state in pairs:
-                mask.mask.copy_(unpack_bits(state["bits"], state["shape"]))
-                unit = state.get("unit")
-                mask.unit = None if unit is None else tuple(unit)
+    with Change() as change:
+        change.finish(loading(pairs))
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def loading(pairs: Sequence[tuple[Mask, Mapping[str, Any]]]) -> Callable[[], None]:
+    """Return what does the work of `load_states`; it may be done twice."""
+    holds = list(dict.fromkeys(one for mask, _ in pairs for one in (mask, *mask.followers)))
+    # Weights were loaded before: they are right where the new mask keeps them.
+    loaded = [
+        (one, one.parameter.detach().clone()) for one in holds if one.parameter is not None and one.is_written()
+    ]
+    parked: dict[Hold, Tensor | None] = {}
+    for mask, state in pairs:
+        followers = zip(mask.followers, state.get("followers", []), strict=False)
+        for one, values in [(mask, state["parked"]), *followers]:
+            parked[one] = None if values is None else values.clone()
+    return partial(_load, pairs, loaded, parked)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _load(
+    pairs: Sequence[tuple[Mask, Mapping[str, Any]]],
+    loaded: Sequence[tuple[Hold, Tensor]],
+    parked: Mapping[Hold, Tensor | None],
+) -> None:
+    with changing_masks([mask for mask, _ in pairs]):
         for mask, state in pairs:
-            followers = state.get("followers", [])
-            for one, parked in [(mask, state["parked"]), *zip(mask.followers, followers, strict=False)]:
-                one.parked = None if parked is None else parked.clone()
+            mask.mask = unpack_bits(state["bits"], state["shape"]).to(mask.mask.device)
+            unit = state.get("unit")
+            mask.unit = None if unit is None else tuple(unit)
+    for hold, values in loaded:
+        assert hold.parameter is not None
+        hold.parameter.copy_(values)
+        ops.fold([hold.parameter], [hold.mask])
+        hold.saw()
+    for hold, there in parked.items():
+        hold.parked = there

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from pyprune.methods.layout import Layout, groups_first
@@ -13,8 +12,9 @@ from pyprune.modules import steps as _steps  # noqa: F401  (optimizers keep what
 from pyprune.modules.attachments import Owner, attach, shared_attachment
 from pyprune.modules.holding import HELD, Hold
 from pyprune.modules.targets import Target, attachments_of
+from pyprune.modules.undo import Change
 from pyprune.modules.watching import watch
-from pyprune.modules.zeros import hold_zeros, holds_in, raw_values, released
+from pyprune.modules.zeros import hold_zeros, holds_in, raw_values, release
 
 
 class Mask(Hold):
@@ -78,14 +78,14 @@ class FollowingMask(Mask):
 
     def update(self) -> None:
         """Become what the source has become."""
-        with torch.no_grad():
-            self.mask.copy_(channels_alive(self.source.mask, self.layout).view_as(self.mask))
+        self.mask = channels_alive(self.source.mask, self.layout).view_as(self.mask)
 
 
 def channels_alive(mask: Tensor, layout: Layout) -> Tensor:
     """Say of each output channel of a layer, those of one group after the other, whether it keeps a weight.
 
     Example:
+        >>> import torch
         >>> channels_alive(torch.tensor([[True, False], [False, False]]), Layout(0, 1)).tolist()
         [True, False]
     """
@@ -114,21 +114,26 @@ def raw_weight(target: Target) -> Tensor:
 def changing_masks(masks: Iterable[Mask]) -> Iterator[None]:
     """Let weights have their raw values while their masks change; then followers follow, and zeros are held again.
 
+    Masks become other tensors (``mask.mask = ...``), and are not written into: if the body fails, all is as it was.
+
     Example:
+        >>> import torch
         >>> from pyprune import prune
         >>> linear = prune(nn.Linear(2, 2), "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.5)
         >>> (mask,) = masks_in(linear)
         >>> with changing_masks([mask]):
-        ...     _ = mask.mask.fill_(True)
+        ...     mask.mask = torch.ones_like(mask.mask)
         >>> int((linear.weight == 0).sum())
         0
     """
     masks = list(masks)
-    followers = [follower for mask in masks for follower in mask.followers]
-    with released(dict.fromkeys([*masks, *followers])):
+    holds = list(dict.fromkeys([*masks, *(follower for mask in masks for follower in mask.followers)]))
+    with Change(holds=holds):
+        release(holds)
         yield
         for mask in masks:
             mask.update_followers()
+        hold_zeros(holds)
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,12 +162,13 @@ def _mask_elsewhere(owners: Sequence[Owner]) -> Mask | None:
 
 
 def attach_masks(model: nn.Module, masks: Sequence[NewMask], followers: Iterable[NewFollower] = ()) -> None:
-    """Put each mask on all its owners, and new followers on theirs; change nothing if one of them refuses.
+    """Put each mask on all its owners, and new followers on theirs; call it within a `Change` of the model.
 
-    Where a `Mask` is there already it is kept and updated in place. Weights have their zeros afterwards, and what was
-    there is parked; but those of a mask that was there already must be raw (`changing_masks`), and stay so.
+    Where a `Mask` is there already it is kept, and has the new tensor. Weights have their zeros afterwards, and what
+    was there is parked; but those of a mask that was there already must be raw (`changing_masks`), and stay so.
 
     Example:
+        >>> import torch
         >>> linear = torch.nn.Linear(2, 2)
         >>> attach_masks(linear, [NewMask([Owner("weight", linear, "weight")], torch.eye(2, dtype=torch.bool))])
         >>> bool(linear.weight[0, 1] == 0)
@@ -173,7 +179,6 @@ def attach_masks(model: nn.Module, masks: Sequence[NewMask], followers: Iterable
     for new in masks:
         shared = cast(Mask | None, shared_attachment(new.owners)) or _mask_elsewhere(new.owners)
         if shared is not None:
-            # Checked before the first is written, so that no copy of the old masks is needed.
             if new.mask.shape != shared.mask.shape:
                 raise ValueError(
                     f"a mask of shape {tuple(shared.mask.shape)} cannot take one of {tuple(new.mask.shape)}; call "
@@ -183,14 +188,12 @@ def attach_masks(model: nn.Module, masks: Sequence[NewMask], followers: Iterable
         carried[new] = shared or Mask(new.mask, new.unit)
     following = [(new.owners, FollowingMask(carried[new.of], new.layout, new.shape)) for new in followers]
     attach([*((new.owners, mask) for new, mask in carried.items()), *following])
-    with torch.no_grad():
-        for new in updates:
-            if new.mask is not carried[new].mask:
-                carried[new].mask.copy_(new.mask)
-            carried[new].unit = new.unit
-            carried[new].parks = True  # `keep_sparse` and RigL had no use for what is dropped
-        for _, follower_mask in following:
-            follower_mask.update()
+    for new in updates:
+        carried[new].mask = new.mask
+        carried[new].unit = new.unit
+        carried[new].parks = True  # `keep_sparse` and RigL had no use for what is dropped
+    for _, follower_mask in following:
+        follower_mask.update()
     updated = {carried[new] for new in updates}
     hold_zeros([mask for mask in carried.values() if mask not in updated] + [mask for _, mask in following])
     if len(updated) < len(carried) or following:

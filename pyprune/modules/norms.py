@@ -11,7 +11,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.overrides import TorchFunctionMode
 
 from pyprune.modules.activations import channel_dim
-from pyprune.modules.evaluation import check_initialized, evaluating, forward, untouched
+from pyprune.modules.evaluation import check_initialized, evaluating, forward, untouched, using
+from pyprune.modules.undo import Before, undoing
 
 NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, _InstanceNorm)
 
@@ -108,14 +109,14 @@ def given_to_norms(
             channels = replace(channels, as_made=False, joined=True)
         given.setdefault(norm, []).append(channels)
 
-    hooks = [layer.register_forward_hook(after_layer) for layer in layers]
-    hooks += [norm.register_forward_pre_hook(before_norm) for norm in model.modules() if isinstance(norm, NORMS)]
-    try:
-        with evaluating(model), untouched(model), followed:
-            forward(model, inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    layers, norms = list(layers), [norm for norm in model.modules() if isinstance(norm, NORMS)]
+    before = Before(*layers, *norms, with_attributes=False)
+    with undoing(before.restore), evaluating(model), untouched(model), using(followed):
+        for layer in layers:
+            layer.register_forward_hook(after_layer)
+        for norm in norms:
+            norm.register_forward_pre_hook(before_norm)
+        forward(model, inputs)
     return given
 
 

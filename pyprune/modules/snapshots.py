@@ -1,16 +1,19 @@
 """What a model was, and how it becomes that again."""
 
+import random
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pyprune.modules.attachments import dense_modules, dense_parameters, detach
 from pyprune.modules.mask_states import load_states, state_of
 from pyprune.modules.masks import masks_by_target
+from pyprune.modules.undo import Before
 from pyprune.modules.watching import unwatch
 from pyprune.modules.zeros import hold_zeros, holds_in, release
 
@@ -47,23 +50,63 @@ class Snapshot:
                 detach(target.owners[::-1])
         unwatch(model)
         model.load_state_dict(self.state)
-        load_states(
-            [(mask, self.masks[target.name]) for target, mask in masks_by_target(model).items() if mask.on_target]
-        )
+        masks = masks_by_target(model)
+        load_states([(mask, self.masks[target.name]) for target, mask in masks.items() if mask.on_target])
+        # Those that follow have changed with them, unless what they follow is no part of the model.
+        load_states([(mask, self.masks[target.name]) for target, mask in masks.items() if mask.is_raw])
 
 
 @contextmanager
 def restored_on_failure(model: nn.Module) -> Iterator[Snapshot]:
-    """Yield what the model is, and make it that again if the body fails or is interrupted."""
+    """Yield what the model is, and make it that again if the body, which may do anything to it, fails.
+
+    Python's and NumPy's random numbers are given back then, as torch's are.
+    """
     before = Snapshot.of(model)
-    flags = [(module, module.training) for module in model.modules()]
-    try:
+    everything = _Everything(model, before)
+    with ExitStack() as stack:
+        # Twice, so that it is begun again if it is interrupted.
+        stack.push(everything.restore_after)
+        stack.push(everything.restore_after)
         yield before
-    except BaseException:
-        before.restore(model)
-        for module, flag in flags:
-            module.training = flag
-        raise
+
+
+class _Everything:
+    """What a model is, with copies on the CPU of all that it computes with."""
+
+    def __init__(self, model: nn.Module, snapshot: Snapshot) -> None:
+        self._before = Before(model)
+        # Of what is saved there are copies already.
+        copies = {id(value): snapshot.state[name] for name, value in model.state_dict(keep_vars=True).items()}
+        tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
+        self._values = [(one, copies[id(one)] if id(one) in copies else _copy(one)) for one in tensors]
+        self._parked = [(hold, _copy(hold.parked)) for hold in holds_in(model) if hold.parked is not None]
+        self._random = random.getstate(), np.random.get_state()
+
+    def restore_after(self, kind: type[BaseException] | None, *error: object) -> None:
+        """Restore it after a failure."""
+        if kind is not None:
+            self._before.restore()
+            self._copy_back()
+            random.setstate(self._random[0])
+            np.random.set_state(self._random[1])
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _copy_back(self) -> None:
+        for tensor, values in self._values:
+            if tensor.shape == values.shape and tensor.dtype == values.dtype:
+                tensor.copy_(values)
+            else:
+                tensor.data = values.to(tensor.device)
+        for hold, values in self._parked:
+            assert hold.parameter is not None
+            hold.parked = values.to(hold.parameter.device, copy=True)
+            hold.saw()
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 def dense_tensors(model: nn.Module, *, plain: bool = True) -> dict[str, Tensor]:

@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from pyprune import ops
 from pyprune.modules.holding import HELD, HOOKS, Hold, check_dense
@@ -110,7 +115,8 @@ def _after_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
 
 
 def _fold_weights(holds: Iterable[Hold]) -> None:
-    fold_all((hold.parameter, hold.local_mask) for hold in holds if hold.parameter is not None)
+    once = dict.fromkeys(holds)
+    fold_all((hold.parameter, hold.local_mask) for hold in once if hold.parameter is not None)
 
 
 def _written_unseen(holds: list[Hold], known: _Known) -> Iterator[Hold]:
@@ -157,14 +163,10 @@ def mask_state(optimizer: Optimizer, holds: Iterable[Hold]) -> None:
     """Zero momentum, moments and the like of what is dropped, where masks or the state are new to each other."""
     known = _KNOWN.setdefault(optimizer, _Known())
     is_loaded = known.state is not optimizer.state
-    if is_loaded:
-        known.state = optimizer.state
-        known.changed_at.clear()
-    stale = [hold for hold in holds if hold.changed_at != known.changed_at.get(hold)]
+    stale = [hold for hold in holds if is_loaded or hold.changed_at != known.changed_at.get(hold)]
     pairs: list[tuple[Tensor, Tensor]] = []
     for hold in stale:
         assert hold.parameter is not None
-        known.changed_at[hold] = hold.changed_at
         state = optimizer.state.get(hold.parameter, {})
         for key, value in state.items():
             if isinstance(value, Tensor) and value.shape == hold.parameter.shape and value.dtype in ops.WEIGHT_DTYPES:
@@ -172,10 +174,21 @@ def mask_state(optimizer: Optimizer, holds: Iterable[Hold]) -> None:
                     state[key] = value.clone()
                 pairs.append((state[key], hold.local_mask))
     fold_all(pairs)
+    # Now that it is done: whoever is interrupted does it again.
+    if is_loaded:
+        known.changed_at.clear()
+    for hold in stale:
+        known.changed_at[hold] = hold.changed_at
+    known.state = optimizer.state
 
 
 for _hook in (_before_step, _after_step):
     # What `torch.compiler.disable` does, without loading the compiler: a compiled step is interrupted for them.
     _hook._torchdynamo_disable = True  # type: ignore[attr-defined]
     _hook._torchdynamo_disable_msg = "zeros of pruned weights are held; compile the step with fullgraph=False"  # type: ignore[attr-defined]
-HOOKS.extend([(register_optimizer_step_pre_hook, _before_step), (register_optimizer_step_post_hook, _after_step)])
+HOOKS.extend(
+    [
+        (_global_optimizer_pre_hooks, register_optimizer_step_pre_hook, _before_step),
+        (_global_optimizer_post_hooks, register_optimizer_step_post_hook, _after_step),
+    ]
+)

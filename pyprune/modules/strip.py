@@ -2,7 +2,9 @@
 
 import copy
 import math
+from collections.abc import Iterable, Mapping
 from enum import Enum
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -10,15 +12,20 @@ from torch import Tensor, nn
 
 from pyprune import ops
 from pyprune.checks import check_bool, shown
-from pyprune.modules.attachments import attach, check_module, detach
-from pyprune.modules.forward_pass import share_samples, unshare_samples
+from pyprune.console import listed, warn
+from pyprune.modules.attachments import check_module, detach
+from pyprune.modules.forward_pass import unshare_samples
 from pyprune.modules.gates import HardConcreteGate, StochasticGate, check_gates
 from pyprune.modules.masks import Mask
 from pyprune.modules.targets import attachments_of, check_prunable
+from pyprune.modules.undo import Change
 from pyprune.modules.watching import unwatch
-from pyprune.modules.zeros import check_places
+from pyprune.modules.zeros import check_places, fold_all
 
 _M = TypeVar("_M", bound=nn.Module)
+
+# How PEFT calls a layer that it has put an adapter on.
+_ADAPTED = ".base_layer."
 
 
 class StripFormat(str, Enum):
@@ -73,6 +80,25 @@ def strip(
         (4, 'Linear')
     """
     check_module(model)
+    below = [target.name for target in attachments_of(model) if _ADAPTED in f".{target.name}"]
+    stripped = let_go(model, do_copy=do_copy, strip_format=strip_format, expected_count=expected_count)
+    if below:
+        warn(
+            f"there are adapters on {listed(below)}; merged from now on, they fill the zeros of these weights. Merge "
+            "them while masks are on, and strip then, or use keep_sparse(...).reapply(merged)"
+        )
+    return stripped
+
+
+@torch.inference_mode(False)
+def let_go(
+    model: _M,
+    *,
+    do_copy: bool = False,
+    strip_format: StripFormat | str = StripFormat.IN_PLACE,
+    expected_count: bool = False,
+) -> _M:
+    """Do what `strip` says, without a word."""
     check_bool("do_copy", do_copy)
     check_bool("expected_count", expected_count)
     if isinstance(strip_format, str) and strip_format == StripFormat.NATIVE:
@@ -105,30 +131,28 @@ def strip(
     if do_copy:
         model = copy.deepcopy(model)
     attachments = attachments_of(model)
-    masks = {target.parameter: found for target, found in attachments.items() if isinstance(found, Mask)}
+    masks = {target.parameter: found.mask for target, found in attachments.items() if isinstance(found, Mask)}
     gates = {target.parameter: found for target, found in attachments.items() if isinstance(found, StochasticGate)}
-    kept = {weight: found.mask for weight, found in masks.items()}
-    try:
+    gated = {weight: _gated(weight, gate, expected_count) for weight, gate in gates.items()}
+    with Change(model) as change:
         # The last comes off first, so that attaching again keeps the order. Weights change when all else is done.
         for target in reversed(attachments):
             detach(target.owners[::-1])
         unshare_samples(model)
-        gated = {weight: _gated(weight, gate, expected_count) for weight, gate in gates.items()}
-        for device in {weight.device for weight in masks}:
-            group = [weight for weight in masks if weight.device == device]
-            ops.fold(group, [kept[weight] for weight in group])
-        with torch.no_grad():
-            for weight, value in gated.items():
-                weight.copy_(value)
-    except BaseException:
-        attach((target.owners, found) for target, found in attachments.items())
-        if gates:
-            share_samples(model)
-        raise
-    for gate in gates.values():
-        gate.folded = True
-    unwatch(model)
+        unwatch(model)
+        change.finish(partial(_write, masks, gated, gates.values()))
     return model
+
+
+@torch.no_grad()
+def _write(
+    masks: Mapping[nn.Parameter, Tensor], gated: Mapping[nn.Parameter, Tensor], gates: Iterable[StochasticGate]
+) -> None:
+    fold_all(masks.items())
+    for weight, value in gated.items():
+        weight.copy_(value)
+    for gate in gates:
+        gate.folded = True
 
 
 @torch.no_grad()

@@ -16,8 +16,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyprune.methods.layout import Layout
+from pyprune.modules.evaluation import using
 from pyprune.modules.origins import Origins, Part, tensors_in
 from pyprune.modules.products import PRODUCTS, Operand
+from pyprune.modules.undo import undoing
 
 # Arguments of functions that are inputs, and no weights, even where they are parameters (learned queries).
 _INPUTS = {"linear": 1, "scaled_dot_product_attention": 3, "multi_head_attention_forward": 3}
@@ -56,16 +58,17 @@ def watching_uses(model: nn.Module, on_use: Callable[[Use], None]) -> Iterator[N
         (1, (1, 5, 3))
     """
     products = _Products(Origins(model), on_use)
-    with ExitStack() as stack:
+    stack = ExitStack()
+    with undoing(stack.close):
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             # Otherwise oneDNN and cuDNN run recurrent layers as one.
             set_flags = torch.backends.mkldnn.set_flags
-            before = set_flags(False, _fp32_precision=None)[0]  # type: ignore[no-untyped-call]
-            stack.callback(set_flags, before, _fp32_precision=None)
+            stack.callback(set_flags, torch.backends.mkldnn.enabled, _fp32_precision=None)
+            set_flags(False, _fp32_precision=None)  # type: ignore[no-untyped-call]
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        stack.enter_context(_Inputs(products))
-        stack.enter_context(products)
+        stack.enter_context(using(_Inputs(products)))
+        stack.enter_context(using(products))
         yield
         products.settle()
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import nn
 from torch.nn.modules.module import (
+    _global_module_registration_hooks,
+    _global_parameter_registration_hooks,
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
@@ -171,7 +173,7 @@ def _clear_unseen(holds: Iterable[Hold]) -> None:
 
 HOOKS.extend(
     [
-        (register_module_parameter_registration_hook, _on_registration),
-        (register_module_module_registration_hook, _on_module_registration),
+        (_global_parameter_registration_hooks, register_module_parameter_registration_hook, _on_registration),
+        (_global_module_registration_hooks, register_module_module_registration_hook, _on_module_registration),
     ]
 )

@@ -1,8 +1,8 @@
 """What is done to the zeros of many parameters at once: made, put back, looked after what wrote over them."""
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -40,79 +40,70 @@ def check_places(model: nn.Module) -> None:
                 )
 
 
+def is_there(parameter: Tensor) -> bool:
+    """Whether a parameter has values that can be written to."""
+    return not parameter.is_meta and not parameter.is_inference()
+
+
 def _by_device(holds: Iterable[Hold]) -> Iterator[list[Hold]]:
     groups: dict[torch.device, list[Hold]] = {}
     for hold in holds:
-        if hold.parameter is not None and not hold.parameter.is_meta and not hold.parameter.is_inference():
+        if hold.parameter is not None and is_there(hold.parameter):
             groups.setdefault(hold.parameter.device, []).append(hold)
     yield from groups.values()
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def hold_zeros(holds: Iterable[Hold]) -> None:
-    """Zero what masks drop, and park what was there, as after any change of masks: a call of a kernel per device."""
+    """Zero what masks drop, and park what was there, as after any change of masks: a call of a kernel per device.
+
+    If it is interrupted, what is not zero any more is parked; and `pyprune.modules.undo` can go back.
+    """
     holds = list(holds)
-    with torch.inference_mode(False), torch.no_grad():
-        for group in _by_device(holds):
-            parking = [one for one in group if one.parks]
-            parked = ops.park([_weight(one) for one in parking], [one.mask for one in parking])
-            for one, values in zip(parking, parked, strict=True):
-                one.parked = values
-            if others := [one for one in group if not one.parks]:
-                ops.fold([local_part(_weight(one)) for one in others], [one.local_mask for one in others])
-        for one in holds:
-            one.is_raw = False
-            one.mask_changed()
-            one.saw()
+    for group in _by_device(holds):
+        parking = [one for one in group if one.parks]
+        for one in parking:
+            one.parked = _weight(one).detach().new_empty(0)
+        ops.park([_weight(one) for one in parking], [one.mask for one in parking], into=_parked(parking))
+        if others := [one for one in group if not one.parks]:
+            ops.fold([local_part(_weight(one)) for one in others], [one.local_mask for one in others])
+    for one in holds:
+        one.mask_changed()
+        one.saw()
+        one.is_raw = False
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def clear(holds: Iterable[Hold]) -> None:
     """Zero what masks drop where it is not zero; it is no raw value. Where it is zero, nothing is written."""
-    with torch.inference_mode(False), torch.no_grad():
-        for group in _by_device(holds):
-            weights, masks = [local_part(_weight(one)) for one in group], [one.local_mask for one in group]
-            written = list(itertools.compress(range(len(group)), ops.probe(weights, masks, None)))
-            ops.fold([weights[i] for i in written], [masks[i] for i in written])
-            for i in written:
-                group[i].saw()
+    for group in _by_device(holds):
+        weights, masks = [local_part(_weight(one)) for one in group], [one.local_mask for one in group]
+        written = list(itertools.compress(range(len(group)), ops.probe(weights, masks, None)))
+        ops.fold([weights[i] for i in written], [masks[i] for i in written])
+        for i in written:
+            group[i].saw()
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def release(holds: Iterable[Hold]) -> None:
     """Put back what is parked; nothing is held until `hold_zeros`."""
     holds = list(holds)
     settle_written(holds)
-    with torch.inference_mode(False), torch.no_grad():
-        for group in _by_device(holds):
-            parked = [one for one in group if one.parked is not None]
-            ops.unpark(
-                [_weight(one) for one in parked],
-                [one.mask for one in parked],
-                [one.parked_there() for one in parked],
-            )
-            for one in group:
-                one.is_raw = True
-                one.parked = None
-                one.saw()
-
-
-@contextmanager
-def released(holds: Iterable[Hold]) -> Iterator[None]:
-    """Let parameters have their raw values; after it they have zeros where masks are False by then.
-
-    Example:
-        >>> from pyprune import prune
-        >>> linear = prune(nn.Linear(2, 2), "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.5)
-        >>> with released(holds_in(linear)):
-        ...     int((linear.weight == 0).sum())
-        0
-        >>> int((linear.weight == 0).sum())
-        2
-    """
-    holds = list(holds)
-    release(holds)
-    try:
-        yield
-    finally:
-        hold_zeros(holds)
+    for group in _by_device(holds):
+        parked = [one for one in group if one.parked is not None]
+        for one in group:
+            one.is_raw = True
+        ops.unpark(
+            [_weight(one) for one in parked],
+            [one.mask for one in parked],
+            [one.parked_there() for one in parked],
+        )
+        for one in group:
+            one.parked = None
+            one.saw()
 
 
 def raw_values(hold: Hold) -> Tensor:
@@ -131,22 +122,41 @@ def settle_written(holds: Iterable[Hold]) -> None:
     settle([hold for hold in holds if not hold.is_raw and hold.is_written()])
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def settle(holds: Sequence[Hold]) -> None:
     """Take what was written over zeros for the raw values, and zero it. A zero that was written changes nothing."""
     if not holds:
         return
     for one in holds:
         _ = one.mask  # follows a weight that was resized, and so does what is parked
-    before = {one: (one.parked, one.changed_at, one.masked_gradient) for one in holds}
-    hold_zeros(holds)
-    for one, (parked, changed_at, masked_gradient) in before.items():
-        one.changed_at, one.masked_gradient = changed_at, masked_gradient
-        if parked is not None and one.parked is not None:
-            written = one.parked
-            one.parked = parked
-            with torch.inference_mode(False), torch.no_grad():
-                there = one.parked_there()
-                one.parked = there if one.is_stepping else torch.where(written != 0, written, there)
+        _settle_overwritten(one)  # an interruption left it
+    for group in _by_device(holds):
+        parking = [one for one in group if one.parks]
+        into = [_weight(one).detach().new_empty(0) for one in parking]
+        for one, values in zip(parking, into, strict=True):
+            one.overwritten = values
+        ops.park([_weight(one) for one in parking], [one.mask for one in parking], into=into)
+        if others := [one for one in group if not one.parks]:
+            ops.fold([local_part(_weight(one)) for one in others], [one.local_mask for one in others])
+    for one in holds:
+        _settle_overwritten(one)
+        one.saw()
+
+
+def _settle_overwritten(hold: Hold) -> None:
+    written, parked = hold.overwritten, hold.parked
+    if written is not None and written.numel():
+        if parked is None:
+            parked = written
+        elif not hold.is_stepping:
+            there = hold.parked_there()
+            parked = torch.where(written != 0, written, there)
+    vars(hold).update(parked=parked, overwritten=None)  # together, though someone may interrupt
+
+
+def _parked(holds: Iterable[Hold]) -> list[Tensor]:
+    return [hold.parked for hold in holds if hold.parked is not None]
 
 
 def _weight(hold: Hold) -> nn.Parameter:
@@ -157,10 +167,14 @@ def _weight(hold: Hold) -> nn.Parameter:
 @torch.no_grad()
 def fold_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Zero in each tensor what its mask drops: one call per device; of a sharded one in this rank's part."""
-    by_device: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
+    calls: dict[tuple[torch.device, int], tuple[list[Tensor], list[Tensor]]] = {}
+    seen: Counter[int] = Counter()
     for tensor, mask in pairs:
-        tensors, masks = by_device.setdefault(tensor.device, ([], []))
-        tensors.append(local_part(tensor))
+        part = local_part(tensor)
+        # Parameters that load_state_dict(assign=True) untied are in the same memory, which one call must not get twice.
+        tensors, masks = calls.setdefault((tensor.device, seen[part.data_ptr()]), ([], []))
+        seen[part.data_ptr()] += part.numel() > 0
+        tensors.append(part)
         masks.append(mask.to(tensor.device))
-    for tensors, masks in by_device.values():
+    for tensors, masks in calls.values():
         ops.fold(tensors, masks)

@@ -1,7 +1,6 @@
 """Move what masks drop out of weights, packed, and back."""
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from pyprune.ops.count_zeros import count_zeros
 
 
 @torch.no_grad()
-def park(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
+def park(weights: Sequence[Tensor], masks: Sequence[Tensor], *, into: Sequence[Tensor] | None = None) -> list[Tensor]:
     """Return ``weights[i][~masks[i]]`` and set it to zero in place; kept elements are not touched.
 
     What is returned does not depend on the layout: it is in the order of the flat index. On a GPU this waits for the
@@ -21,6 +20,8 @@ def park(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
     Args:
         weights: float32, float64, float16 or bfloat16 tensors on one device, any strides without overlap.
         masks: one bool tensor per weight, of its shape, True = kept.
+        into: empty tensors of the weights' dtypes on their device, which become the results together with the zeros:
+            whoever keeps them loses nothing if the call is interrupted. New ones if None.
 
     Returns:
         For each weight a tensor of one dimension, of its dtype.
@@ -34,16 +35,27 @@ def park(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
         ([[1.0, 3.0]], [0.0, 2.0, 0.0])
     """
     _check(weights, masks)
+    if into is None:
+        into = [weight.detach().new_empty(0) for weight in weights]
+    if len(into) != len(weights):
+        raise ValueError(f"got {len(into)} tensors in into for {len(weights)} weights; give one per weight")
+    for index, (values, weight) in enumerate(zip(into, weights, strict=True)):
+        if values.numel() or values.dtype != weight.dtype or values.device != weight.device:
+            raise ValueError(
+                f"into[{index}] has {values.numel()} elements of {values.dtype} on {values.device}; give an empty "
+                f"tensor of {weight.dtype} on {weight.device}"
+            )
     if not weights:
         return []
     if weights[0].is_cpu:
-        parked = torch.ops.pyprune.park(list(weights), list(masks))
-        torch.autograd.graph.increment_version(list(weights))
-        return cast(list[Tensor], parked)
-    parked = [weight[~mask] for weight, mask in zip(weights, masks, strict=True)]
-    torch.ops.pyprune.fold(list(weights), list(masks))
+        torch.ops.pyprune.park(list(weights), list(masks), list(into))
+    else:
+        parked = [weight[~mask] for weight, mask in zip(weights, masks, strict=True)]
+        for values, dropped in zip(into, parked, strict=True):
+            values.set_(dropped)  # type: ignore[call-overload]
+        torch.ops.pyprune.fold(list(weights), list(masks))
     torch.autograd.graph.increment_version(list(weights))
-    return parked
+    return list(into)
 
 
 @torch.no_grad()
@@ -103,8 +115,8 @@ def _check(weights: Sequence[Tensor], masks: Sequence[Tensor], parked: Sequence[
     check_memory({"weights": weights}, {"masks": masks, "parked": parked})
 
 
-def _fake_park(weights: list[Tensor], masks: list[Tensor]) -> list[Tensor]:
-    return [weight.new_empty(torch.library.get_ctx().new_dynamic_size()) for weight in weights]
+def _fake_park(weights: list[Tensor], masks: list[Tensor], parked: list[Tensor]) -> None:
+    return None
 
 
 def _fake_unpark(weights: list[Tensor], masks: list[Tensor], parked: list[Tensor]) -> None:

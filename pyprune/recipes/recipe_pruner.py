@@ -11,11 +11,11 @@ from torch.optim import Optimizer
 from pyprune.calibration.training_statistics import needs_gradients
 from pyprune.checks import shown
 from pyprune.methods.schedules import Ratio, check_step
-from pyprune.modules.attachments import check_module, detach
+from pyprune.modules.attachments import check_module
 from pyprune.modules.optimizer import innermost_of
 from pyprune.modules.strip import strip
-from pyprune.modules.targets import attachments_of, find_targets
-from pyprune.modules.watching import unwatch
+from pyprune.modules.targets import find_targets
+from pyprune.modules.undo import Change
 from pyprune.recipes.stages import Stage, steps_of
 from pyprune.selection.choose_masks import prunable_targets
 from pyprune.training.ac_dc import AcDcPruner
@@ -70,22 +70,44 @@ class RecipePruner:
         Raises:
             ValueError: as `Pruner.step` does.
         """
-        if self._held is None:
-            self._held = self._hold_at(self.step_count + 1)
-        self.step_count += 1
-        updated = [pruner.step() for pruner in self._pruners]
-        for i, pruner in enumerate(self._pruners):
+        due = [pruner for pruner in self._pruners if pruner._may_be_due()]
+        carried = dict.fromkeys(mask for pruner in due for mask in pruner._carried().values())
+        begins = self._held is None and self._hold is not None and self.step_count + 1 >= self._hold_from
+        with Change(*([self.model] if begins else []), holds=carried, objects=self._touched()) as change:
+            if begins:
+                self._held = self._hold_at(self.step_count + 1)
+            self.step_count += 1
+            updated = [pruner._advance() for pruner in self._pruners]
+            for pruner in self._over(updated):
+                pruner._check_last()
+            change.finish(partial(self._finish_step, updated))
+        return any(updated)
+
+    def _touched(self) -> list[object]:
+        return [self, *(one for pruner in self._pruners for one in pruner._touched())]
+
+    def _over(self, updated: Sequence[bool]) -> list[Pruner]:
+        """List the pruners that have no more to do."""
+        return [
+            pruner
+            for i, pruner in enumerate(self._pruners)
             # What an importance measures after the last update has no use, but that one may be late (an overflow);
             # it comes to nothing where a later stage has begun.
-            is_awaited = pruner._is_late and not any(updated[i + 1 :])
-            if not (pruner.frozen or is_awaited) and self.step_count >= (pruner.schedule.end or 0):
+            if not (pruner._is_late and not any(updated[i + 1 :])) and self.step_count >= (pruner.schedule.end or 0)
+        ]
+
+    def _finish_step(self, updated: Sequence[bool]) -> None:
+        for pruner, is_updated in zip(self._pruners, updated, strict=True):
+            pruner._finish_step(is_updated)
+        for pruner in self._over(updated):
+            if not pruner.frozen:
                 pruner.freeze()
-        return any(updated)
 
     def freeze(self) -> None:
         """Let the masks stay as they are from now on, whatever the recipe says, and take all hooks off."""
-        for pruner in self._pruners:
-            pruner.freeze()
+        with Change(self.model, objects=self._touched()):
+            for pruner in self._pruners:
+                pruner.freeze()
 
     def finish(self) -> nn.Module:
         """End the training: fold the masks in, hold zeros no longer, and return the plain model.
@@ -99,10 +121,12 @@ class RecipePruner:
                 f"{self.ratio}; check steps_per_epoch={self.steps_per_epoch} and the number of epochs",
                 stacklevel=2,
             )
-        self.freeze()
-        if self._held is not None:
-            self._held.remove()
-        return strip(self.model)
+        with Change(self.model, objects=self._touched()) as change:
+            self.freeze()
+            if self._held is not None:
+                self._held.remove()
+            change.finish(partial(strip, self.model))
+        return self.model
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` takes: the states of the pruners, with their masks and what is parked."""
@@ -136,10 +160,13 @@ class RecipePruner:
             raise ValueError("the state is that of another recipe; apply the one that it was saved with")
         for pruner, state in zip(self._pruners, states, strict=True):
             pruner._check_state(state)
-        self._hold_again(held, step_count)
-        for pruner, state in zip(self._pruners, states, strict=True):
-            pruner.load_state_dict(state)
-        self.step_count = step_count
+        with Change(self.model, objects=self._touched()) as change:
+            rest = [pruner._loading(state) for pruner, state in zip(self._pruners, states, strict=True)]
+            self._hold_again(held, step_count)
+            for pruner, state in zip(self._pruners, states, strict=True):
+                pruner._load(state)
+            self.step_count = step_count
+            change.finish(partial(_do_all, rest))
 
     def _hold_at(self, step: int) -> KeepSparse | None:
         """Hold the zeros that are there now, if the stage that says so has begun by this step."""
@@ -151,10 +178,6 @@ class RecipePruner:
             self._held.remove()
         there = self._hold_at(step)
         if saved != _count_held(there):
-            if there is not None:
-                there.remove()
-            if self._held is not None:
-                self._held.put_back()
             raise ValueError(
                 "the model has other zeros than when the state was saved; load its sparse weights before this state"
             )
@@ -181,11 +204,20 @@ def start(
             partial(_hold, stages[0], model, examples_inputs),
             steps_of(stages[0].start, steps_per_epoch),
         )
-    pruners = _make_pruners(pruning, model, optimizers, steps_per_epoch, examples_inputs)
-    return RecipePruner(model, optimizers, steps_per_epoch, pruners, hold, hold_from)
+    with Change(model, objects=optimizers):
+        # All put on masks that keep everything, and wait; the first may drop something now.
+        pruners = [
+            _make_pruner(stage, model, optimizers, steps_per_epoch, examples_inputs) for stage in reversed(pruning)
+        ]
+        return RecipePruner(model, optimizers, steps_per_epoch, pruners[::-1], hold, hold_from)
 
 
 _STATE = {"step_count", "steps_per_epoch", "pruners", "held"}
+
+
+def _do_all(actions: Iterable[Callable[[], None]]) -> None:
+    for action in actions:
+        action()
 
 
 def _count_held(held: KeepSparse | None) -> dict[str, int]:
@@ -199,27 +231,6 @@ def _hold(stage: Stage, model: nn.Module, inputs: Any, optimizers: Sequence[Opti
     except (TypeError, ValueError) as error:
         complaint = str(error).replace("ignored_scope", "ignore: {names: [...]}")  # as a recipe calls it
         raise ValueError(f"{stage.where}: {complaint}") from error
-
-
-def _make_pruners(
-    stages: Sequence[Stage], model: nn.Module, optimizers: Sequence[Optimizer], steps_per_epoch: int, inputs: Any
-) -> list[Pruner]:
-    """Return the pruners of all stages; later ones put on masks that keep everything, and wait."""
-    carried = {target.parameter for target in attachments_of(model)}
-    pruners: list[Pruner] = []
-    try:
-        # The first is the only one that may drop something now, and if one of them fails, it has not done so.
-        for stage in reversed(stages):
-            pruners.insert(0, _make_pruner(stage, model, optimizers, steps_per_epoch, inputs))
-    except BaseException:
-        for pruner in pruners:
-            pruner.freeze()
-        for target in reversed(attachments_of(model)):
-            if target.parameter not in carried:
-                detach(target.owners[::-1])
-        unwatch(model)
-        raise
-    return pruners
 
 
 def _make_pruner(

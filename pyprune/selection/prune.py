@@ -21,6 +21,7 @@ from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.modules.masks import Mask, attach_masks, changing_masks, masks_by_target, masks_in
 from pyprune.modules.norms import norms_after
 from pyprune.modules.targets import Target, by_place, check_prunable, find_targets, output_layers
+from pyprune.modules.undo import Change
 from pyprune.selection.choose_masks import choose_masks, prunable_targets
 
 _M = TypeVar("_M", bound=nn.Module)
@@ -166,7 +167,7 @@ def update_masks(model: nn.Module, mode: PruneMode | str, ratio: float) -> None:
     targets = masked_targets(model)
     for target in targets:
         check_prunable(target)
-    with changing_masks(masks_in(model)):
+    with Change(model), changing_masks(masks_in(model)):
         choice = choose_masks(METHODS[mode], amount, targets, {})
         choice.check()
         choice.tell(model)
@@ -217,7 +218,7 @@ def put_masks(
     """Do what `prune` says of masks."""
     amount = check_amount(method, amount)
     check_module(model)
-    with changing_masks(masks_in(model)):
+    with Change(model), changing_masks(masks_in(model)):
         statistics = targets_with_statistics(model, method, ignored_scope, examples_inputs, calibration)
         choice = choose_masks(method, amount, list(statistics), statistics)
         choice.check()
@@ -348,7 +349,8 @@ def _put_gates(
             f"ratio does nothing in mode {name}: the target belongs to RBLoss or LagrangianLoss", stacklevel=4
         )
     gates = [(target.owners, target.attachment or _new_gate(target, kind, same_on_all_ranks)) for target in targets]
-    attach_and_share(model, gates)
+    with Change(model):
+        attach_and_share(model, gates)
     return model
 
 

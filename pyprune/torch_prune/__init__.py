@@ -42,6 +42,7 @@ from torch.nn.utils import prune as torch_prune
 from pyprune.checks import check_items, shown
 from pyprune.modules.attachments import check_module
 from pyprune.modules.memory import prefer_huge_pages
+from pyprune.modules.undo import Change
 from pyprune.torch_prune.amount import Amount, count
 from pyprune.torch_prune.amount import _compute_nparams_toprune as _compute_nparams_toprune
 from pyprune.torch_prune.amount import _validate_pruning_amount as _validate_pruning_amount
@@ -232,11 +233,12 @@ def global_unstructured(
         check_scores(score, orig, name)
     masks = [mask for _, mask in found]
     choose = _l1_masks if takes_smallest(method) else _joint_masks
-    kept = choose(method, scores, masks)
-    for (module, name), (orig, _), one in zip(places, found, kept, strict=True):
-        mask = prefer_huge_pages(torch.empty_like(orig, requires_grad=False)).copy_(one)
-        hook = with_method(module, name, CustomFromMask(mask))
-        attach(module, name, hook, mask, Product.apply(orig, mask))
+    with Change(*dict.fromkeys(module for module, _ in places)):
+        kept = choose(method, scores, masks)
+        for (module, name), (orig, _), one in zip(places, found, kept, strict=True):
+            mask = prefer_huge_pages(torch.empty_like(orig, requires_grad=False)).copy_(one)
+            hook = with_method(module, name, CustomFromMask(mask))
+            attach(module, name, hook, mask, Product.apply(orig, mask))
 
 
 def remove(module: _M, name: str) -> _M:
@@ -253,8 +255,10 @@ def remove(module: _M, name: str) -> _M:
     check_module(module, "module")
     if not isinstance(name, str):
         raise TypeError(f"name is {shown(name)}; give the name of a parameter")
+    orig = module._parameters.get(name + "_orig")
     try:
-        torch_prune.remove(module, name)
+        with Change(module, values=[] if orig is None else [orig]):
+            torch_prune.remove(module, name)
     except ValueError as error:
         raise ValueError(f"name is {shown(name)}: {error}") from error
     return module

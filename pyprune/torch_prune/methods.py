@@ -12,6 +12,7 @@ from torch.nn.utils import prune as torch_prune
 
 from pyprune.checks import shown
 from pyprune.modules.mask_states import is_plain
+from pyprune.modules.undo import Change
 from pyprune.torch_prune.amount import _validate_pruning_amount_init, channel_count, count
 from pyprune.torch_prune.choice import channel_norms, without_channels, without_smallest
 from pyprune.torch_prune.state import attach, copy_product, detach, hook_keys, parts, show_product
@@ -76,13 +77,14 @@ class BasePruningMethod(torch_prune.BasePruningMethod):
         method = cls(*args, **kwargs)
         orig, mask = parts(module, name)
         hook = with_method(module, name, method)
-        if importance_scores is None:
-            importance_scores = orig if mask is None else hook.apply_mask(module)
-        else:
-            check_scores(importance_scores, orig, name)
-        default_mask = torch.ones_like(orig) if mask is None else mask.detach().clone()
-        mask = hook.compute_mask(importance_scores, default_mask=default_mask)
-        attach(module, name, hook, mask)
+        with Change(module):
+            if importance_scores is None:
+                importance_scores = orig if mask is None else hook.apply_mask(module)
+            else:
+                check_scores(importance_scores, orig, name)
+            default_mask = torch.ones_like(orig) if mask is None else mask.detach().clone()
+            mask = hook.compute_mask(importance_scores, default_mask=default_mask)
+            attach(module, name, hook, mask)
         return hook
 
     def prune(self, t: Tensor, default_mask: Tensor | None = None, importance_scores: Tensor | None = None) -> Tensor:

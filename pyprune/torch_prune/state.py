@@ -87,20 +87,14 @@ def _parameter_order(module: nn.Module) -> tuple[str, ...]:
 
 
 def attach(module: nn.Module, name: str, hook: Any, mask: Tensor, product: Tensor | None = None) -> None:
-    """Give a module what pruning needs, or nothing if that fails."""
+    """Give a module what pruning needs; call it within a `Change` of the module."""
     keys = hook_keys(module, name)
-    parameters, buffers = dict(module._parameters), dict(module._buffers)
-    try:
-        if not keys:
-            hook._parameter_order = _parameter_order(module)
-            module.register_parameter(name + "_orig", module._parameters[name])
-            del module._parameters[name]
-        module.register_buffer(name + "_mask", mask)
-        product = hook.apply_mask(module) if product is None else product
-    except BaseException:
-        _replace(module._parameters, parameters)
-        _replace(module._buffers, buffers)
-        raise
+    if not keys:
+        hook._parameter_order = _parameter_order(module)
+        module.register_parameter(name + "_orig", module._parameters[name])
+        del module._parameters[name]
+    module.register_buffer(name + "_mask", mask)
+    product = hook.apply_mask(module) if product is None else product
     if type(module) is NonDynamicallyQuantizableLinear:
         module.__class__ = OutProjection
     show_product(module, name, product)

@@ -1,9 +1,10 @@
 """AC/DC: training that alternates between a dense and a pruned model."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pyprune import ops
@@ -13,6 +14,7 @@ from pyprune.methods.schedules import alternating, check_ratios
 from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.modules.masks import Mask
 from pyprune.modules.targets import Target
+from pyprune.modules.zeros import fold_all
 from pyprune.training.pruner import Pruner
 
 
@@ -34,6 +36,8 @@ class AcDcPruner(Pruner):
         [False, 0.5, False, 0.0, False, 0.5]
     """
 
+    _opened: Mapping[Target, Tensor] = MappingProxyType({})  # what masks dropped that were opened just now
+
     def _check_optimizer(self) -> None:
         if self.optimizer is None:
             raise TypeError("optimizer is None; AC/DC resets what the optimizer knows of the weights: give it")
@@ -42,13 +46,19 @@ class AcDcPruner(Pruner):
         super()._check_optimizer()
 
     def _open(self, masks: Mapping[Target, Mask]) -> None:
-        assert self.optimizer is not None
-        tensors = [mask.mask for mask in masks.values()]
-        if bool(ops.count_zeros(tensors).any()):
-            ops.fold([target.parameter for target in masks], tensors)
-            for target in masks:
-                self.optimizer.state.pop(target.parameter, None)
+        dropped = {target: mask.mask for target, mask in masks.items()}
+        self._opened = dropped if bool(ops.count_zeros(list(dropped.values())).any()) else {}
         super()._open(masks)
+
+    def _finish_masks(self) -> None:
+        super()._finish_masks()
+        assert self.optimizer is not None
+        fold_all((target.parameter, mask) for target, mask in self._opened.items())
+        for target, mask in self._carried().items():
+            if target in self._opened:
+                mask.saw()
+                self.optimizer.state.pop(target.parameter, None)
+        self._opened = {}
 
 
 def ac_dc(

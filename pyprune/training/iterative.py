@@ -122,8 +122,8 @@ def iterative_prune(
 
     The model is left with the weights and masks of the last round, or with ``max_drop`` of the sparsest one whose
     score after training holds it. Call `strip` at the end. If one of your functions fails or is interrupted, the
-    model is as it was at the call (a copy of its state_dict is kept on the CPU): save in ``finetune_fn`` what you
-    would not lose.
+    model is as it was at the call, with its gradients, buffers, flags, hooks and modules (a copy of its tensors is
+    kept on the CPU): save in ``finetune_fn`` what you would not lose.
 
     Args:
         model: the model, trained.

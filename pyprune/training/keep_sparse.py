@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from pyprune.modules.masks import FollowingMask, Mask
 from pyprune.modules.optimizer import innermost_of
 from pyprune.modules.sharding import local_part
 from pyprune.modules.steps import mask_gradients, mask_state
-from pyprune.modules.strip import strip
+from pyprune.modules.strip import let_go
 from pyprune.modules.targets import Target, attachments_of, find_targets
+from pyprune.modules.undo import Change
 from pyprune.modules.watching import unwatch, watch
 from pyprune.modules.zeros import hold_zeros
 
@@ -57,7 +59,8 @@ class KeepSparse:
             >>> linear.weight.tolist()
             [[0.0, 5.0]]
         """
-        hold_zeros(self._held.values())
+        with Change(holds=self._held.values()):
+            hold_zeros(self._held.values())
 
     def mask_gradients(self) -> None:
         """Zero the gradients of what is dropped, now, where they did not come by a backward pass."""
@@ -86,15 +89,12 @@ class KeepSparse:
 
     def remove(self) -> None:
         """Hold the zeros no longer."""
-        for target, mask in self._held.items():
-            there = {owner: owner.attachment for owner in target.owners}
-            detach([owner for owner, found in there.items() if mask in (found, getattr(found, "untied_from", None))])
-        unwatch(self._model)
-
-    def put_back(self) -> None:
-        """Hold the same zeros again, from the next forward pass or step on."""
-        attach((target.owners, mask) for target, mask in self._held.items())
-        watch(self._model)
+        with Change(self._model):
+            for target, mask in self._held.items():
+                there = {owner: owner.attachment for owner in target.owners}
+                held = [one for one, found in there.items() if mask in (found, getattr(found, "untied_from", None))]
+                detach(held)
+            unwatch(self._model)
 
     def __enter__(self) -> "KeepSparse":
         return self
@@ -166,16 +166,21 @@ def keep_sparse(
         _check_all_grouped(held, optimizers)
     if not held:
         warnings.warn("the model has no zeros to hold; prune it, or load its sparse weights, before", stacklevel=3)
-    strip(model)
     masks = {target: Mask(mask) for target, mask in held.items()}
     for mask in masks.values():
         mask.parks = False
-    attach((target.owners, mask) for target, mask in masks.items())
-    hold_zeros(masks.values())
-    watch(model)
-    for one in optimizers:
-        mask_state(one, masks.values())
+    with Change(model) as change:
+        let_go(model)
+        attach((target.owners, mask) for target, mask in masks.items())
+        hold_zeros(masks.values())
+        watch(model)
+        change.finish(partial(_mask_states, optimizers, masks.values()))
     return KeepSparse(model, masks)
+
+
+def _mask_states(optimizers: Iterable[Optimizer], masks: Iterable[Mask]) -> None:
+    for optimizer in optimizers:
+        mask_state(optimizer, list(masks))
 
 
 def _masks_to_hold(model: nn.Module, targets: list[Target]) -> dict[Target, Tensor]:

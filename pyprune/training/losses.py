@@ -284,12 +284,14 @@ class LagrangianLoss(_GateLoss):
         if self.multipliers.device != gap.device:
             self.to(gap.device)
         gradient = torch.stack([gap, gap.square()])
-        self._steps += 1
-        self._mean.lerp_(gradient, 1 - 0.9)
-        self._mean_square.lerp_(gradient.square(), 1 - 0.999)
-        steps = self._steps.double()
-        mean, mean_square = self._mean / (1 - 0.9**steps), self._mean_square / (1 - 0.999**steps)
-        self.multipliers += self._learning_rate * mean / (mean_square.sqrt() + 1e-8)
+        count = self._steps + 1
+        steps = count.double()
+        means = self._mean.lerp(gradient, 1 - 0.9), self._mean_square.lerp(gradient.square(), 1 - 0.999)
+        mean, mean_square = means[0] / (1 - 0.9**steps), means[1] / (1 - 0.999**steps)
+        multipliers = self.multipliers + self._learning_rate * mean / (mean_square.sqrt() + 1e-8)
+        # At once, though someone may interrupt.
+        before = [self._steps, self._mean, self._mean_square, self.multipliers]
+        torch._foreach_copy_(before, [count, *means, multipliers])
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Go on with the multipliers of a state_dict.

@@ -124,8 +124,19 @@ class MovementPruner(Pruner):
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"score_optimizer of the state does not fit the optimizer of scores: {error}") from error
         super()._load(state)
-        for name, score in self.scores.items():
-            score.copy_(state["scores"][name])
+
+    def _touched(self) -> list[object]:
+        return [*super()._touched(), *([self._score_optimizer] if hasattr(self, "_score_optimizer") else ())]
+
+    def _loading(self, state: Mapping[str, Any]) -> Callable[[], None]:
+        load_masks = super()._loading(state)
+
+        def load() -> None:
+            load_masks()
+            for name, score in self.scores.items():
+                score.copy_(state["scores"][name])
+
+        return load
 
     def _check(self, scope: Scope, schedule: Schedule, threshold: float | None, regularization: float) -> None:
         if scope.name not in ("model", "tensor"):
@@ -201,7 +212,8 @@ class MovementPruner(Pruner):
         carried = [masks[self._by_name[member.weight.name]] for member in members]
         unit_is_element = self.method.granularity.name == "element"
         with changing_masks(masks.values()):
-            spread_units(self._units, units, [mask.mask for mask in carried])
-            for member, mask in zip(members, carried, strict=True):
-                mask.unit = None if unit_is_element else member.block
+            spread = [torch.empty_like(mask.mask) for mask in carried]
+            spread_units(self._units, units, spread)
+            for member, mask, new in zip(members, carried, spread, strict=True):
+                mask.mask, mask.unit = new, None if unit_is_element else member.block
         self.ratio = ratio

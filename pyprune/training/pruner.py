@@ -2,9 +2,9 @@
 
 A `Pruner` is a schedule, a method and a step counter; what is chosen at an update is chosen as by `prune`.
 
-- Updates write into the masks that are there: fresh memory would cost more than the kernel, and compiled graphs
-  stay valid. Counts of non-finite scores are read at once on the CPU, and on a GPU with the next update, when
-  nobody waits.
+- An update writes into the masks before the last, and then they change places: fresh memory would cost more than the
+  kernel, and until all is done the old masks are there to go back to. Counts of non-finite scores are read at once on
+  the CPU, and on a GPU with the next update, when nobody waits.
 - The optimizer's step ends a batch, before it changes weights; a closure that it runs itself (as in Lightning) is a
   batch. Accumulated backward passes add up for as long as ``grad`` does. A step that a ``GradScaler`` skips is
   forgotten.
@@ -15,6 +15,7 @@ A `Pruner` is a schedule, a method and a step counter; what is chosen at an upda
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,15 +29,16 @@ from pyprune.methods.allocation import Allocation, Amount
 from pyprune.methods.method import Method, PruneMode, check_amount
 from pyprune.methods.schedules import Ratio, Schedule, as_schedule, check_ratios, check_step, is_pruned
 from pyprune.methods.unit_groups import UnitGroup
-from pyprune.modules.averages import reapply_to_averages
+from pyprune.modules.averages import reapply_to_averages, warn_of_copies
 from pyprune.modules.coverage import warn_of_missed
 from pyprune.modules.dead_channels import new_followers
 from pyprune.modules.ignored_scope import IgnoredScope
-from pyprune.modules.mask_states import check_state, load_states, state_of
+from pyprune.modules.mask_states import check_state, loading, state_of
 from pyprune.modules.masks import Mask, NewMask, attach_masks, changing_masks, masks_in
 from pyprune.modules.optimizer import innermost
 from pyprune.modules.steps import mask_state
 from pyprune.modules.targets import Target, find_targets
+from pyprune.modules.undo import Change
 from pyprune.modules.zeros import holds_in, settle_written
 from pyprune.selection.choose_masks import Choice, choose_masks, prunable_targets, unit_groups_of, units_of
 from pyprune.selection.choose_units import ratios_of
@@ -48,8 +50,8 @@ class Pruner:
 
     Made before the training, it puts masks on the weights at once: those of step 0 of the schedule, or masks that
     keep everything (masks that are there stay until the schedule starts). Then call `step` after each step of the
-    optimizer, or after each epoch: the schedule counts these calls. Masks are written in place: nothing is compiled
-    again (but for activations, in the first batches and after the last update), and where the method allows it
+    optimizer, or after each epoch: the schedule counts these calls. Nothing is compiled again when masks change
+    (but for activations, in the first batches and after the last update), and where the method allows it
     (elements or units by magnitude, N:M) nothing waits for a GPU. After the training `pyprune.strip` leaves the plain
     model. Just after an update BatchNorm has averages of other weights: evaluate later, or after
     `pyprune.batch_norm_adaptation`.
@@ -132,59 +134,96 @@ class Pruner:
         self._options = Amount(0.0, allocation, min_ratio, max_ratio, dropped_stay=not reintroduce)
         self._unchecked: Choice | None = None
         self._same_unit_groups: list[UnitGroup] | None = None
+        self._spares: dict[Target, Tensor] = {}  # the masks before the last, to write the next ones to
         self._is_late = False  # masks were due, but there was nothing yet to choose them by
         there = find_targets(model, ignored_scope, examples_inputs)
         self._targets = targets = without_tables(found.importance, prunable_targets(found, there))
         check_kind(self._targets, Mask)
         self._check_optimizer()
-        for mask in self._carried().values():
-            mask.parks = True  # `keep_sparse` had no use for what is dropped
-        with changing_masks(masks_in(model)):
-            self._statistics = self._known_statistics(examples_inputs)
-            unscored = [] if self._statistics is None else [t for t in targets if t not in self._statistics]
-            warn_of_missed(
-                model,
-                ignored_scope,
-                there,
-                {f"without a score by {found.importance.name}": unscored},
-                has_inputs=examples_inputs is not None,
-            )
-            self._watch = self._make_watch()
-            self._check_all()
-            self._attach(zero_dead_channels, examples_inputs, ignored_scope)
-        if self._watch is not None:
-            self._watch.start()
-            self._watch.gathers = self._is_looked_at()
+        self._watch: TrainingSums | TrainingGradients | None = None
+        with Change(model, objects=self._touched()) as change:
+            for mask in self._carried().values():
+                mask.parks = True  # `keep_sparse` had no use for what is dropped
+            with changing_masks(masks_in(model)):
+                self._statistics = self._known_statistics(examples_inputs)
+                unscored = [] if self._statistics is None else [t for t in targets if t not in self._statistics]
+                warn_of_missed(
+                    model,
+                    ignored_scope,
+                    there,
+                    {f"without a score by {found.importance.name}": unscored},
+                    has_inputs=examples_inputs is not None,
+                )
+                self._watch = self._make_watch()
+                self._check_all()
+                self._attach(zero_dead_channels, examples_inputs, ignored_scope)
+            if self._watch is not None:
+                self._watch.start()
+                self._watch.gathers = self._is_looked_at()
+            change.finish(self._finish_masks)
 
     def step(self) -> bool:
         """Count a step, and compute the masks anew if they are due; return whether they were.
 
         Raises:
             ValueError: for NaN or infinity in weights or scores: the training diverged. Masks mean nothing then:
-                load a checkpoint. (On a GPU it comes with the next update, or when the state is saved.)
+                load a checkpoint. (On a GPU it comes with the next update, or when the state is saved.) A step that
+                fails is not counted, and nothing has changed: repaired, the same step can be made again.
         """
+        carried = self._carried().values() if self._may_be_due() else ()
+        with Change(holds=carried, objects=self._touched()) as change:
+            is_updated = self._advance()
+            change.finish(partial(self._finish_step, is_updated))
+        return is_updated
+
+    def _may_be_due(self) -> bool:
+        return not self.frozen and (self._is_late or self.schedule.is_due(self.step_count + 1))
+
+    def _touched(self) -> list[object]:
+        """List what a step changes besides masks and weights."""
+        watch = self._watch
+        inside = watch.parts() if watch is not None else ()
+        return [one for one in (self, self.optimizer, *inside) if one is not None]
+
+    def _advance(self) -> bool:
+        """Do all of a step that can be taken back."""
         self.step_count += 1
         was_skipped = self._watch is not None and self._watch.drop_batch()
         is_due = not self.frozen and (self._is_late or self.schedule.is_due(self.step_count))
         self._is_late = is_due and was_skipped and not self._is_measured()
         if is_due and not self._is_late:
             self._update(self.schedule(self.step_count))
+        return is_due and not self._is_late
+
+    def _finish_step(self, is_updated: bool) -> None:
+        """Do the rest of a step, which may be done twice."""
+        if is_updated:
+            self._finish_masks()
             is_last = self.schedule.end is not None and self.step_count >= self.schedule.end
+            if is_last:
+                self._spares = {}
             if is_last or any(mask.copies for mask in self._carried().values()):
                 # What is zero in them at the end stays so; those that were copied with masks have old ones.
                 reapply_to_averages(self.model)
+            if is_last:
+                warn_of_copies(self._carried().values())
             if self.optimizer is not None:
                 mask_state(self.optimizer, self._carried().values())
         if self._watch is not None:
             self._watch.gathers = self._is_looked_at()
-        return is_due and not self._is_late
+
+    def _finish_masks(self) -> None:
+        """Do what cannot be taken back once masks are new; it may be done twice."""
+        if isinstance(self._watch, TrainingSums):
+            self._watch.restart()
 
     def freeze(self) -> None:
         """Let the masks stay as they are from now on, whatever the schedule says, and take all hooks off."""
         self._check_last()
-        self.frozen = True
-        if self._watch is not None:
-            self._watch.stop()
+        with Change(self.model, objects=self._touched()):
+            self.frozen, self._spares = True, {}
+            if self._watch is not None:
+                self._watch.stop()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` takes: steps, what was measured, masks, and what is parked under them."""
@@ -203,7 +242,10 @@ class Pruner:
                 f"state_dict is {shown(state_dict)}, which is not the state_dict() of a {type(self).__name__}"
             )
         self._check_state(state_dict)
-        self._load(state_dict)
+        with Change(self.model, objects=self._touched()) as change:
+            load_rest = self._loading(state_dict)
+            self._load(state_dict)
+            change.finish(load_rest)
 
     def __reduce__(self) -> str:
         raise TypeError(
@@ -240,7 +282,6 @@ class Pruner:
         self._unchecked = None  # of the training that is left
         was_frozen, self.frozen = self.frozen, state["frozen"]
         self.step_count, self.ratio, self._is_late = int(state["step_count"]), state["ratio"], state["is_late"]
-        load_states([(mask, state["masks"][target.name]) for target, mask in self._carried().items()])
         if self._watch is None:
             return
         if isinstance(self._watch, TrainingSums):
@@ -250,6 +291,10 @@ class Pruner:
         elif was_frozen:
             self._watch.start()
         self._watch.gathers = self._is_looked_at()
+
+    def _loading(self, state: Mapping[str, Any]) -> Callable[[], None]:
+        """Return what is to be done after `_load`, which cannot be taken back; it may be done twice."""
+        return loading([(mask, state["masks"][target.name]) for target, mask in self._carried().items()])
 
     # ---- before the training ----
 
@@ -264,9 +309,11 @@ class Pruner:
             return
         trained = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
         if not any(id(target.parameter) in trained for target in self._targets):
-            raise ValueError(
-                "the optimizer trains none of the weights to prune; make it from this model's parameters"
+            frozen = not any(target.parameter.requires_grad for target in self._targets)
+            advice = (
+                "they are frozen, so prune them once, before" if frozen else "make it from this model's parameters"
             )
+            raise ValueError(f"the optimizer trains none of the weights to prune; {advice}")
 
     def _known_statistics(self, inputs: Any) -> dict[Target, Tensor | None] | None:
         """Return what the importance needs, unless it is measured in training."""
@@ -345,7 +392,7 @@ class Pruner:
     def _open(self, masks: Mapping[Target, Mask]) -> None:
         """Let the masks keep everything."""
         for mask in masks.values():
-            mask.mask.fill_(True)
+            mask.mask = torch.ones_like(mask.mask)
 
     @torch.inference_mode(False)
     def _update(self, ratio: Ratio) -> None:
@@ -359,32 +406,34 @@ class Pruner:
                 self._write(self._amount(ratio), found, masks)
             elif not self._options.dropped_stay:
                 self._open(masks)
-        if isinstance(self._watch, TrainingSums):
-            self._watch.restart()
         self.ratio = ratio
 
     def _write(
         self, amount: Amount, statistics: Mapping[Target, Tensor | None], masks: Mapping[Target, Mask]
     ) -> None:
-        # In place where nothing reads the old masks meanwhile: new memory would take longer than the kernel.
-        in_place = not amount.has_bases
-        tensors = {target: mask.mask for target, mask in masks.items()}
+        # Where the masks before the last were: new memory would take longer than the kernel.
         choice = choose_masks(
             self.method,
             amount,
             self._targets,
             statistics,
-            into=tensors if in_place else None,
+            into=None if amount.has_bases else {target: self._spare(target, mask) for target, mask in masks.items()},
             unit_groups=self._unit_groups(amount),
         )
         self._unchecked = choice
         if _on_cpu(masks):
             self._check_last()
-        if not in_place:
-            attach_masks(self.model, list(choice.masks.values()))
         for target, new in choice.masks.items():
-            if masks[target].unit != new.unit:  # a module takes its time to set an attribute
-                masks[target].unit = new.unit
+            if not amount.has_bases:
+                self._spares[target] = masks[target].mask
+            masks[target].mask, masks[target].unit = new.mask, new.unit
+
+    def _spare(self, target: Target, mask: Mask) -> Tensor:
+        """Return memory for the next mask of a target."""
+        spare, now = self._spares.get(target), mask.mask
+        if spare is None or (spare.device, spare.shape, spare.stride()) != (now.device, now.shape, now.stride()):
+            return torch.empty_like(now)
+        return spare
 
     def _unit_groups(self, amount: Amount) -> list[UnitGroup] | None:
         """Return what competes, if it is the same tensors at every update: to cut them up takes its time."""

@@ -87,7 +87,10 @@ class RigLPruner(Pruner):
             examples_inputs=examples_inputs,
             allocation=allocation,
         )
-        for mask in self._masks().values():
+
+    def _finish_masks(self) -> None:
+        super()._finish_masks()
+        for mask in self._carried().values():
             mask.parks, mask.parked = False, None  # what grows begins at zero
 
     def _check_optimizer(self) -> None:
@@ -142,6 +145,7 @@ class RigLPruner(Pruner):
         if bool(bad.any()) or bool(worse.any()):
             raise ValueError("weights or gradients are NaN or infinite: the training diverged. Load a checkpoint")
         with changing_masks(masks.values()):
-            for mask, kept, new in zip(before, fewer, grown, strict=True):
-                torch.logical_or(kept, new, out=mask)
+            for target, kept, new in zip(self._targets, fewer, grown, strict=True):
+                masks[target].mask = kept.logical_or_(new)
+                masks[target].parks = True  # until all is done
         self.ratio = ratio

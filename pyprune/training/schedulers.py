@@ -12,6 +12,7 @@ from pyprune.methods.allocation import check_ratio
 from pyprune.methods.method import METHODS, PruneMode, check_mode
 from pyprune.methods.schedules import Schedule, check_step, exponential, multi_step
 from pyprune.modules.attachments import check_module
+from pyprune.modules.undo import Change
 from pyprune.selection.prune import masked_targets, update_masks
 from pyprune.training.losses import RBLoss
 
@@ -38,8 +39,9 @@ class _Scheduler(ABC):
         """
         now = self.epoch if epoch is None else check_step(epoch, "epoch")
         ratio = self.get_pruning_ratio(now)
-        self._set_ratio(ratio)
-        self._ratio, self.epoch = ratio, now + 1
+        with Change(*self._changed(), objects=[self]):
+            self._set_ratio(ratio)
+            self._ratio, self.epoch = ratio, now + 1
 
     def get_pruning_ratio(self, epoch: int) -> float:
         """Return the ratio that the schedule has for an epoch."""
@@ -67,6 +69,10 @@ class _Scheduler(ABC):
     @abstractmethod
     def _set_ratio(self, ratio: float) -> None: ...
 
+    @abstractmethod
+    def _changed(self) -> list[nn.Module]:
+        """List what `_set_ratio` changes."""
+
 
 class _MagnitudeScheduler(_Scheduler):
     def __init__(self, model: nn.Module, mode: PruneMode | str, schedule: Schedule) -> None:
@@ -85,6 +91,10 @@ class _MagnitudeScheduler(_Scheduler):
     def current_ratio(self) -> float:
         """The ratio that the last `step` set; 0.0 before the first."""
         return self._ratio
+
+    def _changed(self) -> list[nn.Module]:
+        model = self._model()
+        return [] if model is None else [model]
 
     def _set_ratio(self, ratio: float) -> None:
         model = self._model()
@@ -188,9 +198,13 @@ class _RBScheduler(_Scheduler):
         return self._rb_loss.current_ratio
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if self.epoch > 0:
-            self._set_ratio(self._ratio)
+        with Change(self._rb_loss, objects=[self]):
+            super().load_state_dict(state_dict)
+            if self.epoch > 0:
+                self._set_ratio(self._ratio)
+
+    def _changed(self) -> list[nn.Module]:
+        return [self._rb_loss]
 
     def _set_ratio(self, ratio: float) -> None:
         self._rb_loss.check()

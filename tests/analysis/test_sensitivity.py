@@ -1,4 +1,5 @@
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from pyprune import (
     sensitivity,
 )
 from tests.conftest import masks_of
+from tests.fault_injector import differences, look
 from tests.selection.test_prune_methods import grouped_transformer
 
 BY_TENSOR = Method(importance.magnitude(), scope=scope.tensor())
@@ -314,3 +316,35 @@ def test_sensitivity_copies_no_more_than_a_target(cnn, monkeypatch):
     monkeypatch.setattr("copy.deepcopy", lambda *args: pytest.fail("copied the model"))
     sensitivity(cnn.model, lambda model: 1.0, ratios=(0.5,))
     assert folded == [1, 1, 1]
+
+
+def swap(model):
+    model.fc = nn.Linear(6, 3)
+
+
+def freeze(model):
+    model.requires_grad_(False)
+
+
+def hook(model):
+    model.conv1.register_forward_hook(lambda module, given, result: result * 0.5)
+
+
+def new_parameter(model):
+    model.fc.weight = nn.Parameter(torch.ones(3, 6))
+
+
+@pytest.mark.parametrize("change", [swap, freeze, hook, new_parameter])
+@pytest.mark.parametrize("fails", [False, True], ids=["", "fails"])
+def test_sensitivity_gives_back_the_structure_that_eval_fn_changes(cnn, change, fails):
+    before = look({"model": cnn.model})
+
+    def eval_fn(model):
+        change(model)
+        if fails:
+            raise RuntimeError("no")
+        return float(model(cnn.inputs).sum())
+
+    with pytest.raises(RuntimeError, match="no") if fails else nullcontext():
+        sensitivity(cnn.model, eval_fn, ratios=(0.25, 0.5))
+    assert not differences(before, look({"model": cnn.model}))

@@ -16,6 +16,7 @@ from pyprune.modules.attachments import (
 )
 from pyprune.modules.holding import Hold
 from pyprune.modules.masks import NewMask, attach_masks, masks_in
+from pyprune.modules.undo import Change
 
 LOCAL, GLOBAL = pyprune.PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL, pyprune.PruneMode.UNSTRUCTURED_MAGNITUDE_GLOBAL
 
@@ -102,7 +103,7 @@ def test_attach_changes_nothing_when_one_refuses(cnn, unchanged, monkeypatch):
         put_on(*args)
 
     monkeypatch.setattr(Hold, "put_on", fail)
-    with pytest.raises(RuntimeError, match="no room"):
+    with pytest.raises(RuntimeError, match="no room"), Change(cnn.model):
         attach((places, Hold(torch.ones_like(places[0].parameter, dtype=torch.bool))) for places in owners)
     before.check()
 

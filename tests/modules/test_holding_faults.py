@@ -236,3 +236,31 @@ def test_strip_after_a_weight_was_deleted():
     del model[1].weight
     strip(model)
     assert not any("_pyprune_masks" in vars(module) for module in model)
+
+
+def test_a_copy_that_averages_and_has_old_masks_is_named():
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pruner = pyprune.gmp(model, 0.75, optimizer, end=3)
+    average, teacher = copy.deepcopy(model), copy.deepcopy(model)
+
+    def step():
+        teacher(torch.randn(8, 16))
+        optimizer.zero_grad()
+        model(torch.randn(8, 16)).square().mean().backward()
+        optimizer.step()
+        pruner.step()
+        for name, value in average.state_dict().items():
+            value.mul_(0.9).add_(model.state_dict()[name], alpha=0.1)
+
+    step()
+    step()
+    with pytest.warns(
+        UserWarning, match=r"a copy of the model has the masks that were on when it was made"
+    ) as caught:
+        step()
+    assert [one.filename for one in caught] == [__file__]
+    pyprune.reapply(model, average)
+    step()
+    assert all(torch.equal(a.weight == 0, b.weight == 0) for a, b in ((average[0], model[0]), (average[2], model[2])))
+    assert not (teacher[0].weight == 0).any()

@@ -1,3 +1,6 @@
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -5,6 +8,7 @@ from torch import nn
 import pyprune
 from pyprune import Method, granularity, importance, scope
 from pyprune.modules.snapshots import Snapshot, check_rewindable, dense_tensors, restored_on_failure, rewind
+from tests.fault_injector import differences, look
 
 FILTERS = Method(importance.magnitude(p=2), granularity.channel("out"), scope.tensor())
 
@@ -64,6 +68,68 @@ def test_restored_on_failure(cnn, unchanged, error):
     with restored_on_failure(cnn.model):
         disturb(cnn.model)
     assert not torch.equal(cnn.model.fc.bias, before.seen["state"]["fc.bias"])
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.register_buffer("seen", torch.zeros(1), persistent=False)
+
+    def forward(self, inputs):
+        return self.norm(self.fc(inputs))
+
+
+def train(model):
+    """Do to a model what the functions of users do."""
+    model.train()
+    model.seen += 1
+    model(torch.randn(16, 8)).square().mean().backward()
+    disturb(model)
+    model.norm.requires_grad_(False)
+    model.fc.register_forward_hook(lambda *given: None)
+    model.note = np.random.rand(), random.random()
+    model.fc.bias.data = torch.zeros(3)
+
+
+@pytest.mark.parametrize("is_masked", [False, True], ids=["dense", "masked"])
+@pytest.mark.parametrize("has_gradients", [False, True], ids=["", "gradients"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_restored_on_failure_brings_back_whatever_a_function_did(error, is_masked, has_gradients):
+    model = Counting().eval()
+    model.norm.train()
+    model.fc.bias.requires_grad_(False)
+    if is_masked:
+        pyprune.prune(model, "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.5)
+    if has_gradients:
+        model(torch.randn(16, 8)).square().mean().backward()
+    before = look({"model": model})
+
+    def fail():
+        with restored_on_failure(model):
+            if is_masked:
+                pyprune.prune(model, FILTERS, ratio=0.7)
+            train(model)
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert not differences(before, look({"model": model}))
+    pyprune.prune(model, "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.0)  # what is parked came back, too
+    torch.manual_seed(0)
+    assert model.fc.weight.count_nonzero() == 64
+
+
+def test_restore_holds_zeros_that_follow_a_weight_outside_of_the_model(cnn):
+    pyprune.prune(cnn.model, FILTERS, ratio=0.6, examples_inputs=cnn.inputs, zero_dead_channels=True)
+    part = nn.Sequential(cnn.model.bn1, cnn.model.fc)  # without the convolution that BatchNorm follows
+    before = look({"model": part})
+    snapshot = Snapshot.of(part)
+    disturb(part)
+    snapshot.restore(part)
+    part.state_dict()
+    assert not differences(before, look({"model": part}))
 
 
 def test_dense_tensors_have_the_names_of_the_dense_model(case):

@@ -272,3 +272,24 @@ def test_strip_puts_gates_on_again_after_an_error(case, failing, monkeypatch):
     assert torch.equal(case.model(case.inputs), expected)
     strip(case.model)
     assert torch.equal(case.model(case.inputs), expected)
+
+
+class Adapted(nn.Module):
+    """A layer with an adapter, as PEFT makes it."""
+
+    def __init__(self):
+        super().__init__()
+        self.base_layer = nn.Linear(4, 4)
+        self.lora_A, self.lora_B = nn.Linear(4, 2, bias=False), nn.Linear(2, 4, bias=False)
+
+
+def test_strip_says_that_adapters_would_fill_the_zeros():
+    model = nn.Sequential(nn.Linear(4, 4), Adapted())
+    pyprune.prune(model, "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.5)
+    with pytest.warns(
+        UserWarning, match=r"there are adapters on 1\.base_layer\.weight; merged from now on"
+    ) as caught:
+        pyprune.strip(model)
+    assert [one.filename for one in caught] == [__file__]
+    pyprune.keep_sparse(model, None)  # which holds the zeros, and so says nothing
+    pyprune.strip(model[0])

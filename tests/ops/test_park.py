@@ -63,6 +63,16 @@ def test_park_touches_nothing_beside_a_slice(device):
     assert storage.sum() == 100
 
 
+def test_park_fills_the_tensors_that_it_is_given(device):
+    weight, into = torch.arange(1.0, 4.0, device=device), torch.empty(0, device=device)
+    (values,) = ops.park([weight], [torch.tensor([True, False, False], device=device)], into=[into])
+    assert values is into
+    assert (into.tolist(), weight.tolist()) == ([2.0, 3.0], [1.0, 0.0, 0.0])
+    for wrong in ([], [torch.empty(1, device=device)], [torch.empty(0, dtype=torch.half, device=device)]):
+        with pytest.raises(ValueError, match="into"):
+            ops.park([weight], [torch.ones(3, dtype=torch.bool, device=device)], into=wrong)
+
+
 def test_park_is_seen_by_autograd():
     weight = torch.randn(3, requires_grad=True)
     loss = weight.square().sum()
@@ -94,6 +104,9 @@ def test_park_passes_opcheck():
     weights = [torch.randn(30, 4), torch.randn(7)]
     masks = [torch.rand(weight.shape) < 0.5 for weight in weights]
     parked = [weight[~mask] for weight, mask in zip(weights, masks, strict=True)]
-    # Not traced by autograd's compiler, which takes no list of results beside what is written to.
-    torch.library.opcheck(torch.ops.pyprune.park, (weights, masks), test_utils=("test_schema", "test_faketensor"))
+    into = [torch.empty(0), torch.empty(0)]
+    # Not traced by autograd's compiler: the sizes of what is written to become others.
+    torch.library.opcheck(
+        torch.ops.pyprune.park, (weights, masks, into), test_utils=("test_schema", "test_faketensor")
+    )
     torch.library.opcheck(torch.ops.pyprune.unpark, (weights, masks, parked))
