@@ -171,7 +171,7 @@ def fold_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     seen: Counter[int] = Counter()
     for tensor, mask in pairs:
         part = local_part(tensor)
-        # Parameters that load_state_dict(assign=True) untied are in the same memory, which one call must not get twice.
+        # What load_state_dict(assign=True) untied is in the same memory, and one call must not get that twice.
         tensors, masks = calls.setdefault((tensor.device, seen[part.data_ptr()]), ([], []))
         seen[part.data_ptr()] += part.numel() > 0
         tensors.append(part)
