@@ -6,7 +6,9 @@ or ValueError that begins with the name, says what was given and what is allowed
 
 import math
 import numbers
-from collections.abc import Collection
+import os
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -126,6 +128,40 @@ def check_choice(name: str, value: object, allowed: Collection[str]) -> str:
     return str(value)
 
 
+def check_path(name: str, value: object, *, optional: bool = False) -> None:
+    """Raise unless a value is a path, or, if it is ``optional``, None.
+
+    Raises:
+        TypeError: for anything else.
+        ValueError: for a string that no path can be.
+    """
+    if value is None and optional:
+        return
+    what = f"the path of a file{', or None' if optional else ''}"
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name} is {shown(value)}; give {what}")
+    if not value or "\0" in os.fspath(value):
+        raise ValueError(f"{name} is {shown(value)}; give {what}")
+
+
+def check_items(name: str, value: object, what: str) -> list[Any]:
+    """Return what is in a list, or in anything that can be gone through once.
+
+    Raises:
+        TypeError: for what cannot, and for strings and dicts, which are none.
+
+    Example:
+        >>> check_items("ratios", (0.5, 0.9), "several ratios")
+        [0.5, 0.9]
+    """
+    if not isinstance(value, Iterable) or isinstance(value, (str, bytes, bytearray, Mapping)):
+        raise TypeError(f"{name} is {shown(value)}; give {what}")
+    try:
+        return list(value)
+    except TypeError as error:  # tensors without dimensions say that they are iterable
+        raise TypeError(f"{name} is {shown(value)}; give {what}") from error
+
+
 def check_names(name: str, value: object) -> tuple[str, ...]:
     """Return a list of strings as a tuple.
 
@@ -136,9 +172,8 @@ def check_names(name: str, value: object) -> tuple[str, ...]:
         >>> check_names("names", ["fc"])
         ('fc',)
     """
-    if isinstance(value, (str, bytes, dict)) or not isinstance(value, Collection):
-        raise TypeError(f"{name} is {shown(value)}; give a list of strings, as in {name}=['fc']")
-    for one in value:
+    items = check_items(name, value, f"a list of strings, as in {name.split()[-1]}=['fc']")
+    for one in items:
         if not isinstance(one, str):
             raise TypeError(f"{name} has {shown(one)} in it; every one of them must be a string")
-    return tuple(value)
+    return tuple(items)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pyprune import ops
 from pyprune.analysis.sensitivity_result import SensitivityResult, SensitivityTarget, with_score
 from pyprune.calibration.calibrate import Calibration
+from pyprune.checks import check_bool, check_items, check_path
 from pyprune.console import tracked
 from pyprune.methods.allocation import Amount, check_ratio
 from pyprune.methods.importance import magnitude
@@ -98,7 +99,10 @@ def sensitivity(
     chosen = method_with_ratios(method)
     check_callable("eval_fn", eval_fn)
     check_drop("early_stop", early_stop)
+    check_bool("higher_is_better", higher_is_better)
+    check_bool("progress", progress)
     wanted = _check_ratios(ratios)
+    check_path("save_to", save_to, optional=True)
     check_amount(chosen, Amount(wanted[-1]))
     if save_to is not None and not Path(save_to).absolute().parent.is_dir():
         raise ValueError(f"save_to is {save_to}, whose folder does not exist; create it first")
@@ -148,9 +152,8 @@ def sensitivity(
 
 
 def _check_ratios(ratios: Iterable[float]) -> list[float]:
-    if isinstance(ratios, (str, bytes)) or not isinstance(ratios, Iterable):
-        raise TypeError(f"ratios is {ratios!r}; give several fractions of the weights, as (0.3, 0.6, 0.9)")
-    wanted = sorted({check_ratio(ratio, "one of ratios") for ratio in ratios})
+    items = check_items("ratios", ratios, "several fractions of the weights, as (0.3, 0.6, 0.9)")
+    wanted = sorted({check_ratio(ratio, "one of ratios") for ratio in items})
     if not wanted:
         raise ValueError("ratios is empty; give at least one")
     return wanted

@@ -6,6 +6,7 @@ from itertools import accumulate, groupby, pairwise
 from typing import Literal
 
 from pyprune.analysis.sensitivity_result import SensitivityResult
+from pyprune.checks import check_choice
 from pyprune.methods.allocation import check_ratio, limits
 from pyprune.methods.tolerance import check_drop
 
@@ -58,8 +59,7 @@ def allocation_from_sensitivity(
         raise TypeError(f"result is a {type(result).__name__}; give what pyprune.sensitivity returned")
     if not result.targets:
         raise ValueError("result has no targets; run the analysis to its end")
-    if rule not in ("least", "equal"):
-        raise ValueError(f'rule is {rule!r}; allowed are "least" and "equal"')
+    check_choice("rule", rule, ("least", "equal"))
     wanted, cap = check_ratio(target_ratio, "target_ratio"), check_ratio(max_ratio, "max_ratio")
     tolerated = check_drop("max_drop", max_drop)
     curves = {name: _curve(result, name, cap, tolerated) for name in result.targets}

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from pyprune.analysis.sensitivity_plot import draw
+from pyprune.checks import check_bool, check_count, check_number, check_path, shown
 from pyprune.console import as_html, as_text
 from pyprune.files import whole_file
+from pyprune.methods.allocation import check_ratio
 from pyprune.methods.tolerance import worsening
 
 _VERSION = 1
@@ -102,20 +104,28 @@ class SensitivityResult:
         Raises:
             ValueError: if it is something else, or of another version.
         """
-        if not isinstance(content, Mapping) or content.get("version") != _VERSION:
-            raise ValueError(f"{content!r:.80} is not a sensitivity result of version {_VERSION}")
+        version = content.get("version") if isinstance(content, Mapping) else None
+        if type(version) is not int or version != _VERSION:
+            raise ValueError(f"{shown(content)} is not a sensitivity result of version {_VERSION}")
         try:
-            targets = {
-                str(entry["name"]): SensitivityTarget(
-                    int(entry["weights"]),
-                    int(entry["units"]),
-                    {float(ratio): float(score) for ratio, score in entry["scores"]},
-                )
-                for entry in content["targets"]
-            }
-            return cls(float(content["baseline"]), targets, bool(content["higher_is_better"]), content["setting"])
+            targets: dict[str, SensitivityTarget] = {}
+            for entry in _list(content["targets"]):
+                name, scores = entry["name"], _list(entry["scores"])
+                if not isinstance(name, str) or name in targets:
+                    raise ValueError(f"the target {shown(name)} is no name, or there twice")
+                measured = {check_ratio(ratio): _score(score) for ratio, score in scores}
+                if len(measured) != len(scores):
+                    raise ValueError(f"{name} has two scores at one ratio")
+                weights, units = (check_count(part, entry[part]) for part in ("weights", "units"))
+                targets[name] = SensitivityTarget(weights, units, dict(sorted(measured.items())))
+            baseline = check_number("baseline", content["baseline"], what="a finite number")
+            better = check_bool("higher_is_better", content["higher_is_better"])
+            setting = content["setting"]
+            if not isinstance(setting, Mapping):
+                raise ValueError(f"setting is {shown(setting)}, no dict")
+            return cls(baseline, targets, better, setting)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"not a whole sensitivity result: {error!r}") from error
+            raise ValueError(f"not a whole sensitivity result: {error!r:.300}") from error
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write a JSON file; whoever reads it meanwhile sees the old one or the new one, whole."""
@@ -129,9 +139,10 @@ class SensitivityResult:
         Raises:
             OSError, ValueError: if there is no such file, or it holds something else.
         """
+        check_path("path", path)
         try:
             return cls.from_dict(json.loads(Path(path).read_text()))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: {error}") from error
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
@@ -158,16 +169,27 @@ class SensitivityResult:
         Raises:
             OSError, ValueError: if there is no such file, or it holds something else.
         """
+        check_path("path", path)
         with open(path, newline="") as file:
-            rows = list(csv.reader(file))
-        if len(rows) < 2 or tuple(rows[0]) != _COLUMNS or rows[1][:4] != [""] * 4:
+            try:
+                rows = list(csv.reader(file))
+            except (csv.Error, UnicodeDecodeError) as error:
+                raise ValueError(f"{path}: not a sensitivity result: {error}") from error
+        if len(rows) < 2 or len(rows[1]) != len(_COLUMNS) or tuple(rows[0]) != _COLUMNS or rows[1][:4] != [""] * 4:
             raise ValueError(f"{path}: not a sensitivity result; its first line is {','.join(_COLUMNS)}")
         targets: dict[str, SensitivityTarget] = {}
         try:
-            for name, weights, units, ratio, score, _, _ in rows[2:]:
-                target = targets.setdefault(name, SensitivityTarget(int(weights), int(units), {}))
-                targets[name] = with_score(target, float(ratio), float(score))
-            return cls(float(rows[1][4]), targets, rows[1][6] == "higher")
+            for name, weights, units, written, score, _, _ in rows[2:]:
+                sizes = check_count("weights", int(weights)), check_count("units", int(units))
+                target = targets.setdefault(name, SensitivityTarget(*sizes, {}))
+                ratio = check_ratio(float(written))
+                if (target.weights, target.units) != sizes or ratio in target.scores:
+                    raise ValueError(f"{name} has two scores at {ratio:g}, or two sizes")
+                targets[name] = with_score(target, ratio, float(score))
+            baseline = check_number("baseline", float(rows[1][4]), what="a finite number")
+            if rows[1][6] not in ("higher", "lower"):
+                raise ValueError(f'better is {shown(rows[1][6])}; it is "higher" or "lower"')
+            return cls(baseline, targets, rows[1][6] == "higher")
         except ValueError as error:
             raise ValueError(f"{path}: not a whole sensitivity result: {error}") from error
 
@@ -192,6 +214,21 @@ class SensitivityResult:
 
     def _repr_html_(self) -> str:
         return as_html(str(self))
+
+
+def _list(value: object) -> list[Any]:
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{shown(value)} is no list")
+    return list(value)
+
+
+def _score(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"a score is {shown(value)}, and no number")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"a score is {shown(value)}, which no float can hold") from None
 
 
 def with_score(target: SensitivityTarget, ratio: float, score: float) -> SensitivityTarget:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyprune.calibration.batches import Dataset, batches_of
+from pyprune.checks import check_bool
 from pyprune.console import listed, warn
 from pyprune.modules.attachments import check_module
 from pyprune.modules.evaluation import check_initialized, evaluating, forward
@@ -58,8 +59,11 @@ def batch_norm_adaptation(
         2.0
     """
     check_module(model)
+    check_bool("reset", reset)
     check_initialized(model)
-    batches = batches_of(calibration_dataset, num_iterations, "BatchNorm adaptation")
+    batches = batches_of(
+        calibration_dataset, num_iterations, "BatchNorm adaptation", names=("calibration_dataset", "num_iterations")
+    )
     names = {
         norm: name
         for name, norm in model.named_modules()
@@ -88,7 +92,7 @@ def batch_norm_adaptation(
                 norm.momentum = None  # a cumulative average
         start = {norm: [buffer.clone() for buffer in norm.buffers()] for norm in norms}
         for index, batch in enumerate(batches):
-            forward(model, batch)
+            forward(model, batch, "a batch of calibration_dataset")
             _check_finite(names, index)
         # They count batches, so whatever saw one has changed.
         missed = [norm for norm, before in start.items() if all(map(torch.equal, norm.buffers(), before))]

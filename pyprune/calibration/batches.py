@@ -1,9 +1,13 @@
 """Batches for calibration, and what goes through them."""
 
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
+from torch import Tensor
+
+from pyprune.checks import check_count
 from pyprune.console import tracked
 
 
@@ -23,13 +27,7 @@ class Dataset:
     """
 
     def __init__(self, data_source: Iterable[Any], transform_func: Callable[[Any], Any] | None = None) -> None:
-        if not isinstance(data_source, Iterable) and not (
-            hasattr(data_source, "__getitem__") and hasattr(data_source, "__len__")
-        ):
-            raise TypeError(
-                f"data_source is a {type(data_source).__name__}; give a DataLoader or another iterable, or a "
-                "dataset with __getitem__ and __len__"
-            )
+        _check_source("data_source", data_source)
         if transform_func is not None and not callable(transform_func):
             raise TypeError(f"transform_func is a {type(transform_func).__name__}; give a function or None")
         self._data_source = data_source
@@ -66,7 +64,12 @@ class Dataset:
 
 
 def batches_of(
-    data: Dataset | Iterable[Any], count: int | None, description: str, *, checked: bool = True
+    data: Dataset | Iterable[Any],
+    count: int | None,
+    description: str,
+    *,
+    checked: bool = True,
+    names: tuple[str, str] = ("dataset", "num_batches"),
 ) -> Iterator[Any]:
     """Yield at most ``count`` batches, under a progress bar if there are several and stderr is a terminal.
 
@@ -77,16 +80,32 @@ def batches_of(
         checked: whether a batch goes to a model as it is. Then a list of one is that one, which torch's default
             collate makes of samples without labels, and a longer list of a plain iterable is refused: it makes
             [input, label] of labelled samples, and nothing tells what of it the model takes.
+        names: what the data and the count are called in messages.
 
     Raises:
         TypeError, ValueError: for wrong arguments or such a batch, and if there is no batch.
     """
-    if count is not None and (isinstance(count, bool) or not isinstance(count, int)):
-        raise TypeError(f"the number of batches is {count!r}; give an int, or None for all")
-    if count is not None and count < 1:
-        raise ValueError(f"the number of batches is {count}; give at least 1, or None for all")
-    dataset = data if isinstance(data, Dataset) else Dataset(data)
+    if count is not None:
+        what = "the number of batches, an integer, at least 1, or None for all"
+        count = check_count(names[1], count, least=1, most=sys.maxsize, what=what)
+    dataset = data if isinstance(data, Dataset) else _dataset(names[0], data)
     return _tracked(dataset, count, description, checked and dataset._transform_func is None)
+
+
+def _dataset(name: str, data: Iterable[Any]) -> Dataset:
+    _check_source(name, data)
+    return Dataset(data)
+
+
+def _check_source(name: str, source: object) -> None:
+    is_iterable = isinstance(source, Iterable) or (hasattr(source, "__getitem__") and hasattr(source, "__len__"))
+    if isinstance(source, (str, bytes, Mapping, type)) or not is_iterable:
+        raise TypeError(
+            f"{name} is a {type(source).__name__}; give a DataLoader or another iterable of batches, or a dataset "
+            "with __getitem__ and __len__ (one batch by itself goes into a list)"
+        )
+    if isinstance(source, Tensor) and source.dim() == 0:
+        raise TypeError(f"{name} is a tensor without dimensions; give a list of batches")
 
 
 def _tracked(dataset: Dataset, count: int | None, description: str, checked: bool) -> Iterator[Any]:

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from pyprune.calibration.batches import Dataset, batches_of
 from pyprune.calibration.sums import GradientSums, warn_of_tables
 from pyprune.calibration.use_sums import UseSums
+from pyprune.checks import shown
 from pyprune.methods.importance import Importance, Statistic
 from pyprune.methods.method import Method
 from pyprune.modules.attachments import check_module
@@ -96,8 +97,8 @@ def calibrate(
     if rule.needs in ("gradient", "squared gradient", "momentum"):
         if not callable(loss_fn):
             raise TypeError(
-                f"importance {rule.name} needs gradients, and loss_fn is {loss_fn!r}; give a function of the model "
-                "and a batch that returns the loss"
+                f"importance {rule.name} needs gradients, and loss_fn is {shown(loss_fn)}; give a function of the "
+                "model and a batch that returns the loss"
             )
         gradients = _Gradients(rule, targets)
         gathered: _Gradients | UseSums = gradients
@@ -106,7 +107,7 @@ def calibrate(
         raise ValueError(f"importance {rule.name} needs activations, and no loss_fn; leave it out")
     else:
         gathered = UseSums(rule, targets)
-        run = forward
+        run = partial(forward, name="a batch of dataset")
     count = 0
     with Change(model), untouched(model), evaluating(model), gathered.watching(model):
         for batch in batches:

@@ -10,7 +10,9 @@ from torch import Tensor, distributed
 from torch.optim import Optimizer
 
 from pyprune.calibration.sums import ActivationSums, GradientSums
+from pyprune.checks import check_count, shown
 from pyprune.methods.importance import Importance
+from pyprune.modules.mask_states import check_tensors
 from pyprune.modules.targets import Target
 
 
@@ -240,16 +242,27 @@ class TrainingSums:
         """
         if not isinstance(state, Mapping) or set(state) != {"count", "sums", "counts"}:
             raise ValueError("the state is that of a pruner with another importance; make one as it was made")
+        check_count("count of the state", state["count"])
+        check_tensors("sums", state["sums"])
+        if not isinstance(state["counts"], Mapping):
+            raise ValueError(f"the state has the counts {shown(state['counts'])}, which are no dict")
         shapes = {target.name: target.parameter.shape for target in self._targets}
         names, of_activations = set(state["sums"]), self._gradients is None
         counted = set(state["counts"])
         fits = names == counted if of_activations else names == set(shapes) >= counted
         if not (fits and names <= set(shapes)):
-            raise ValueError(f"the state is of the weights {sorted(names)}, these are {sorted(shapes)}")
-        wrong = [name for name in names if not of_activations and state["sums"][name].shape != shapes[name]]
+            raise ValueError(
+                f"the state is of the weights {shown(sorted(map(str, names)))}, these are {sorted(shapes)}"
+            )
+        if of_activations:
+            check_tensors("counts", state["counts"])
+            wrong = [target.name for target in self._targets if target.name in names and not _fits(target, state)]
+        else:
+            wrong = [name for name in names if state["sums"][name].shape != shapes[name]]
+            wrong += [name for name, seen in state["counts"].items() if type(seen) is not int or seen != 1]
         if wrong:
             raise ValueError(
-                f"the state has other shapes for {', '.join(sorted(wrong))}; load it into the same model"
+                f"the state has other shapes or counts for {', '.join(sorted(wrong))}; load it into the same model"
             )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -267,6 +280,16 @@ class TrainingSums:
             self._seen = {by_name[name] for name in state["counts"]}
         self._count = int(state["count"])
         self.drop_batch()
+
+
+def _fits(target: Target, state: Mapping[str, Any]) -> bool:
+    """Whether sums of activations can be those of a layer: of its input or its output channels, or so many groups."""
+    sums, count = state["sums"][target.name], state["counts"][target.name]
+    return (
+        count.dim() == 0
+        and sums.dim() > 0
+        and any(size and sums.numel() % size == 0 for size in target.parameter.shape)
+    )
 
 
 def average(tensors: Iterable[Tensor]) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from pyprune.checks import shown
 from pyprune.modules.attachments import MASKS
 from pyprune.modules.mask_states import check_state, load_states, state_of
 from pyprune.modules.masks import FollowingMask, Mask, changing_masks, masks_by_target
@@ -68,7 +69,9 @@ def load_masks(model: nn.Module, state: Mapping[str, Any]) -> None:
         ValueError: if other weights carry masks.
     """
     masks = {target.name: mask for target, mask in masks_by_target(model).items()}
-    different = sorted(set(masks) ^ set(state))
+    if not isinstance(state, Mapping):
+        raise ValueError(f"the masks of the checkpoint are {shown(state)}; they are to be a dict")
+    different = sorted(map(str, set(masks) ^ set(state)))
     if different:
         raise ValueError(
             f"the masks of the checkpoint and of the model differ in {', '.join(different[:8])}; resume with the "

@@ -11,7 +11,7 @@ except ModuleNotFoundError as error:
         "pyprune.integrations.lightning needs Lightning: pip install 'pyprune[lightning]'", name=error.name
     ) from error
 
-from pyprune.integrations.training import Start, Training, start_of
+from pyprune.integrations.training import Start, Training, check_options, start_of
 from pyprune.recipes.recipe import Recipe
 
 
@@ -55,6 +55,7 @@ class PruningCallback(Callback):
         examples_inputs: Any = None,
     ) -> None:
         super().__init__()
+        check_options(strip, steps_per_epoch)
         self._start = start_of(prune, examples_inputs)
         self._strip = strip
         self._steps_per_epoch = steps_per_epoch

@@ -8,7 +8,9 @@ from typing import Any
 from torch import nn
 
 from pyprune import ops
+from pyprune.checks import check_bool, check_count, shown
 from pyprune.integrations.checkpoints import load_masks, masks_follow_loading, state_of_masks
+from pyprune.modules.evaluation import check_inputs
 from pyprune.modules.masks import masks_by_target
 from pyprune.modules.optimizer import innermost_of
 from pyprune.modules.strip import strip
@@ -23,8 +25,16 @@ Pruning = Pruner | RecipePruner | KeepSparse
 Start = Callable[..., Pruning]
 
 
+def check_options(strip: object, steps_per_epoch: object) -> None:
+    """Raise unless these are what the callbacks take."""
+    check_bool("strip", strip)
+    if steps_per_epoch is not None:
+        check_count("steps_per_epoch", steps_per_epoch, least=1)
+
+
 def start_of(prune: Recipe | str | os.PathLike[str] | Start, examples_inputs: Any = None) -> Start:
     """Return the function that begins to prune, of what users give to a callback."""
+    check_inputs(examples_inputs)
     if isinstance(prune, (str, os.PathLike)):
         prune = Recipe.from_file(prune)
     if isinstance(prune, Recipe):
@@ -60,6 +70,8 @@ class Training:
             if not isinstance(self.pruning, (Pruner, RecipePruner, KeepSparse)):
                 raise TypeError(f"prune returned a {type(self.pruning).__name__}; it must return a Pruner")
             if resumed is not None:
+                if not isinstance(resumed, Mapping) or set(resumed) != {"pruning", "masks"}:
+                    raise ValueError(f"the state to resume from is {shown(resumed)}, and not that of this callback")
                 if isinstance(self.pruning, KeepSparse):
                     load_masks(model, resumed["masks"])
                 else:

@@ -15,8 +15,9 @@ except ModuleNotFoundError as error:
         "pyprune.integrations.transformers needs transformers: pip install 'pyprune[transformers]'", name=error.name
     ) from error
 
+from pyprune.checks import check_path
 from pyprune.files import whole_file
-from pyprune.integrations.training import Start, Training, start_of
+from pyprune.integrations.training import Start, Training, check_options, start_of
 from pyprune.recipes.recipe import Recipe
 
 # Beside the model in a checkpoint.
@@ -62,9 +63,11 @@ class PruningCallback(TrainerCallback):
         examples_inputs: Any = None,
         resume_from: str | os.PathLike[str] | None = None,
     ) -> None:
+        check_options(strip, steps_per_epoch)
         self._start = start_of(prune, examples_inputs)
         self._strip = strip
         self._steps_per_epoch = steps_per_epoch
+        check_path("resume_from", resume_from, optional=True)
         self._resume_from = resume_from
         self._training: Training | None = None
 

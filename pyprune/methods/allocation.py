@@ -1,12 +1,11 @@
 """How many of the units go: what a ratio means, and how it is shared out among weights."""
 
-import difflib
 import math
-import numbers
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from pyprune.checks import check_number
 
 Allocation = Literal["uniform", "erk", "er"]
 
@@ -53,12 +52,15 @@ def check_ratio(ratio: object, name: str = "ratio") -> float:
         >>> check_ratio(0)
         0.0
     """
-    if isinstance(ratio, bool) or not isinstance(ratio, numbers.Real):
-        raise TypeError(f"{name} is {ratio!r}; give the fraction of the weights to remove, a number in [0, 1)")
-    value = float(ratio)
-    if not 0 <= value < 1:
-        raise ValueError(f"{name} is {ratio}; it is the fraction of the weights to remove, and must be in [0, 1)")
-    return value
+    what = "the fraction of the weights to remove"
+    return check_number(
+        name,
+        ratio,
+        what=f"{what}, a number in [0, 1)",
+        least=0,
+        most=math.nextafter(1.0, 0.0),
+        advice=f"it is {what}, and must be in [0, 1)",
+    )
 
 
 def removed_count(n: int, ratio: float) -> int:
@@ -81,65 +83,6 @@ def removed_in_all(n: int, gone: int, amount: Amount, ratio: float) -> int:
     if amount.from_remaining:
         return gone + removed_count(n - gone, ratio)
     return max(gone, removed_count(n, ratio))
-
-
-def by_name(
-    values: float | Mapping[str, float], names: Sequence[str | tuple[str, ...]], otherwise: float
-) -> list[float]:
-    """Return one value for each name: the same for all, or that of the rule that names it.
-
-    Args:
-        values: a number, or numbers by rules: the name of a weight, or of a module above it, or a regular expression
-            that matches such a name from start to end. A name goes before a pattern, the longest first; of patterns
-            the first in the dict counts.
-        names: what the rules are about; several of what is tied.
-        otherwise: the value of what no rule names.
-
-    Raises:
-        ValueError: if a rule matches nothing.
-
-    Example:
-        >>> by_name({"fc": 0.9, r"conv\\d\\.weight": 0.5}, ["conv1.weight", "fc.weight", "head.weight"], 0.0)
-        [0.5, 0.9, 0.0]
-    """
-    if not isinstance(values, Mapping):
-        return [values] * len(names)
-    every = [(name,) if isinstance(name, str) else name for name in names]
-    for rule in values:
-        if not any(matches(rule, name) for some in every for name in some):
-            nearest = ", ".join(difflib.get_close_matches(rule, [some[0] for some in every], n=3, cutoff=0.0))
-            raise ValueError(f"{rule!r} matches no weight that is pruned (nearest: {nearest}); correct it")
-    rules = [next(filter(None, (matching_rule(name, list(values)) for name in some)), None) for some in every]
-    return [otherwise if rule is None else values[rule] for rule in rules]
-
-
-def matching_rule(name: str, rules: Sequence[str]) -> str | None:
-    """Return the rule that counts for a weight, or None."""
-    above = _and_above(name)
-    exact = [prefix for prefix in above if prefix in rules]
-    return next((rule for rule in (*exact, *rules) if matches(rule, name)), None)
-
-
-def matches(rule: str, name: str) -> bool:
-    """Whether a rule names a weight, or a module above it.
-
-    Raises:
-        ValueError: if it is neither a name nor a regular expression.
-    """
-    above = _and_above(name)
-    if rule in above:
-        return True
-    try:
-        pattern = re.compile(rule)
-    except re.error as error:
-        raise ValueError(f"{rule!r} is neither a name of a weight nor a regular expression: {error}") from error
-    return any(pattern.fullmatch(prefix) for prefix in above)
-
-
-def _and_above(name: str) -> list[str]:
-    """Return the name and those of the modules above it, the longest first."""
-    parts = name.split(".")
-    return [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
 
 
 def erk(shapes: Sequence[Sequence[int]], ratio: float) -> list[float]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from pyprune.checks import check_choice, check_count, check_names, shown
 from pyprune.methods.unit_groups import Reduction, Weight
 
 
@@ -69,9 +70,9 @@ def block(n: int | Literal["channel"], m: int | Literal["channel"], reduction: R
     """
     for name, value in (("n", n), ("m", m)):
         if isinstance(value, str) and value != "channel":
-            raise ValueError(f'{name} is {value!r}; give an int, or "channel" for all outputs or inputs')
-        if value != "channel":
-            check_count(name, value)
+            raise ValueError(f'{name} is {shown(value)}; give an int, or "channel" for all outputs or inputs')
+        if not isinstance(value, str):
+            check_count(name, value, least=1)
 
     def block_of(weight: Weight) -> tuple[int, ...]:
         shape = weight.values.shape
@@ -97,8 +98,7 @@ def channel(side: Literal["out", "in"] = "out", reduction: Reduction = "sum") ->
         >>> channel("in").block_of(Weight("conv", torch.empty(8, 6, 3, 3)))
         (8, 1, 3, 3)
     """
-    if side not in ("out", "in"):
-        raise ValueError(f'side is {side!r}; allowed are "out" and "in"')
+    check_choice("side", side, ("out", "in"))
 
     def block_of(weight: Weight) -> tuple[int, ...]:
         sizes = list(weight.values.shape)
@@ -159,14 +159,16 @@ def head(
         >>> head(num_heads=32, num_kv_heads=8).heads.num_kv_heads
         8
     """
-    check_count("num_heads", num_heads)
-    check_count("num_kv_heads", num_heads if num_kv_heads is None else num_kv_heads)
-    groups = num_heads if num_kv_heads is None else num_kv_heads
+    num_heads = check_count("num_heads", num_heads, least=1)
+    groups = num_heads if num_kv_heads is None else check_count("num_kv_heads", num_kv_heads, least=1)
     if num_heads % groups:
-        raise ValueError(f"{groups} key and value heads do not divide {num_heads} query heads")
-    if names is not None and (isinstance(names, str) or len(names) != 4):
-        raise ValueError(f"names is {names!r}; give those of the query, key, value and output projection")
-    heads = Heads(num_heads, groups, None if names is None else (names[0], names[1], names[2], names[3]))
+        raise ValueError(f"num_kv_heads is {groups}, which does not divide num_heads, {num_heads}")
+    projections = None
+    if names is not None:
+        if len(check_names("names", names)) != 4:
+            raise ValueError(f"names is {names!r:.80}; give those of the query, key, value and output projection")
+        projections = (names[0], names[1], names[2], names[3])
+    heads = Heads(num_heads, groups, projections)
 
     def block_of(weight: Weight) -> tuple[int, ...]:
         raise AssertionError("heads are found with the attention layers of a model")
@@ -174,16 +176,7 @@ def head(
     return Granularity(f"head({num_heads}, {groups})", block_of, check_reduction(reduction), heads)
 
 
-def check_count(name: str, value: object, least: int = 1) -> None:
-    """Raise unless a number is an int of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is {value!r}; give an int")
-    if value < least:
-        raise ValueError(f"{name} is {value}; give at least {least}")
-
-
 def check_reduction(reduction: Reduction) -> Reduction:
-    """Return the reduction; raise ValueError if it is none."""
-    if reduction not in ("sum", "mean", "max"):
-        raise ValueError(f'reduction is {reduction!r}; allowed are "sum", "mean" and "max"')
+    """Return the reduction; raise TypeError or ValueError if it is none."""
+    check_choice("reduction", reduction, ("sum", "mean", "max"))
     return reduction

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyprune import ops
-from pyprune.methods.granularity import check_count
+from pyprune.checks import check_choice, check_count, check_number, shown
 from pyprune.methods.lamp import lamp_scores
 
 Normalization = Literal["none", "l2", "mean", "gaussian", "lamp"]
@@ -92,7 +92,7 @@ def random(seed: int = 0) -> Importance:
         >>> random(seed=3).scores_of
         'names'
     """
-    check_count("seed", seed, least=0)
+    seed = check_count("seed", seed)
 
     def score(units: Tensor, statistic: Tensor) -> Tensor:
         raise AssertionError("noise needs only the name and the number of units")
@@ -247,7 +247,7 @@ def apoz(activation: Callable[[Tensor], Tensor] = torch.relu) -> Importance:
         [0.75, 0.0]
     """
     return Importance(
-        "apoz", lambda _, zeros: 1 - zeros, "channels", "zero outputs", options=(_function(activation),)
+        "apoz", lambda _, zeros: 1 - zeros, "channels", "zero outputs", options=(_function("activation", activation),)
     )
 
 
@@ -266,7 +266,7 @@ def mean_activation(activation: Callable[[Tensor], Tensor] = torch.relu) -> Impo
         "channels",
         "mean output",
         signed=True,
-        options=(_function(activation),),
+        options=(_function("activation", activation),),
     )
 
 
@@ -279,7 +279,9 @@ def custom(function: Callable[[Tensor], Tensor], name: str = "custom") -> Import
         >>> custom(lambda weight: -weight).score(torch.tensor([1.0, 2.0]), None).tolist()
         [-1.0, -2.0]
     """
-    score = _function(function)
+    score = _function("function", function)
+    if not isinstance(name, str):
+        raise TypeError(f"name is {shown(name)}; give a string, for messages")
     return Importance(name, lambda weight, _: score(weight), signed=True)
 
 
@@ -292,6 +294,11 @@ def given(scores: Mapping[str, Tensor]) -> Importance:
     """
     if not isinstance(scores, Mapping):
         raise TypeError(f"scores is a {type(scores).__name__}; give a dict of weight names to tensors")
+    for weight, tensor in scores.items():
+        if not isinstance(weight, str) or not isinstance(tensor, Tensor):
+            raise TypeError(f"scores has {shown(tensor)} for {shown(weight)}; give a dict of weight names to tensors")
+        if tensor.is_meta or tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_complex():
+            raise TypeError(f"scores has a tensor for {weight} that is no dense one of real numbers; give such a one")
     return Importance("given", lambda _, given_scores: given_scores, needs="given", signed=True, options=(scores,))
 
 
@@ -363,23 +370,16 @@ def _wide(weight: Tensor) -> Tensor:
 
 
 def _positive(name: str, value: float, *, zero: bool = False) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} is {value!r}; give a number")
-    if not (value > 0 or (zero and value == 0)) or not math.isfinite(value):
-        raise ValueError(
-            f"{name} is {value}; give a {'finite number, 0 or more' if zero else 'positive, finite number'}"
-        )
-    return float(value)
+    what = "finite number, 0 or more" if zero else "positive, finite number"
+    return check_number(name, value, what=f"a {what}", least=0, open_ends=not zero)
 
 
-def _function(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def _function(name: str, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     if not callable(function):
-        raise TypeError(f"{function!r:.80} is a {type(function).__name__}; give a function of a tensor")
+        raise TypeError(f"{name} is {shown(function)}, a {type(function).__name__}; give a function of a tensor")
     return function
 
 
 def _check_normalization(how: Normalization) -> Normalization:
-    allowed = ("none", "l2", "mean", "gaussian", "lamp")
-    if how not in allowed:
-        raise ValueError(f"normalize is {how!r}; allowed are {', '.join(allowed)}")
+    check_choice("normalize", how, ("none", "l2", "mean", "gaussian", "lamp"))
     return how

@@ -1,13 +1,14 @@
 """Pruning methods: importance x granularity x scope, and the names that some of them have."""
 
-import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
+from pyprune.checks import check_bool, check_choice, check_number, shown
 from pyprune.methods.allocation import Amount, check_ratio
 from pyprune.methods.granularity import Granularity, element
 from pyprune.methods.importance import Importance, custom, magnitude
+from pyprune.methods.name_rules import check_rules
 from pyprune.methods.scope import Scope, tensor
 from pyprune.methods.scope import model as whole_model
 
@@ -67,7 +68,7 @@ class Method:
             value = getattr(self, name)
             if not isinstance(value, kind):
                 raise TypeError(
-                    f"{name} is {value!r}; give what a function of pyprune.{name} returns, called with ()"
+                    f"{name} is {shown(value)}; give what a function of pyprune.{name} returns, called with ()"
                 )
         cut = self.granularity.name
         if self.importance.scores_of == "channels" and cut != 'channel("out")':
@@ -98,8 +99,8 @@ METHODS: Mapping[PruneMode, Method] = {
 }
 
 
-def check_mode(mode: PruneMode | str) -> PruneMode:
-    """Return the member that ``mode`` names, in upper or lower case.
+def check_mode(mode: PruneMode | str, name: str = "mode") -> PruneMode:
+    """Return the member that ``mode`` names, in upper or lower case; ``name`` is that of the argument.
 
     Raises:
         TypeError, ValueError: if it names none.
@@ -108,13 +109,19 @@ def check_mode(mode: PruneMode | str) -> PruneMode:
         >>> check_mode("UNSTRUCTURED_MAGNITUDE_GLOBAL") is PruneMode.UNSTRUCTURED_MAGNITUDE_GLOBAL
         True
     """
+    if isinstance(mode, Importance):
+        raise TypeError(
+            f"{name} is the importance {mode.name}, which does not say what goes as one, or what competes; give a "
+            "Method with it, such as Method(importance.magnitude())"
+        )
     if not isinstance(mode, str):
         raise TypeError(
-            f"mode is a {type(mode).__name__}; give a PruneMode or its name as a string (prune also takes a Method)"
+            f"{name} is a {type(mode).__name__}; give a PruneMode or its name as a string (or a Method to what takes "
+            "one)"
         )
     names = [member.value for member in PruneMode]
     if mode.upper() not in names:
-        raise ValueError(f"mode is {mode!r}; allowed are {', '.join(names)}")
+        raise ValueError(f"{name} is {shown(mode)}; allowed are {', '.join(names)}")
     return PruneMode(mode.upper())
 
 
@@ -124,6 +131,8 @@ def check_amount(method: Method, amount: Amount) -> Amount:
     Raises:
         TypeError, ValueError: if it is out of range, or cannot be asked of the method.
     """
+    for name in ("from_remaining", "dropped_stay"):
+        check_bool(name, getattr(amount, name))
     scope = method.scope.name
     by_weight = isinstance(amount.ratio, Mapping)
     if by_weight and method.scope.weights_compete and scope != "group":
@@ -131,8 +140,7 @@ def check_amount(method: Method, amount: Amount) -> Amount:
             "a dict of ratios gives weights ratios of their own, so they do not compete; use scope.tensor()"
             + (', or among="tensor"' if scope == "n_of_m" else "")
         )
-    if amount.allocation not in ("uniform", "erk", "er"):
-        raise ValueError(f'allocation is {amount.allocation!r}; allowed are "uniform", "erk" and "er"')
+    check_choice("allocation", amount.allocation, ("uniform", "erk", "er"))
     if amount.allocation != "uniform" and (by_weight or scope not in ("tensor", "row")):
         raise ValueError(
             f'allocation="{amount.allocation}" makes one ratio into one for each weight: use '
@@ -142,22 +150,28 @@ def check_amount(method: Method, amount: Amount) -> Amount:
         raise ValueError(
             f'allocation="{amount.allocation}" is about all weights; leave from_remaining out, or give ratios by name'
         )
+    _check_limits(amount)
     if amount.is_capped and scope not in ("model", "group"):
         raise ValueError(
             f"min_ratio and max_ratio bound what a weight loses to others, but in scope {scope} none compete"
         )
-    for name in ("min_ratio", "max_ratio"):
-        value = getattr(amount, name)
-        for number in value.values() if isinstance(value, Mapping) else [value]:
-            if isinstance(number, bool) or not isinstance(number, numbers.Real) or not 0 <= float(number) <= 1:
-                raise ValueError(f"{name} is {number!r}; give a fraction of a weight, from 0 to 1")
     if amount.ratio is None and scope == "n_of_m":
         return amount
     most = method.scope.ratio
     if isinstance(amount.ratio, Mapping):
+        check_rules("ratio", amount.ratio)
         ratios = {rule: _at_most(most, check_ratio(ratio), method) for rule, ratio in amount.ratio.items()}
         return replace(amount, ratio=ratios)
     return replace(amount, ratio=_at_most(most, check_ratio(amount.ratio), method))
+
+
+def _check_limits(amount: Amount) -> None:
+    for name in ("min_ratio", "max_ratio"):
+        value = getattr(amount, name)
+        if isinstance(value, Mapping):
+            check_rules(name, value)
+        for number in value.values() if isinstance(value, Mapping) else [value]:
+            check_number(name, number, what="a fraction of a weight, from 0 to 1", least=0, most=1)
 
 
 def _at_most(most: float | None, ratio: float, method: Method) -> float:

@@ -14,14 +14,16 @@ All raise TypeError or ValueError for what is out of range.
 
 import bisect
 import math
-import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
+from pyprune.checks import check_count, check_number, shown
 from pyprune.methods.allocation import check_ratio
+from pyprune.methods.name_rules import check_rules
 
 Ratio = float | dict[str, float]
+_MOST_PHASES = 100_000
 # From the share of the way, in [0, 1], the initial and the final ratio to the ratio.
 Curve = Callable[[float, float, float], float]
 
@@ -220,11 +222,8 @@ def polynomial(
         >>> [polynomial(0.5, power=2, end=4)(step) for step in range(5)]
         [0.0, 0.03125, 0.125, 0.28125, 0.5]
     """
-    if isinstance(power, bool) or not isinstance(power, numbers.Real):
-        raise TypeError(f"power is {power!r}; give a positive number")
-    if not 0 < float(power) < math.inf:
-        raise ValueError(f"power is {power}; give a positive number")
-    return _curve("polynomial", partial(_power, float(power)), final, end, start, initial, frequency)
+    exponent = check_number("power", power, what="a positive number", least=0, open_ends=True)
+    return _curve("polynomial", partial(_power, exponent), final, end, start, initial, frequency)
 
 
 def multi_step(steps: Mapping[int, float | Mapping[str, float]]) -> Schedule:
@@ -264,6 +263,10 @@ def alternating(final: float | Mapping[str, float], *, end: int, frequency: int,
     """
     first, last, length = _check_span(start, end, frequency)
     ratio = check_ratios(final)
+    if (last - first) / length > _MOST_PHASES:
+        raise ValueError(
+            f"frequency is {length}, which makes more than {_MOST_PHASES:,} phases up to {last}; give more"
+        )
     dense = nothing_of(ratio)
     ratios: dict[int, Ratio] = {}
     for phase, step in enumerate(range(first, last, length)):
@@ -303,7 +306,9 @@ def as_schedule(schedule: Schedule | Callable[[int], Ratio]) -> Schedule:
     if isinstance(schedule, Schedule):
         return schedule
     if not callable(schedule):
-        raise TypeError(f"schedule is {schedule!r}; give one of pyprune.schedules, or a function from step to ratio")
+        raise TypeError(
+            f"schedule is {shown(schedule)}; give one of pyprune.schedules, or a function from step to ratio"
+        )
     return custom(schedule)
 
 
@@ -318,11 +323,7 @@ def check_step(step: object, name: str = "step", *, least: int = 0) -> int:
         >>> check_step(3)
         3
     """
-    if isinstance(step, bool) or not isinstance(step, numbers.Integral):
-        raise TypeError(f"{name} is {step!r}; give an integer, {least} or more")
-    if step < least:
-        raise ValueError(f"{name} is {step}; give an integer, {least} or more")
-    return int(step)
+    return check_count(name, step, least=least)
 
 
 def check_ratios(ratio: object, name: str = "final") -> Ratio:
@@ -336,6 +337,7 @@ def check_ratios(ratio: object, name: str = "final") -> Ratio:
         {'fc': 0.0}
     """
     if isinstance(ratio, Mapping):
+        check_rules(name, ratio)
         return {rule: check_ratio(value, f"{name}[{rule!r}]") for rule, value in ratio.items()}
     return check_ratio(ratio, name)
 

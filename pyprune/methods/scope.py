@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pyprune.methods.allocation import matches
-from pyprune.methods.granularity import check_count
+from pyprune.checks import check_choice, check_count, check_names, shown
+from pyprune.methods.name_rules import all_above, check_rules, meaning
 
 
 @dataclass(frozen=True)
@@ -104,16 +104,14 @@ def n_of_m(
         >>> n_of_m(keep=2, of=4, dim="both").dim
         'both'
     """
-    check_count("of", of, least=2)
-    check_count("keep", keep)
-    if of > 64 or keep >= of:
-        raise ValueError(f"keep={keep}, of={of}; of is at most 64, and keep less than of")
-    if dim not in ("in", "out", "both"):
-        raise ValueError(f'dim is {dim!r}; allowed are "in", "out" and "both"')
+    of = check_count("of", of, least=2, most=64, what="how many neighbours there are, an integer from 2 to 64")
+    keep = check_count("keep", keep, least=1)
+    if keep >= of:
+        raise ValueError(f"keep={keep}, of={of}; keep less than of")
+    check_choice("dim", dim, ("in", "out", "both"))
     if dim == "both" and of > 4:
         raise ValueError(f'of={of}; dim="both" tries all patterns of a square, so of is at most 4 there')
-    if among not in ("tensor", "model"):
-        raise ValueError(f'among is {among!r}; allowed are "tensor" and "model"')
+    check_choice("among", among, ("tensor", "model"))
     return Scope("n_of_m", keep, of, dim=dim, among=among)
 
 
@@ -122,7 +120,7 @@ def group(groups: Mapping[str, Sequence[str]]) -> Scope:
 
     Args:
         groups: for each group the names of weights or of modules above them, or regular expressions that match such a
-            name from its start to its end.
+            name at its start, as in `IgnoredScope` (end one with ``$`` to match all of it).
 
     Raises:
         TypeError, ValueError: if it is no such dict. `prune` raises if a rule matches nothing, or a weight is in two.
@@ -131,11 +129,14 @@ def group(groups: Mapping[str, Sequence[str]]) -> Scope:
         >>> group({"mlp": [r".*mlp.*"], "attention": [r".*attn.*"]}).groups[0]
         ('mlp', ('.*mlp.*',))
     """
-    if not isinstance(groups, Mapping) or not groups:
-        raise TypeError(f"groups is {groups!r}; give a dict of group names to lists of weight names or patterns")
+    if not isinstance(groups, Mapping):
+        raise TypeError(f"groups is {shown(groups)}; give a dict of group names to lists of weight names or patterns")
+    if not groups:
+        raise ValueError("groups is empty; give a dict of group names to lists of weight names or patterns")
     for name, rules in groups.items():
-        if isinstance(rules, str) or not all(isinstance(rule, str) for rule in rules):
-            raise TypeError(f"group {name!r} has {rules!r}; give a list of weight names or patterns")
+        if not isinstance(name, str):
+            raise TypeError(f"groups has {shown(name)} for the name of a group; give a string")
+        check_rules(f"groups[{name!r}]", check_names(f"groups[{name!r}]", rules))
     return Scope("group", groups=tuple((name, tuple(rules)) for name, rules in groups.items()))
 
 
@@ -149,11 +150,8 @@ def group_of(scope: Scope, names: Sequence[str]) -> str | None:
         >>> group_of(group({"heads": ["fc"]}), ["fc.weight"])
         'heads'
     """
-    found = [
-        group_name
-        for group_name, rules in scope.groups
-        if any(matches(rule, name) for rule in rules for name in names)
-    ]
+    known = all_above(names)
+    found = [group_name for group_name, rules in scope.groups if any(meaning(rule, known) for rule in rules)]
     if len(found) > 1:
         raise ValueError(f"{names[0]} is in the groups {' and '.join(found)}; a weight competes in one")
     return found[0] if found else None

@@ -1,7 +1,8 @@
 """How much worse a score is than another, and how much worse it may be."""
 
 import math
-import numbers
+
+from pyprune.checks import check_number
 
 
 def worsening(baseline: float, score: float, higher_is_better: bool) -> float:
@@ -28,8 +29,5 @@ def check_drop(name: str, drop: object) -> float | None:
     """
     if drop is None:
         return None
-    if isinstance(drop, bool) or not isinstance(drop, numbers.Real):
-        raise TypeError(f"{name} is {drop!r}; give a number, in units of the score, or None")
-    if not 0 <= float(drop) < math.inf:
-        raise ValueError(f"{name} is {drop}; give what the score may lose, 0 or more, in its own units")
-    return float(drop)
+    what = "what the score may lose, a number, 0 or more, in its own units"
+    return check_number(name, drop, what=f"{what}, or None", least=0)

@@ -71,25 +71,51 @@ class Owner:
         return [type(step).__name__ for step in self.module.parametrizations[self.attribute]]  # type: ignore[index]
 
 
-def check_module(model: object) -> None:
+def check_module(model: object, name: str = "model") -> None:
     """Raise TypeError unless a model is a module."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model is of type {type(model).__name__}; give a torch.nn.Module")
+        raise TypeError(f"{name} is of type {type(model).__name__}; give a torch.nn.Module")
 
 
-def dense_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield what ``model.named_modules(remove_duplicate=False)`` would yield without gates.
+# What wraps a whole module passes its calls on, and puts a word into the names of what is inside.
+_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+_WRAPPED_AS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
 
-    But no wrappers of ``torch.compile``: they pass reading and writing of attributes on to the module inside.
+
+def wrapped_name(module: nn.Module) -> str | None:
+    """Return the name of the module that another only wraps (compiled, in parallel, sharded), or None.
+
+    Example:
+        >>> wrapped_name(nn.DataParallel(nn.Linear(2, 2))), wrapped_name(nn.Linear(2, 2))
+        ('module', None)
     """
-    for name, module in model.named_modules(remove_duplicate=False):
-        if not (isinstance(module, Attachment) or "_orig_mod" in module._modules):
-            yield name, module
+    if isinstance(module, _WRAPPERS):
+        return "module"
+    return next((name for name in _WRAPPED_AS if module._modules.get(name) is not None), None)
 
 
-def dense_parameters(model: nn.Module) -> Iterator[tuple[Owner, nn.Parameter]]:
-    """Yield every place of every parameter but those of gates, in the order of the model."""
-    for prefix, module in dense_modules(model):
+def dense_modules(model: nn.Module, *, plain: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    """Yield what ``model.named_modules(remove_duplicate=False)`` would yield without gates, and without wrappers.
+
+    Names are those of the plain model, whatever wraps it or a part of it; those of its state_dict if not ``plain``.
+    """
+    yield from _walk(model, "", plain)
+
+
+def _walk(module: nn.Module, name: str, plain: bool) -> Iterator[tuple[str, nn.Module]]:
+    wrapped = wrapped_name(module)
+    if wrapped is not None:  # they pass reading and writing of attributes on to what is inside
+        yield from _walk(module._modules[wrapped], name if plain else f"{name}.{wrapped}".lstrip("."), plain)  # type: ignore[arg-type]
+    elif not isinstance(module, Attachment):
+        yield name, module
+        for child_name, child in module._modules.items():
+            if child is not None:
+                yield from _walk(child, f"{name}.{child_name}".lstrip("."), plain)
+
+
+def dense_parameters(model: nn.Module, *, plain: bool = True) -> Iterator[tuple[Owner, nn.Parameter]]:
+    """Yield every place of every parameter but those of gates, in the order of the model; names: `dense_modules`."""
+    for prefix, module in dense_modules(model, plain=plain):
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 yield Owner(f"{prefix}.{attribute}" if prefix else attribute, module, attribute), parameter

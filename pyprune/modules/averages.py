@@ -16,19 +16,6 @@ from pyprune.modules.targets import Target, all_parameters
 from pyprune.modules.undo import Change
 from pyprune.modules.zeros import fold_all
 
-# torch.compile puts this into names; a checkpoint of the plain model does not have it.
-_WRAPPED = "_orig_mod."
-
-
-def plain_name(name: str) -> str:
-    """Return the name that a parameter has without `torch.compile`.
-
-    Example:
-        >>> plain_name("_orig_mod.layer.weight")
-        'layer.weight'
-    """
-    return name.replace(_WRAPPED, "")
-
 
 @torch.no_grad()
 def apply_masks(masks: Mapping[str, Tensor], model: nn.Module) -> None:
@@ -39,9 +26,7 @@ def apply_masks(masks: Mapping[str, Tensor], model: nn.Module) -> None:
             then.
     """
     check_module(model)
-    there: dict[str, Target] = {
-        plain_name(owner.name): target for target in all_parameters(model) for owner in target.owners
-    }
+    there: dict[str, Target] = {owner.name: target for target in all_parameters(model) for owner in target.owners}
     shapes = {name: tuple(local_part(target.parameter).shape) for name, target in there.items()}
     wrong = [
         f"{name} {tuple(mask.shape)} (there: {shapes.get(name, 'none')})"
@@ -91,12 +76,13 @@ def reapply(model: nn.Module, other: nn.Module) -> None:
     masks = masks_by_name(model)
     if not masks:
         raise ValueError(f"{type(model).__name__} carries no masks; call this before pyprune.strip")
+    check_module(other, "other")
     apply_masks(masks, other)
 
 
 def masks_by_name(model: nn.Module) -> dict[str, Tensor]:
     """Return the masks that a model carries by the plain names of its parameters."""
-    return {plain_name(target.name): mask.mask for target, mask in masks_by_target(model).items()}
+    return {target.name: mask.mask for target, mask in masks_by_target(model).items()}
 
 
 # Who keeps an average of a model: module, class, and the attribute with the average.
@@ -160,4 +146,4 @@ def _same(mask: Tensor, other: Tensor) -> bool:
 
 
 def _names(model: nn.Module) -> list[tuple[str, torch.Size]]:
-    return [(plain_name(owner.name), parameter.shape) for owner, parameter in dense_parameters(model)]
+    return [(owner.name, parameter.shape) for owner, parameter in dense_parameters(model)]

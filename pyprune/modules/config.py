@@ -9,11 +9,13 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from pyprune.checks import shown
 from pyprune.methods.layout import Layout, channels_shape
 from pyprune.modules.attachments import Attachment, check_module, gate_name
+from pyprune.modules.config_entries import VERSION, damaged, entries_of
 from pyprune.modules.forward_pass import attach_and_share
 from pyprune.modules.gates import HardConcreteGate, StochasticGate, check_gates
-from pyprune.modules.mask_states import check_state, pack_bits, state_of, unpack_bits
+from pyprune.modules.mask_states import pack_bits, state_of, unpack_bits
 from pyprune.modules.masks import FollowingMask, Mask
 from pyprune.modules.targets import Target, all_parameters, attachments_of, check_prunable
 from pyprune.modules.undo import Change
@@ -22,7 +24,6 @@ from pyprune.modules.zeros import hold_zeros, holds_in, settle_written
 
 _M = TypeVar("_M", bound=nn.Module)
 
-_VERSION = 2
 _KINDS = {kind.__name__: kind for kind in (StochasticGate, HardConcreteGate)}
 
 
@@ -65,7 +66,7 @@ def get_config(model: nn.Module) -> dict[str, Any]:
             masks.append(entry | state | {"parks": attachment.parks})
         elif isinstance(attachment, StochasticGate):
             gates.append(entry | _describe(target, attachment))
-    return {"version": _VERSION, "masks": masks, "gates": gates}
+    return {"version": VERSION, "masks": masks, "gates": gates}
 
 
 @torch.inference_mode(False)  # masks made under inference_mode could not be trained with
@@ -94,7 +95,7 @@ def load_from_config(model: _M, config: Mapping[str, Any]) -> _M:
         <All keys matched successfully>
     """
     check_module(model)
-    masks, gates = _entries(config)
+    masks, gates = entries_of(config)
     for target in attachments_of(model):
         raise ValueError(f"{target.name} carries a mask or gate already; give a fresh dense model, or strip it first")
     by_name = {owner.name: target for target in all_parameters(model) for owner in target.owners}
@@ -153,25 +154,29 @@ def upgrade_checkpoint(
         >>> state_dict["weight"].tolist(), config["masks"][0]["parked"].tolist()
         ([1.0, 0.0], [2.0])
     """
-    if not isinstance(state_dict, Mapping) or not isinstance(config, Mapping):
-        raise TypeError("give the state_dict and the config, both dicts, that pyprune 0.1.0 saved")
-    if config.get("version") != 1:
-        raise ValueError(f"config has version {config.get('version')!r}; only version 1 is brought up to date")
+    for argument, given in (("state_dict", state_dict), ("config", config)):
+        if not isinstance(given, Mapping):
+            raise TypeError(f"{argument} is {shown(given)}; give the two, both dicts, that pyprune 0.1.0 saved")
+    version = config.get("version")
+    if type(version) is not int or version != 1:
+        raise ValueError(f"config has version {shown(version)}; only version 1 is brought up to date")
     state = dict(state_dict)
     try:
         masks = [dict(entry) for entry in config["masks"]]
         for entry in masks:
             for name in entry["names"]:
                 raw, mask = state.pop(_old_key(name, "original")), state.pop(_old_key(name, "0.mask"))
+                if raw.shape != mask.shape or mask.dtype is not torch.bool:
+                    raise ValueError(f"the mask of {name} is {mask.dtype} of shape {tuple(mask.shape)}")
                 state[name] = torch.where(mask, raw, torch.zeros_like(raw))
                 entry |= {"bits": pack_bits(mask), "parked": raw[~mask].cpu(), "parks": True}
         for entry in config.get("gates", ()):
             for name in entry["names"]:
                 state[name] = state.pop(_old_key(name, "original"))
                 state[gate_name(name) + ".logits"] = state.pop(_old_key(name, "0.logits"))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"state_dict and config do not belong together, or are damaged: {error!r}") from error
-    return state, {**config, "version": _VERSION, "masks": masks}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"state_dict and config do not belong together, or are damaged: {shown(error)}") from error
+    return state, {**config, "version": VERSION, "masks": masks}
 
 
 def _old_key(name: str, what: str) -> str:
@@ -190,40 +195,30 @@ def _describe(target: Target, gate: StochasticGate) -> dict[str, Any]:
 
 def _mask(entry: Mapping[str, Any], following: Mask | None = None) -> Mask:
     """Return the mask of an entry, or what follows another one, with its state."""
-    names, shape, unit = ", ".join(entry["names"]), entry["shape"], entry.get("unit")
-    try:
-        check_state(names, entry, shape)
-    except ValueError as error:
-        raise ValueError(f"config is damaged: {error}") from error
-    if unit is not None and (len(unit) != len(shape) or not all(isinstance(size, int) and size > 0 for size in unit)):
-        raise ValueError(f"config has units of {unit!r} for {names}; give the dict that get_config returned")
-    mask = following or Mask(unpack_bits(entry["bits"], shape), None if unit is None else tuple(unit))
-    mask.parks = bool(entry.get("parks", True))
+    unit, bits = entry.get("unit"), unpack_bits(entry["bits"], entry["shape"])
+    if following is not None and not torch.equal(following.mask, bits):
+        raise damaged(f"the mask of {entry['names'][0]} is not that of the dead channels of {entry['follows']}")
+    mask = following or Mask(bits, None if unit is None else tuple(unit))
+    mask.parks = entry.get("parks", True)
     mask.parked = None if entry["parked"] is None else entry["parked"].clone()
     return mask
 
 
 def _follower(entry: Mapping[str, Any], source: Attachment | None) -> Mask:
-    groups, outputs = entry.get("groups"), entry.get("outputs")
-    if outputs is None and isinstance(groups, int):  # as pyprune wrote it before: 0 groups where outputs come first
+    groups, outputs, follows = entry["groups"], entry.get("outputs"), entry["follows"]
+    if outputs is None:  # as pyprune wrote it before: 0 groups where outputs come first
         outputs, groups = min(1, groups), max(1, groups)
+    layout = Layout(outputs, None, groups)
     if (
         not isinstance(source, Mask)
-        or not isinstance(groups, int)
-        or not isinstance(outputs, int)
-        or not 0 <= outputs < source.mask.dim()
+        or not outputs < source.mask.dim()
         or source.mask.dim() < 2
         or groups < 1
         or source.mask.shape[0] % groups
-        or math.prod(channels_shape(tuple(source.mask.shape), Layout(outputs, None, groups), "out"))
-        != math.prod(entry["shape"])
+        or math.prod(channels_shape(tuple(source.mask.shape), layout, "out")) != math.prod(entry["shape"])
     ):
-        names = ", ".join(entry["names"])
-        raise ValueError(
-            f"config says that the mask of {names} follows {entry['follows']!r}, which has none, or other channels; "
-            "give the dict that get_config returned"
-        )
-    return FollowingMask(source, Layout(outputs, None, groups), entry["shape"])
+        raise damaged(f"the mask of {entry['names'][0]} follows {follows!r}, which has none, or other channels")
+    return FollowingMask(source, layout, entry["shape"])
 
 
 def _gate(entry: Mapping[str, Any], weight: nn.Parameter) -> Attachment:
@@ -233,42 +228,15 @@ def _gate(entry: Mapping[str, Any], weight: nn.Parameter) -> Attachment:
         {"float32": torch.float32, "weight": weight.dtype},
     )
     try:
-        if kind not in _KINDS:
-            raise ValueError(f"its kind is {kind!r}; this pyprune knows {', '.join(_KINDS)}")
-        if not isinstance(options, Mapping) or options.get("dtype") not in dtypes:
-            raise ValueError(f"its options are {options!r}; they must name a dtype, {' or '.join(dtypes)}")
+        if not isinstance(kind, str) or kind not in _KINDS:
+            raise ValueError(f"its kind is {shown(kind)}; this pyprune knows {', '.join(_KINDS)}")
+        if not isinstance(options, Mapping) or options.get("dtype") not in list(dtypes):
+            raise ValueError(f"its options are {shown(options)}; they must name a dtype, {' or '.join(dtypes)}")
         values = {**options, "dtype": dtypes[options["dtype"]]}
         return _KINDS[kind](weight.shape, device=weight.device, **values)
     except (TypeError, ValueError) as error:
         names = ", ".join(entry["names"])
-        raise ValueError(
-            f"config has a damaged gate for {names}: {error}; give the dict that get_config returned"
-        ) from error
-
-
-def _entries(config: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
-    """Return those of masks and those of gates."""
-    if not isinstance(config, Mapping):
-        raise TypeError(f"config is a {type(config).__name__}; give the dict that get_config returned")
-    if config.get("version") == 1:
-        raise ValueError(
-            "config was written by pyprune 0.1.0, whose checkpoints have the masks in the state_dict; bring both "
-            "up to date first: state_dict, config = pyprune.upgrade_checkpoint(state_dict, config)"
-        )
-    if config.get("version") != _VERSION:
-        raise ValueError(
-            f"config has version {config.get('version')!r}; this pyprune reads version {_VERSION}: give the dict "
-            "that get_config returned, or use the pyprune that wrote it"
-        )
-    try:
-        masks, gates = list(config["masks"]), list(config.get("gates", ()))
-        for entry in (*masks, *gates):
-            list(entry["shape"])
-            if not all(isinstance(name, str) for name in entry["names"]):
-                raise TypeError(f"{entry['names']} are no names")
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"config is damaged ({error!r}); give the dict that get_config returned") from error
-    return masks, gates
+        raise damaged(f"the gate of {names}: {error}") from error
 
 
 def _fitting(names: Sequence[str], shape: Sequence[int], by_name: Mapping[str, Target]) -> Target:

@@ -1,5 +1,6 @@
 """Run a model to look at it: forward passes that leave flags, buffers and random numbers as they were."""
 
+import inspect
 import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,21 +12,49 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
+from pyprune.checks import shown
+from pyprune.modules.attachments import wrapped_name
 from pyprune.modules.undo import Before, undoing
 
 
-def forward(model: nn.Module, inputs: Any) -> Any:
+def forward(model: nn.Module, inputs: Any, name: str = "examples_inputs") -> Any:
     """Call the model: a mapping gives keyword arguments, a tuple positional ones, anything else is the one argument.
+
+    Raises:
+        TypeError: if the model does not take as many, or such arguments; ``name`` says what the inputs are.
 
     Example:
         >>> forward(nn.Identity(), (torch.ones(1),)).tolist()
         [1.0]
     """
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, tuple):
-        return model(*inputs)
-    return model(inputs)
+    args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
+    keywords = inputs if isinstance(inputs, Mapping) else {}
+    try:
+        return model(*args, **keywords)
+    except TypeError as error:
+        problem = _misfit(model, args, keywords)
+        if problem is None:
+            raise
+        given = f"a dict of {', '.join(map(str, keywords))}" if keywords else f"a tuple of {len(args)}"
+        raise TypeError(
+            f"{name} is {given}, whose items become the arguments of {problem}. Give what the model takes alone: of "
+            "a loader with labels pyprune.Dataset(loader, transform_func=lambda batch: batch[0])"
+        ) from error
+
+
+def _misfit(model: nn.Module, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> str | None:
+    """Say why the model's forward cannot be called so, if that is it: batches often have labels beside the inputs."""
+    while (wrapped := wrapped_name(model)) is not None:
+        model = model._modules[wrapped]  # type: ignore[assignment]
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):  # of what is not written in Python
+        return None
+    try:
+        signature.bind(*args, **keywords)
+    except TypeError as error:
+        return f"{type(model).__name__}.forward{signature}: {error}"
+    return None
 
 
 def check_inputs(examples_inputs: object) -> None:
@@ -130,11 +159,14 @@ def score_of(model: nn.Module, eval_fn: Callable[[nn.Module], object]) -> float:
     if isinstance(score, Tensor) and score.numel() == 1:
         score = score.item()
     if isinstance(score, bool) or not isinstance(score, numbers.Real):
-        raise TypeError(f"eval_fn returned {score!r:.80}; it is to return a number, the score of the model")
-    return float(score)
+        raise TypeError(f"eval_fn returned {shown(score)}; it is to return a number, the score of the model")
+    try:
+        return float(score)
+    except OverflowError as error:
+        raise ValueError(f"eval_fn returned {shown(score)}, which no float can hold") from error
 
 
 def check_callable(name: str, function: object) -> None:
     """Raise TypeError unless an argument is a function."""
     if not callable(function):
-        raise TypeError(f"{name} is {function!r:.80}; give a function that takes the model")
+        raise TypeError(f"{name} is {shown(function)}; give a function that takes the model")

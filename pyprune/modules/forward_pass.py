@@ -23,6 +23,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from pyprune.checks import shown
 from pyprune.modules.attachments import (
     Attachment,
     Owner,
@@ -124,13 +125,16 @@ def attach_gate(module: _Module, attribute: str, gate: StochasticGate) -> _Modul
         >>> [name for name, _ in linear.named_parameters()]
         ['weight', 'bias', 'weight_mask.logits']
     """
-    check_module(module)
+    check_module(module, "module")
     if not isinstance(gate, StochasticGate):
         raise TypeError(f"gate is of type {type(gate).__name__}; give a StochasticGate or a HardConcreteGate")
-    parameter = module._parameters.get(attribute)
+    parameter = module._parameters.get(attribute) if isinstance(attribute, str) else None
     if parameter is None:
         there = ", ".join(name for name, value in module._parameters.items() if value is not None)
-        raise ValueError(f"{type(module).__name__} has no parameter {attribute!r} itself; it has {there or 'none'}")
+        raise ValueError(
+            f"{type(module).__name__} has no parameter {shown(attribute)} itself, as attribute says; it has "
+            f"{there or 'none'}"
+        )
     owner = Owner(attribute, module, attribute)
     if owner.attachment is not None:
         raise ValueError(

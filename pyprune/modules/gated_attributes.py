@@ -16,7 +16,7 @@ def computed_attributes(cls: type, attributes: tuple[str, ...]) -> dict[str, Any
     if not attributes:
         return {}
     namespace: dict[str, Any] = {name: _computed(name) for name in attributes}
-    namespace["qconfig"] = property(_qconfig, _refuse_qconfig)
+    namespace["qconfig"] = property(_qconfig, _refuse_qconfig, _refuse_conversion)
     if issubclass(cls, (nn.Linear, nn.Embedding)) and "weight" in attributes:
         sizes = ("num_embeddings",) if issubclass(cls, nn.Embedding) else ("in_features", "out_features")
         namespace |= {size: _fixed(size) for size in sizes if not hasattr(cls, size)}
@@ -91,6 +91,11 @@ def _refuse_qconfig(module: nn.Module, value: Any) -> None:
     if value is not None:
         raise ValueError(f"{type(module).__name__} has gates, and cannot be quantised; call pyprune.strip first")
     module.__dict__["qconfig"] = None
+
+
+def _refuse_conversion(module: nn.Module) -> None:
+    # quantize_dynamic knows layers by their exact class, too, and takes this off when it is done.
+    raise ValueError(f"{type(module).__name__} has gates, and was not quantised; call pyprune.strip first")
 
 
 @functools.cache

@@ -1,7 +1,6 @@
 """Gates: learned stochastic masks on weights."""
 
 import math
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pyprune import ops
+from pyprune.checks import check_bool, check_count, check_number, shown
 from pyprune.modules.attachments import Attachment, gate_name
 from pyprune.modules.gated_classes import gated_attributes, put_gate, take_gate
 from pyprune.modules.sampling import Sampler, Seat
@@ -67,17 +67,21 @@ class StochasticGate(nn.Module, Attachment):
     ) -> None:
         super().__init__()
         start = _logit(keep_probability)
-        if dtype is not None and dtype not in ops.WEIGHT_DTYPES:
-            raise TypeError(f"dtype is {dtype}; allowed are {', '.join(map(str, ops.WEIGHT_DTYPES))}")
-        self.shape = tuple(shape)
-        self.gate_shape = self.shape if gate_shape is None else tuple(gate_shape)
-        self.same_on_all_ranks = same_on_all_ranks
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in ops.WEIGHT_DTYPES):
+            raise TypeError(f"dtype is {shown(dtype)}; allowed are {', '.join(map(str, ops.WEIGHT_DTYPES))}")
+        _check_device(device)
+        self.shape = _sizes("shape", shape)
+        self.gate_shape = self.shape if gate_shape is None else _sizes("gate_shape", gate_shape)
+        self.same_on_all_ranks = check_bool("same_on_all_ranks", same_on_all_ranks)
         self.sampler, self.seat = Sampler(), Seat()
         # Whether `strip` made it part of the weights: it changes nothing any more.
         self.folded = False
         # Tells gates apart that share a sampler.
         self.stream = 0
-        ops.check_gate_shape(self.shape, self.gate_shape)
+        try:
+            ops.check_gate_shape(self.shape, self.gate_shape)
+        except ValueError as error:
+            raise ValueError(f"shape and gate_shape do not fit: {error}") from error
         self.logits = nn.Parameter(torch.full(self.gate_shape, start, dtype=dtype or torch.float32, device=device))
 
     @property
@@ -185,7 +189,10 @@ class HardConcreteGate(StochasticGate):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
+        for name, value in (("beta", beta), ("gamma", gamma), ("zeta", zeta)):
+            check_number(name, value, what="a number", advice="it must be a finite number")
         ops.check_hard_concrete(beta, gamma, zeta)
+        check_bool("straight_through", straight_through)
         super().__init__(
             shape,
             gate_shape=gate_shape,
@@ -222,11 +229,31 @@ class HardConcreteGate(StochasticGate):
 
 
 def _logit(probability: float) -> float:
-    if isinstance(probability, bool) or not isinstance(probability, numbers.Real):
-        raise TypeError(f"keep_probability is {probability!r}; give a number in (0, 1)")
-    if not 0 < probability < 1:
-        raise ValueError(f"keep_probability is {probability}; it must be in (0, 1)")
-    return math.log(probability / (1 - probability))
+    chance = check_number(
+        "keep_probability",
+        probability,
+        what="a number in (0, 1)",
+        least=0,
+        most=1,
+        open_ends=True,
+        advice="it must be in (0, 1)",
+    )
+    return math.log(chance / (1 - chance))
+
+
+def _sizes(name: str, shape: Sequence[int]) -> tuple[int, ...]:
+    if isinstance(shape, (str, bytes, bytearray)) or not isinstance(shape, Sequence):
+        raise TypeError(f"{name} is {shown(shape)}; give the sizes of the dimensions, as (4, 3)")
+    sizes = tuple(check_count(f"a size of {name}", size) for size in shape)
+    check_count(f"the product of {name}", math.prod(sizes))
+    return sizes
+
+
+def _check_device(device: object) -> None:
+    try:
+        torch.empty(0, device=device)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError, ValueError, OverflowError, AssertionError) as error:  # all are torch's
+        raise ValueError(f"device is {shown(device)}; give one of torch's that there is: {error}") from error
 
 
 def gates_of(model: nn.Module) -> list[StochasticGate]:

@@ -1,20 +1,26 @@
 """Which weights pruning leaves alone."""
 
 import difflib
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+
+from pyprune.checks import check_bool, check_names
+from pyprune.methods.name_rules import plain_rule
+from pyprune.methods.patterns import matcher
 
 
 @dataclass(frozen=True)
 class IgnoredScope:
     """Rules for what `prune` must not touch; a weight is ignored if one rule matches it or a module it lies in.
 
-    A tied weight is one weight: it is ignored if a rule matches any of its names.
+    A tied weight is one weight: it is ignored if a rule matches any of its names. Names are those of the plain
+    model, whatever wraps it (`torch.compile`, DistributedDataParallel).
 
     Args:
         names: names of parameters ("conv1.weight") or of modules ("encoder": all below it).
-        patterns: regular expressions for such names, matched at their start, as `re.match` does.
+        patterns: regular expressions for such names, matched at their start, as `re.match` does, and as NNCF does:
+            "conv1" matches "conv10" too, "conv1$" does not. In dicts of ratios, groups and recipes a pattern means
+            the same weights; there what could be a name is one.
         types: class names of modules ("Embedding": all below such modules, subclasses too).
         validate: whether a rule that matches nothing in the model is an error.
         all_zero: leave out weights that are zero everywhere, too, such as fresh LoRA factors and zero-initialised
@@ -22,7 +28,7 @@ class IgnoredScope:
 
     Raises:
         TypeError: if a rule is not a string, a plain string was given for a list of them, or a flag is not a bool.
-        ValueError: for a pattern that is not a regular expression.
+        ValueError: for a pattern that is not a regular expression, or one that can take for ever (backreferences).
 
     Example:
         >>> IgnoredScope(names=["fc"], patterns=[r".*embed"]).names
@@ -37,23 +43,14 @@ class IgnoredScope:
 
     def __post_init__(self) -> None:
         for field in ("names", "patterns", "types"):
-            rules = getattr(self, field)
-            if isinstance(rules, str) or not isinstance(rules, Collection):
-                raise TypeError(
-                    f"IgnoredScope {field} is {rules!r}; give a list of strings, as in {field}=[{rules!r}]"
-                )
-            for rule in rules:
-                if not isinstance(rule, str):
-                    raise TypeError(f"IgnoredScope {field} has {rule!r} in it; every rule must be a string")
-            object.__setattr__(self, field, tuple(rules))
+            object.__setattr__(self, field, check_names(f"IgnoredScope {field}", getattr(self, field)))
         for flag in ("validate", "all_zero"):
-            if not isinstance(getattr(self, flag), bool):
-                raise TypeError(f"IgnoredScope {flag} is {getattr(self, flag)!r}; give True or False")
+            object.__setattr__(self, flag, check_bool(f"IgnoredScope {flag}", getattr(self, flag)))
         for pattern in self.patterns:
             try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"IgnoredScope pattern {pattern!r} is not a regular expression: {error}") from error
+                matcher(pattern)
+            except ValueError as error:
+                raise ValueError(f"IgnoredScope patterns: {error}") from error
 
 
 def ignored_by(
@@ -76,12 +73,16 @@ def ignored_by(
     """
     names = [*parameters, *filter(None, module_types)]
     types = sorted({name for bases in module_types.values() for name in bases})
-    matched = {name for name in names if name in scope.names}
-    unmatched = [("name", rule, names) for rule in scope.names if rule not in matched]
-    for pattern in scope.patterns:
-        hits = [name for name in names if re.match(pattern, name)]
+    matched: set[str] = set()
+    unmatched = []
+    rules: list[tuple[str, str, Callable[[str], bool]]] = [("name", name, name.__eq__) for name in scope.names]
+    rules += [("pattern", pattern, matcher(pattern)) for pattern in scope.patterns]
+    for kind, rule, matches in rules:
+        hits = list(filter(matches, names))
+        if not hits and (plain := plain_rule(rule)) != rule:  # written for a wrapped model
+            hits = list(filter(plain.__eq__ if kind == "name" else matcher(plain), names))
         matched.update(hits)
-        unmatched += [] if hits else [("pattern", pattern, names)]
+        unmatched += [] if hits else [(kind, rule, names)]
     matched.update(name for name, bases in module_types.items() if not set(scope.types).isdisjoint(bases))
     unmatched += [("type", rule, types) for rule in scope.types if rule not in types]
     if scope.validate and unmatched:

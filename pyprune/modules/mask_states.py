@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pyprune import ops
+from pyprune.checks import LARGEST_INT, shown
 from pyprune.modules.holding import Hold
 from pyprune.modules.masks import Mask, changing_masks
 from pyprune.modules.undo import Change
@@ -47,29 +49,88 @@ def state_of(mask: Mask) -> dict[str, Any]:
     }
 
 
+def is_size(value: object) -> bool:
+    """Whether a value of a file is an integer that counts something."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_INT
+
+
 def check_state(name: str, state: object, shape: Sequence[int]) -> None:
     """Raise ValueError unless a state is that of a mask of a shape.
 
     Raises:
         ValueError: with the name of the weight and what is wrong.
     """
-    problem = ""
-    if not isinstance(state, Mapping) or not {"shape", "bits", "parked"} <= set(state):
-        problem = "is no state of a mask"
-    elif list(state["shape"]) != list(shape):
-        problem = f"has a mask of shape {state['shape']}, and the model one of {list(shape)}"
-    elif not isinstance(state["bits"], Tensor) or state["bits"].dtype is not torch.uint8:
-        problem = "has bits that are no tensor of bytes"
-    elif state["bits"].numel() != -(-math.prod(shape) // 8):
-        problem = f"has {state['bits'].numel()} bytes of bits for a mask of shape {list(shape)}"
-    elif state["parked"] is not None:
-        dropped = int((~unpack_bits(state["bits"], shape)).sum())
-        if not isinstance(state["parked"], Tensor) or state["parked"].shape != (dropped,):
-            problem = f"has not as many parked values as the {dropped} that its mask drops"
+    problem = _problem(state, tuple(shape))
     if problem:
         raise ValueError(f"the state of {name} {problem}; load it into the model and the pruning that were saved")
 
 
+def _problem(state: object, shape: tuple[int, ...]) -> str:
+    if not isinstance(state, Mapping) or not {"shape", "bits", "parked"} <= set(state):
+        return "is no state of a mask"
+    saved, bits, unit = state["shape"], state["bits"], state.get("unit")
+    if not isinstance(saved, (list, tuple)) or not all(map(is_size, saved)) or tuple(saved) != shape:
+        return f"has a mask of shape {shown(saved)}, and the model one of {list(shape)}"
+    if not isinstance(bits, Tensor) or not is_plain(bits) or bits.dtype is not torch.uint8 or bits.dim() != 1:
+        return "has bits that are no tensor of bytes"
+    if bits.numel() != -(-math.prod(shape) // 8):
+        return f"has {bits.numel()} bytes of bits for a mask of shape {list(shape)}"
+    if unit is not None and not (
+        isinstance(unit, (list, tuple)) and len(unit) == len(shape) and all(is_size(size) and size for size in unit)
+    ):
+        return f"has units of {shown(unit)} for a mask of shape {list(shape)}"
+    dropped = int((~unpack_bits(bits, shape)).sum())
+    followers = state.get("followers", [])
+    if not isinstance(followers, (list, tuple)):
+        return "has followers that are no list"
+    return _problem_of_parked(state["parked"], dropped) or next(
+        filter(None, (_problem_of_parked(parked, None) for parked in followers)), ""
+    )
+
+
+def _problem_of_parked(parked: object, dropped: int | None) -> str:
+    if parked is None:
+        return ""
+    if not isinstance(parked, Tensor) or not is_plain(parked) or parked.dtype not in ops.WEIGHT_DTYPES:
+        return "has parked values that are no tensor of weights"
+    if parked.dim() != 1 or dropped not in (None, parked.numel()):
+        return f"has not as many parked values as the {dropped} that its mask drops"
+    if not bool(parked.isfinite().all()):
+        return "has parked values that are NaN or infinite: the file is damaged, or the training had diverged"
+    return ""
+
+
+def check_tensors(what: str, tensors: object) -> None:
+    """Raise ValueError unless a part of a state is a dict from names to finite tensors.
+
+    Raises:
+        ValueError: with what it is called.
+    """
+    if not isinstance(tensors, Mapping) or not all(isinstance(name, str) for name in tensors):
+        raise ValueError(f"the state has the {what} {shown(tensors)}; load one that state_dict() returned")
+    wrong = [
+        name
+        for name, tensor in tensors.items()
+        if not (isinstance(tensor, Tensor) and is_plain(tensor) and bool(tensor.isfinite().all()))
+    ]
+    if wrong:
+        raise ValueError(
+            f"the state has {what} of {', '.join(wrong[:5])} that are no tensors of finite numbers: it is damaged, "
+            "or the training had diverged"
+        )
+
+
+def is_plain(value: Tensor) -> bool:
+    """Whether a tensor is an ordinary one, whose values can be read."""
+    return (
+        not is_traceable_wrapper_subclass(value)
+        and value.layout is torch.strided
+        and not value.is_meta
+        and not value.is_quantized
+    )
+
+
+@torch.no_grad()
 def load_states(pairs: Sequence[tuple[Mask, Mapping[str, Any]]]) -> None:
     """Bring masks, and what is parked under them, to states that `check_state` has seen."""
     with Change() as change:

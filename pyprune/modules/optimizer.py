@@ -39,7 +39,12 @@ def innermost_of(given: object, otherwise: str = "") -> list[Optimizer]:
         >>> innermost_of(None)
         []
     """
-    several = given if isinstance(given, Iterable) else [] if given is None else [given]
+    if given is None:
+        return []
+    try:
+        several = list(given) if isinstance(given, Iterable) and not isinstance(given, (str, bytes)) else [given]
+    except TypeError:  # a tensor without dimensions says that it is iterable
+        several = [given]
     return [innermost(one, otherwise) for one in several]
 
 

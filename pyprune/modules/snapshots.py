@@ -109,15 +109,17 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def dense_tensors(model: nn.Module) -> dict[str, Tensor]:
+def dense_tensors(model: nn.Module, *, plain: bool = True) -> dict[str, Tensor]:
     """Return parameters and saved buffers by the names that they have in the state_dict of the dense model.
+
+    If not ``plain``, by those that they have in that of this one, which something may wrap (`dense_modules`).
 
     Example:
         >>> list(dense_tensors(nn.Linear(2, 2)))
         ['weight', 'bias']
     """
-    tensors: dict[str, Tensor] = {owner.name: parameter for owner, parameter in dense_parameters(model)}
-    for prefix, module in dense_modules(model):
+    tensors: dict[str, Tensor] = {owner.name: parameter for owner, parameter in dense_parameters(model, plain=plain)}
+    for prefix, module in dense_modules(model, plain=plain):
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 tensors[f"{prefix}.{name}" if prefix else name] = buffer
@@ -125,16 +127,16 @@ def dense_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_rewindable(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Raise unless a state_dict of the dense model fits a model, masked or not.
+    """Raise unless a state_dict of the dense model fits a model, masked or not, and wrapped or not.
 
     Raises:
         TypeError, ValueError: with what is missing, too much or of another shape.
     """
     if not isinstance(state, Mapping):
         raise TypeError(f"rewind_to is a {type(state).__name__}; give a state_dict of the dense model")
-    tensors = dense_tensors(model)
+    tensors = _named_as_in(state, model)
     lacks = [name for name in tensors if not isinstance(state.get(name), Tensor)]
-    strange = [name for name in state if name not in tensors and not name.endswith("_extra_state")]
+    strange = [str(name) for name in state if name not in tensors and not str(name).endswith("_extra_state")]
     shapes = [name for name in tensors if name not in lacks and state[name].shape != tensors[name].shape]
     if lacks or strange or shapes:
         raise ValueError(
@@ -148,9 +150,15 @@ def rewind(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Set weights and buffers to those of a state_dict of the dense model; masks stay."""
     holds = holds_in(model)
     release(holds)
-    for name, tensor in dense_tensors(model).items():
+    for name, tensor in _named_as_in(state, model).items():
         tensor.copy_(state[name])
     hold_zeros(holds)
+
+
+def _named_as_in(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a model by the names that a state_dict has, which may be of the wrapped model."""
+    wrapped = dense_tensors(model, plain=False)
+    return wrapped if set(wrapped) <= set(state) else dense_tensors(model)
 
 
 def _some(names: list[str]) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyprune import ops
+from pyprune.modules.evaluation import check_inputs
 from pyprune.modules.flops import macs_of
 from pyprune.modules.gates import StochasticGate
 from pyprune.modules.ignored_scope import IgnoredScope
@@ -58,6 +59,7 @@ def pruning_statistic(
         >>> pruning_statistic(linear).pruning_ratio
         0.75
     """
+    check_inputs(examples_inputs)
     # What carries something is known without a trace.
     is_pruned = isinstance(model, nn.Module) and bool(attachments_of(model))
     chosen = choose_targets(model, ignored_scope, None if is_pruned else examples_inputs)

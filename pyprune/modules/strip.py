@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyprune import ops
+from pyprune.checks import check_bool, shown
 from pyprune.console import listed, warn
 from pyprune.modules.attachments import check_module, detach
 from pyprune.modules.forward_pass import unshare_samples
@@ -98,13 +99,15 @@ def let_go(
     expected_count: bool = False,
 ) -> _M:
     """Do what `strip` says, without a word."""
-    if strip_format == StripFormat.NATIVE:
+    check_bool("do_copy", do_copy)
+    check_bool("expected_count", expected_count)
+    if isinstance(strip_format, str) and strip_format == StripFormat.NATIVE:
         raise ValueError(
             "strip_format NATIVE converts NNCF's quantizers and would leave the masks on; pyprune has no "
             "quantizers. Use StripFormat.IN_PLACE, which folds the masks into the weights"
         )
-    if strip_format != StripFormat.IN_PLACE:
-        raise ValueError(f"strip_format is {strip_format!r}; allowed is StripFormat.IN_PLACE")
+    if not isinstance(strip_format, str) or strip_format != StripFormat.IN_PLACE:
+        raise ValueError(f"strip_format is {shown(strip_format)}; allowed is StripFormat.IN_PLACE")
     check_gates(model)
     check_places(model)
     attachments = attachments_of(model)

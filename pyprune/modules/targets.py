@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -267,6 +268,8 @@ def _problem(parameter: nn.Parameter, needs_values: bool = True) -> Exception | 
     problem: Exception | None = None
     if is_lazy(parameter):
         problem = ValueError("is lazy and has no values yet; run one forward pass first")
+    elif isinstance(parameter, FakeTensor) and needs_values:
+        problem = ValueError("is a fake tensor and has no values; prune the real model, outside of FakeTensorMode")
     elif parameter.is_meta and needs_values:
         problem = ValueError("is on the meta device and has no values; load the weights first")
     elif is_sharded(parameter):

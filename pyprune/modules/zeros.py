@@ -1,6 +1,7 @@
 """What is done to the zeros of many parameters at once: made, put back, looked after what wrote over them."""
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -166,10 +167,14 @@ def _weight(hold: Hold) -> nn.Parameter:
 @torch.no_grad()
 def fold_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Zero in each tensor what its mask drops: one call per device; of a sharded one in this rank's part."""
-    by_device: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
+    calls: dict[tuple[torch.device, int], tuple[list[Tensor], list[Tensor]]] = {}
+    seen: Counter[int] = Counter()
     for tensor, mask in pairs:
-        tensors, masks = by_device.setdefault(tensor.device, ([], []))
-        tensors.append(local_part(tensor))
+        part = local_part(tensor)
+        # What load_state_dict(assign=True) untied is in the same memory, and one call must not get that twice.
+        tensors, masks = calls.setdefault((tensor.device, seen[part.data_ptr()]), ([], []))
+        seen[part.data_ptr()] += part.numel() > 0
+        tensors.append(part)
         masks.append(mask.to(tensor.device))
-    for tensors, masks in by_device.values():
+    for tensors, masks in calls.values():
         ops.fold(tensors, masks)

@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from pyprune.checks import check_path, shown
 from pyprune.recipes.recipe_pruner import RecipePruner, start
 from pyprune.recipes.stages import Stage, by_epoch, read_stages
 from pyprune.recipes.yaml_source import read
@@ -91,6 +92,7 @@ class Recipe:
             OSError: if the file cannot be read.
             ValueError: for whatever is wrong in it; names file, line and field, and what is allowed.
         """
+        check_path("path", path)
         content = Path(path).read_bytes()
         try:
             text = content.decode("utf-8")
@@ -112,12 +114,15 @@ class Recipe:
             ...
             ValueError: <string>:1: stages[0].prune.finale: 'finale' is unknown here; did you mean final? Allowed: ...
         """
+        for argument, value in (("text", text), ("name", name)):
+            if not isinstance(value, str):
+                raise TypeError(f"{argument} is {shown(value)}; give a string")
         fields = read(text, name).fields(("stages", "epochs", "learning_rate"), ("stages",))
         stages = read_stages(fields["stages"])
         last = max(stage.start if stage.end is None else stage.end for stage in stages)
         epochs = math.ceil(last)
         if "epochs" in fields:
-            epochs = math.ceil(fields["epochs"].number("a number of epochs"))
+            epochs = math.ceil(fields["epochs"].number("a number of epochs", most=1e9))
             if epochs < last:
                 raise fields["epochs"].error(f"there are {epochs}, but a stage needs {last:g}")
         rates = by_epoch(fields["learning_rate"]) if "learning_rate" in fields else {}

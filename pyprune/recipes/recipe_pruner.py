@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from pyprune.calibration.training_statistics import needs_gradients
+from pyprune.checks import shown
 from pyprune.methods.schedules import Ratio, check_step
 from pyprune.modules.attachments import check_module
 from pyprune.modules.optimizer import innermost_of
@@ -144,14 +145,16 @@ class RecipePruner:
                 ``constant`` stage held. Nothing is changed then.
         """
         if not isinstance(state_dict, Mapping) or set(state_dict) != _STATE:
-            raise ValueError(f"{state_dict!r:.80} is not the state_dict() of a RecipePruner")
+            raise ValueError(f"state_dict is {shown(state_dict)}, which is not the state_dict() of a RecipePruner")
         step_count = check_step(state_dict["step_count"], "step_count")
-        if state_dict["steps_per_epoch"] != self.steps_per_epoch:
+        if check_step(state_dict["steps_per_epoch"], "steps_per_epoch", least=1) != self.steps_per_epoch:
             raise ValueError(
                 f"the state was saved with steps_per_epoch={state_dict['steps_per_epoch']}, and this is "
                 f"{self.steps_per_epoch}; epochs would change their meaning"
             )
-        states = state_dict["pruners"]
+        states, held = state_dict["pruners"], state_dict["held"]
+        if not isinstance(states, (list, tuple)) or not isinstance(held, Mapping):
+            raise ValueError(f"the state has the pruners {shown(states)} and holds {shown(held)}; it is damaged")
         keys = [set(state) if isinstance(state, Mapping) else None for state in states]
         if keys != [set(pruner._state()) for pruner in self._pruners]:
             raise ValueError("the state is that of another recipe; apply the one that it was saved with")
@@ -159,7 +162,7 @@ class RecipePruner:
             pruner._check_state(state)
         with Change(self.model, objects=self._touched()) as change:
             rest = [pruner._loading(state) for pruner, state in zip(self._pruners, states, strict=True)]
-            self._hold_again(state_dict["held"], step_count)
+            self._hold_again(held, step_count)
             for pruner, state in zip(self._pruners, states, strict=True):
                 pruner._load(state)
             self.step_count = step_count

@@ -8,11 +8,13 @@ from functools import partial
 from types import ModuleType
 from typing import Any, Literal
 
+from pyprune.checks import shown
 from pyprune.methods import granularity, importance, schedules, scope
 from pyprune.methods.allocation import Amount, check_ratio
 from pyprune.methods.granularity import Granularity
 from pyprune.methods.importance import Importance
 from pyprune.methods.method import Method, check_amount
+from pyprune.methods.name_rules import check_rules
 from pyprune.methods.schedules import Ratio, Schedule
 from pyprune.methods.scope import Scope
 from pyprune.modules.ignored_scope import IgnoredScope
@@ -20,6 +22,7 @@ from pyprune.recipes.yaml_source import Place
 
 # Enough steps per epoch to try a schedule on before the number is known.
 _MANY = 10**6
+_MOST_EPOCHS = 1e9
 
 
 @dataclass(frozen=True)
@@ -103,10 +106,19 @@ def read_stages(place: Place) -> tuple[Stage, ...]:
 
 def by_epoch(place: Place) -> dict[float, Place]:
     """Return the places of a dict whose keys are epochs."""
-    found = place.pairs()
-    for epoch, value in found.items():
-        if isinstance(epoch, bool) or not isinstance(epoch, (int, float)) or not 0 <= epoch < math.inf:
-            raise value.error(f"{epoch!r} is not a number of epochs; give a dict by epoch, as {{0: 0.3, 5: 0.5}}")
+    found: dict[float, Place] = {}
+    for written, value in place.pairs().items():
+        try:
+            epoch = float(written)
+        except ValueError:
+            epoch = math.nan
+        if not 0 <= epoch <= _MOST_EPOCHS:
+            raise value.error(
+                f"{written!r:.80} is not a number of epochs; give a dict by epoch, as {{0: 0.3, 5: 0.5}}"
+            )
+        if epoch in found:
+            raise value.error(f"epoch {epoch:g} is in line {found[epoch].line + 1} already; give it once")
+        found[epoch] = value
     return found
 
 
@@ -191,7 +203,7 @@ def _curve_stage(
     start, end = _span(fields, earliest)
     epochs = {"start": start} if end is None else {"start": start, "end": end}
     if "frequency" in fields:
-        epochs["frequency"] = fields["frequency"].number("a number of epochs", above=True)
+        epochs["frequency"] = fields["frequency"].number("a number of epochs", above=True, most=_MOST_EPOCHS)
     if "initial" in fields:
         make = partial(make, initial=_ratios(fields["initial"]))
     in_steps = partial(_in_steps, partial(make, _ratios(fields["final"])), epochs)
@@ -215,7 +227,7 @@ def _stage(
     keywords = {key: _by_name(fields[key]) for key in _PRUNER if key in fields}
     for flag in ("reintroduce", "zero_dead_channels"):
         if not isinstance(keywords.get(flag, False), bool):
-            raise fields[flag].error(f"{keywords[flag]!r} is neither true nor false")
+            raise fields[flag].error(f"{shown(keywords[flag])} is neither true nor false")
     schedule = body.checked(make, _MANY)
     limits = {key: keywords[key] for key in ("allocation", "min_ratio", "max_ratio") if key in keywords}
     final = schedule(schedule.end or 0)
@@ -241,22 +253,31 @@ def _made(place: Place | None, makers: Mapping[str, Callable[..., Any]], otherwi
     name, arguments = place.choice(makers)
     parameters = inspect.signature(makers[name]).parameters
     needed = [key for key, parameter in parameters.items() if parameter.default is parameter.empty]
-    given = {key: argument.value() for key, argument in arguments.fields(parameters, needed).items()}
+    given = {key: _argument(key, argument) for key, argument in arguments.fields(parameters, needed).items()}
     return arguments.checked(makers[name], **given)
+
+
+def _argument(name: str, place: Place) -> Any:
+    """Return an argument of an importance, granularity or scope; what names weights is text."""
+    if name == "groups":
+        return {group: rules.texts() for group, rules in place.pairs().items()}
+    return place.texts() if name == "names" else place.value()
 
 
 def _ignored_scope(fields: Mapping[str, Place]) -> IgnoredScope | None:
     if "ignore" not in fields:
         return None
-    rules = fields["ignore"].fields(("names", "patterns", "types", "validate", "all_zero"))
-    return fields["ignore"].checked(IgnoredScope, **{key: place.value() for key, place in rules.items()})
+    flags = ("validate", "all_zero")
+    rules = fields["ignore"].fields(("names", "patterns", "types", *flags))
+    given = {key: place.value() if key in flags else place.texts() for key, place in rules.items()}
+    return fields["ignore"].checked(IgnoredScope, **given)
 
 
 def _span(fields: Mapping[str, Place], earliest: float) -> tuple[float, float | None]:
-    start = fields["start"].number("a number of epochs") if "start" in fields else earliest
+    start = fields["start"].number("a number of epochs", most=_MOST_EPOCHS) if "start" in fields else earliest
     if "end" not in fields:
         return start, None
-    end = fields["end"].number("a number of epochs")
+    end = fields["end"].number("a number of epochs", most=_MOST_EPOCHS)
     if end <= start:
         raise fields["end"].error(f"the stage ends at epoch {end:g}, but starts at {start:g}")
     return start, end
@@ -276,6 +297,7 @@ def _ratios(place: Place) -> Ratio:
 def _by_name(place: Place) -> Any:
     """Return a value, or values by the names of weights."""
     if place.node.id == "mapping":
-        # Names are strings, also where YAML sees numbers: the first module of a Sequential is "0".
-        return {str(rule): value.value() for rule, value in place.pairs().items()}
+        found = {rule: value.value() for rule, value in place.pairs().items()}
+        place.checked(check_rules, place.name.rpartition(".")[2], list(found))
+        return found
     return place.value()

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from pyprune import ops
 from pyprune.console import listed, warn
-from pyprune.methods.allocation import Amount, matches
+from pyprune.methods.allocation import Amount
 from pyprune.methods.method import Method
+from pyprune.methods.name_rules import all_above, meaning, nearest_to
 from pyprune.methods.scope import group_of
 from pyprune.methods.unit_groups import Member, UnitGroup, Weight
 from pyprune.modules.masks import Mask, NewMask, channels_alive
@@ -28,13 +29,12 @@ def prunable_targets(method: Method, targets: Sequence[Target]) -> list[Target]:
     if method.scope.name != "group":
         return list(targets)
     names = {target: [owner.name for owner in target.owners] for target in targets}
+    every = [name for some in names.values() for name in some]
+    known = all_above(every)
     for group, rules in method.scope.groups:
         for rule in rules:
-            if not any(matches(rule, name) for some in names.values() for name in some):
-                raise ValueError(
-                    f"{rule!r} of group {group!r} matches no weight; there are "
-                    f"{', '.join(target.name for target in targets[:8])} ..."
-                )
+            if meaning(rule, known) is None:
+                raise ValueError(f"{rule!r:.80} of group {group!r} matches no weight {nearest_to(rule, every)}")
     return [target for target, some in names.items() if group_of(method.scope, some) is not None]
 
 

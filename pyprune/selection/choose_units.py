@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from pyprune import ops
-from pyprune.methods.allocation import Amount, by_name, er, erk, limits, removed_in_all
+from pyprune.methods.allocation import Amount, er, erk, limits, removed_in_all
 from pyprune.methods.lamp import lamp_removed
 from pyprune.methods.method import Method
+from pyprune.methods.name_rules import by_name
 from pyprune.methods.scope import group_of
 from pyprune.methods.unit_groups import UnitGroup, reduce_units, spread_units
 from pyprune.selection.limits import capped_threshold
@@ -182,8 +183,8 @@ def _among_all(units: _Units) -> Selected:
 
 def _bounds(units: _Units, sizes: Sequence[int], dropped: Sequence[int], removed: int) -> list[tuple[int, int]]:
     """Return how many units of each unit group must go at least, and may at most."""
-    low = by_name(units.amount.min_ratio, units.names, 0.0)
-    high = by_name(units.amount.max_ratio, units.names, 1.0)
+    low = by_name(units.amount.min_ratio, units.names, 0.0, "min_ratio")
+    high = by_name(units.amount.max_ratio, units.names, 1.0, "max_ratio")
     bounds = []
     for (name, *_), size, gone, min_ratio, max_ratio in zip(units.names, sizes, dropped, low, high, strict=True):
         least, most = limits(size, min_ratio, max_ratio)
@@ -210,8 +211,8 @@ def _in_groups(units: _Units) -> Selected:
     for i, names in enumerate(units.names):
         sets.setdefault(group_of(units.method.scope, names) or "", []).append(i)
     # Rules are about all weights; each group gets the numbers of its own.
-    low = by_name(amount.min_ratio, units.names, 0.0)
-    high = by_name(amount.max_ratio, units.names, 1.0)
+    low = by_name(amount.min_ratio, units.names, 0.0, "min_ratio")
+    high = by_name(amount.max_ratio, units.names, 1.0, "max_ratio")
     ratios = by_name(amount.ratio, list(sets), 0.0)
     masks: dict[int, Tensor] = {}
     nonfinite: dict[int, Tensor] = {}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.calibration.calibrate import Calibration
+from pyprune.checks import check_bool, shown
 from pyprune.methods.allocation import Allocation, Amount, check_ratio
 from pyprune.methods.importance import Importance
 from pyprune.methods.method import METHODS, Method, PruneMode, check_amount, check_mode
@@ -117,6 +118,12 @@ def prune(
         >>> int((conv.weight == 0).all(dim=(1, 2, 3)).sum())
         4
     """
+    for flag, value in (
+        ("from_remaining", from_remaining),
+        ("zero_dead_channels", zero_dead_channels),
+        ("same_on_all_ranks", same_on_all_ranks),
+    ):
+        check_bool(flag, value)
     mode, method = method_of(mode)
     amount = Amount(ratio, allocation, min_ratio, max_ratio, from_remaining)
     if method is None:
@@ -175,11 +182,11 @@ def masked_targets(model: nn.Module) -> list[Target]:
     return targets
 
 
-def method_of(mode: PruneMode | str | Method) -> tuple[str, Method | None]:
+def method_of(mode: PruneMode | str | Method, name: str = "mode") -> tuple[str, Method | None]:
     """Return the method, or None if the mode means gates, and its name for messages."""
     if isinstance(mode, Method):
         return mode.importance.name, mode
-    member = check_mode(mode)
+    member = check_mode(mode, name)
     return member.value, METHODS.get(member)
 
 
@@ -189,7 +196,7 @@ def method_with_ratios(mode: PruneMode | str | Method) -> Method:
     Raises:
         TypeError, ValueError: if it is none, or means gates, whose ratio belongs to a loss.
     """
-    name, method = method_of(mode)
+    name, method = method_of(mode, "method")
     if method is None:
         raise ValueError(f"method is {name}, which trains gates by a loss; give a Method or a magnitude mode")
     return method
@@ -258,7 +265,7 @@ def statistics_of(
         return dict.fromkeys(targets)
     if not isinstance(calibration, Calibration):
         raise TypeError(
-            f"importance {importance.name} needs statistics, and calibration is {calibration!r:.80}; give "
+            f"importance {importance.name} needs statistics, and calibration is {shown(calibration)}; give "
             "calibration=pyprune.calibrate(model, dataset, importance, ...)"
         )
     if (calibration.statistic, calibration.options) != (importance.needs, importance.options):

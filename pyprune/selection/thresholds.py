@@ -1,15 +1,15 @@
 """A threshold in place of a ratio."""
 
-import math
-import numbers
 from typing import Any
 
 import torch
 from torch import nn
 
 from pyprune.calibration.calibrate import Calibration
+from pyprune.checks import check_number
 from pyprune.methods.allocation import Amount
 from pyprune.methods.method import Method, PruneMode
+from pyprune.modules.attachments import check_module
 from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.modules.masks import changing_masks, masks_in
 from pyprune.selection.choose_masks import unit_groups_of
@@ -53,11 +53,9 @@ def ratios_below(
         >>> ratios, prune(linear, method, ratio=ratios).weight.tolist()
         ({'weight': 0.25}, [[0.0, -2.0, 0.5, 4.0]])
     """
+    check_module(model)
     chosen = method_with_ratios(method)
-    if isinstance(threshold, bool) or not isinstance(threshold, numbers.Real):
-        raise TypeError(f"threshold is {threshold!r}; give a number")
-    if math.isnan(threshold):
-        raise ValueError(f"threshold is {threshold}; give a number")
+    threshold = check_number("threshold", threshold, what="a number")
     with changing_masks(masks_in(model)):
         statistics = targets_with_statistics(model, chosen, ignored_scope, examples_inputs, calibration)
         groups = unit_groups_of(chosen, Amount(), list(statistics), statistics)

@@ -39,6 +39,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
+from pyprune.checks import check_items, shown
+from pyprune.modules.attachments import check_module
 from pyprune.modules.memory import prefer_huge_pages
 from pyprune.modules.undo import Change
 from pyprune.torch_prune.amount import Amount, count
@@ -215,7 +217,11 @@ def global_unstructured(
         raise TypeError(
             f"importance_scores is a {type(importance_scores).__name__}; give a dict from (module, name) to a tensor"
         )
-    method = pruning_method(**kwargs)
+    if not isinstance(pruning_method, type) or not issubclass(pruning_method, torch_prune.BasePruningMethod):
+        raise TypeError(f"pruning_method is {shown(pruning_method)}; give a class of methods, as L1Unstructured")
+    if "amount" in kwargs:
+        _validate_pruning_amount_init(kwargs["amount"])
+    method: Any = pruning_method(**kwargs)
     if method.PRUNING_TYPE != "unstructured":
         raise TypeError(
             f"pruning_method is {pruning_method}, of type {method.PRUNING_TYPE!r}; only methods of type "
@@ -246,9 +252,15 @@ def remove(module: _M, name: str) -> _M:
         >>> [name for name, _ in linear.named_parameters()], int((linear.weight == 0).sum())
         (['weight', 'bias'], 2)
     """
+    check_module(module, "module")
+    if not isinstance(name, str):
+        raise TypeError(f"name is {shown(name)}; give the name of a parameter")
     orig = module._parameters.get(name + "_orig")
-    with Change(module, values=[] if orig is None else [orig]):
-        torch_prune.remove(module, name)
+    try:
+        with Change(module, values=[] if orig is None else [orig]):
+            torch_prune.remove(module, name)
+    except ValueError as error:
+        raise ValueError(f"name is {shown(name)}: {error}") from error
     return module
 
 
@@ -260,13 +272,17 @@ def is_pruned(module: nn.Module) -> bool:
         >>> is_pruned(linear), is_pruned(identity(linear, "weight"))
         (False, True)
     """
+    check_module(module, "module")
     return torch_prune.is_pruned(module)
 
 
 def _check_places(parameters: Iterable[Place]) -> list[Place]:
-    if not isinstance(parameters, Iterable):
-        raise TypeError(f"parameters is a {type(parameters).__name__}; give pairs of a module and a parameter's name")
-    places = [(module, name) for module, name in parameters]
+    what = "pairs of a module and a parameter's name"
+    places = []
+    for pair in check_items("parameters", parameters, what):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], nn.Module):
+            raise TypeError(f"parameters has {shown(pair)} in it; give {what}")
+        places.append((pair[0], pair[1]))
     if not places:
         raise ValueError("parameters is empty; give pairs of a module and a parameter's name")
     if len(set(places)) < len(places):

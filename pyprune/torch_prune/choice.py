@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pyprune import ops
+from pyprune.checks import check_number, shown
 from pyprune.modules.memory import prefer_huge_pages
 
 
@@ -40,6 +41,11 @@ def _finite(scores: Tensor) -> Tensor:
 
 def channel_norms(t: Tensor, n: float | str, dim: int) -> Tensor:
     """Return the n-norm of each channel."""
+    if not isinstance(n, str):
+        finite = 0 if isinstance(n, float) and math.isinf(n) else n
+        check_number("n", finite, what='the order of a norm: a number, inf, -inf, "fro" or "nuc"')
+    elif n not in ("fro", "nuc"):
+        raise ValueError(f'n is {shown(n)}; give the order of a norm: a number, inf, -inf, "fro" or "nuc"')
     others = [other for other in range(t.dim()) if other != dim % t.dim()]
     if n == "nuc":
         norms: Tensor = torch.linalg.matrix_norm(t, "nuc", dim=others)

@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import prune as torch_prune
 
+from pyprune.checks import shown
+from pyprune.modules.mask_states import is_plain
 from pyprune.modules.undo import Change
-from pyprune.torch_prune.amount import channel_count, count
+from pyprune.torch_prune.amount import _validate_pruning_amount_init, channel_count, count
 from pyprune.torch_prune.choice import channel_norms, without_channels, without_smallest
 from pyprune.torch_prune.state import attach, copy_product, detach, hook_keys, parts, show_product
 
@@ -69,6 +72,8 @@ class BasePruningMethod(torch_prune.BasePruningMethod):
             importance_scores: in place of the parameter, of its shape.
             kwargs: for the class.
         """
+        if "amount" in kwargs:
+            _validate_pruning_amount_init(kwargs["amount"])
         method = cls(*args, **kwargs)
         orig, mask = parts(module, name)
         hook = with_method(module, name, method)
@@ -172,6 +177,7 @@ class CustomFromMask(torch_prune.CustomFromMask, BasePruningMethod):  # type: ig
 
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
         """Return the product of both masks."""
+        check_dense("mask", self.mask)
         if default_mask.shape != self.mask.shape:
             raise ValueError(
                 f"mask has shape {tuple(self.mask.shape)}; give one of the parameter's, {tuple(default_mask.shape)}"
@@ -186,11 +192,19 @@ def takes_smallest(method: torch_prune.BasePruningMethod) -> bool:
 
 
 def check_scores(scores: Tensor, like: Tensor, name: str) -> None:
-    """Raise ValueError unless scores have the shape of what they are for."""
+    """Raise unless scores are a dense tensor of the shape of what they are for."""
+    check_dense("importance_scores", scores)
     if scores.shape != like.shape:
         raise ValueError(
             f"importance_scores has shape {tuple(scores.shape)}; give one of {name}'s shape, {tuple(like.shape)}"
         )
+
+
+def check_dense(argument: str, tensor: object) -> None:
+    """Raise TypeError unless an argument is a tensor whose values can be read."""
+    if not isinstance(tensor, Tensor) or isinstance(tensor, FakeTensor) or not is_plain(tensor):
+        kind = type(tensor).__name__
+        raise TypeError(f"{argument} is {shown(tensor)}, a {kind}; give a dense tensor with values")
 
 
 def with_method(module: nn.Module, name: str, method: torch_prune.BasePruningMethod) -> Any:

@@ -11,7 +11,13 @@ from torch.nn.utils import prune as torch_prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from pyprune.checks import shown
+from pyprune.modules.attachments import check_module
 from pyprune.modules.memory import prefer_huge_pages
+
+
+class NoSuchParameter(AttributeError, ValueError):
+    """A name that is none: an AttributeError as in torch, and a ValueError as everywhere here."""
 
 
 class Product(torch.autograd.Function):
@@ -52,9 +58,18 @@ def hook_keys(module: nn.Module, name: str) -> list[int]:
 
 def parts(module: nn.Module, name: str) -> tuple[nn.Parameter, Tensor | None]:
     """Return the parameter itself, and the mask that it has already."""
+    check_module(module, "module")
+    if not isinstance(name, str):
+        raise TypeError(f"name is {shown(name)}; give the name of a parameter")
     if hook_keys(module, name):
         return getattr(module, name + "_orig"), getattr(module, name + "_mask")
-    orig = getattr(module, name)
+    there = ", ".join(key for key, value in module._parameters.items() if value is not None)
+    try:
+        orig = getattr(module, name)
+    except AttributeError as error:
+        raise NoSuchParameter(
+            f"{type(module).__name__} has no parameter {shown(name)}, as name says; it has {there or 'none'}"
+        ) from error
     if not isinstance(orig, nn.Parameter):
         raise TypeError(f"{name} of {type(module).__name__} is a {type(orig).__name__}; give the name of a parameter")
     return orig, None

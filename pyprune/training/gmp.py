@@ -50,6 +50,7 @@ def gmp(
         >>> int(pruner.model.weight.count_nonzero())
         10
     """
+    check_ratios(ratio, "ratio")
     return Pruner(
         model,
         Method(magnitude(), scope=tensor()) if method is None else method,

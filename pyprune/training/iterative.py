@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from pyprune.calibration.calibrate import Calibration
 from pyprune.calibration.training_statistics import needs_training
+from pyprune.checks import check_bool
 from pyprune.console import as_html, as_text, tracked
 from pyprune.methods.allocation import Amount, check_ratio
 from pyprune.methods.importance import magnitude
 from pyprune.methods.method import Method, PruneMode, check_amount
-from pyprune.methods.schedules import Ratio, Schedule, as_schedule, check_step, nothing_of
+from pyprune.methods.schedules import Ratio, Schedule, as_schedule, check_ratios, check_step, nothing_of
 from pyprune.methods.tolerance import check_drop, worsening
 from pyprune.modules.evaluation import check_callable, score_of
 from pyprune.modules.ignored_scope import IgnoredScope
@@ -27,6 +28,7 @@ from pyprune.selection.choose_masks import prunable_targets
 from pyprune.selection.prune import method_with_ratios, put_masks
 
 _MAGNITUDE = Method(magnitude())
+_MOST_STEPS = 10**6
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,13 @@ def iterative_prune(
     check_callable("finetune_fn", finetune_fn)
     check_callable("eval_fn", eval_fn)
     check_drop("max_drop", max_drop)
+    for flag, value in (
+        ("higher_is_better", higher_is_better),
+        ("reintroduce", reintroduce),
+        ("zero_dead_channels", zero_dead_channels),
+        ("progress", progress),
+    ):
+        check_bool(flag, value)
     amounts = [
         check_amount(chosen, Amount(ratio, dropped_stay=not reintroduce))
         for ratio in _ratios(schedule, num_iterations)
@@ -256,6 +265,7 @@ def lottery_ticket(
     """
     chosen = method_with_ratios(method)
     check_callable("train_fn", train_fn)
+    check_bool("progress", progress)
     final, rounds = check_ratio(ratio), check_step(iterations, "iterations", least=1)
     # The last is exactly what was asked for, not rounded by the formula.
     ratios = [*(1 - (1 - final) ** (i / rounds) for i in range(1, rounds)), final]
@@ -330,18 +340,20 @@ def _prune_to(
 def _ratios(schedule: object, num_iterations: int | None) -> list[Ratio]:
     """Return the ratio of each round."""
     rounds = None if num_iterations is None else check_step(num_iterations, "num_iterations", least=1)
-    if isinstance(schedule, Sequence) and not isinstance(schedule, str):
+    if isinstance(schedule, Sequence) and not isinstance(schedule, (str, bytes)):
         if not schedule or rounds not in (None, len(schedule)):
             raise ValueError(
                 f"schedule has {len(schedule)} ratios and num_iterations is {rounds}; give one per round"
             )
-        return list(schedule)
+        return [check_ratios(ratio, "a ratio of schedule") for ratio in schedule]
     if isinstance(schedule, Schedule) and schedule.end is not None:
         if rounds is not None:
             raise ValueError(
                 f"num_iterations is {rounds}, but the rounds are the steps at which {schedule.name} is due; leave it "
                 "out, or give the ratios themselves"
             )
+        if schedule.end - schedule.start > _MOST_STEPS:
+            raise ValueError(f"schedule has {schedule.end - schedule.start:,} steps; give the ratios of the rounds")
         due = [schedule(step) for step in range(schedule.start, schedule.end + 1) if schedule.is_due(step)]
         before: list[Ratio] = [nothing_of(due[0]), *due]
         ratios = [ratio for ratio, last in zip(due, before, strict=False) if ratio != last]

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from pyprune import ops
 from pyprune.modules.attachments import attach, check_module, detach
-from pyprune.modules.averages import apply_masks, plain_name
+from pyprune.modules.averages import apply_masks
 from pyprune.modules.coverage import warn_of_missed
 from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.modules.masks import FollowingMask, Mask
@@ -45,7 +45,7 @@ class KeepSparse:
     @property
     def masks(self) -> dict[str, Tensor]:
         """The masks by the names of the parameters, True = kept; those of sharded weights are of this rank's part."""
-        return {plain_name(target.name): mask.mask for target, mask in self._held.items()}
+        return {target.name: mask.mask for target, mask in self._held.items()}
 
     def apply(self) -> None:
         """Zero what is dropped in the weights, now: after a step in a compiled graph, or after writing to ``.data``.

@@ -6,7 +6,6 @@ replaced in the model, ValueError. They warn once if optimizers step without the
 """
 
 import math
-import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from pyprune import ops
+from pyprune.checks import check_count, check_number
 from pyprune.methods.allocation import check_ratio
 from pyprune.modules.attachments import check_module
 from pyprune.modules.flops import flop_costs
 from pyprune.modules.gates import HardConcreteGate, StochasticGate, gates_of
+from pyprune.modules.mask_states import check_tensors
 from pyprune.modules.sharding import sum_of_parts
 from pyprune.training.gate_checks import GatePlaces, OptimizerWatch
 
@@ -133,7 +134,8 @@ class RBLoss(_GateLoss):
         if any(isinstance(gate, HardConcreteGate) for gate in gates):
             raise ValueError("the model has hard-concrete gates; train those with LagrangianLoss or L0Loss")
         super().__init__(model, gates)
-        self.target_ratio = target_ratio
+        # Checked here: torch would take a module past the property.
+        self.target_ratio = check_ratio(target_ratio, "target_ratio")
         self._p = _check_positive(p, "p")
 
     @property
@@ -253,13 +255,10 @@ class LagrangianLoss(_GateLoss):
         learning_rate: float = 0.1,
     ) -> None:
         super().__init__(model, _find_gates(model))
-        if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, numbers.Integral):
-            raise TypeError(f"warmup_steps is {warmup_steps!r}; give a number of optimizer steps")
-        if warmup_steps < 0:
-            raise ValueError(f"warmup_steps is {warmup_steps}; give 0 or more optimizer steps")
+        what = "a number of optimizer steps, 0 or more"
+        self._warmup_steps: int = check_count("warmup_steps", warmup_steps, what=what)
         self._target_ratio: float = check_ratio(target_ratio, "target_ratio")
         self._start_ratio: float = check_ratio(start_ratio, "start_ratio")
-        self._warmup_steps: int = int(warmup_steps)
         self._learning_rate: float = _check_positive(learning_rate, "learning_rate")
         zeros = torch.zeros(2, dtype=torch.float64, device=self._groups[0].costs.device)
         self.register_buffer("multipliers", zeros)
@@ -294,6 +293,22 @@ class LagrangianLoss(_GateLoss):
         before = [self._steps, self._mean, self._mean_square, self.multipliers]
         torch._foreach_copy_(before, [count, *means, multipliers])
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Go on with the multipliers of a state_dict.
+
+        Raises:
+            ValueError: if a tensor of it is of another shape, or not finite; nothing is changed then.
+            RuntimeError: as torch does, for names that are missing or too many.
+        """
+        check_tensors("multipliers", state_dict)
+        for name, buffer in self.named_buffers():
+            if name in state_dict and state_dict[name].shape != buffer.shape:
+                raise ValueError(
+                    f"state_dict has {name} of shape {tuple(state_dict[name].shape)}, and this loss "
+                    f"{tuple(buffer.shape)}; load what its state_dict() returned"
+                )
+        return super().load_state_dict(state_dict, strict, assign)
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "LagrangianLoss":
         # model.half(), of a model that holds its loss, must not round what is float64 here.
         exact = dict(self.named_buffers())
@@ -326,8 +341,4 @@ def _find_gates(model: nn.Module) -> dict[StochasticGate, float]:
 
 
 def _check_positive(value: object, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} is {value!r}; give a number above 0")
-    if not 0 < float(value) < math.inf:
-        raise ValueError(f"{name} is {value}; it must be a finite number above 0")
-    return float(value)
+    return check_number(name, value, what="a finite number above 0", least=0, open_ends=True)

@@ -1,7 +1,6 @@
 """Movement pruning: weights stay that move away from zero while a model is fine-tuned."""
 
 import math
-import numbers
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -12,6 +11,7 @@ from torch.optim import Optimizer
 
 from pyprune import ops
 from pyprune.calibration.training_statistics import TrainingGradients, average
+from pyprune.checks import check_number, shown
 from pyprune.methods.allocation import Amount, removed_count
 from pyprune.methods.granularity import Granularity, element
 from pyprune.methods.importance import gradient, without_signs
@@ -20,6 +20,7 @@ from pyprune.methods.schedules import Ratio, Schedule, as_schedule
 from pyprune.methods.scope import Scope, tensor
 from pyprune.methods.unit_groups import reduce_units, spread_units
 from pyprune.modules.ignored_scope import IgnoredScope
+from pyprune.modules.mask_states import check_tensors
 from pyprune.modules.masks import changing_masks, raw_weight
 from pyprune.modules.targets import Target
 from pyprune.selection.choose_masks import Choice, unit_groups_of
@@ -88,11 +89,12 @@ class MovementPruner(Pruner):
         ignored_scope: IgnoredScope | None = None,
         examples_inputs: Any = None,
     ) -> None:
+        check_number("lr", lr, what="a learning rate, 0 or more", least=0)
         scope = tensor() if scope is None else scope
         method = Method(gradient(), element() if granularity is None else granularity, scope)
         self._check(scope, as_schedule(schedule), threshold, regularization)
         if score_optimizer is not None and not callable(score_optimizer):
-            raise TypeError(f"score_optimizer is {score_optimizer!r}; give a function that makes one of tensors")
+            raise TypeError(f"score_optimizer is {shown(score_optimizer)}; give a function that makes one of tensors")
         self.threshold, self.regularization = threshold, float(regularization)
         self._optimizer_of_scores = partial(torch.optim.Adam, lr=lr) if score_optimizer is None else score_optimizer
         super().__init__(
@@ -112,11 +114,15 @@ class MovementPruner(Pruner):
         super()._check_state(state)
         expected = {name: score.shape for name, score in self.scores.items()}
         scores = state["scores"] if isinstance(state["scores"], Mapping) else {}
+        check_tensors("scores", state["scores"])
         if {name: score.shape for name, score in scores.items()} != expected:
-            raise ValueError(f"the state has scores for {sorted(scores)}, this pruner for {sorted(expected)}")
+            raise ValueError(f"the state has scores for {shown(sorted(scores))}, this pruner for {sorted(expected)}")
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        self._score_optimizer.load_state_dict(state["score_optimizer"])
+        try:  # it looks at all before it changes anything
+            self._score_optimizer.load_state_dict(state["score_optimizer"])
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"score_optimizer of the state does not fit the optimizer of scores: {error}") from error
         super()._load(state)
 
     def _touched(self) -> list[object]:
@@ -137,15 +143,12 @@ class MovementPruner(Pruner):
             raise ValueError(f"scope is {scope.name}; movement pruning takes scope.tensor() or scope.model()")
         if isinstance(schedule(schedule.start), dict):
             raise ValueError("movement pruning takes one ratio, not a dict")
-        for name, number in (("threshold", threshold), ("regularization", regularization)):
-            if not ((number is None and name == "threshold") or isinstance(number, numbers.Real)):
-                raise TypeError(f"{name} is {number!r}; give a number")
-        if threshold is not None and not 0 < threshold < 1:
-            raise ValueError(f"threshold is {threshold}; it is one of sigma(S), and must be between 0 and 1")
-        if not 0 <= regularization < math.inf or (regularization > 0 and threshold is None):
+        if threshold is not None:
+            what = "a number between 0 and 1: it is one of sigma(S)"
+            check_number("threshold", threshold, what=what, least=0, most=1, open_ends=True)
+        if check_number("regularization", regularization, what="a number, 0 or more", least=0) and threshold is None:
             raise ValueError(
-                f"regularization is {regularization} and threshold {threshold}; give 0 or more, and only for soft "
-                "masks, which have a threshold"
+                f"regularization is {regularization} and threshold None; it is for soft masks, which have a threshold"
             )
 
     def _check_optimizer(self) -> None:

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from pyprune.calibration.sums import without_tables
 from pyprune.calibration.training_statistics import TrainingGradients, TrainingSums, needs_gradients, needs_training
+from pyprune.checks import check_bool, shown
 from pyprune.methods.allocation import Allocation, Amount
 from pyprune.methods.method import Method, PruneMode, check_amount
 from pyprune.methods.schedules import Ratio, Schedule, as_schedule, check_ratios, check_step, is_pruned
@@ -116,14 +117,13 @@ class Pruner:
         reintroduce: bool = True,
         zero_dead_channels: bool = False,
     ) -> None:
-        name, found = method_of(method)
+        name, found = method_of(method, "method")
         if found is None:
             raise ValueError(
                 f"mode is {name}, but learned gates are drawn to a ratio by a loss; give a Method or a magnitude mode"
             )
         for option, value in (("reintroduce", reintroduce), ("zero_dead_channels", zero_dead_channels)):
-            if not isinstance(value, bool):
-                raise TypeError(f"{option} is {value!r}; give True or False")
+            check_bool(option, value)
         self.model = model
         self.method = found
         self.schedule = as_schedule(schedule)
@@ -238,7 +238,9 @@ class Pruner:
             TypeError, ValueError: if it is not the state of such a pruner. This one is then as it was.
         """
         if not isinstance(state_dict, Mapping) or set(state_dict) != set(self._state()):
-            raise ValueError(f"{state_dict!r:.80} is not the state_dict() of a {type(self).__name__}")
+            raise ValueError(
+                f"state_dict is {shown(state_dict)}, which is not the state_dict() of a {type(self).__name__}"
+            )
         self._check_state(state_dict)
         with Change(self.model, objects=self._touched()) as change:
             load_rest = self._loading(state_dict)
@@ -264,20 +266,22 @@ class Pruner:
     def _check_state(self, state: Mapping[str, Any]) -> None:
         check_step(state["step_count"], "step_count")
         check_ratios(state["ratio"], "the ratio of the state")
+        for flag in ("frozen", "is_late"):
+            check_bool(f"{flag} of the state", state[flag])
         if isinstance(self._watch, TrainingSums):
             self._watch.check_state(state["sums"])
         elif state["sums"] is not None:
             raise ValueError("the state is that of a pruner with another importance; make one as it was made")
         shapes = {target.name: target.parameter.shape for target in self._carried()}
         if not isinstance(state["masks"], Mapping) or set(state["masks"]) != set(shapes):
-            raise ValueError(f"the state is of the weights {sorted(state['masks'])}, these are {sorted(shapes)}")
+            raise ValueError(f"the state is of the weights {_named(state['masks'])}, these are {sorted(shapes)}")
         for name, shape in shapes.items():
             check_state(name, state["masks"][name], shape)
 
     def _load(self, state: Mapping[str, Any]) -> None:
         self._unchecked = None  # of the training that is left
-        was_frozen, self.frozen = self.frozen, bool(state["frozen"])
-        self.step_count, self.ratio, self._is_late = int(state["step_count"]), state["ratio"], bool(state["is_late"])
+        was_frozen, self.frozen = self.frozen, state["frozen"]
+        self.step_count, self.ratio, self._is_late = int(state["step_count"]), state["ratio"], state["is_late"]
         if self._watch is None:
             return
         if isinstance(self._watch, TrainingSums):
@@ -479,6 +483,10 @@ class Pruner:
             self._unchecked.check()
             self._unchecked.tell(self.model)
             self._unchecked = None
+
+
+def _named(masks: object) -> str:
+    return shown(sorted(map(str, masks)) if isinstance(masks, Mapping) else masks)
 
 
 def _on_cpu(masks: Mapping[Target, Mask]) -> bool:

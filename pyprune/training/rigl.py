@@ -71,6 +71,7 @@ class RigLPruner(Pruner):
         ignored_scope: IgnoredScope | None = None,
         examples_inputs: Any = None,
     ) -> None:
+        check_ratio(ratio)
         self.fraction = check_ratio(fraction, "fraction")
         if check_step(frequency, "frequency", least=1) >= check_step(end, "end"):
             raise ValueError(

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from pyprune.checks import shown
 from pyprune.methods.allocation import check_ratio
 from pyprune.methods.method import METHODS, PruneMode, check_mode
 from pyprune.methods.schedules import Schedule, check_step, exponential, multi_step
@@ -59,7 +60,9 @@ class _Scheduler(ABC):
             TypeError, ValueError: if it is not the state of a scheduler.
         """
         if not isinstance(state_dict, Mapping) or set(state_dict) != {"epoch", "ratio"}:
-            raise ValueError(f"{state_dict!r} is not the state_dict() of a {type(self).__name__}")
+            raise ValueError(
+                f"state_dict is {shown(state_dict)}, which is not the state_dict() of a {type(self).__name__}"
+            )
         epoch, ratio = check_step(state_dict["epoch"], "epoch"), check_ratio(state_dict["ratio"])
         self.epoch, self._ratio = epoch, ratio
 

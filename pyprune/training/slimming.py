@@ -1,11 +1,10 @@
 """Network slimming: train the scales of BatchNorm small, then remove the channels that have small ones."""
 
-import numbers
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pyprune.checks import check_number
 from pyprune.modules.attachments import check_module
 from pyprune.modules.targets import by_place
 
@@ -34,10 +33,7 @@ def slimming_loss(model: nn.Module, weight: float = 1e-4) -> Tensor:
         0.08
     """
     check_module(model)
-    if isinstance(weight, bool) or not isinstance(weight, numbers.Real):
-        raise TypeError(f"weight is {weight!r}; give a number, 0 or more")
-    if not 0 <= float(weight) < float("inf"):
-        raise ValueError(f"weight is {weight}; give a number, 0 or more")
+    price = check_number("weight", weight, what="a number, 0 or more", least=0)
     # The raw scale: one under a mask of a dead channel is to stay small, too.
     scales = {
         target.parameter: None
@@ -46,4 +42,4 @@ def slimming_loss(model: nn.Module, weight: float = 1e-4) -> Tensor:
     }
     if not scales:
         raise ValueError(f"{type(model).__name__} has no BatchNorm with a scale; slimming needs one")
-    return torch.stack([scale.abs().sum(dtype=torch.float32) for scale in scales]).sum() * float(weight)
+    return torch.stack([scale.abs().sum(dtype=torch.float32) for scale in scales]).sum() * price

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from pyprune.calibration.batches import Dataset
 from pyprune.calibration.calibrate import calibrate
+from pyprune.methods.allocation import check_ratio
 from pyprune.methods.importance import snip as snip_scores
 from pyprune.methods.method import Method
 from pyprune.modules.ignored_scope import IgnoredScope
@@ -48,6 +49,7 @@ def snip(
         >>> int(model.weight.count_nonzero())
         2
     """
+    check_ratio(ratio)
     method = Method(snip_scores())
     calibration = calibrate(
         model,

@@ -80,3 +80,81 @@ def test_from_csv_names_a_file_that_is_none(tmp_path, change):
     path.write_text(path.read_text().replace(*change))
     with pytest.raises(ValueError, match=r"result\.csv: "):
         SensitivityResult.from_csv(path)
+
+
+DAMAGES = (None, True, -1, 2.5, 10**400, "no", [], [1], {}, {"a": 1})
+
+
+FIRST = ("targets", 0)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        (),
+        *((key,) for key in ("version", "baseline", "higher_is_better", "setting", "targets")),
+        FIRST,
+        *((*FIRST, key) for key in ("name", "weights", "units", "scores")),
+        (*FIRST, "scores", 0),
+        (*FIRST, "scores", 0, 0),
+        (*FIRST, "scores", 0, 1),
+    ],
+)
+def test_from_json_refuses_every_damage_with_the_file(path, tmp_path):
+    right = {"higher_is_better": (True,), "setting": ({}, {"a": 1}), "targets": ([],), "baseline": (-1, 2.5)}
+    right |= {1: (-1, 2.5), "name": ("no",), "scores": ([],)}
+    file = tmp_path / "result.json"
+    whole = SensitivityResult(0.9, {"fc.weight": SensitivityTarget(40, 20, {0.5: 0.8, 0.75: 0.3})}).to_dict()
+    for damage in DAMAGES:
+        if path and any(type(damage) is type(one) and damage == one for one in right.get(path[-1], ())):
+            continue
+        content = json.loads(json.dumps(whole))
+        inner = content
+        for key in path[:-1]:
+            inner = inner[key]
+        if path:
+            inner[path[-1]] = damage
+        else:
+            content = damage
+        file.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"result\.json: "):
+            SensitivityResult.from_json(file)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[" * 100_000, '{"version": 1, "targets": [{"name": "a"}]}', "\0", '{"version": 1, "version": 2}'],
+)
+def test_from_json_refuses_what_is_no_result(text, tmp_path):
+    file = tmp_path / "result.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"result\.json: "):
+        SensitivityResult.from_json(file)
+
+
+@pytest.mark.parametrize(
+    ("line", "old", "new"),
+    [
+        (0, "drop", "gain"),
+        (1, "higher", "better"),
+        (1, "0.9", "nan"),
+        (1, "0.9", ""),
+        (2, "0.5", "1.5"),
+        (2, "0.5", "nan"),
+        (2, "0.8", "x"),
+        (2, "40", "-4"),
+        (2, "40", "4.5"),
+        (2, ",", ";"),
+        (3, "0.75", "0.5"),
+        (3, "40", "41"),
+    ],
+)
+def test_from_csv_refuses_every_damage_with_the_file(line, old, new, tmp_path):
+    file = tmp_path / "result.csv"
+    SensitivityResult(0.9, {"fc.weight": SensitivityTarget(40, 20, {0.5: 0.8, 0.75: 0.3})}).to_csv(file)
+    lines = file.read_text().splitlines()
+    assert old in lines[line]
+    lines[line] = lines[line].replace(old, new, 1)
+    file.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"result\.csv: "):
+        SensitivityResult.from_csv(file)

@@ -162,7 +162,7 @@ def test_dataset_gives_data_as_is_and_transformed():
     assert list(dataset.get_data(indices=[])) == []
     assert list(dataset.get_inference_data()) == [0, 10, 20, 30, 40]
     assert list(dataset.get_inference_data([0, 4])) == [0, 40]
-    assert list(Dataset("ab").get_inference_data()) == ["a", "b"]
+    assert list(Dataset(("a", "b")).get_inference_data()) == ["a", "b"]
 
 
 def test_dataset_reads_no_further_than_the_last_index():

@@ -186,9 +186,9 @@ def test_calibrate_uses_as_many_batches_as_it_is_told(cnn):
         ({"importance": importance.taylor()}, TypeError, "needs gradients, and loss_fn is None"),
         ({"importance": importance.wanda(), "loss_fn": loss_fn}, ValueError, "no loss_fn"),
         ({"importance": importance.wanda(), "dataset": []}, ValueError, "no batch"),
-        ({"importance": importance.wanda(), "dataset": 3}, TypeError, "data_source is a int"),
+        ({"importance": importance.wanda(), "dataset": 3}, TypeError, "dataset is a int"),
         ({"importance": importance.wanda(), "num_batches": 0}, ValueError, "at least 1"),
-        ({"importance": importance.wanda(), "num_batches": 1.5}, TypeError, "give an int"),
+        ({"importance": importance.wanda(), "num_batches": 1.5}, TypeError, "num_batches is 1.5"),
         (
             {"importance": importance.wanda(), "dataset": [torch.full((1, 1, 8, 8), torch.nan)]},
             ValueError,

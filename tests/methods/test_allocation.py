@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from pyprune.methods.allocation import by_name, check_ratio, er, erk, limits, removed_count
+from pyprune.methods.allocation import check_ratio, er, erk, limits, removed_count
+from pyprune.methods.name_rules import by_name
 
 
 @pytest.mark.parametrize(

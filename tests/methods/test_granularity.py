@@ -54,7 +54,7 @@ def test_granularity_cuts_weights_into_units(cut, weight, block):
         (lambda: granularity.block(1, 2, reduction="median"), ValueError, "allowed are"),
         (lambda: granularity.channel("output"), ValueError, 'allowed are "out" and "in"'),
         (lambda: granularity.head(0), ValueError, "num_heads is 0"),
-        (lambda: granularity.head(8, 3), ValueError, "3 key and value heads do not divide 8"),
+        (lambda: granularity.head(8, 3), ValueError, "num_kv_heads is 3"),
         (lambda: granularity.head(8, names=("q", "k", "v")), ValueError, "query, key, value and output"),
         (lambda: granularity.block(11, 1).block_of(LINEAR), ValueError, "larger than linear"),
         (lambda: granularity.block(1, 8).block_of(LINEAR), ValueError, "larger than linear"),

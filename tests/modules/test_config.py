@@ -102,17 +102,17 @@ def gate_entry(**values):
         (entry([["weight"]], [4, 1, 3, 3]), ValueError, "damaged"),
         (entry([3], [4, 1, 3, 3]), ValueError, "damaged"),
         ({"version": 2, "masks": [{"names": ["fc.weight"]}]}, ValueError, "damaged"),
-        (entry([], []), ValueError, "does not have"),
+        (entry([], []), ValueError, r"masks\[1\] has the names \[\]"),
         (entry(["conv.weight"], [4, 1, 3, 3]), ValueError, "nearest parameters: conv2.weight|conv1.weight"),
         (entry(["conv1.weight"], [4, 1, 5, 5]), ValueError, r"shape \[4, 1, 5, 5\] for conv1.weight"),
-        (gate_entry(kind="Gate"), ValueError, "gate for fc.weight: its kind is 'Gate'; this pyprune knows Stoch"),
+        (gate_entry(kind="Gate"), ValueError, "the gate of fc.weight: its kind is 'Gate'; this pyprune knows Stoch"),
         (gate_entry(kind=None), ValueError, "its kind is None; this pyprune knows StochasticGate, HardConcreteGate"),
-        (gate_entry(kind=[]), ValueError, "damaged gate for fc.weight"),
+        (gate_entry(kind=[]), ValueError, r"gate of fc.weight: its kind is \[\]"),
         (gate_entry(options={}), ValueError, "must name a dtype, float32 or weight"),
         (gate_entry(options=None), ValueError, "must name a dtype"),
         (gate_entry(options={"dtype": "int7"}), ValueError, "must name a dtype"),
-        (gate_entry(options={"dtype": "float32", "gate_shape": [5, 5]}), ValueError, "damaged gate"),
-        (gate_entry(options={"dtype": "float32", "droprate": 3}), ValueError, "damaged gate"),
+        (gate_entry(options={"dtype": "float32", "gate_shape": [5, 5]}), ValueError, "damaged: the gate"),
+        (gate_entry(options={"dtype": "float32", "droprate": 3}), ValueError, "damaged: the gate"),
         (entry(["conv1.weight", "conv2.weight"], [4, 1, 3, 3]), ValueError, "tie the weights"),
     ],
 )
@@ -285,3 +285,128 @@ def test_upgrade_checkpoint_brings_one_of_version_0_1_0_up_to_date(transformer):
         pyprune.upgrade_checkpoint(raw, config)
     with pytest.raises(TypeError, match="both dicts"):
         pyprune.upgrade_checkpoint(raw, [])
+
+
+WRONG = (True, -1, 2.5, 2**70, "no", [], [1.5], {}, {"a": 1}, math.nan, b"x", torch.zeros(3), lambda: 0)
+# Of each field what is right besides what get_config wrote.
+RIGHT = {
+    "parked": (None,),
+    "unit": (None,),
+    "parks": (True,),
+    "same_on_all_ranks": (True,),
+    "straight_through": (True,),
+    "beta": (2.5, 2**70),
+    "zeta": (2.5, 2**70),
+    "gamma": (-1,),
+    "gate_shape": (None,),
+}
+
+
+def bytes_of(values, **kind):
+    return torch.tensor(values, dtype=torch.uint8, **kind)
+
+
+def dead_filters(model):
+    filters = Method(importance.magnitude(p=2), granularity.channel("out"), scope.tensor())
+    return pyprune.prune(model, filters, ratio=0.5, zero_dead_channels=True)
+
+
+def damages(config):
+    """Yield a config with each field of each of its entries missing, and wrong in each way."""
+    yield from ({**config, key: value} for key in config for value in WRONG if key == "version" or value != [])
+    for kind in ("masks", "gates"):
+        for i, one in enumerate(config[kind]):
+            for path in [(key,) for key in one] + [("options", key) for key in one.get("options", ())]:
+                for value in (*WRONG, None):
+                    if any(type(value) is type(right) and value == right for right in RIGHT.get(path[-1], ())):
+                        continue
+                    entries = list(config[kind])
+                    entries[i] = copy.copy(one)
+                    entries[i][path[0]] = {**one["options"], path[1]: value} if path[1:] else value
+                    yield {**config, kind: entries}
+
+
+@pytest.mark.parametrize(
+    "put_on",
+    [
+        prune,
+        dead_filters,
+        lambda model: pyprune.prune(model, "UNSTRUCTURED_REGULARIZATION_BASED"),
+        lambda model: pyprune.prune(model, "UNSTRUCTURED_HARD_CONCRETE"),
+    ],
+)
+def test_load_from_config_refuses_every_damage_and_changes_nothing(put_on, unchanged):
+    config = get_config(put_on(nn.Linear(6, 4)))
+    fresh = nn.Linear(6, 4)
+    before = unchanged(fresh)
+    seen = 0
+    for damage in damages(config):
+        with pytest.raises((TypeError, ValueError), match="config"):
+            load_from_config(fresh, damage)
+        seen += 1
+    before.check()
+    assert seen > 60
+    load_from_config(fresh, config)
+
+
+def test_load_from_config_refuses_what_contradicts_itself(unchanged):
+    masks, gates = (
+        get_config(put_on(nn.Linear(6, 4)))[kind]
+        for put_on, kind in (
+            (dead_filters, "masks"),
+            (lambda model: pyprune.prune(model, "UNSTRUCTURED_HARD_CONCRETE"), "gates"),
+        )
+    )
+    weight, bias = masks
+    parked = weight["parked"]
+    cases = {
+        "more than once": [
+            {"masks": masks * 2},
+            {"masks": masks, "gates": gates},
+            {"masks": [], "gates": gates * 2},
+            {"masks": [weight, {**weight, "names": ["_orig_mod.weight"]}]},
+        ],
+        "is not that of the dead channels": [{"masks": [weight, {**bias, "bits": ~bias["bits"] & 0xF0}]}],
+        "follows": [
+            {"masks": [bias]},
+            {"masks": [weight, {**bias, "follows": "bias"}]},
+            {"masks": [weight, {**bias, "groups": 5}]},
+        ],
+        "bytes of bits": [{"masks": [{**weight, "bits": torch.cat([weight["bits"]] * 2)}]}],
+        "no tensor of bytes": [
+            {"masks": [{**weight, "bits": bits}]}
+            for bits in (weight["bits"].float(), weight["bits"].to("meta"), weight["bits"].to_sparse())
+        ],
+        "NaN or infinite": [{"masks": [{**weight, "parked": parked * bad}]} for bad in (math.nan, math.inf)],
+        "no tensor of weights": [
+            {"masks": [{**weight, "parked": bad}]} for bad in (parked.int(), parked.to("meta"), parked.to_sparse())
+        ],
+        "not as many": [{"masks": [{**weight, "parked": parked[1:]}]}],
+    }
+    fresh = nn.Linear(6, 4)
+    before = unchanged(fresh)
+    for text, configs in cases.items():
+        for config in configs:
+            with pytest.raises(ValueError, match=text):
+                load_from_config(fresh, {"version": 2, **config})
+    before.check()
+
+
+@pytest.mark.parametrize("mode", ["UNSTRUCTURED_MAGNITUDE_LOCAL", "UNSTRUCTURED_HARD_CONCRETE"])
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_configs_fit_the_plain_model_and_the_wrapped_one(wrap, mode):
+    def build():
+        return nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 4)))
+
+    options = {"ratio": 0.5} if "MAGNITUDE" in mode else {}
+    plain = pyprune.prune(build(), mode, **options)
+    config = get_config(plain)
+    names = [entry["names"] for entry in (*config["masks"], *config["gates"])]
+    assert names == [["0.weight"], ["1.0.weight"]]
+    inside = build()
+    inside[1] = wrap(inside[1])
+    for wrapped in (wrap(build()), nn.DataParallel(wrap(build())), inside):
+        load_from_config(wrapped, config)
+        again = get_config(wrapped)
+        assert [entry["names"] for entry in (*again["masks"], *again["gates"])] == names
+        load_from_config(build(), again)

@@ -338,7 +338,7 @@ def test_a_layer_with_a_gate_by_hand_draws_once_per_call():
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
-        ((3, "weight", pyprune.StochasticGate((2, 2))), TypeError, "model is of type int"),
+        ((3, "weight", pyprune.StochasticGate((2, 2))), TypeError, "module is of type int"),
         ((nn.Linear(2, 2), "weight", nn.Identity()), TypeError, "gate is of type Identity"),
         ((nn.Linear(2, 2), "wait", pyprune.StochasticGate((2, 2))), ValueError, "no parameter 'wait'.*weight, bias"),
         ((nn.Linear(2, 2), 3, pyprune.StochasticGate((2, 2))), ValueError, "no parameter 3"),

@@ -570,3 +570,57 @@ def test_translation_of_ac_dc():
     assert all(same(a, b) for a, b in zip(translated(text), expected, strict=True))
     local = translated(text.replace("frequency: 1", "frequency: 1, scope: tensor"))
     assert [dropped([mask]) for mask in local[-1]] == [round(0.8 * mask.numel()) for mask in local[-1]]
+
+
+HUGE = "1" + "0" * 400
+
+
+@pytest.mark.parametrize(
+    ("fields", "place"),
+    [
+        (f"final: 0.5, end: {HUGE}", "end"),
+        ("final: 0.5, end: 1e300", "end"),
+        ("final: 0.5, end: 2001-99-99", "end"),
+        ("final: 0.5, end: ", "end"),
+        (f"final: {HUGE}, end: 2", "final"),
+        ("final: , end: 2", "final"),
+        ("final: {no: 0.5}, end: 2", "final"),
+        ("final: {fc: }, end: 2", "final"),
+        ("final: {'(': 0.5}, end: 2", "final"),
+        ("final: {'(a)\\1': 0.5}, end: 2", "final"),
+        ("final: 0.5, end: 2, frequency: 1e300", "frequency"),
+        (f"final: 0.5, end: 2, schedule: {{polynomial: {{power: {HUGE}}}}}", "power"),
+        ("final: 0.5, end: 2, schedule: {polynomial: }", "polynomial"),
+        (f"schedule: {{multi_step: {{{HUGE}: 0.5}}}}", "multi_step"),
+        ("schedule: {multi_step: {0: 0.5, 0.0: 0.6}}", "multi_step"),
+        (f"final: 0.5, end: 2, importance: {{magnitude: {{p: {HUGE}}}}}", "magnitude"),
+        ("final: 0.5, end: 2, importance: {apoz: {activation: relu}}", "apoz"),
+        ("final: 0.5, end: 2, importance: [magnitude]", "importance"),
+        ("final: 0.5, end: 2, importance: ", "importance"),
+        ("final: 0.5, end: 2, granularity: {block: {n: 1e3, m: 1}}", "block"),
+        ("final: 0.5, end: 2, scope: {group: {groups: {heads: }}}", "groups.heads"),
+        ("final: 0.5, end: 2, scope: {group: {groups: {heads: [[a]]}}}", "groups.heads"),
+        ("final: 0.5, end: 2, scope: {group: {groups: [a]}}", "groups"),
+        ("final: 0.5, end: 2, scope: {group: {groups: {heads: ['(a)\\1']}}}", "group"),
+        ("final: 0.5, end: 2, ignore: {names: {fc: 1}}", "ignore.names"),
+        ("final: 0.5, end: 2, ignore: {names: [no]}", "ignore.names"),
+        ("final: 0.5, end: 2, ignore: {patterns: [[]]}", "ignore.patterns"),
+        ("final: 0.5, end: 2, ignore: {types: [Embedding], validate: nope}", "ignore"),
+        ("final: 0.5, end: 2, ignore: 3", "ignore"),
+        ("final: 0.5, end: 2, scope: model, max_ratio: nope", "max_ratio"),
+        ("final: 0.5, end: 2, allocation: [erk]", "allocation"),
+        ("final: 0.5, end: 2, reintroduce: 1", "reintroduce"),
+        ("final: 0.5, end: 2, end: 3", "end"),
+    ],
+)
+def test_from_string_names_the_place_of_every_wrong_value(fields, place):
+    with pytest.raises(ValueError, match=r"^recipe.yaml:2: stages\[0\]") as raised:
+        Recipe.from_string(f"stages:\n  - prune: {{{fields}}}", "recipe.yaml")
+    assert place in str(raised.value)
+    assert "object is not" not in str(raised.value)
+    assert len(str(raised.value)) < 500
+
+
+def test_a_recipe_of_very_many_phases_is_refused():
+    with pytest.raises(ValueError, match=r"^recipe.yaml:1: .*frequency is 1, which makes more than 100,000 phases"):
+        Recipe.from_string("stages: [ac_dc: {final: 0.5, end: 1000000, frequency: 0.000001}]", "recipe.yaml")

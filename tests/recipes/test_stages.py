@@ -192,7 +192,7 @@ def test_a_stage_needs_initial_where_the_one_before_leaves_different_ratios(firs
         (PRUNE + "allocation: even", "recipe.yaml:1: [0].prune: allocation is 'even'"),
         (PRUNE + "reintroduce: maybe", "recipe.yaml:4: [0].prune.reintroduce: 'maybe' is neither true nor false"),
         (PRUNE + "ignore: fc", "recipe.yaml:4: [0].prune.ignore: 'fc' is no dict"),
-        (PRUNE + "ignore: {names: fc}", "recipe.yaml:4: [0].prune.ignore: IgnoredScope names is 'fc'"),
+        (PRUNE + "ignore: {names: fc}", "recipe.yaml:4: [0].prune.ignore.names: 'fc' is no list"),
         (PRUNE + "ignore: {name: [fc]}", "[0].prune.ignore.name: 'name' is unknown here; did you mean names?"),
         (PRUNE + "\n- constant:\n    start: 1", "recipe.yaml:6: [1].constant.start: the stage begins at "
          "epoch 1, and recipe.yaml:1: [0].prune lasts from 0 to 2; stages follow each other"),

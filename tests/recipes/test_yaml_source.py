@@ -48,7 +48,7 @@ def test_lines_are_those_of_the_keys():
         ("start: 1\nedn: 2", "file.yaml:2: edn: 'edn' is unknown here; did you mean end? Allowed: start, end"),
         ("end: 1\nend: 2", "file.yaml:2: end: it is in line 1 already; give it once"),
         ("start: 2", "file.yaml:1: it lacks end; give it"),
-        ("[1]: 2", "file.yaml:1: [1]: a list or dict cannot be a name"),
+        ("[1]: 2", "file.yaml:1: [1] is no name"),
         ("- 1", "file.yaml:1: [1] is no dict; give lines of 'name: value'"),
     ],
 )
@@ -116,3 +116,102 @@ def test_read_without_yaml_says_what_to_install(monkeypatch):
 
 def test_nearest_without_one_lists_all():
     assert nearest("x", ("start", "end")) == "Allowed: start, end"
+
+
+def bomb(levels):
+    lists = ["&a0 [x, x, x, x, x, x, x, x, x]"]
+    lists += [f"&a{i} [" + ", ".join([f"*a{i - 1}"] * 9) + "]" for i in range(1, levels)]
+    return "[" + ", ".join(lists) + "]"
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (bomb(9), r"^file.yaml:1: with its aliases written out it has more than 10,000 values"),
+        ("a: 1\nb: &b [*b]", r"^file.yaml:2: an alias stands here for what it is itself a part of"),
+        ("a: 1\nb: &b {<<: *b}", r"^file.yaml:2: an alias stands here for what it is itself a part of"),
+        ("a: 1\nb: " + "[" * 3000, r"^file.yaml:2: lists and dicts nest deeper than 50"),
+        ("a: 1\nb: " + "{x: " * 3000, r"^file.yaml:2: lists and dicts nest deeper than 50"),
+        ("a: 1\nb: " + "- " * 3000 + "1", r"^file.yaml:2: "),
+        ("a: *nowhere", r"^file.yaml:1: this is no YAML: found undefined alias"),
+    ],
+)
+def test_read_refuses_what_grows_without_end(text, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        place(text)
+
+
+def test_aliases_and_merge_keys_work():
+    text = "a: &a {x: 1, y: 2}\nb:\n  <<: *a\n  y: 3\nc: {<<: [{x: 7}, *a], z: *a}\nd: {k: &k [1, 2], l: *k}"
+    fields = place(text).pairs()
+    assert {key: one.value() for key, one in fields["b"].pairs().items()} == {"x": 1, "y": 3}
+    assert {key: one.value() for key, one in fields["c"].pairs().items()} == {"x": 7, "y": 2, "z": {"x": 1, "y": 2}}
+    assert str(fields["b"].pairs()["x"]) == "file.yaml:1: b.x"
+    assert fields["d"].value() == {"k": [1, 2], "l": [1, 2]}
+    assert fields["b"].value() == fields["b"].value() == {"x": 1, "y": 3}
+    with pytest.raises(ValueError, match=r"^file.yaml:2: b.<<: 3 is no dict"):
+        place("a: 1\nb: {<<: 3}").pairs()["b"].pairs()
+
+
+@pytest.mark.parametrize(
+    "written", ["0", "1e3", "1.0", "fc", "'no'", '"null"', "0x10", "1_000", "a b", "ε", "!!str on"]
+)
+def test_names_are_text_as_it_is_written(written):
+    text = written.removeprefix("!!str ").strip("'\"")
+    assert place(f"[{written}]").texts() == [text]
+    assert list(place(f"{{{written}: 1}}").pairs()) == [text]
+
+
+@pytest.mark.parametrize(
+    ("written", "complaint"),
+    [
+        ("no", "'no' is true or false in YAML; if it is a name, put it in quotes"),
+        ("on", "'on' is true or false"),
+        ("null", "'null' is nothing in YAML"),
+        ("~", "'~' is nothing"),
+        ("2001-01-01", "'2001-01-01' is a date in YAML"),
+        ("!!int abc", "has the tag tag:yaml.org,2002:int"),
+        ("!mine abc", "has the tag !mine"),
+        ("[a]", r"\['a'\] is no name"),
+        ("{a: 1}", "{'a': 1} is no name"),
+    ],
+)
+def test_names_that_yaml_reads_as_something_else_are_refused(written, complaint):
+    with pytest.raises(ValueError, match=f"^file.yaml:2: a\\[0\\]: .*{complaint}"):
+        place(f"a:\n- {written}").pairs()["a"].texts()
+    if not written.startswith(("[", "{")):
+        with pytest.raises(ValueError, match=f"^file.yaml:2: a: .*{complaint}"):
+            place(f"a:\n  ? {written}\n  : 1").pairs()["a"].pairs()
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "2001-99-99",
+        "2001-01-01 99:99:99",
+        "1" + "0" * 5000,
+        "!!int abc",
+        "!!bool maybe",
+        "!!timestamp abc",
+        "!!float x",
+        "!!python/object:os.system {}",
+        "!!set [1]",
+        "{? [1] : 2}",
+        "!!omap 3",
+        "!mine 3",
+        "!!int [1]",
+    ],
+)
+def test_value_says_where_it_cannot_be_read(written):
+    with pytest.raises(ValueError, match=r"^file.yaml:2: a: ") as raised:
+        place(f"b: 1\na: {written}").pairs()["a"].value()
+    assert len(str(raised.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "written", ["1" + "0" * 400, "-1" + "0" * 400, "1e400", ".inf", "2001-01-01", "[]", "{}", "~", "no"]
+)
+def test_number_refuses_every_other_value(written):
+    with pytest.raises(ValueError, match=r"^file.yaml:1: a: .* is not a length; give a number") as raised:
+        place(f"a: {written}").pairs()["a"].number("a length")
+    assert len(str(raised.value)) < 200

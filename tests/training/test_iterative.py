@@ -208,7 +208,7 @@ def test_iterative_prune_calibrates_in_every_round(cnn):
     [
         ({"schedule": (0.5, 0.3)}, ValueError, "falls from 0.5 to 0.3.*reintroduce=True"),
         ({"schedule": schedules.alternating(0.5, end=20, frequency=5)}, ValueError, "falls from 0.5 to 0"),
-        ({"schedule": (0.5, 1.0)}, ValueError, r"ratio is 1.0.*\[0, 1\)"),
+        ({"schedule": (0.5, 1.0)}, ValueError, r"ratio of schedule is 1.0.*\[0, 1\)"),
         ({"schedule": schedules.one_shot(0.0)}, ValueError, "one_shot is always 0"),
         ({"schedule": ()}, ValueError, "schedule has 0 ratios"),
         ({"schedule": (0.5,), "num_iterations": 2}, ValueError, "has 1 ratios and num_iterations is 2"),
