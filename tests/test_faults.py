@@ -279,6 +279,7 @@ CALLS = {
         lambda things: pyprune.attach_gate(things["model"], "weight", things["gate"]),
     ),
     "pruning_statistic": (masked, of_model(pyprune.pruning_statistic)),
+    "pruning_statistic with inputs": (gated, of_model(pyprune.pruning_statistic, examples_inputs=BATCH)),
     "keep_sparse": (
         lambda: trained(masked),
         lambda things: pyprune.keep_sparse(things["model"], things["optimizer"]),
