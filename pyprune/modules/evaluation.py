@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack, _pop_mode
 
 from pyprune.checks import shown
 from pyprune.modules.attachments import wrapped_name
@@ -129,7 +129,10 @@ def using(mode: TorchFunctionMode | TorchDispatchMode) -> Iterator[None]:
 
     def undo() -> None:
         while any(one is mode for one in stack()):  # an operator that was interrupted may have left it twice
-            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            try:
+                mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            except IndexError:  # that was interrupted before, after it had forgotten what was before the mode
+                _pop_mode()
 
     with undoing(undo):
         mode.__enter__()  # type: ignore[no-untyped-call]
