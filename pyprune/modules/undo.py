@@ -109,9 +109,9 @@ class Change(ExitStack):
         >>> linear = nn.Linear(2, 2)
         >>> with Change(linear):
         ...     _ = linear.eval().requires_grad_(False)
-        ...     raise KeyboardInterrupt
+        ...     raise RuntimeError("whatever it is")
         Traceback (most recent call last):
-        KeyboardInterrupt
+        RuntimeError: whatever it is
         >>> linear.training, linear.weight.requires_grad
         (True, True)
     """

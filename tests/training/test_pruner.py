@@ -760,7 +760,7 @@ TAYLOR, LOCAL_TAYLOR = Method(importance.taylor()), Method(importance.taylor(), 
 WRONG = {
     "gates": (lambda m: Pruner(m, "UNSTRUCTURED_HARD_CONCRETE", HALF), "learned gates are drawn to a ratio"),
     "no mode": (lambda m: Pruner(m, "local", HALF), "allowed are"),
-    "no method": (lambda m: Pruner(m, 3, HALF), "mode is a int"),
+    "no method": (lambda m: Pruner(m, 3, HALF), "method is a int"),
     "no schedule": (lambda m: Pruner(m, LOCAL, 0.5), "give one of pyprune.schedules"),
     "schedule of 1": (lambda m: Pruner(m, LOCAL, lambda step: 1.0), "the ratio of step 0 is 1.0"),
     "schedule of text": (lambda m: Pruner(m, LOCAL, lambda step: "x"), "the ratio of step 0 is 'x'"),
@@ -807,7 +807,7 @@ WRONG = {
     ),
     "scope of movement": (lambda m: pyprune.MovementPruner(m, HALF, sgd(m), scope=scope.row()), "scope is row"),
     "threshold": (lambda m: pyprune.MovementPruner(m, HALF, sgd(m), threshold=1.0), "between 0 and 1"),
-    "regularization": (lambda m: pyprune.MovementPruner(m, HALF, sgd(m), regularization=1.0), "only for soft"),
+    "regularization": (lambda m: pyprune.MovementPruner(m, HALF, sgd(m), regularization=1.0), "it is for soft masks"),
     "dict of movement": (
         lambda m: pyprune.MovementPruner(m, schedules.one_shot({"head": 0.5}, start=1), sgd(m)), "not a dict"
     ),
