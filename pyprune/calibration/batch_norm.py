@@ -1,10 +1,10 @@
 """Adapt BatchNorm statistics to the weights that are left."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyprune.calibration.batches import Dataset, batches_of
@@ -77,6 +77,11 @@ def batch_norm_adaptation(
         )
     if any(buffer.is_inference() for norm in norms for buffer in norm.buffers()):
         raise ValueError("the statistics were made under torch.inference_mode; build or load the model outside it")
+    if reset and (uncounted := [name for norm, name in names.items() if norm.num_batches_tracked is None]):
+        raise ValueError(
+            f"reset averages over the batches, and {listed(uncounted)} does not count them (num_batches_tracked is "
+            "None); leave reset out, or give it a counter"
+        )
     momenta = [(norm, norm.momentum) for norm in norms]
 
     def undo() -> None:
@@ -93,9 +98,9 @@ def batch_norm_adaptation(
         start = {norm: [buffer.clone() for buffer in norm.buffers()] for norm in norms}
         for index, batch in enumerate(batches):
             forward(model, batch, "a batch of calibration_dataset")
-            _check_finite(names, index)
+            _check_finite({norm: name for norm, name in names.items() if _has_changed(norm, start)}, index)
         # They count batches, so whatever saw one has changed.
-        missed = [norm for norm, before in start.items() if all(map(torch.equal, norm.buffers(), before))]
+        missed = [norm for norm in norms if not _has_changed(norm, start)]
         for norm in missed:
             for buffer, value in zip(norm.buffers(), saved[norm], strict=True):
                 buffer.copy_(value)
@@ -105,6 +110,11 @@ def batch_norm_adaptation(
             "Give data that goes through them, or leave them as they are"
         )
     return model
+
+
+def _has_changed(norm: _BatchNorm, start: Mapping[_BatchNorm, Sequence[Tensor]]) -> bool:
+    there = zip(norm.buffers(), start[norm], strict=True)
+    return any(not torch.equal(now, then) and not (now.isnan() & then.isnan()).all() for now, then in there)
 
 
 def _check_finite(names: Mapping[_BatchNorm, str], batch: int) -> None:

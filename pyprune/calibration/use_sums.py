@@ -77,7 +77,7 @@ class UseSums:
             return found.problem or known.problem
         if (known.outputs, known.inputs, known.groups) != (found.outputs, found.inputs, found.groups):
             return "it is used with inputs in another dimension than its layer has them; give examples_inputs"
-        if use.given is None or use.made is None:
+        if use.given is None or (use.made is None and self.rule.needs != "input norm"):
             return "several of its dimensions are used as one"
         if self.rule.needs != "input norm":
             if any(isinstance(owner.module, (nn.RNNBase, nn.RNNCellBase)) for owner in target.owners):

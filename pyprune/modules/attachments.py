@@ -8,6 +8,7 @@ after its parameter (`gate_name`).
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -75,6 +76,8 @@ def check_module(model: object, name: str = "model") -> None:
     """Raise TypeError unless a model is a module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{name} is of type {type(model).__name__}; give a torch.nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"{name} is a TorchScript module, whose layers cannot be changed; prune before tracing it")
 
 
 # What wraps a whole module passes its calls on, and puts a word into the names of what is inside.

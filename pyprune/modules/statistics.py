@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyprune import ops
+from pyprune.modules.attachments import check_module
 from pyprune.modules.evaluation import check_inputs
 from pyprune.modules.flops import macs_of
 from pyprune.modules.gates import StochasticGate
@@ -60,8 +61,9 @@ def pruning_statistic(
         0.75
     """
     check_inputs(examples_inputs)
+    check_module(model)
     # What carries something is known without a trace.
-    is_pruned = isinstance(model, nn.Module) and bool(attachments_of(model))
+    is_pruned = bool(attachments_of(model))
     chosen = choose_targets(model, ignored_scope, None if is_pruned else examples_inputs)
     counted: dict[Target, Tensor] = {}
     for target in chosen:

@@ -10,6 +10,8 @@ from pyprune.console import as_html, as_text
 
 # With title and sums it is to fit on a screen.
 _ROWS = 32
+# So few blocks say too little.
+_FEW = 4
 
 
 @dataclass(frozen=True)
@@ -105,12 +107,15 @@ def _table(statistic: ModelPruningStatistic, shortened: bool) -> str:
 
 
 def _blocks(tensors: Sequence[TensorPruningStatistic]) -> list[tuple[str, list[TensorPruningStatistic]]]:
-    """Group weights by the block of the model that they lie in: up to the first number in their names."""
-    blocks: dict[str, list[TensorPruningStatistic]] = {}
-    for tensor in tensors:
-        numbered = re.match(r"(.*?\.)??\d+(?=\.)", tensor.tensor_name)
-        name = numbered.group() if numbered else tensor.tensor_name
-        blocks.setdefault(name, []).append(tensor)
+    """Group weights by the block of the model that they lie in: up to the first number in their names that tells."""
+    for depth in (1, 2, 3):
+        blocks: dict[str, list[TensorPruningStatistic]] = {}
+        for tensor in tensors:
+            numbered = re.match(rf"(?:(?:\w+\.)*?\d+(?=\.)\.?){{1,{depth}}}", tensor.tensor_name)
+            name = numbered.group().rstrip(".") if numbered else tensor.tensor_name
+            blocks.setdefault(name, []).append(tensor)
+        if len(blocks) >= _FEW:
+            break
     return list(blocks.items())
 
 

@@ -114,8 +114,12 @@ def find_targets(
     if not targets:
         raise ValueError(
             f"{type(model).__name__} has no weight to prune: no linear, convolution, embedding, attention or "
-            "recurrent layer outside the ignored scope. To find weights that are bare parameters, give "
-            "examples_inputs"
+            "recurrent layer outside the ignored scope"
+            + (
+                ". To find weights that are bare parameters, give examples_inputs"
+                if examples_inputs is None
+                else ", and no parameter is the weight of a product in the forward pass of examples_inputs"
+            )
         )
     return targets
 

@@ -34,7 +34,7 @@ def used_as_weights(model: nn.Module, inputs: Any) -> dict[nn.Parameter, Layout]
     def on_use(use: Use) -> None:
         seen.setdefault(use.part.parameter, set()).add(use.layout)
 
-    with evaluating(model), untouched(model), watching_uses(model, on_use):
+    with evaluating(model), untouched(model), watching_uses(model, on_use, in_recurrent_layers=False):
         forward(model, inputs)
     return {parameter: one_layout(layouts) for parameter, layouts in seen.items()}
 

@@ -46,8 +46,12 @@ class Use:
 
 
 @contextmanager
-def watching_uses(model: nn.Module, on_use: Callable[[Use], None]) -> Iterator[None]:
+def watching_uses(
+    model: nn.Module, on_use: Callable[[Use], None], *, in_recurrent_layers: bool = True
+) -> Iterator[None]:
     """Call a function with each use of a parameter of a model while this is on; compiled models run uncompiled.
+
+    To see products in recurrent layers takes many times as long as what runs these as one.
 
     Example:
         >>> linear = nn.Linear(3, 2)
@@ -61,7 +65,7 @@ def watching_uses(model: nn.Module, on_use: Callable[[Use], None]) -> Iterator[N
     stack = ExitStack()
     with undoing(stack.close):
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        if in_recurrent_layers and any(isinstance(module, nn.RNNBase) for module in model.modules()):
             # Otherwise oneDNN and cuDNN run recurrent layers as one.
             set_flags = torch.backends.mkldnn.set_flags
             stack.callback(set_flags, torch.backends.mkldnn.enabled, _fp32_precision=None)

@@ -1,6 +1,6 @@
 """Choose the masks of a model's weights: from targets to unit groups, and back."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -63,8 +63,13 @@ class Choice:
                 f"NaN or infinite {self.what}: {', '.join(bad)}. Repair them, or name them in ignored_scope"
             )
 
-    def tell(self, model: nn.Module) -> None:
-        """Warn of layers without a weight, and of outputs of the model without one. This waits for the device."""
+    def tell(self, model: nn.Module, ends: Collection[nn.Module]) -> None:
+        """Warn of layers without a weight, and of outputs of the model without one. This waits for the device.
+
+        Args:
+            model: the model.
+            ends: the layers that put out what the model does.
+        """
         empty = are_zero([new.mask for new in self.masks.values()])
         if any(empty):
             names = [target.name for target, is_empty in zip(self.masks, empty, strict=True) if is_empty]
@@ -72,19 +77,19 @@ class Choice:
                 f"the masks drop all of {listed(names)}: nothing goes through these layers any more. Give a "
                 "max_ratio, such as 0.9, or let the units of each weight compete among themselves: scope.tensor()"
             )
-        last = next((layer for layer in reversed(list(model.modules())) if isinstance(layer, nn.Linear)), None)
-        for target, new in self.masks.items():
-            if new.unit is None or len(self.masks) == 1 or all(owner.module is not last for owner in target.owners):
-                continue
-            if target.layout.outputs is None:
-                continue
-            alive = channels_alive(new.mask, target.layout)
-            gone = int(ops.count_zeros([alive]))
-            if 0 < gone < len(alive):
-                warn(
-                    f"{gone} of the {len(alive)} outputs of the last layer, {target.name}, are pruned: where the "
-                    "model puts them out, as classes, they are constant. To keep them, name it in ignored_scope"
-                )
+        cut = [
+            target.name
+            for target, new in self.masks.items()
+            if new.unit is not None
+            and any(owner.module in ends and owner.module is not model for owner in target.owners)
+            and target.layout.outputs is not None
+            and int(ops.count_zeros([channels_alive(new.mask, target.layout)])) > 0
+        ]
+        if cut:
+            warn(
+                f"outputs of the last layer, {listed(cut)}, are pruned: where the model puts them out, as classes, "
+                "they are constant. To keep them, name it in ignored_scope"
+            )
 
 
 def choose_masks(

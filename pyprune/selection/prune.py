@@ -18,6 +18,7 @@ from pyprune.modules.dead_channels import new_followers
 from pyprune.modules.forward_pass import attach_and_share
 from pyprune.modules.gates import HardConcreteGate, StochasticGate
 from pyprune.modules.ignored_scope import IgnoredScope
+from pyprune.modules.last_layers import last_layers
 from pyprune.modules.masks import Mask, attach_masks, changing_masks, masks_by_target, masks_in
 from pyprune.modules.norms import norms_after
 from pyprune.modules.targets import Target, by_place, check_prunable, find_targets, output_layers
@@ -170,7 +171,7 @@ def update_masks(model: nn.Module, mode: PruneMode | str, ratio: float) -> None:
     with Change(model), changing_masks(masks_in(model)):
         choice = choose_masks(METHODS[mode], amount, targets, {})
         choice.check()
-        choice.tell(model)
+        choice.tell(model, ())
         attach_masks(model, list(choice.masks.values()))
 
 
@@ -180,6 +181,11 @@ def masked_targets(model: nn.Module) -> list[Target]:
     if not targets:
         raise ValueError(f"{type(model).__name__} carries no masks; call pyprune.prune in a magnitude mode first")
     return targets
+
+
+def ends_of(model: nn.Module, method: Method, inputs: Any) -> Sequence[nn.Module]:
+    """Return the layers that put out what the model does, if a method may take their outputs."""
+    return last_layers(model, inputs) if method.granularity.name == 'channel("out")' else ()
 
 
 def method_of(mode: PruneMode | str | Method, name: str = "mode") -> tuple[str, Method | None]:
@@ -222,7 +228,7 @@ def put_masks(
         statistics = targets_with_statistics(model, method, ignored_scope, examples_inputs, calibration)
         choice = choose_masks(method, amount, list(statistics), statistics)
         choice.check()
-        choice.tell(model)
+        choice.tell(model, ends_of(model, method, examples_inputs))
         followers = new_followers(model, choice.masks, examples_inputs, ignored_scope) if zero_dead_channels else []
         attach_masks(model, list(choice.masks.values()), followers)
 

@@ -42,7 +42,7 @@ from pyprune.modules.undo import Change
 from pyprune.modules.zeros import holds_in, settle_written
 from pyprune.selection.choose_masks import Choice, choose_masks, prunable_targets, unit_groups_of, units_of
 from pyprune.selection.choose_units import ratios_of
-from pyprune.selection.prune import check_kind, method_of, statistics_of
+from pyprune.selection.prune import check_kind, ends_of, method_of, statistics_of
 
 
 class Pruner:
@@ -155,6 +155,7 @@ class Pruner:
                     has_inputs=examples_inputs is not None,
                 )
                 self._watch = self._make_watch()
+                self._ends = ends_of(model, found, examples_inputs)
                 self._check_all()
                 self._attach(zero_dead_channels, examples_inputs, ignored_scope)
             if self._watch is not None:
@@ -342,7 +343,7 @@ class Pruner:
             elif is_pruned(ratio):
                 choice = choose_masks(self.method, amount, self._targets, statistics)
                 choice.check()
-                choice.tell(self.model)
+                choice.tell(self.model, self._ends)
 
     def _attach(self, zero_dead_channels: bool, inputs: Any, ignored_scope: IgnoredScope | None) -> None:
         units = units_of(self.method, self._targets)
@@ -475,13 +476,13 @@ class Pruner:
         last, self._unchecked = self._unchecked, None
         if last is not None and not _on_cpu(masks):
             last.check()
-            last.tell(self.model)
+            last.tell(self.model, self._ends)
 
     def _check_last(self) -> None:
         """Raise if the masks of the last update were computed from NaN or infinity."""
         if self._unchecked is not None:
             self._unchecked.check()
-            self._unchecked.tell(self.model)
+            self._unchecked.tell(self.model, self._ends)
             self._unchecked = None
 
 

@@ -110,6 +110,45 @@ def test_tell_names_the_last_layer_if_it_loses_outputs(method, ignored, said):
             warnings.simplefilter("always")
             call(copy.deepcopy(model), IgnoredScope(names=ignored))
         texts = [str(one.message) for one in caught]
-        expected = "2 of the 4 outputs of the last layer, 2.weight, are pruned: where the model puts them out, as "
-        expected += "classes, they are constant. To keep them, name it in ignored_scope"
+        expected = "outputs of the last layer, 2.weight, are pruned: where the model puts them out, as classes, "
+        expected += "they are constant. To keep them, name it in ignored_scope"
         assert texts == ([expected] if said else [])
+
+
+class Heads(nn.Module):
+    """Its last layers are not those that it has last."""
+
+    def __init__(self):
+        super().__init__()
+        self.box, self.classes = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 6, 1)
+        self.body = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x):
+        x = self.body(x).relu()
+        return {"all": torch.cat([self.box(x), self.classes(x).sigmoid()], 1).flatten(2)}
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "named"),
+    [
+        (Heads(), torch.randn(1, 3, 5, 5), "box.weight, classes.weight"),
+        (Heads(), None, "body.weight"),
+        (nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 10, 1)), None, "2.weight"),
+        (nn.Sequential(nn.Linear(8, 8), nn.LogSoftmax(1)), torch.randn(2, 8), "0.weight"),
+    ],
+)
+def test_tell_finds_the_layers_whose_outputs_the_model_puts_out(model, inputs, named):
+    method = Method(importance.magnitude(p=2), granularity.channel("out"), scope.tensor())
+    with pytest.warns(UserWarning, match=rf"^outputs of the last layer, {named}, are pruned"):
+        prune(model, method, ratio=0.5, examples_inputs=inputs)
+
+
+def test_tell_says_the_same_at_every_update():
+    model = nn.Sequential(nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 20))
+    method = Method(importance.magnitude(p=2), granularity.channel("out"), scope.tensor())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pruner = Pruner(model, method, schedules.cubic(0.6, end=10))
+        for _ in range(12):
+            pruner.step()
+    assert len({str(one.message) for one in caught}) == 1
