@@ -1,13 +1,14 @@
 """What weights cost in a forward pass."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -18,6 +19,19 @@ from pyprune.modules.targets import Target
 from pyprune.modules.undo import Before, undoing
 
 _Key = TypeVar("_Key")
+
+# Products that torch does not count: from arguments and result.
+_FLOPS: dict[str, Callable[[tuple[Any, ...], Any], int]] = {
+    "mv": lambda args, made: 2 * args[0].numel(),
+    "addmv": lambda args, made: 2 * args[1].numel(),
+    "dot": lambda args, made: 2 * args[0].numel(),
+    "addbmm": lambda args, made: 2 * args[1].numel() * args[2].shape[-1],
+    # Groups of rows, each with a matrix of its own.
+    "_grouped_mm": lambda args, made: 2 * made.numel() * args[0].shape[-1],
+    "grouped_mm_fallback": lambda args, made: 2 * made.numel() * args[0].shape[-1],
+    # x1 W x2: rows of x1 times all of W.
+    "_trilinear": lambda args, made: 2 * args[1].numel() * (args[0].numel() // max(1, args[0].shape[-1])),
+}
 
 
 class _FlopCounter(TorchDispatchMode, Generic[_Key]):  # type: ignore[no-untyped-call]
@@ -54,13 +68,17 @@ class _FlopCounter(TorchDispatchMode, Generic[_Key]):  # type: ignore[no-untyped
 
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        is_counted = func.overloadpacket in flop_registry
-        flops = flop_registry[func.overloadpacket](*args, **kwargs, out_val=result) if is_counted else 0
+        if count := _FLOPS.get(func.overloadpacket.__name__):
+            flops = count(args, result)
+        elif func.overloadpacket in flop_registry:
+            flops = flop_registry[func.overloadpacket](*args, **kwargs, out_val=result)
+        else:
+            flops = 0
         self.total += flops
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         for key in {key for leaf in leaves if leaf.layout is torch.strided for key in self._keys_of(leaf)}:
             self.flops[key] += flops
-            if func.overloadpacket.__name__ in ("clone", "_to_copy"):
+            if func.overloadpacket.__name__ in ("clone", "_to_copy", "index", "index_select"):
                 self.see(key, result)
         return result
 
@@ -82,10 +100,10 @@ def _unfused() -> Iterator[None]:
         for backend, value in zip(backends, enabled, strict=True):
             backend.enabled = value
 
-    with undoing(undo):
+    with undoing(undo), sdpa_kernel(SDPBackend.MATH):
         for backend in backends:
             backend.enabled = False
-        torch.set_grad_enabled(True)  # fused attention is for inference only
+        torch.set_grad_enabled(True)  # the fast path of TransformerEncoder is for inference only
         yield
 
 

@@ -261,3 +261,44 @@ def test_both_ratios_say_what_they_are_of():
     assert "the weights above" in text
     assert "all parameters of the model, biases and norms too" in text
     assert "of 200 dense" in text
+
+
+class Calls(nn.Module):
+    def __init__(self, shape, call):
+        super().__init__()
+        self.w, self.call = nn.Parameter(torch.randn(shape)), call
+
+    def forward(self, *inputs):
+        return self.call(self.w, *inputs)
+
+
+ROWS = torch.tensor([2, 5, 8], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("shape", "call", "inputs", "macs"),
+    [
+        ((3, 16), lambda w, x: w @ x, (16,), 48),
+        ((3, 8, 5), lambda w, x: torch.addbmm(torch.zeros(6, 5), x, w), (3, 6, 8), 3 * 6 * 8 * 5),
+        ((3, 16, 8), lambda w, x: nn.functional.grouped_mm(x, w, offs=ROWS), (8, 16), 8 * 16 * 8),
+        ((3, 16, 8), lambda w, x: x.unsqueeze(1) @ w[[0, 0, 2, 1]], (4, 16), 4 * 16 * 8),
+    ],
+    ids=["mv", "addbmm", "grouped_mm", "picked"],
+)
+def test_pruning_statistic_counts_products_that_torch_does_not(shape, call, inputs, macs):
+    statistic = pruning_statistic(Calls(shape, call), examples_inputs=torch.randn(inputs))
+    assert statistic.macs == macs
+    assert [tensor.macs for tensor in statistic.pruned_tensors] == [macs]
+
+
+def test_pruning_statistic_counts_attention_in_one_call():
+    model = Calls((16, 16), lambda w, x: nn.functional.scaled_dot_product_attention(x @ w, x @ w, x @ w))
+    assert (
+        pruning_statistic(model, examples_inputs=torch.randn(2, 4, 64, 16)).macs == 3 * 131072 + 2 * 8 * 64 * 64 * 16
+    )
+
+
+def test_blocks_of_the_table_go_deeper_where_the_first_number_says_nothing():
+    names = [f"1.layer.{i}.{part}.weight" for i in range(12) for part in "abcd"]
+    lines = str(statistic_of(names)).splitlines()
+    assert any("1.layer.0 " in line and "4 weights" in line for line in lines)
