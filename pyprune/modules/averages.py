@@ -2,7 +2,7 @@
 
 import gc
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 
 import torch
@@ -52,7 +52,8 @@ def reapply(model: nn.Module, other: nn.Module) -> None:
 
     For an average of the weights (EMA, SWA) that was made before the masks or has old ones, or for weights that
     changed as a whole. Values under masks fade in an average, but do not become zero by themselves. A `Pruner` does
-    this for averages of torch, timm, Lightning and Ultralytics that it finds, after the last update of its masks.
+    this for averages of torch, timm, Lightning and Ultralytics that it finds, after the last update of its masks:
+    those with the same names and shapes that point the same way.
 
     Args:
         model: has masks.
@@ -97,35 +98,74 @@ _KEEPERS = (
 )
 
 
-def reapply_to_averages(model: nn.Module) -> None:
-    """Give the averages of a model that well-known classes keep its zeros; they are found among all objects.
+def averages_of(model: nn.Module) -> list[nn.Module]:
+    """Find the averages of a model that well-known classes keep, among all objects.
+
+    An average has the names and shapes of the model and points the same way: that of another model, though it was
+    built alike, does not. A warning says that there is such a one, because it may be an average after all.
 
     Example:
         >>> from pyprune import prune
         >>> from torch.optim.swa_utils import AveragedModel
-        >>> model = nn.Linear(4, 4)
+        >>> model = nn.Linear(4, 64)
         >>> average = AveragedModel(model)
-        >>> reapply_to_averages(prune(model, "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.75))
-        >>> int((average.module.weight == 0).sum())
-        12
+        >>> averages_of(prune(model, "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.5)) == [average.module]
+        True
     """
-    kept_in = {
-        getattr(sys.modules[module], name, None): attribute
-        for module, name, attribute in _KEEPERS
-        if module in sys.modules
-    }
-    averages = [
-        average
+    kept_in: dict[type, str] = {}
+    for module, name, attribute in _KEEPERS:
+        if module in sys.modules and isinstance(found := getattr(sys.modules[module], name, None), type):
+            kept_in |= dict.fromkeys(_with_subclasses(found), attribute)
+    found_in = {
+        id(average): average
         for keeper in gc.get_referrers(*kept_in)
         if type(keeper) in kept_in
         and isinstance(average := getattr(keeper, kept_in[type(keeper)], None), nn.Module)
         and average is not model
-    ]
-    if averages:
-        names, masks = _names(model), masks_by_name(model)
-        for average in averages:
-            if _names(average) == names:
-                apply_masks(masks, average)
+    }
+    names = _names(model) if found_in else []
+    alike = [one for one in found_in.values() if _names(one) == names and not _is_of_another(one, model)]
+    averages = [one for one in alike if _points_the_same_way(one, model)]
+    if len(averages) < len(alike):
+        warn(
+            "there is an average with the names and shapes of this model, but other weights. If it is one of this "
+            "model, pyprune.reapply(model, average) gives it the zeros that the model has"
+        )
+    return averages
+
+
+def _with_subclasses(cls: type) -> Iterator[type]:
+    yield cls
+    for derived in type.__subclasses__(cls):
+        yield from _with_subclasses(derived)
+
+
+# The cosine between an average and its model is close to 1; that of models with other random weights is close to 0.
+_SAME_WAY = 0.3
+
+
+def _is_of_another(average: nn.Module, model: nn.Module) -> bool:
+    """Whether an average was copied from another model that has masks."""
+    copies = {copied for mask in masks_by_target(model).values() for copied in mask.copies}
+    carried = masks_by_target(average).values()
+    return bool(carried) and copies.isdisjoint(carried)
+
+
+@torch.no_grad()
+def _points_the_same_way(average: nn.Module, model: nn.Module) -> bool:
+    """Whether the weights that a model keeps point the same way in an average."""
+    masks = masks_by_target(model)
+    there = {owner.name: parameter for owner, parameter in dense_parameters(average)}
+    products = torch.zeros(3, dtype=torch.float64)
+    for target in masks:
+        own, other = (
+            local_part(one).detach().double().flatten().cpu() for one in (target.parameter, there[target.name])
+        )
+        if own.shape == other.shape:
+            other = torch.where(own != 0, other, 0)
+            products += torch.stack([own @ other, own @ own, other @ other])
+    dot, square, other_square = products.tolist()
+    return bool(dot >= _SAME_WAY * (square * other_square) ** 0.5)
 
 
 def warn_of_copies(masks: Iterable[Mask]) -> None:

@@ -13,7 +13,7 @@ from pyprune.methods.layout import Layout, channels_shape
 from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.modules.layers import bias_of, weight_layouts
 from pyprune.modules.masks import NewFollower, NewMask
-from pyprune.modules.norms import NORMS, given_to_norms
+from pyprune.modules.norms import NORMS, Norms, see_norms
 from pyprune.modules.targets import Target, by_place, ignored_in, output_layers
 
 
@@ -35,6 +35,7 @@ def new_followers(
     places = by_place(model)
     new: list[NewFollower] = []
     left: list[str] = []
+    shared: list[str] = []
     for target in masks:
         for owner in target.owners:
             layout = weight_layouts(owner.module).get(owner.attribute, target.layout)
@@ -43,7 +44,10 @@ def new_followers(
                 follow += [(norm, name) for norm in norms.get(owner.module, ()) for name in ("weight", "bias")]
             for module, attribute in follow:
                 found = places.get((module, attribute))
-                if found is None or found.attachment is not None or not _has_channels(found, target, layout):
+                if found is None or found.attachment is not None:
+                    continue
+                if not _has_channels(found, target, layout):
+                    shared += [found.name] if layout.outputs is not None and not layout.is_table else []
                     continue
                 if any(ignored(place.name) for place in found.owners):
                     left.append(found.name)
@@ -56,6 +60,11 @@ def new_followers(
                         f"{target.name} in ignored_scope, or leave the option out"
                     )
                 new.append(NewFollower(found.owners, masks[target], layout, found.parameter.shape))
+    if shared:
+        warn(
+            f"zero_dead_channels leaves {listed(list(dict.fromkeys(shared)))} as they are, because they belong to "
+            "several weights: what they add to dead channels is not zero"
+        )
     if left:
         warn(
             f"zero_dead_channels leaves {listed(left)} as they are, because ignored_scope names them: what they add "
@@ -76,8 +85,8 @@ def _norms_of(model: nn.Module, layers: Mapping[nn.Module, Target], inputs: Any)
         return {}
     followed: dict[nn.Module, list[nn.Module]] = {}
     mixed: list[nn.Module] = []
-    given = given_to_norms(model, layers, inputs, "zero_dead_channels") if there else {}
-    for norm, at_each_call in given.items():
+    seen = see_norms(model, layers, inputs, "zero_dead_channels") if inputs is not None or there else Norms({}, {})
+    for norm, at_each_call in seen.given.items():
         channels = [one for one in at_each_call if one is not None]
         sources = {layer for one in channels for layer in one.layers}
         if not sources:
@@ -93,9 +102,10 @@ def _norms_of(model: nn.Module, layers: Mapping[nn.Module, Target], inputs: Any)
             )
         elif not isinstance(norm, _InstanceNorm) or norm.track_running_stats:  # which leaves zeros zero
             mixed.append(norm)
-    if mixed:
+    behind = [there[norm] for norm in mixed] + [name for norm, name in seen.reviving.items() if norm not in mixed]
+    if behind:
         warn(
-            f"zero_dead_channels does not reach behind {listed([there[norm] for norm in mixed])}, where dead "
+            f"zero_dead_channels does not reach behind {listed(behind)}, where dead "
             "channels are not zero: these norms have no scale and shift, or not of the channels of one layer alone"
         )
     return followed

@@ -64,6 +64,9 @@ def bias_of(attribute: str) -> str:
         >>> [bias_of(name) for name in ("weight", "in_proj_weight", "down_proj")]
         ['bias', 'in_proj_bias', 'down_proj_bias']
     """
+    # MultiheadAttention has one for the three.
+    if attribute in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
+        return "in_proj_bias"
     return attribute.replace("weight", "bias") if "weight" in attribute else f"{attribute}_bias"
 
 

@@ -1,7 +1,7 @@
 """Which norms come after a layer, and so make something else of channels that are zero."""
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,10 +17,22 @@ from pyprune.modules.undo import Before, undoing
 NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, _InstanceNorm)
 
 
-def given_to_norms(
-    model: nn.Module, layers: Iterable[nn.Module], inputs: Any, asked_by: str
-) -> dict[nn.Module, list[Channels | None]]:
-    """Run the model once; return for each norm what it was given at each call: channels of layers, or something else.
+@dataclass(frozen=True, eq=False)
+class Norms:
+    """What the norms of a model have to do with the channels of layers.
+
+    Args:
+        given: what each norm was given at each call: channels of layers, or something else.
+        reviving: the norms, with their names, that make something else of a channel that is zero in all layers before
+            them, though it is not known whose channels they are.
+    """
+
+    given: dict[nn.Module, list[Channels | None]]
+    reviving: dict[nn.Module, str]
+
+
+def see_norms(model: nn.Module, layers: Iterable[nn.Module], inputs: Any, asked_by: str) -> Norms:
+    """Run the model once, as if the first channel of each of the layers were dead, and see what norms are given.
 
     The pass runs in evaluation mode without gradients, and leaves the model as it was.
 
@@ -33,27 +45,49 @@ def given_to_norms(
         )
     check_initialized(model)
     followed = Followed(KEEP_ZERO)
-    given: dict[nn.Module, list[Channels | None]] = {}
+    seen = Norms({}, {})
+    layers = list(layers)
+    norms = {
+        module: name
+        for name, module in model.named_modules()
+        if isinstance(module, NORMS) or ("Norm" in type(module).__name__ and not list(module.children()))
+    }
 
     def after_layer(layer: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.layout is torch.strided:
-            followed.made(output, Channels((layer,), channel_dim(layer, output)))
+            dim = channel_dim(layer, output)
+            output.select(dim, 0).zero_()
+            followed.made(output, Channels((layer,), dim))
 
     def before_norm(norm: nn.Module, args: tuple[Any, ...]) -> None:
         channels = followed.channels(args[0]) if args else None
         if channels is not None and channels.dim != _channels_of(norm, args[0]):
             channels = replace(channels, as_made=False, joined=True)
-        given.setdefault(norm, []).append(channels)
+        if isinstance(norm, NORMS):
+            seen.given.setdefault(norm, []).append(channels)
 
-    layers, norms = list(layers), [norm for norm in model.modules() if isinstance(norm, NORMS)]
+    def after_norm(norm: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not args or not isinstance(output, Tensor) or not isinstance(args[0], Tensor) or output.dim() < 2:
+            return
+        dim = _channels_of(norm, args[0])
+        channels = seen.given[norm][-1] if norm in seen.given else None
+        if channels is not None and not channels.joined and isinstance(getattr(norm, "weight", None), Tensor):
+            output.select(dim, 0).zero_()  # its scale and shift will be masked
+            followed.made(output, replace(channels, as_made=False))
+        elif channels is None and dim >= 0 and args[0].shape == output.shape:
+            was_dead = not args[0].select(dim, 0).any()
+            if was_dead and output.select(dim, 0).any():
+                seen.reviving[norm] = norms[norm]
+
     before = Before(*layers, *norms, with_attributes=False)
     with undoing(before.restore), evaluating(model), untouched(model), using(followed):
         for layer in layers:
             layer.register_forward_hook(after_layer)
         for norm in norms:
             norm.register_forward_pre_hook(before_norm)
+            norm.register_forward_hook(after_norm)
         forward(model, inputs)
-    return given
+    return seen
 
 
 def _channels_of(norm: nn.Module, tensor: Tensor) -> int:
@@ -79,7 +113,7 @@ def norms_after(
         True
     """
     only: dict[_BatchNorm, nn.Module] = {}
-    for norm, given in given_to_norms(model, layers, inputs, asked_by).items():
+    for norm, given in see_norms(model, layers, inputs, asked_by).given.items():
         sources = {channels.layers if channels is not None and channels.as_made else () for channels in given}
         if isinstance(norm, _BatchNorm) and len(sources) == 1 and len(source := sources.pop()) == 1:
             only[norm] = source[0]

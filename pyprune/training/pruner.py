@@ -13,6 +13,7 @@ A `Pruner` is a schedule, a method and a step counter; what is chosen at an upda
 - Nothing of it is in the model but masks. A checkpoint is three states: model, optimizer, pruner.
 """
 
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -29,7 +30,7 @@ from pyprune.methods.allocation import Allocation, Amount
 from pyprune.methods.method import Method, PruneMode, check_amount
 from pyprune.methods.schedules import Ratio, Schedule, as_schedule, check_ratios, check_step, is_pruned
 from pyprune.methods.unit_groups import UnitGroup
-from pyprune.modules.averages import reapply_to_averages, warn_of_copies
+from pyprune.modules.averages import averages_of, reapply, warn_of_copies
 from pyprune.modules.coverage import warn_of_missed
 from pyprune.modules.dead_channels import new_followers
 from pyprune.modules.ignored_scope import IgnoredScope
@@ -134,6 +135,8 @@ class Pruner:
         self._options = Amount(0.0, allocation, min_ratio, max_ratio, dropped_stay=not reintroduce)
         self._unchecked: Choice | None = None
         self._same_unit_groups: list[UnitGroup] | None = None
+        self._copies: frozenset[int] = frozenset()
+        self._averages: list[weakref.ref[nn.Module]] = []
         self._spares: dict[Target, Tensor] = {}  # the masks before the last, to write the next ones to
         self._is_late = False  # masks were due, but there was nothing yet to choose them by
         there = find_targets(model, ignored_scope, examples_inputs)
@@ -203,15 +206,24 @@ class Pruner:
             is_last = self.schedule.end is not None and self.step_count >= self.schedule.end
             if is_last:
                 self._spares = {}
-            if is_last or any(mask.copies for mask in self._carried().values()):
-                # What is zero in them at the end stays so; those that were copied with masks have old ones.
-                reapply_to_averages(self.model)
+            self._reapply(is_last)
             if is_last:
                 warn_of_copies(self._carried().values())
             if self.optimizer is not None:
                 mask_state(self.optimizer, self._carried().values())
         if self._watch is not None:
             self._watch.gathers = self._is_looked_at()
+
+    def _reapply(self, is_last: bool) -> None:
+        """Give averages the zeros: at the end they stay so, and those that were copied with masks have old ones."""
+        copies = frozenset(id(copied) for mask in self._carried().values() for copied in mask.copies)
+        if is_last or copies != self._copies:  # to look at all objects takes its time
+            found = averages_of(self.model) if is_last or copies else []
+            self._copies, self._averages = copies, [weakref.ref(average) for average in found]
+        for reference in self._averages:
+            average = reference()
+            if average is not None:
+                reapply(self.model, average)
 
     def _finish_masks(self) -> None:
         """Do what cannot be taken back once masks are new; it may be done twice."""

@@ -219,7 +219,7 @@ def test_a_training_resumes_bit_for_bit_from_plain_weights_and_config(dense, inp
 
 def test_averages_made_before_zip_the_same_parameters_and_end_sparse(dense, inputs):
     average, by_hand = AveragedModel(dense), copy.deepcopy(dense)
-    optimizer = torch.optim.SGD(dense.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(dense.parameters(), lr=0.001)
     pruner = Pruner(dense, LOCAL, schedules.one_shot(0.5, start=2), optimizer, examples_inputs=inputs)
     for _ in range(4):
         step(dense, optimizer, inputs)

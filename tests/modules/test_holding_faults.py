@@ -1,6 +1,7 @@
 """Situations in which zeros or raw values would get lost, found by reading."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -264,3 +265,42 @@ def test_a_copy_that_averages_and_has_old_masks_is_named():
     step()
     assert all(torch.equal(a.weight == 0, b.weight == 0) for a, b in ((average[0], model[0]), (average[2], model[2])))
     assert not (teacher[0].weight == 0).any()
+
+
+class OwnAverage(AveragedModel):
+    pass
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_averages_of_other_models_are_left_alone(before):
+    def network():
+        return nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
+
+    model, teacher = network(), network()
+    kept = [AveragedModel(teacher)]
+    average = OwnAverage(model) if before else None
+    other, others = network(), network()
+    prune(others, LOCAL, ratio=0.3)
+    kept.append(AveragedModel(others))  # has masks of its own
+    states, said = [copy.deepcopy(one.state_dict()) for one in kept], []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pruner = pyprune.gmp(model, 0.75, optimizer, end=3)
+    average = average or OwnAverage(model)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(torch.randn(4, 8)).square().mean().backward()
+        optimizer.step()
+        average.update_parameters(model)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            pruner.step()
+        said += [str(one.message) for one in caught]
+    assert said
+    assert all("an average with the names and shapes of this model, but other weights" in text for text in said)
+    for one, state in zip(kept, states, strict=True):
+        assert all(torch.equal(value, state[name]) for name, value in one.state_dict().items())
+    assert all(
+        torch.equal(a.weight == 0, b.weight == 0)
+        for a, b in ((average.module[0], model[0]), (average.module[2], model[2]))
+    )
+    assert not (other[0].weight == 0).any()
