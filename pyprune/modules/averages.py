@@ -136,7 +136,8 @@ def averages_of(model: nn.Module) -> list[nn.Module]:
 
 def _with_subclasses(cls: type) -> Iterator[type]:
     yield cls
-    for derived in type.__subclasses__(cls):
+    derived: type
+    for derived in cls.__subclasses__():
         yield from _with_subclasses(derived)
 
 
