@@ -99,6 +99,17 @@ def find_targets(
         >>> [target.name for target in find_targets(model)]
         ['0.weight']
     """
+    return find_targets_and_zeros(model, ignored_scope, examples_inputs, shards=shards)[0]
+
+
+def find_targets_and_zeros(
+    model: nn.Module,
+    ignored_scope: IgnoredScope | None = None,
+    examples_inputs: Any = None,
+    *,
+    shards: bool = False,
+) -> tuple[list[Target], tuple[str, ...]]:
+    """Return what `find_targets` finds, and the names of what it leaves out as zero, which rules may mean."""
     _check_arguments(model, ignored_scope, examples_inputs)
     survey = _survey(model, ignored_scope)
     for owner in survey.layers:
@@ -109,6 +120,7 @@ def find_targets(
         part = local_part(target.parameter) if shards else target.parameter
         check_prunable(replace(target, parameter=cast(nn.Parameter, part)), advice=_ADVICE)
     _check_apart(survey.parameters, targets)
+    every = targets
     if ignored_scope is None or ignored_scope.all_zero:
         targets = _without_zeros(targets)
     if not targets:
@@ -121,7 +133,8 @@ def find_targets(
                 else ", and no parameter is the weight of a product in the forward pass of examples_inputs"
             )
         )
-    return targets
+    kept = set(targets)
+    return targets, tuple(owner.name for target in every if target not in kept for owner in target.owners)
 
 
 def choose_targets(
