@@ -28,6 +28,7 @@ from pyprune.modules.layers import is_quantised, weight_layouts
 from pyprune.modules.memory import overlapping, overlaps_itself
 from pyprune.modules.sharding import is_sharded, local_part
 from pyprune.modules.tracing import BOTH, one_layout, used_as_weights
+from pyprune.modules.uses import MOVED
 from pyprune.modules.zero_weights import are_zero
 
 _ADVICE = ". To prune the other weights, name it in ignored_scope"
@@ -57,7 +58,7 @@ class Target:
         known = [layout for layout in layers if layout is not None]
         if self.parameter.dim() < 2:
             return Layout()
-        if used is not None and (not known or used.problem == BOTH or (used.is_clear and not used.is_table)):
+        if used is not None and (not known or used.problem in (BOTH, MOVED) or (used.is_clear and not used.is_table)):
             return used
         bare = "it is in no layer that is known; give examples_inputs, to see how it is used"
         return one_layout(known) if known else Layout(None, None, problem=bare)

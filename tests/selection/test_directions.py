@@ -223,6 +223,11 @@ class BothWays(nn.Module):
         return F.linear(x @ self.kernel, self.kernel)
 
 
+class Flipped(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight.flip(1))
+
+
 STRUCTURED = {
     "out": (Method(importance.magnitude(), granularity.channel("out"), scope.tensor()), 0.5),
     "in": (Method(importance.magnitude(), granularity.channel("in"), scope.tensor()), 0.5),
@@ -238,6 +243,7 @@ def test_what_cannot_be_told_is_refused_by_name(cut, unchanged):
     square = Foreign((8, 8), F.linear, in_features=8, out_features=8)
     for model, name, inputs, what in (
         (BothWays(), "kernel", torch.randn(2, 8), "used in both directions"),
+        (Flipped(8, 8), "weight", torch.randn(2, 8), "its entries are moved"),
         (square, "weight", None, "give examples_inputs"),
     ):
         before = unchanged(model)
