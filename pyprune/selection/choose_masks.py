@@ -44,6 +44,20 @@ def prunable_targets(method: Method, targets: Sequence[Target], left_out: Sequen
     return [target for target, some in names.items() if group_of(method.scope, some) is not None]
 
 
+def left_out_by(method: Method, found: Sequence[Target], targets: Sequence[Target]) -> dict[str, list[Target]]:
+    """Say why `prunable_targets` left out what is not among ``targets``, for `warn_of_missed`."""
+    chosen = set(targets)
+    why: dict[str, list[Target]] = {}
+    for target in found:
+        if target not in chosen:
+            names = [owner.name for owner in target.owners]
+            in_no_group = method.scope.name == "group" and group_of(method.scope, names) is None
+            why.setdefault("in no group of the scope" if in_no_group else "no part of attention heads", []).append(
+                target
+            )
+    return why
+
+
 @dataclass(frozen=True)
 class Choice:
     """New masks, and what says whether they mean anything."""

@@ -31,7 +31,7 @@ from pyprune.modules.targets import (
     output_layers,
 )
 from pyprune.modules.undo import Change
-from pyprune.selection.choose_masks import choose_masks, prunable_targets
+from pyprune.selection.choose_masks import choose_masks, left_out_by, prunable_targets
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -260,7 +260,7 @@ def targets_with_statistics(
         model,
         ignored_scope,
         found,
-        {f"without a score by {method.importance.name}": unscored},
+        {f"without a score by {method.importance.name}": unscored, **left_out_by(method, found, targets)},
         has_inputs=examples_inputs is not None,
     )
     return {target: statistics[target] for target in targets if target in statistics}, left_out

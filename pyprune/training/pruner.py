@@ -40,7 +40,14 @@ from pyprune.modules.steps import mask_state
 from pyprune.modules.targets import Target, find_targets_and_zeros
 from pyprune.modules.undo import Change
 from pyprune.modules.zeros import holds_in, settle_written
-from pyprune.selection.choose_masks import Choice, choose_masks, prunable_targets, unit_groups_of, units_of
+from pyprune.selection.choose_masks import (
+    Choice,
+    choose_masks,
+    left_out_by,
+    prunable_targets,
+    unit_groups_of,
+    units_of,
+)
 from pyprune.selection.choose_units import ratios_of
 from pyprune.selection.prune import check_kind, ends_of, method_of, statistics_of
 
@@ -138,7 +145,8 @@ class Pruner:
         self._is_late = False  # masks were due, but there was nothing yet to choose them by
         there, left_out = find_targets_and_zeros(model, ignored_scope, examples_inputs)
         self._options = replace(self._options, left_out=left_out)
-        self._targets = targets = without_tables(found.importance, prunable_targets(found, there, left_out))
+        named = prunable_targets(found, there, left_out)
+        self._targets = targets = without_tables(found.importance, named)
         check_kind(self._targets, Mask)
         self._check_optimizer()
         self._watch: TrainingSums | TrainingGradients | None = None
@@ -152,7 +160,7 @@ class Pruner:
                     model,
                     ignored_scope,
                     there,
-                    {f"without a score by {found.importance.name}": unscored},
+                    {f"without a score by {found.importance.name}": unscored, **left_out_by(found, there, named)},
                     has_inputs=examples_inputs is not None,
                 )
                 self._watch = self._make_watch()
