@@ -108,7 +108,7 @@ def sensitivity(
         raise ValueError(f"save_to is {save_to}, whose folder does not exist; create it first")
     check_module(model)
     with Change(model), changing_masks(masks_in(model)):
-        statistics = targets_with_statistics(model, chosen, ignored_scope, examples_inputs, calibration)
+        statistics, _ = targets_with_statistics(model, chosen, ignored_scope, examples_inputs, calibration)
     # One target competes with itself alone, so all scopes but rows and N:M are the same.
     method = chosen if chosen.scope.name in ("row", "n_of_m") else replace(chosen, scope=tensor())
     targets = _targets(method, list(statistics))

@@ -21,6 +21,7 @@ class Amount:
         min_ratio, max_ratio: what at least and at most goes of each weight.
         from_remaining: whether the ratio is one of the units that are still kept, and others stay dropped.
         dropped_stay: whether units that are dropped stay so, though the ratio is one of all units.
+        left_out: names that rules may mean though nothing is pruned there: of weights that are zero everywhere.
     """
 
     ratio: float | Mapping[str, float] | None = None
@@ -29,6 +30,7 @@ class Amount:
     max_ratio: float | Mapping[str, float] = 1.0
     from_remaining: bool = False
     dropped_stay: bool = False
+    left_out: tuple[str, ...] = ()
 
     @property
     def has_bases(self) -> bool:

@@ -146,8 +146,8 @@ def head(
         num_heads: query heads of each attention layer.
         num_kv_heads: key and value heads; as many if None. It must divide ``num_heads``.
         names: how the query, key, value and output projection are called, from the module that holds the query;
-            a path that begins with "../" starts at its parent. If None, the names that Hugging Face, timm, diffusers
-            and ``nn.MultiheadAttention`` use.
+            a path that begins with "../" starts at its parent. The first three are the same where all are stacked in
+            one weight. If None, the names that Hugging Face, timm, diffusers and ``nn.MultiheadAttention`` use.
         reduction: over all elements of a head.
 
     Raises:

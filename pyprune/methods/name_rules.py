@@ -100,6 +100,8 @@ def by_name(
     names: Sequence[str | tuple[str, ...]],
     otherwise: float,
     what: str = "ratio",
+    *,
+    left_out: Sequence[str] = (),
 ) -> list[float]:
     """Return one value for each name: the same for all, or that of the rule that means it.
 
@@ -109,6 +111,7 @@ def by_name(
         names: what the rules are about; several of what is tied.
         otherwise: the value of what no rule means.
         what: the values are, for messages.
+        left_out: names that rules may mean, too, and then do nothing.
 
     Raises:
         ValueError: if a rule matches nothing.
@@ -120,7 +123,7 @@ def by_name(
     if not isinstance(values, Mapping):
         return [values] * len(names)
     every = [(name,) if isinstance(name, str) else name for name in names]
-    meanings = meanings_of(what, values, every)
+    meanings = meanings_of(what, values, [*every, left_out])
     return [next((values[rule] for name in some for rule in _in_order(name, meanings)), otherwise) for some in every]
 
 

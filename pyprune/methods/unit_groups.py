@@ -58,7 +58,7 @@ class Weight:
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """A weight that units lie in. Its blocks tile it; ``parts`` projections are stacked in its first dimension."""
+    """A weight that units lie in. Its blocks tile it; ``parts`` projections are stacked along its outputs."""
 
     weight: Weight
     block: tuple[int, ...]

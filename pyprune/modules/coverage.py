@@ -30,7 +30,7 @@ def warn_of_missed(
     """Warn if a call reaches less than 90 % of the elements of a model's parameters of two or more dimensions.
 
     What the user ignores does not count, and neither does what is zero everywhere, which has a warning of its own.
-    Where all that was found carries something already, it was said before.
+    Neither does what carries a mask or gate already; where all that is reached does, it was said before.
 
     Args:
         model: the model.
@@ -39,10 +39,15 @@ def warn_of_missed(
         because: why the call does not reach some of them.
         has_inputs: whether a forward pass was looked at.
     """
-    if all(target.attachment is not None for target in found):
+    why = {
+        target.parameter: reason
+        for reason, targets in (because or {}).items()
+        for target in targets
+        if target.attachment is None
+    }
+    if all(target.attachment is not None for target in found if target.parameter not in why):
         return
     ignored = ignored_in(model, ignored_scope)
-    why = {target.parameter: reason for reason, targets in (because or {}).items() for target in targets}
     reached = {target.parameter for target in found if target.parameter not in why}
     missed = [
         target

@@ -15,6 +15,18 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+# What comes out of these has entries at other places than what went in, or mixes them.
+_MOVING = {
+    *("flip", "roll", "rot90", "sort", "topk", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp"),
+    *("gather", "take", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle"),
+    *("linalg_qr", "linalg_inv_ex", "linalg_matrix_exp", "linalg_householder_product", "_linalg_svd", "_fft_r2c"),
+}
+# These put entries of other arguments than the first at other places.
+_PUTTING = {
+    *("scatter", "scatter_add", "scatter_reduce", "masked_scatter", "put", "slice_scatter", "select_scatter"),
+    *("index_put", "_index_put_impl", "index_copy", "index_add", "index_reduce"),
+}
+
 
 @dataclass(frozen=True, eq=False)
 class Part:
@@ -25,12 +37,14 @@ class Part:
         dims: for each dimension of the tensor, along which dimensions of the parameter it moves.
         ranges: for each dimension of the parameter, which of its entries the tensor has.
         entries: which of the first dimension, where they were picked by an index.
+        is_moved: whether entries lie at other places than in the parameter; then ``dims`` says nothing.
     """
 
     parameter: nn.Parameter
     dims: tuple[frozenset[int], ...]
     ranges: tuple[range, ...]
     entries: Tensor | None = None
+    is_moved: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,12 +92,19 @@ class Origins:
         """Take in what an operation made."""
         if isinstance(result, tuple) and result:  # of a norm, what comes first is normalised
             result = result[0]
-        if not isinstance(result, Tensor) or not _has_storage(result) or self._wholes(result) is not None:
+        if not isinstance(result, Tensor) or not _has_storage(result):
             return
         arguments = list(arguments)
         tensors = [tensor for tensor in tensors_in(arguments) if _has_storage(tensor)]
         name = func.overloadpacket.__name__
-        if name in ("index", "index_select"):
+        moved = self._moved_by(name.removesuffix("_"), tensors)
+        known = self._wholes(result)
+        if known is not None:
+            if moved:  # in place
+                known[:] = [replace(whole, part=replace(whole.part, is_moved=True)) for whole in known]
+        elif moved:
+            self._remember(result, [replace(part, dims=(frozenset(),) * result.dim()) for part in moved])
+        elif name in ("index", "index_select"):
             self._follow_index(arguments, result)
         elif func.namespace == "pyprune":  # a gate; what it has besides the weight is no part of it
             self._remember(result, [part for part in self.parts(tensors[0]) if result.shape == tensors[0].shape])
@@ -93,13 +114,27 @@ class Origins:
                 if tensor.shape == result.shape:
                     self._add(result, [_copied(result, tensor, whole) for whole in self._wholes(tensor) or ()])
 
+    def _moved_by(self, name: str, tensors: list[Tensor]) -> list[Part]:
+        """Return what an operation moves entries of."""
+        if name in _MOVING:
+            parts = self.parts(tensors[0])
+        elif name in _PUTTING and any(map(self.parts, tensors[1:])):
+            parts = [part for tensor in tensors for part in self.parts(tensor)]
+        else:
+            return []
+        return [replace(part, is_moved=True) for part in parts]
+
     def _follow_index(self, arguments: list[Any], result: Tensor) -> None:
         """Take in entries of a weight of three or more dimensions. Of two, it is a table, whose rows are inputs."""
         source, index = arguments[0], arguments[-1]
         picked = [index] if isinstance(index, Tensor) else list(index)
         first = picked[0] if picked else None
         is_first = arguments[1] == 0 if isinstance(index, Tensor) else all(one is None for one in picked[1:])
-        if source.dim() < 3 or not is_first or not isinstance(first, Tensor) or first.dim() != 1:
+        if not is_first:
+            moves = (frozenset[int](),) * result.dim()
+            self._remember(result, [replace(part, dims=moves, is_moved=True) for part in self.parts(source)])
+            return
+        if source.dim() < 3 or not isinstance(first, Tensor) or first.dim() != 1:
             return
         first = first.nonzero()[:, 0] if first.dtype == torch.bool else first % source.shape[0]
         parts = []
@@ -172,7 +207,7 @@ def _part_of_view(view: Tensor, whole: _Whole) -> Part | None:
             if entries is not None and only == 0:
                 entries = entries[some]
     moves = tuple(frozenset[int]().union(*(whole.part.dims[dim] for dim in dims)) for dims in over)
-    return Part(whole.part.parameter, moves, tuple(ranges), entries)
+    return Part(whole.part.parameter, moves, tuple(ranges), entries, whole.part.is_moved)
 
 
 def _copied(copy: Tensor, view: Tensor, whole: _Whole) -> _Whole | None:

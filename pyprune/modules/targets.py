@@ -28,6 +28,7 @@ from pyprune.modules.layers import is_quantised, weight_layouts
 from pyprune.modules.memory import overlapping, overlaps_itself
 from pyprune.modules.sharding import is_sharded, local_part
 from pyprune.modules.tracing import BOTH, one_layout, used_as_weights
+from pyprune.modules.uses import MOVED
 from pyprune.modules.zero_weights import are_zero
 
 _ADVICE = ". To prune the other weights, name it in ignored_scope"
@@ -57,7 +58,7 @@ class Target:
         known = [layout for layout in layers if layout is not None]
         if self.parameter.dim() < 2:
             return Layout()
-        if used is not None and (not known or used.problem == BOTH or (used.is_clear and not used.is_table)):
+        if used is not None and (not known or used.problem in (BOTH, MOVED) or (used.is_clear and not used.is_table)):
             return used
         bare = "it is in no layer that is known; give examples_inputs, to see how it is used"
         return one_layout(known) if known else Layout(None, None, problem=bare)
@@ -99,6 +100,17 @@ def find_targets(
         >>> [target.name for target in find_targets(model)]
         ['0.weight']
     """
+    return find_targets_and_zeros(model, ignored_scope, examples_inputs, shards=shards)[0]
+
+
+def find_targets_and_zeros(
+    model: nn.Module,
+    ignored_scope: IgnoredScope | None = None,
+    examples_inputs: Any = None,
+    *,
+    shards: bool = False,
+) -> tuple[list[Target], tuple[str, ...]]:
+    """Return what `find_targets` finds, and the names of what it leaves out as zero, which rules may mean."""
     _check_arguments(model, ignored_scope, examples_inputs)
     survey = _survey(model, ignored_scope)
     for owner in survey.layers:
@@ -109,6 +121,7 @@ def find_targets(
         part = local_part(target.parameter) if shards else target.parameter
         check_prunable(replace(target, parameter=cast(nn.Parameter, part)), advice=_ADVICE)
     _check_apart(survey.parameters, targets)
+    every = targets
     if ignored_scope is None or ignored_scope.all_zero:
         targets = _without_zeros(targets)
     if not targets:
@@ -121,7 +134,8 @@ def find_targets(
                 else ", and no parameter is the weight of a product in the forward pass of examples_inputs"
             )
         )
-    return targets
+    kept = set(targets)
+    return targets, tuple(owner.name for target in every if target not in kept for owner in target.owners)
 
 
 def choose_targets(

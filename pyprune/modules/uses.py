@@ -21,6 +21,7 @@ from pyprune.modules.origins import Origins, Part, tensors_in
 from pyprune.modules.products import PRODUCTS, Operand
 from pyprune.modules.undo import undoing
 
+MOVED = "its entries are moved before it is used"
 # Arguments of functions that are inputs, and no weights, even where they are parameters (learned queries).
 _INPUTS = {"linear": 1, "scaled_dot_product_attention": 3, "multi_head_attention_forward": 3}
 
@@ -178,6 +179,8 @@ class _Products(TorchDispatchMode):
 def _use(operand: Operand, part: Part) -> Use:
     if operand.is_table:
         return Use(part, Layout(is_table=True))
+    if part.is_moved:
+        return Use(part, Layout(None, None, problem=MOVED))
     layout = _layout(operand, part)
     given, made, entries = operand.given, operand.made, operand.entries
     if operand.batch is not None and given is not None:

@@ -14,7 +14,7 @@ from pyprune.methods.schedules import Ratio, check_step
 from pyprune.modules.attachments import check_module
 from pyprune.modules.optimizer import innermost_of
 from pyprune.modules.strip import strip
-from pyprune.modules.targets import find_targets
+from pyprune.modules.targets import find_targets_and_zeros
 from pyprune.modules.undo import Change
 from pyprune.recipes.stages import Stage, steps_of
 from pyprune.selection.choose_masks import prunable_targets
@@ -263,7 +263,7 @@ def _optimizer_of(stage: Stage, model: nn.Module, optimizers: Sequence[Optimizer
     assert stage.method is not None
     if len(optimizers) < 2:
         return next(iter(optimizers), None)
-    targets = prunable_targets(stage.method, find_targets(model, stage.ignored_scope, inputs))
+    targets = prunable_targets(stage.method, *find_targets_and_zeros(model, stage.ignored_scope, inputs))
     weights = {target.parameter for target in targets}
     found = [one for one in optimizers if any(weights.intersection(group["params"]) for group in one.param_groups)]
     if len(found) == 1:

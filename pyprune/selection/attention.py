@@ -18,7 +18,7 @@ _SEPARATE = (
     ("q.weight", "k.weight", "v.weight", "o.weight"),
 )
 # Three projections in one weight, and that of the output.
-_STACKED = (("in_proj_weight", "out_proj.weight"), ("qkv.weight", "proj.weight"))
+_STACKED = (("in_proj_weight", "out_proj.weight"), ("qkv.weight", "proj.weight"), ("c_attn.weight", "c_proj.weight"))
 
 # Of each weight of an attention layer: the size of the part that one head has, and how many projections are stacked.
 Parts = list[tuple[Target, tuple[int, ...], int]]
@@ -31,10 +31,10 @@ def find_attention(targets: Sequence[Target], heads: Heads) -> dict[str, Parts]:
         ValueError: if there is none, or the numbers of heads do not fit the weights.
     """
     by_name = {owner.name: target for target in targets for owner in target.owners}
-    separate = _SEPARATE if heads.names is None else (_parameters(heads.names),)
+    known_names = (*_SEPARATE, *_STACKED) if heads.names is None else (_parameters(heads.names),)
     found: dict[str, Parts] = {}
     of_layer: list[list[Target]] = []
-    for names in (*separate, *(_STACKED if heads.names is None else ())):
+    for names in known_names:
         for first in by_name:
             if first == names[0] or first.endswith("." + names[0]):
                 layer = first[: -len(names[0])].rstrip(".")
@@ -51,13 +51,15 @@ def find_attention(targets: Sequence[Target], heads: Heads) -> dict[str, Parts]:
     if not found:
         raise ValueError(
             "no attention layer is known by the names of its weights; give granularity.head(..., names=(query, key, "
-            "value, output)) with the names of the four projections, and do not ignore one of them"
+            "value, output)) with the names of the four projections (the first three the same, if stacked in one "
+            "weight), and do not ignore one of them"
         )
     return found
 
 
 def _parameters(names: Sequence[str]) -> tuple[str, ...]:
-    return tuple(name if name.endswith("weight") else f"{name}.weight" for name in names)
+    query, key, value, output = (name if name.endswith("weight") else f"{name}.weight" for name in names)
+    return (query, output) if query == key == value else (query, key, value, output)
 
 
 def _resolve(layer: str, name: str) -> str:
@@ -73,17 +75,27 @@ def _check_matrices(projections: Sequence[Target]) -> None:
                 f"{projection.name} has {projection.parameter.dim()} dimensions, and heads are cut from linear "
                 "layers; name it in ignored_scope"
             )
-        if projection.layout.outputs != 0:
+        if not projection.layout.is_clear:
             raise ValueError(
-                f"{projection.name} has inputs first, or in an order that cannot be told, and heads are cut from "
-                "linear layers, which have outputs first; name it in ignored_scope"
+                f"which dimension of {projection.name} counts outputs cannot be told: {projection.layout.problem}. "
+                "Name it in ignored_scope"
             )
+
+
+def _sizes(projection: Target) -> tuple[int, int]:
+    """Return how many outputs and inputs a projection has."""
+    shape, layout = projection.parameter.shape, projection.layout
+    return (shape[0], shape[1]) if layout.outputs == 0 else (shape[1], shape[0])
+
+
+def _block(projection: Target, outputs: int, inputs: int) -> tuple[int, int]:
+    return (outputs, inputs) if projection.layout.outputs == 0 else (inputs, outputs)
 
 
 def _split(projections: Sequence[Target], heads: Heads) -> Parts:
     _check_matrices(projections)
     query, key, value, output = projections
-    outputs = [projection.parameter.shape[0] for projection in (query, key, value)]
+    outputs = [_sizes(projection)[0] for projection in (query, key, value)]
     units = heads.num_kv_heads
     if outputs[0] % heads.num_heads:
         raise ValueError(f"{query.name} has {outputs[0]} outputs, which {heads.num_heads} heads do not divide")
@@ -94,7 +106,7 @@ def _split(projections: Sequence[Target], heads: Heads) -> Parts:
             f"heads of size {size} were asked for; give num_heads and num_kv_heads of the model"
         )
     parts: Parts = [
-        (projection, (count // units, projection.parameter.shape[1]), 1)
+        (projection, _block(projection, count // units, _sizes(projection)[1]), 1)
         for projection, count in zip((query, key, value), outputs, strict=True)
     ]
     return [*parts, _output_part(output, heads.num_heads * (outputs[2] // units), units)]
@@ -103,21 +115,21 @@ def _split(projections: Sequence[Target], heads: Heads) -> Parts:
 def _split_stacked(projections: Sequence[Target], heads: Heads) -> Parts:
     _check_matrices(projections)
     stacked, output = projections
-    rows, inputs = stacked.parameter.shape
-    if heads.num_heads != heads.num_kv_heads or rows % (3 * heads.num_heads):
+    outputs, inputs = _sizes(stacked)
+    if heads.num_heads != heads.num_kv_heads or outputs % (3 * heads.num_heads):
         raise ValueError(
-            f"{stacked.name} stacks three projections of {rows // 3} outputs; {heads.num_heads} query heads and "
+            f"{stacked.name} stacks three projections of {outputs // 3} outputs; {heads.num_heads} query heads and "
             f"{heads.num_kv_heads} key and value heads do not fit it"
         )
-    part = (stacked, (rows // (3 * heads.num_heads), inputs), 3)
-    return [part, _output_part(output, rows // 3, heads.num_heads)]
+    part = (stacked, _block(stacked, outputs // (3 * heads.num_heads), inputs), 3)
+    return [part, _output_part(output, outputs // 3, heads.num_heads)]
 
 
 def _output_part(output: Target, inputs: int, units: int) -> tuple[Target, tuple[int, ...], int]:
-    rows, columns = output.parameter.shape
-    if columns != inputs:
-        raise ValueError(f"{output.name} has {columns} inputs, and the heads before it {inputs} outputs")
-    return output, (rows, columns // units), 1
+    outputs, own = _sizes(output)
+    if own != inputs:
+        raise ValueError(f"{output.name} has {own} inputs, and the heads before it {inputs} outputs")
+    return output, _block(output, outputs, own // units), 1
 
 
 def names_of(found: Mapping[str, Parts]) -> list[str]:

@@ -20,8 +20,14 @@ from pyprune.selection.attention import find_attention, names_of
 from pyprune.selection.choose_units import choose_units, ratios_of
 
 
-def prunable_targets(method: Method, targets: Sequence[Target]) -> list[Target]:
-    """Leave out the targets that the groups of a scope do not name, or that heads have no part in."""
+def prunable_targets(method: Method, targets: Sequence[Target], left_out: Sequence[str] = ()) -> list[Target]:
+    """Leave out the targets that the groups of a scope do not name, or that heads have no part in.
+
+    Args:
+        method: with the granularity and the scope.
+        targets: what was found.
+        left_out: names that groups may have, too, and that are no targets: of weights that are zero everywhere.
+    """
     heads = method.granularity.heads
     if heads is not None:
         within = set(names_of(find_attention(targets, heads)))
@@ -29,13 +35,27 @@ def prunable_targets(method: Method, targets: Sequence[Target]) -> list[Target]:
     if method.scope.name != "group":
         return list(targets)
     names = {target: [owner.name for owner in target.owners] for target in targets}
-    every = [name for some in names.values() for name in some]
+    every = [*(name for some in names.values() for name in some), *left_out]
     known = all_above(every)
     for group, rules in method.scope.groups:
         for rule in rules:
             if meaning(rule, known) is None:
                 raise ValueError(f"{rule!r:.80} of group {group!r} matches no weight {nearest_to(rule, every)}")
     return [target for target, some in names.items() if group_of(method.scope, some) is not None]
+
+
+def left_out_by(method: Method, found: Sequence[Target], targets: Sequence[Target]) -> dict[str, list[Target]]:
+    """Say why `prunable_targets` left out what is not among ``targets``, for `warn_of_missed`."""
+    chosen = set(targets)
+    why: dict[str, list[Target]] = {}
+    for target in found:
+        if target not in chosen:
+            names = [owner.name for owner in target.owners]
+            in_no_group = method.scope.name == "group" and group_of(method.scope, names) is None
+            why.setdefault("in no group of the scope" if in_no_group else "no part of attention heads", []).append(
+                target
+            )
+    return why
 
 
 @dataclass(frozen=True)

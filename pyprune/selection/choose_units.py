@@ -80,7 +80,8 @@ def ratios_of(method: Method, amount: Amount, unit_groups: Sequence[UnitGroup]) 
     if method.scope.weights_compete or amount.ratio is None:
         return None
     if isinstance(amount.ratio, Mapping):
-        ratios = by_name(amount.ratio, [unit_group.names for unit_group in unit_groups], 0.0)
+        names = [unit_group.names for unit_group in unit_groups]
+        ratios = by_name(amount.ratio, names, 0.0, left_out=amount.left_out)
     elif amount.allocation != "uniform":
         weights = [unit_group.weight for unit_group in unit_groups]
         shapes = [tuple(weight.values.shape) for weight in weights]
@@ -183,8 +184,8 @@ def _among_all(units: _Units) -> Selected:
 
 def _bounds(units: _Units, sizes: Sequence[int], dropped: Sequence[int], removed: int) -> list[tuple[int, int]]:
     """Return how many units of each unit group must go at least, and may at most."""
-    low = by_name(units.amount.min_ratio, units.names, 0.0, "min_ratio")
-    high = by_name(units.amount.max_ratio, units.names, 1.0, "max_ratio")
+    low = by_name(units.amount.min_ratio, units.names, 0.0, "min_ratio", left_out=units.amount.left_out)
+    high = by_name(units.amount.max_ratio, units.names, 1.0, "max_ratio", left_out=units.amount.left_out)
     bounds = []
     for (name, *_), size, gone, min_ratio, max_ratio in zip(units.names, sizes, dropped, low, high, strict=True):
         least, most = limits(size, min_ratio, max_ratio)
@@ -211,9 +212,9 @@ def _in_groups(units: _Units) -> Selected:
     for i, names in enumerate(units.names):
         sets.setdefault(group_of(units.method.scope, names) or "", []).append(i)
     # Rules are about all weights; each group gets the numbers of its own.
-    low = by_name(amount.min_ratio, units.names, 0.0, "min_ratio")
-    high = by_name(amount.max_ratio, units.names, 1.0, "max_ratio")
-    ratios = by_name(amount.ratio, list(sets), 0.0)
+    low = by_name(amount.min_ratio, units.names, 0.0, "min_ratio", left_out=amount.left_out)
+    high = by_name(amount.max_ratio, units.names, 1.0, "max_ratio", left_out=amount.left_out)
+    ratios = by_name(amount.ratio, list(sets), 0.0, left_out=[name for name, _ in units.method.scope.groups])
     masks: dict[int, Tensor] = {}
     nonfinite: dict[int, Tensor] = {}
     for chosen, ratio in zip(sets.values(), ratios, strict=True):

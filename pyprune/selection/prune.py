@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -21,9 +22,16 @@ from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.modules.last_layers import last_layers
 from pyprune.modules.masks import Mask, attach_masks, changing_masks, masks_by_target, masks_in
 from pyprune.modules.norms import norms_after
-from pyprune.modules.targets import Target, by_place, check_prunable, find_targets, output_layers
+from pyprune.modules.targets import (
+    Target,
+    by_place,
+    check_prunable,
+    find_targets,
+    find_targets_and_zeros,
+    output_layers,
+)
 from pyprune.modules.undo import Change
-from pyprune.selection.choose_masks import choose_masks, prunable_targets
+from pyprune.selection.choose_masks import choose_masks, left_out_by, prunable_targets
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -225,7 +233,8 @@ def put_masks(
     amount = check_amount(method, amount)
     check_module(model)
     with Change(model), changing_masks(masks_in(model)):
-        statistics = targets_with_statistics(model, method, ignored_scope, examples_inputs, calibration)
+        statistics, left_out = targets_with_statistics(model, method, ignored_scope, examples_inputs, calibration)
+        amount = replace(amount, left_out=left_out)
         choice = choose_masks(method, amount, list(statistics), statistics)
         choice.check()
         choice.tell(model, ends_of(model, method, examples_inputs))
@@ -239,26 +248,31 @@ def targets_with_statistics(
     ignored_scope: IgnoredScope | None,
     examples_inputs: Any,
     calibration: Calibration | None,
-) -> dict[Target, Tensor | None]:
-    """Return the weights that a method prunes, each with the statistic that its scores are computed from."""
-    found = find_targets(model, ignored_scope, examples_inputs)
-    targets = prunable_targets(method, found)
+) -> tuple[dict[Target, Tensor | None], tuple[str, ...]]:
+    """Return the weights that a method prunes, with statistics of their scores; and the names left out as zero."""
+    found, left_out = find_targets_and_zeros(model, ignored_scope, examples_inputs)
+    targets = prunable_targets(method, found, left_out)
     check_kind(targets, Mask)
-    statistics = statistics_of(model, method.importance, targets, calibration, examples_inputs)
+    statistics = statistics_of(model, method.importance, targets, calibration, examples_inputs, left_out)
     # Tables were left out with a warning by `calibrate`.
     unscored = [target for target in targets if target not in statistics and not target.layout.is_table]
     warn_of_missed(
         model,
         ignored_scope,
         found,
-        {f"without a score by {method.importance.name}": unscored},
+        {f"without a score by {method.importance.name}": unscored, **left_out_by(method, found, targets)},
         has_inputs=examples_inputs is not None,
     )
-    return {target: statistics[target] for target in targets if target in statistics}
+    return {target: statistics[target] for target in targets if target in statistics}, left_out
 
 
 def statistics_of(
-    model: nn.Module, importance: Importance, targets: Sequence[Target], calibration: object, inputs: Any
+    model: nn.Module,
+    importance: Importance,
+    targets: Sequence[Target],
+    calibration: object,
+    inputs: Any,
+    left_out: Sequence[str] = (),
 ) -> dict[Target, Tensor | None]:
     """Return the statistic of each target that the importance can score."""
     if importance.needs in ("none", "norm scale", "given") and calibration is not None:
@@ -266,7 +280,7 @@ def statistics_of(
     if importance.needs == "norm scale":
         return dict(_norm_scales(model, targets, inputs))
     if importance.needs == "given":
-        return dict(_given(importance, targets))
+        return dict(_given(importance, targets, left_out))
     if importance.needs == "none":
         return dict.fromkeys(targets)
     if not isinstance(calibration, Calibration):
@@ -283,7 +297,10 @@ def statistics_of(
     # Tables were left out with a warning.
     missing = [target.name for target in targets if target not in found and not target.layout.is_table]
     if missing:
-        raise ValueError(f"calibration lacks {', '.join(missing)}; calibrate with the same ignored_scope")
+        raise ValueError(
+            f"calibration lacks {', '.join(missing)}; calibrate with the same ignored_scope, and with the weights "
+            "loaded: what is zero everywhere then is left out"
+        )
     return {target: statistic.to(target.parameter.device) for target, statistic in found.items()}
 
 
@@ -293,12 +310,12 @@ def _by_name(tensors: Mapping[str, Tensor], targets: Sequence[Target]) -> dict[T
     return {target: tensor for target, tensor in named if isinstance(tensor, Tensor)}
 
 
-def _given(importance: Importance, targets: Sequence[Target]) -> dict[Target, Tensor]:
+def _given(importance: Importance, targets: Sequence[Target], left_out: Sequence[str]) -> dict[Target, Tensor]:
     scores = importance.options[0]
     assert isinstance(scores, Mapping)
     found = _by_name(scores, targets)
     missing = [target.name for target in targets if target not in found]
-    unknown = sorted(set(scores) - {owner.name for target in targets for owner in target.owners})
+    unknown = sorted(set(scores) - {owner.name for target in targets for owner in target.owners}.union(left_out))
     if missing or unknown:
         raise ValueError(
             f"the scores have no tensor for {', '.join(missing) or 'none'}, and unknown names "

@@ -57,7 +57,7 @@ def ratios_below(
     chosen = method_with_ratios(method)
     threshold = check_number("threshold", threshold, what="a number")
     with changing_masks(masks_in(model)):
-        statistics = targets_with_statistics(model, chosen, ignored_scope, examples_inputs, calibration)
+        statistics, _ = targets_with_statistics(model, chosen, ignored_scope, examples_inputs, calibration)
         groups = unit_groups_of(chosen, Amount(), list(statistics), statistics)
         scores = unit_scores(chosen, groups)
         bad = [group.name for group, score in zip(groups, scores, strict=True) if not score.isfinite().all()]

@@ -38,10 +38,17 @@ from pyprune.modules.mask_states import check_state, loading, state_of
 from pyprune.modules.masks import Mask, NewMask, attach_masks, changing_masks, masks_in
 from pyprune.modules.optimizer import innermost
 from pyprune.modules.steps import mask_state
-from pyprune.modules.targets import Target, find_targets
+from pyprune.modules.targets import Target, find_targets_and_zeros
 from pyprune.modules.undo import Change
 from pyprune.modules.zeros import holds_in, settle_written
-from pyprune.selection.choose_masks import Choice, choose_masks, prunable_targets, unit_groups_of, units_of
+from pyprune.selection.choose_masks import (
+    Choice,
+    choose_masks,
+    left_out_by,
+    prunable_targets,
+    unit_groups_of,
+    units_of,
+)
 from pyprune.selection.choose_units import ratios_of
 from pyprune.selection.prune import check_kind, ends_of, method_of, statistics_of
 
@@ -139,8 +146,10 @@ class Pruner:
         self._averages: list[weakref.ref[nn.Module]] = []
         self._spares: dict[Target, Tensor] = {}  # the masks before the last, to write the next ones to
         self._is_late = False  # masks were due, but there was nothing yet to choose them by
-        there = find_targets(model, ignored_scope, examples_inputs)
-        self._targets = targets = without_tables(found.importance, prunable_targets(found, there))
+        there, left_out = find_targets_and_zeros(model, ignored_scope, examples_inputs)
+        self._options = replace(self._options, left_out=left_out)
+        named = prunable_targets(found, there, left_out)
+        self._targets = targets = without_tables(found.importance, named)
         check_kind(self._targets, Mask)
         self._check_optimizer()
         self._watch: TrainingSums | TrainingGradients | None = None
@@ -154,7 +163,7 @@ class Pruner:
                     model,
                     ignored_scope,
                     there,
-                    {f"without a score by {found.importance.name}": unscored},
+                    {f"without a score by {found.importance.name}": unscored, **left_out_by(found, there, named)},
                     has_inputs=examples_inputs is not None,
                 )
                 self._watch = self._make_watch()
@@ -332,7 +341,7 @@ class Pruner:
         """Return what the importance needs, unless it is measured in training."""
         rule = self.method.importance
         if not needs_training(rule):
-            found = statistics_of(self.model, rule, self._targets, None, inputs)
+            found = statistics_of(self.model, rule, self._targets, None, inputs, self._options.left_out)
             self._targets = [target for target in self._targets if target in found]
             return found
         if self.schedule.is_due(0) and is_pruned(self.schedule(0)):

@@ -221,3 +221,12 @@ def test_gated_and_compiled_models_are_seen_as_they_are():
     for model in (gated, torch.compile(nn.Sequential(nn.Linear(4, 3)), backend="eager")):
         (tensor,) = calibrate(model, [x], WANDA).tensors.values()
         torch.testing.assert_close(tensor, x.norm(dim=0)[None])
+
+
+def test_a_weight_whose_entries_are_moved_is_refused():
+    class Flipped(nn.Linear):
+        def forward(self, x):
+            return F.linear(x.flip(1), self.weight.flip(1))
+
+    with pytest.raises(ValueError, match="through weight cannot be seen: its entries are moved before it is used"):
+        calibrate(Flipped(4, 4), [torch.randn(5, 4)], WANDA)

@@ -81,6 +81,34 @@ def test_what_an_importance_cannot_score_is_named():
         prune(model, method, ratio=0.5, examples_inputs=torch.randn(2, 1, 1, 1))
 
 
-def test_groups_of_the_user_leave_out_what_they_want():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    prune(model, Method(importance.magnitude(), scope=scope.group({"first": ["0"]})), ratio=0.5)
+class Attending(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.MultiheadAttention(4, 2), nn.Linear(4, 24, bias=False))
+
+
+PARTS = {
+    "groups": (Method(importance.magnitude(), scope=scope.group({"first": ["0"]})), "in no group of the scope"),
+    "heads": (Method(importance.magnitude(), granularity.head(2), scope.tensor()), "no part of attention heads"),
+}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, method, **options: prune(model, method, ratio=0.5, **options),
+        lambda model, method, **options: pyprune.Pruner(model, method, pyprune.schedules.one_shot(0.5), **options),
+    ],
+    ids=["prune", "pruner"],
+)
+@pytest.mark.parametrize(("method", "reason"), PARTS.values(), ids=PARTS)
+def test_what_groups_and_heads_leave_out_is_named_once(call, method, reason):
+    model = Attending()
+    with pytest.warns(UserWarning, match=rf"reaches 40% .* leaves out 1\.weight \({reason}\)") as caught:
+        call(model, method)
+    assert len(caught) == 1
+    rest = Method(importance.magnitude(), scope=scope.group({"second": ["1"]}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(model, method)
+        call(model, rest)
+        call(Attending(), method, ignored_scope=IgnoredScope(names=["1.weight"]))

@@ -62,6 +62,23 @@ USES = {
     "embedding and head": ((9, 4), lambda x, w: F.linear(F.embedding(torch.tensor([1]), w), w), OUT_IN),
     "soft embedding": ((4, 9), lambda x, w: (F.embedding(torch.tensor([1]), w), x.softmax(-1) @ w), IN_OUT),
 }  # fmt: skip
+ORDER = torch.tensor([2, 0, 3, 1])
+MOVES = {
+    "flip": lambda w: w.flip(1),
+    "roll": lambda w: w.roll(1, 1),
+    "rot90": lambda w: w.mT.rot90(),
+    "sort": lambda w: w.sort(1)[0],
+    "cumsum": lambda w: w.cumsum(1) * 2,
+    "cumprod": lambda w: w.cumprod(1).mT.contiguous().mT,
+    "gather": lambda w: w.gather(1, ORDER.expand(6, 4)),
+    "take": lambda w: w.take(torch.arange(24).flip(0).view(6, 4)),
+    "index": lambda w: w[:, ORDER],
+    "index_select": lambda w: w.index_select(1, ORDER),
+    "scatter": lambda w: torch.zeros_like(w).scatter(1, ORDER.expand(6, 4), w),
+    "index_copy_": lambda w: w.detach().clone().index_copy_(1, ORDER, w),
+    "index_put_": lambda w: w.detach().clone().index_put_((torch.arange(6)[:, None], ORDER), w),
+    "qr": lambda w: torch.linalg.qr(w)[0],
+}
 UNCLEAR = {
     "both ways": ((4, 4), lambda x, w: F.linear(x @ w, w), "both directions"),
     "tied autoencoder": ((6, 4), lambda x, w: F.linear(x, w) @ w, "both directions"),
@@ -69,6 +86,10 @@ UNCLEAR = {
     "heads of outputs": ((4, 2, 3), lambda x, w: torch.einsum("bsi,ihk->bshk", x, w), "several dimensions"),
     "unfolded conv": ((6, 2, 2), lambda x, w: F.linear(x, w.flatten(1)), "several dimensions"),
     "groups last": ((4, 6, 2), lambda x, w: [x @ w[..., i] for i in range(2)], "not along its first"),
+    **{
+        f"moved by {name}": ((6, 4), lambda x, w, move=move: F.linear(x, move(w)), "entries are moved")
+        for name, move in MOVES.items()
+    },
     "with another": ((4, 4), lambda x, w: x @ (w @ w.detach().clone()), "another parameter"),
 }
 

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 import pyprune
-from pyprune import IgnoredScope, Method, calibrate, importance, prune, pruning_statistic, schedules
+from pyprune import IgnoredScope, Method, calibrate, importance, prune, pruning_statistic, schedules, scope
 from pyprune.modules.targets import find_targets
 from pyprune.modules.zero_weights import are_zero
 
@@ -106,3 +106,54 @@ def test_a_model_of_zeros_is_refused():
     nn.init.zeros_(linear.weight)
     with pytest.raises(ValueError, match=r"every weight to prune is zero everywhere: weight\. Load the weights"):
         prune(linear, "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.5)
+
+
+SCORES = {"0.weight": torch.rand(16, 8), "2.weight": torch.rand(4, 16)}
+RULED = {
+    "ratio": (Method(importance.magnitude()), {"ratio": {"0": 0.5, "2": 0.5}}),
+    "limits": (Method(importance.magnitude()), {"ratio": 0.5, "max_ratio": {"2": 0.9}, "min_ratio": {"2": 0.1}}),
+    "groups": (
+        Method(importance.magnitude(), scope=scope.group({"a": ["0"], "b": ["2"]})),
+        {"ratio": {"a": 0.5, "b": 0.3}, "max_ratio": {"2": 0.9}},
+    ),
+    "scores": (Method(importance.given(SCORES)), {"ratio": 0.5}),
+}
+
+
+@pytest.mark.parametrize(("method", "options"), RULED.values(), ids=RULED)
+@pytest.mark.parametrize(
+    "put_on",
+    [
+        lambda model, method, ratio, limits: prune(model, method, ratio=ratio, **limits),
+        lambda model, method, ratio, limits: pyprune.Pruner(model, method, schedules.one_shot(ratio), **limits),
+    ],
+    ids=["prune", "pruner"],
+)
+def test_rules_may_name_what_is_zero_everywhere(method, options, put_on):
+    if isinstance(options["ratio"], dict) and method.scope.name == "model":
+        method = Method(method.importance, scope=scope.tensor())
+    model = with_zero_head()
+    limits = {key: value for key, value in options.items() if key != "ratio"}
+    with pytest.warns(UserWarning, match=r"zero everywhere, .*: 2\.weight"):
+        put_on(model, method, options["ratio"], limits)
+    assert [(one.tensor_name, one.pruned_units) for one in pruning_statistic(model).pruned_tensors] == [
+        ("0.weight", 64)
+    ]
+
+
+def test_rules_that_name_nothing_are_refused_beside_what_is_zero_everywhere():
+    method = Method(importance.magnitude(), scope=scope.tensor())
+    with (
+        pytest.raises(ValueError, match=r"'3' matches no weight"),
+        pytest.warns(UserWarning, match="zero everywhere"),
+    ):
+        prune(with_zero_head(), method, ratio={"0": 0.5, "3": 0.5})
+
+
+def test_what_was_zero_when_calibrated_is_named():
+    model = with_zero_head()
+    with pytest.warns(UserWarning, match="zero everywhere"):
+        calibration = calibrate(model, [torch.randn(5, 8)], importance.wanda())
+    nn.init.ones_(model[2].weight)
+    with pytest.raises(ValueError, match=r"calibration lacks 2\.weight; .* zero everywhere then is left out"):
+        prune(model, Method(importance.wanda()), ratio=0.5, calibration=calibration)

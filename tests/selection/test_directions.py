@@ -223,6 +223,11 @@ class BothWays(nn.Module):
         return F.linear(x @ self.kernel, self.kernel)
 
 
+class Flipped(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight.flip(1))
+
+
 STRUCTURED = {
     "out": (Method(importance.magnitude(), granularity.channel("out"), scope.tensor()), 0.5),
     "in": (Method(importance.magnitude(), granularity.channel("in"), scope.tensor()), 0.5),
@@ -238,6 +243,7 @@ def test_what_cannot_be_told_is_refused_by_name(cut, unchanged):
     square = Foreign((8, 8), F.linear, in_features=8, out_features=8)
     for model, name, inputs, what in (
         (BothWays(), "kernel", torch.randn(2, 8), "used in both directions"),
+        (Flipped(8, 8), "weight", torch.randn(2, 8), "its entries are moved"),
         (square, "weight", None, "give examples_inputs"),
     ):
         before = unchanged(model)
@@ -267,13 +273,46 @@ def test_kernels_are_those_of_convolutions(layer):
         pyprune.prune(layer, Method(importance.magnitude(), granularity.kernel(), scope.tensor()), ratio=0.5)
 
 
-def test_heads_want_outputs_first():
-    class Attention(nn.Module):
-        def __init__(self):
-            super().__init__()
-            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-                setattr(self, name, Foreign((8, 12), torch.matmul, in_features=8, out_features=12))
+class Projections(nn.Module):
+    """The projections of attention, with outputs first or inputs first."""
 
-    method = Method(importance.magnitude(), granularity.head(4), scope.model())
-    with pytest.raises(ValueError, match=r"q_proj\.weight has inputs first"):
-        pyprune.prune(Attention(), method, ratio=0.5)
+    def __init__(self, shapes, inputs_first):
+        super().__init__()
+        torch.manual_seed(0)
+        for name, (outputs, inputs) in shapes.items():
+            shape, use = ((inputs, outputs), torch.matmul) if inputs_first else ((outputs, inputs), F.linear)
+            layer = Foreign(shape, use, in_features=inputs, out_features=outputs)
+            weight = torch.randn(outputs, inputs)
+            layer.weight.data = (weight.T if inputs_first else weight).contiguous()
+            setattr(self, name, layer)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "heads"),
+    [
+        (
+            {"q_proj": (16, 10), "k_proj": (8, 10), "v_proj": (8, 10), "o_proj": (10, 16)},
+            granularity.head(4, 2),
+        ),
+        ({"c_attn": (24, 10), "c_proj": (10, 8)}, granularity.head(4)),
+        (
+            {"mixed": (24, 10), "out": (10, 8)},
+            granularity.head(4, names=("mixed", "mixed", "mixed", "out")),
+        ),
+    ],
+    ids=["separate", "stacked", "stacked by names"],
+)
+def test_heads_are_cut_along_outputs(shapes, heads):
+    linear, turned = Projections(shapes, inputs_first=False), Projections(shapes, inputs_first=True)
+    for model in (linear, turned):
+        pyprune.prune(model, Method(importance.magnitude(), heads), ratio=0.5)
+    for name in shapes:
+        weight = getattr(linear, name).weight
+        assert int((weight == 0).sum()) == weight.numel() // 2
+        assert torch.equal(getattr(turned, name).weight, weight.T)
+
+
+def test_heads_of_what_cannot_be_told_are_refused():
+    model = Projections(dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (8, 8)), inputs_first=True)
+    with pytest.raises(ValueError, match=r"which dimension of q_proj\.weight counts outputs cannot be told"):
+        pyprune.prune(model, Method(importance.magnitude(), granularity.head(4)), ratio=0.5)

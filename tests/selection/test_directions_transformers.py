@@ -169,3 +169,14 @@ def test_wanda_of_other_models(name):
         model(**inputs)
         norms = calibration.tensors["backbone.layers.0.mixer.conv1d.weight"]
         torch.testing.assert_close(norms.flatten(), seen[0].norm(dim=(0, 1)), rtol=1e-4, atol=1e-5)
+
+
+def test_heads_of_gpt2_are_those_of_its_stacked_projections():
+    sizes = {"vocab_size": 64, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 4}
+    model = build("GPT2", {**sizes, "bos_token_id": 1, "eos_token_id": 2})
+    pyprune.prune(model, Method(importance.magnitude(p=2), granularity.head(4), scope.tensor()), ratio=0.5)
+    for block in model.transformer.h:
+        dead = (block.attn.c_attn.weight == 0).all(0).view(3, 4, 4).all(2)
+        assert dead.sum(1).tolist() == [2, 2, 2]
+        assert torch.equal((block.attn.c_proj.weight == 0).all(1).view(4, 4).all(1).expand(3, 4), dead)
+        assert bool((block.mlp.c_proj.weight != 0).any(1).all())
