@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from pyprune.modules.attachments import parameters_of
+
 
 @dataclass(frozen=True, eq=False)
 class Part:
@@ -58,7 +60,7 @@ class Origins:
         self._full = 1000  # forget then what is gone
         for tensor in model.buffers():
             self._remember(tensor, [])
-        for parameter in model.parameters():
+        for parameter in parameters_of(model):
             dims = tuple(frozenset([dim]) for dim in range(parameter.dim()))
             self._remember(parameter, [Part(parameter, dims, tuple(map(range, parameter.shape)))])
 
