@@ -11,7 +11,7 @@ from pyprune.methods.patterns import matcher
 _NAME = re.compile(r"[\w.-]*")
 # What wrappers (torch.compile, DistributedDataParallel, FSDP) put into the names that users see.
 _WRAPPING = re.compile(
-    r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\\?\.|^module\\?\."
+    r"(?<!\w)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\\?\.|^module\\?\."
 )
 
 
@@ -36,14 +36,19 @@ def all_above(names: Iterable[str]) -> set[str]:
     return {prefix for name in names for prefix in above(name)}
 
 
-def plain_rule(rule: str) -> str:
-    """Return a rule as it is about the plain model, if it was written for a wrapped one.
+def plain_rules(rule: str) -> Iterator[str]:
+    """Yield a rule as it is written, and then with one more word of a wrapper left out each time.
+
+    A module of the plain model may be called as a wrapper is, so the first that means something is the one meant.
 
     Example:
-        >>> plain_rule("module._orig_mod.fc"), plain_rule(r"_orig_mod\\.layers\\.\\d")
-        ('fc', 'layers\\\\.\\\\d')
+        >>> list(plain_rules("module._orig_mod.fc")), list(plain_rules(r"_orig_mod\\.layers\\.\\d"))[-1]
+        (['module._orig_mod.fc', '_orig_mod.fc', 'fc'], 'layers\\\\.\\\\d')
     """
-    return _WRAPPING.sub("", _WRAPPING.sub("", rule))
+    yield rule
+    while (plain := _WRAPPING.sub("", rule, count=1)) != rule:
+        yield plain
+        rule = plain
 
 
 def check_rules(what: str, rules: Collection[object]) -> None:
@@ -81,7 +86,7 @@ def meaning(rule: str, known: Set[str], what: str = "the rule") -> Callable[[str
         >>> meaning("layer", known) is None
         True
     """
-    for written in dict.fromkeys((rule, plain_rule(rule))):
+    for written in plain_rules(rule):
         if written in known:  # before it is taken for a pattern: some names are strange
             return _is_below(written)
         if not _NAME.fullmatch(written):

@@ -55,7 +55,7 @@ class Owner:
         # Looked up as the module itself does, because a mask update asks for every weight.
         masks = self.module.__dict__.get(MASKS)
         found = None if masks is None else masks.get(self.attribute)
-        if found is None:
+        if found is None and not isinstance(self.module, torch.jit.ScriptModule):  # its tables are no dicts
             found = self.module._modules.get(gate_name(self.attribute))
         return found if isinstance(found, Attachment) else None
 
@@ -94,7 +94,15 @@ def wrapped_name(module: nn.Module) -> str | None:
     """
     if isinstance(module, _WRAPPERS):
         return "module"
-    return next((name for name in _WRAPPED_AS if module._modules.get(name) is not None), None)
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
+    return next((name for name in _WRAPPED_AS if name in module._modules and _wraps(module, name)), None)
+
+
+def _wraps(module: nn.Module, name: str) -> bool:
+    """Whether there is nothing in a module but what is in this child; wrappers may know it by other names, too."""
+    wrapped, others = module._modules[name], [child for child in module._modules.values() if child is not None]
+    return wrapped is not None and not module._parameters and set(others) <= set(wrapped.modules())
 
 
 def dense_modules(model: nn.Module, *, plain: bool = True) -> Iterator[tuple[str, nn.Module]]:
@@ -114,6 +122,12 @@ def _walk(module: nn.Module, name: str, plain: bool) -> Iterator[tuple[str, nn.M
         for child_name, child in module._modules.items():
             if child is not None:
                 yield from _walk(child, f"{name}.{child_name}".lstrip("."), plain)
+
+
+def parameters_of(model: nn.Module) -> list[nn.Parameter]:
+    """Return all parameters of a model, each once; ``parameters()`` of some returns groups for an optimizer."""
+    held = (parameter for module in model.modules() for parameter in module._parameters.values())
+    return list(dict.fromkeys(parameter for parameter in held if parameter is not None))
 
 
 def dense_parameters(model: nn.Module, *, plain: bool = True) -> Iterator[tuple[Owner, nn.Parameter]]:

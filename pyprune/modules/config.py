@@ -95,10 +95,10 @@ def load_from_config(model: _M, config: Mapping[str, Any]) -> _M:
         <All keys matched successfully>
     """
     check_module(model)
-    masks, gates = entries_of(config)
+    by_name = {owner.name: target for target in all_parameters(model) for owner in target.owners}
+    masks, gates = entries_of(config, by_name.keys())
     for target in attachments_of(model):
         raise ValueError(f"{target.name} carries a mask or gate already; give a fresh dense model, or strip it first")
-    by_name = {owner.name: target for target in all_parameters(model) for owner in target.owners}
     attachments: dict[Target, Attachment] = {}
     # Followers after the masks that they follow.
     for entry in sorted(masks, key=lambda entry: "follows" in entry):

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack, _pop_mode
 
 from pyprune.checks import shown
-from pyprune.modules.attachments import wrapped_name
+from pyprune.modules.attachments import parameters_of, wrapped_name
 from pyprune.modules.undo import Before, undoing
 
 
@@ -99,10 +99,14 @@ def evaluating(model: nn.Module, *, training: Iterable[nn.Module] = ()) -> Itera
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Give buffers and torch's random numbers back as they were, whatever happens; new buffers go."""
-    homes = [(module, dict(module._buffers), set(module._non_persistent_buffers_set)) for module in model.modules()]
+    homes = [
+        (module, dict(module._buffers), set(module._non_persistent_buffers_set))
+        for module in model.modules()
+        if not isinstance(module, torch.jit.ScriptModule)  # takes no new buffers
+    ]
     # Only under inference_mode could an inference tensor be written to, and it counts no versions.
     values = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_inference()]
-    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    devices = {parameter.device for parameter in parameters_of(model) if parameter.is_cuda}
 
     @torch.no_grad()
     def undo() -> None:

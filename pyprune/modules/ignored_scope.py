@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from pyprune.checks import check_bool, check_names
-from pyprune.methods.name_rules import plain_rule
+from pyprune.methods.name_rules import plain_rules
 from pyprune.methods.patterns import matcher
 
 
@@ -75,12 +75,10 @@ def ignored_by(
     types = sorted({name for bases in module_types.values() for name in bases})
     matched: set[str] = set()
     unmatched = []
-    rules: list[tuple[str, str, Callable[[str], bool]]] = [("name", name, name.__eq__) for name in scope.names]
-    rules += [("pattern", pattern, matcher(pattern)) for pattern in scope.patterns]
-    for kind, rule, matches in rules:
-        hits = list(filter(matches, names))
-        if not hits and (plain := plain_rule(rule)) != rule:  # written for a wrapped model
-            hits = list(filter(plain.__eq__ if kind == "name" else matcher(plain), names))
+    rules = [("name", name) for name in scope.names] + [("pattern", pattern) for pattern in scope.patterns]
+    for kind, rule in rules:
+        written = ((one.__eq__ if kind == "name" else matcher(one)) for one in plain_rules(rule))
+        hits = next((found for matches in written if (found := list(filter(matches, names)))), [])
         matched.update(hits)
         unmatched += [] if hits else [(kind, rule, names)]
     matched.update(name for name, bases in module_types.items() if not set(scope.types).isdisjoint(bases))

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from torch import nn
 from torch.optim import Optimizer
 
-from pyprune.modules.attachments import check_module
+from pyprune.modules.attachments import check_module, parameters_of
 from pyprune.modules.gates import gates_of
 
 
@@ -80,7 +80,7 @@ def weight_parameters(model: nn.Module) -> list[nn.Parameter]:
         [(2,), (2, 4)]
     """
     logits = set(gate_parameters(model))
-    return [parameter for parameter in model.parameters() if parameter not in logits]
+    return [parameter for parameter in parameters_of(model) if parameter not in logits]
 
 
 def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:

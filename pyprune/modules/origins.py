@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from pyprune.modules.attachments import parameters_of
+
 # What comes out of these has entries at other places than what went in, or mixes them.
 _MOVING = {
     *("flip", "roll", "rot90", "sort", "topk", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp"),
@@ -72,7 +74,7 @@ class Origins:
         self._full = 1000  # forget then what is gone
         for tensor in model.buffers():
             self._remember(tensor, [])
-        for parameter in model.parameters():
+        for parameter in parameters_of(model):
             dims = tuple(frozenset([dim]) for dim in range(parameter.dim()))
             self._remember(parameter, [Part(parameter, dims, tuple(map(range, parameter.shape)))])
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyprune.modules.attachments import dense_modules, dense_parameters, detach
+from pyprune.modules.attachments import dense_modules, dense_parameters, detach, parameters_of
 from pyprune.modules.mask_states import load_states, state_of
 from pyprune.modules.masks import masks_by_target
 from pyprune.modules.undo import Before
@@ -78,7 +78,8 @@ class _Everything:
         self._before = Before(model)
         # Of what is saved there are copies already.
         copies = {id(value): snapshot.state[name] for name, value in model.state_dict(keep_vars=True).items()}
-        tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
+        parameters = parameters_of(model)
+        tensors = [*parameters, *model.buffers(), *(p.grad for p in parameters if p.grad is not None)]
         self._values = [(one, copies[id(one)] if id(one) in copies else _copy(one)) for one in tensors]
         self._parked = [(hold, _copy(hold.parked)) for hold in holds_in(model) if hold.parked is not None]
         self._random = random.getstate(), np.random.get_state()

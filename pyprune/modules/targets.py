@@ -346,6 +346,8 @@ def _check_is_parameter(owner: Owner) -> None:
             f"{owner.name} has another parametrization ({steps}); fold it in with "
             f"torch.nn.utils.parametrize.remove_parametrizations first{_ADVICE}"
         )
+    if isinstance(owner.module, torch.jit.ScriptModule):
+        raise ValueError(f"{owner.name} is in a part that torch.jit compiled; prune before that{_ADVICE}")
     if owner.attachment is None and owner.attribute not in owner.module._parameters:
         raise ValueError(
             f"{owner.name} is not a parameter: something computes it (torch.nn.utils.prune, an old-style "

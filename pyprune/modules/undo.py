@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pyprune import ops
+from pyprune.modules.attachments import parameters_of
 from pyprune.modules.holding import HELD, Hold, MasksOfModule, look_at_torch
 from pyprune.modules.zeros import hold_zeros, holds_in, is_there
 
@@ -46,7 +47,7 @@ class Before:
     ) -> None:
         self._models = models
         modules = dict.fromkeys(module for model in models for module in model.modules())
-        parameters = dict.fromkeys(one for model in models for one in model.parameters())
+        parameters = dict.fromkeys(one for model in models for one in parameters_of(model))
         found = [*holds, *(hold for model in models for hold in holds_in(model))]
         followers = [follower for hold in found for follower in getattr(hold, "followers", ())]
         self._holds = {hold: _HoldBefore(hold) for hold in [*found, *followers]}

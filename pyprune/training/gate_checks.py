@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from pyprune.modules.attachments import gate_name
+from pyprune.modules.attachments import gate_name, parameters_of
 from pyprune.modules.gates import StochasticGate, gates_of
 
 # So often may optimizers step between two calls of the loss without one that has the gates: they may take turns.
@@ -51,7 +51,7 @@ class GatePlaces:
 
     def parameters(self) -> set[nn.Parameter]:
         """Return all parameters of the model."""
-        return set(self._model.parameters())
+        return set(parameters_of(self._model))
 
     def check(self) -> None:
         """Raise ValueError if gates are in the model no more, and name them."""

@@ -6,7 +6,8 @@ from torch import nn
 
 import pyprune
 from pyprune import IgnoredScope, Method, Recipe, importance, scope
-from pyprune.methods.name_rules import all_above, by_name, check_rules, meaning, plain_rule
+from pyprune.methods.name_rules import all_above, by_name, check_rules, meaning
+from pyprune.modules.ignored_scope import ignored_by
 
 LOCAL = "UNSTRUCTURED_MAGNITUDE_LOCAL"
 
@@ -97,17 +98,39 @@ def test_patterns_without_an_end_match_nothing_everywhere(place, rule):
         place(rule)
 
 
+# The second name of each is what a wrapper's word must not be cut out of.
+@pytest.mark.parametrize(
+    ("rule", "names"),
+    [
+        ("module.fc", ["module.fc.weight", "fc.weight"]),
+        ("module.module.fc", ["module.fc.weight", "fc.weight"]),
+        (r"module\.module\.f", ["module.fc.weight", "fc.weight"]),
+        ("_orig_mod.module.fc", ["module.fc.weight", "fc.weight"]),
+        ("net.module.fc", ["net.module.fc.weight", "net.fc.weight"]),
+    ],
+)
+def test_rules_mean_a_module_that_is_called_as_a_wrapper_is(rule, names):
+    assert by_name({rule: 0.5}, names, 0.0) == [0.5, 0.0]
+    ignored = ignored_by(
+        IgnoredScope(**{"patterns" if "\\" in rule else "names": [rule]}),
+        names,
+        {"": []} | {name.rpartition(".")[0]: [] for name in names},
+    )
+    assert [ignored(name) for name in names] == [True, False]
+
+
+@pytest.mark.parametrize("rule", ["my_forward_module.fc", r"my_orig_mod\.f"])
+def test_a_word_of_a_wrapper_is_a_whole_part_of_a_name(rule):
+    with pytest.raises(ValueError, match="matches no weight"):
+        by_name({rule: 0.5}, ["myfc.weight"], 0.0)
+
+
 @pytest.mark.parametrize(
     "rule", ["net.fc", "module.net.fc", "_orig_mod.net.fc", "module._orig_mod.net.fc", r"net\.f"]
 )
 def test_rules_for_a_wrapped_model_mean_the_plain_one(rule):
     names = ["net.fc.weight", "net.conv.weight"]
     assert by_name({rule: 0.5}, names, 0.0) == [0.5, 0.0]
-
-
-def test_plain_rule_leaves_modules_of_that_name_alone():
-    assert by_name({"module.fc": 0.5}, ["module.fc.weight", "fc.weight"], 0.0) == [0.5, 0.0]
-    assert plain_rule("net.module.fc") == "net.module.fc"
 
 
 @pytest.mark.parametrize(("rule", "error"), [(0, TypeError), (None, TypeError), ("(", ValueError)])

@@ -21,7 +21,12 @@ PATTERNS = [
     r"(?<=a)(b|c)*",
     r"(a|b)*(?<=ab)c",
     r"(a|b)*(?<!ab)c$",
-    r"(a|b)*(?<!^)(?=(?=.*c)b*)c",
+    r"(a|b)*(?<!^)(?=.*c)(?=b*)c",
+    r"((?<=a|b)\b|(?!c).)*$",
+    r"(\A|a|\n|$)*\Z",
+    r"(?m)(^a|b|$|\n)*c",
+    r"(\B.|\b.)*d",
+    r"(?:(?:){2}a?){3}b",
     r"\b(a|b)*\b",
     r"(?:a{2,3}){2}",
     r"(a?b?c?)*d",
@@ -46,7 +51,8 @@ ENDLESS = [
     r".*.*.*.*.*.*.*.*.*.*!",
     "(.|.)" * 60 + "!",
     "a?" * 60 + "a" * 60 + "!",
-    "(?=.*" * 20 + "!" + ")" * 20,
+    "(?:){40000000}!",
+    "(?:(?:(?:){60000}){60000})?!",
     r"(?!(\w+\.?)+!)(\w+\.?)+!",
 ]
 NAME = "encoder.layers.0.self_attention_of_the_first_layer_norm.weight"
@@ -81,8 +87,40 @@ def test_matcher_comes_to_an_end(pattern):
         (r"(a)\1", "a backreference"),
         (r"(a)?(?(1)b|c)", "a backreference, a condition"),
         ("(a{1000}){1000}", "so many repetitions"),
+        ("(?:(?:(?:){9}){9}a){9999}", "so many repetitions"),
+        ("(?:(?:|){9999}){9999}", "so many repetitions"),
+        (r"([a-z.]{1,70}){1,70}!", "so many repetitions"),
+        ("(?=.*" * 20 + "!" + ")" * 20, "looking ahead or behind within looking"),
     ],
 )
 def test_matcher_refuses_what_cannot_be_matched_in_bounded_time(pattern, text):
     with pytest.raises(ValueError, match=text):
         matcher(pattern)
+
+
+@pytest.mark.parametrize("pattern", [r"((?=.*!)|(?=\w*!)|(?=.)|.)+!", r"((?!!)([a-z_.]{1,60}){1,8})+!"])
+def test_matcher_refuses_a_text_in_which_too_much_is_looked_for(pattern):
+    matches = matcher(pattern)
+    for _ in range(2):  # each text counts by itself
+        assert not matches("a.b")
+        with pytest.raises(ValueError, match=r"too much to look for in 'encoder"):
+            matches(NAME * 4)
+
+
+@pytest.mark.parametrize("pattern", [r"([a-z.]{1,60}){1,16}!", r"(\b[a-z.]{1,60}){1,12}!", r"(.|\w){1,300}!"])
+def test_matcher_goes_through_what_names_share_once(pattern, monkeypatch):
+    seen, step = [], patterns._step
+
+    def counted(*args):
+        ahead, visited = step(*args)
+        seen.append(len(visited))
+        return ahead, visited
+
+    monkeypatch.setattr(patterns, "_step", counted)
+    matcher.cache_clear()
+    matches = matcher(pattern)
+    assert not matches(NAME)
+    once = sum(seen)
+    assert not any(matches(f"{NAME[:-1]}{end}") for end in "abcdefgh" * 70)
+    assert sum(seen) < 2 * once
+    matcher.cache_clear()

@@ -49,6 +49,42 @@ def test_dense_parameters_are_those_of_the_dense_model(case):
     assert list(dense_modules(case.model)) == modules
 
 
+def with_child(name):
+    model = nn.Module()
+    model.add_module(name, nn.Linear(4, 4))
+    model.head = nn.Linear(4, 4)
+    return model
+
+
+class WithWeight(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self._orig_mod = nn.Linear(4, 4)
+        self.weight = nn.Parameter(torch.ones(4, 4))
+
+
+class Fabric(nn.Module):
+    """As Lightning's: what is wrapped, and the model in it."""
+
+    def __init__(self):
+        super().__init__()
+        self._original_module = nn.Linear(4, 4)
+        self._forward_module = nn.DataParallel(self._original_module)
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (with_child("_forward_module"), ["_forward_module.weight", "head.weight"]),
+        (with_child("_orig_mod"), ["_orig_mod.weight", "head.weight"]),
+        (WithWeight(), ["weight", "_orig_mod.weight"]),
+        (Fabric(), ["weight"]),
+    ],
+)
+def test_dense_parameters_are_all_there_are_outside_of_wrappers(model, expected):
+    assert [owner.name for owner, parameter in dense_parameters(model) if parameter.dim() == 2] == expected
+
+
 def test_attach_and_detach_reach_a_module_with_two_names():
     shared = nn.Linear(3, 3)
     model = nn.ModuleDict({"one": shared, "two": shared})

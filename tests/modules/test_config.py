@@ -393,6 +393,29 @@ def test_load_from_config_refuses_what_contradicts_itself(unchanged):
 
 
 @pytest.mark.parametrize("mode", ["UNSTRUCTURED_MAGNITUDE_LOCAL", "UNSTRUCTURED_HARD_CONCRETE"])
+@pytest.mark.parametrize("child", ["module", "my_forward_module", "my_orig_mod"])
+def test_configs_fit_a_model_with_a_part_that_is_called_as_a_wrapper_is(child, mode):
+    def build():
+        model = nn.Module()
+        model.add_module(child, nn.Linear(8, 8))
+        model.weight, model.myweight = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8, 8))
+        model.forward = lambda x: getattr(model, child)(x) @ model.weight @ model.myweight
+        return model
+
+    options = {"ratio": 0.5} if "MAGNITUDE" in mode else {}
+    saved = pyprune.prune(build(), mode, ignored_scope=pyprune.IgnoredScope(names=["weight", "myweight"]), **options)
+    fresh = load_from_config(build(), get_config(saved))
+    fresh.load_state_dict(saved.state_dict())
+    x = torch.randn(2, 8)
+    assert torch.equal(fresh.eval()(x), saved.eval()(x))
+    config = get_config(saved)
+    (entry,) = (*config["masks"], *config["gates"])
+    entry["names"] = [f"module._orig_mod.{child}.weight"]  # as it was saved wrapped
+    again = get_config(load_from_config(build(), config))
+    assert [one["names"] for one in (*again["masks"], *again["gates"])] == [[f"{child}.weight"]]
+
+
+@pytest.mark.parametrize("mode", ["UNSTRUCTURED_MAGNITUDE_LOCAL", "UNSTRUCTURED_HARD_CONCRETE"])
 @pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
 def test_configs_fit_the_plain_model_and_the_wrapped_one(wrap, mode):
     def build():

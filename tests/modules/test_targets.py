@@ -288,3 +288,37 @@ def test_layer_weights_lists_places_not_parameters(transformer):
     places = [owner.name for owner in layer_weights(transformer.model)]
     assert "embed.weight" in places
     assert "decoder.weight" in places
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("part", [nn.ReLU(), nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))])
+@pytest.mark.parametrize("mode", [LOCAL, pyprune.PruneMode.UNSTRUCTURED_HARD_CONCRETE])
+def test_a_part_that_torch_jit_compiled_is_left_or_refused_by_name(part, mode):
+    model = nn.Sequential(nn.Linear(4, 4), torch.jit.script(part))
+    options = {"examples_inputs": torch.randn(2, 4)} | ({"ratio": 0.5} if mode is LOCAL else {})
+    if any(parameter.dim() == 2 for parameter in part.parameters()):
+        with pytest.raises(ValueError, match=r"1(\.0)?\.weight is in a part that torch.jit compiled"):
+            pyprune.prune(model, mode, **options)
+        options["ignored_scope"] = IgnoredScope(names=["1"])
+    pyprune.prune(model, mode, **options)
+    pyprune.load_from_config(nn.Sequential(nn.Linear(4, 4), torch.jit.script(part)), pyprune.get_config(model))
+    assert [one.tensor_name for one in pyprune.pruning_statistic(model).pruned_tensors] == ["0.weight"]
+    pyprune.strip(model)
+
+
+class InGroups(nn.Sequential):
+    """A model whose parameters() are what its optimizer takes."""
+
+    def parameters(self, recurse=True):
+        return [{"params": list(super().parameters(recurse)), "lr": 0.1}]
+
+
+@pytest.mark.parametrize("mode", [LOCAL, pyprune.PruneMode.UNSTRUCTURED_HARD_CONCRETE])
+def test_a_model_that_returns_its_parameters_in_groups_is_pruned(mode):
+    model, x = InGroups(nn.Linear(4, 4), nn.BatchNorm1d(4)), torch.randn(2, 4)
+    pyprune.prune(model, mode, examples_inputs=x, **({"ratio": 0.5} if mode is LOCAL else {}))
+    pyprune.load_from_config(InGroups(nn.Linear(4, 4), nn.BatchNorm1d(4)), pyprune.get_config(model))
+    assert len(pyprune.weight_parameters(model)) == 4
+    if mode is not LOCAL:
+        pyprune.LagrangianLoss(model, 0.5)()
+    pyprune.batch_norm_adaptation(pyprune.strip(model), [x])
