@@ -260,6 +260,11 @@ class TrainingSums:
         else:
             wrong = [name for name in names if state["sums"][name].shape != shapes[name]]
             wrong += [name for name, seen in state["counts"].items() if type(seen) is not int or seen != 1]
+            if bool(state["count"]) is not bool(counted):
+                raise ValueError(
+                    f"the state has {state['count']} batches, and gradients of {len(counted)} weights in them; it is "
+                    "damaged: load another"
+                )
         if wrong:
             raise ValueError(
                 f"the state has other shapes or counts for {', '.join(sorted(wrong))}; load it into the same model"

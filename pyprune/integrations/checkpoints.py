@@ -78,5 +78,5 @@ def load_masks(model: nn.Module, state: Mapping[str, Any]) -> None:
             "model and the pruning that were saved"
         )
     for name, mask in masks.items():
-        check_state(name, state[name], mask.mask.shape)
+        check_state(name, state[name], mask.mask.shape, mask.followers)
     load_states([(mask, state[name]) for name, mask in masks.items()])

@@ -156,7 +156,12 @@ def _load(file: Path, rank: int) -> dict[str, Any]:
     files = [file, _of_rank(file, rank)] if rank > 0 and _of_rank(file, rank).is_file() else [file]
     state: dict[str, Any] = {}
     for one in files:
-        state |= torch.load(one, map_location="cpu", weights_only=True)
+        try:
+            state |= torch.load(one, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch has no error of its own for what is no file of torch.save
+            raise ValueError(
+                f"{one} cannot be read, and is damaged or unfinished; resume from another checkpoint: {error}"
+            ) from error
     return state
 
 

@@ -6,22 +6,27 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack, _pop_mode
+from torch.utils._pytree import tree_leaves
 
 from pyprune.checks import shown
 from pyprune.modules.attachments import parameters_of, wrapped_name
 from pyprune.modules.undo import Before, undoing
+
+_NO_TENSORS = (np.ndarray, np.generic, int, float, complex, str, bytes, type(None))
 
 
 def forward(model: nn.Module, inputs: Any, name: str = "examples_inputs") -> Any:
     """Call the model: a mapping gives keyword arguments, a tuple positional ones, anything else is the one argument.
 
     Raises:
-        TypeError: if the model does not take as many, or such arguments; ``name`` says what the inputs are.
+        TypeError: if the model does not take as many, or such arguments, or fails because there is no tensor in them;
+            ``name`` says what the inputs are.
 
     Example:
         >>> forward(nn.Identity(), (torch.ones(1),)).tolist()
@@ -31,9 +36,15 @@ def forward(model: nn.Module, inputs: Any, name: str = "examples_inputs") -> Any
     keywords = inputs if isinstance(inputs, Mapping) else {}
     try:
         return model(*args, **keywords)
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         problem = _misfit(model, args, keywords)
         if problem is None:
+            leaves = tree_leaves((args, dict(keywords)))
+            if all(isinstance(leaf, _NO_TENSORS) for leaf in leaves):
+                raise TypeError(
+                    f"{name} is {shown(inputs)}, without a tensor in it, and {type(model).__name__} fails with it "
+                    f"({error}); give tensors"
+                ) from error
             raise
         given = f"a dict of {', '.join(map(str, keywords))}" if keywords else f"a tuple of {len(args)}"
         raise TypeError(

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from pyprune import ops
 from pyprune.checks import LARGEST_INT, shown
 from pyprune.modules.holding import Hold
-from pyprune.modules.masks import Mask, changing_masks
+from pyprune.modules.masks import FollowingMask, Mask, changing_masks, channels_alive
 from pyprune.modules.undo import Change
 
 
@@ -54,13 +54,15 @@ def is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_INT
 
 
-def check_state(name: str, state: object, shape: Sequence[int]) -> None:
-    """Raise ValueError unless a state is that of a mask of a shape.
+def check_state(
+    name: str, state: object, shape: Sequence[int], followers: Sequence[FollowingMask] | None = None
+) -> None:
+    """Raise ValueError unless a state is that of a mask of a shape, with these followers if they are given.
 
     Raises:
         ValueError: with the name of the weight and what is wrong.
     """
-    problem = _problem(state, tuple(shape))
+    problem = _problem(state, tuple(shape)) or _problem_of_followers(state, shape, followers)
     if problem:
         raise ValueError(f"the state of {name} {problem}; load it into the model and the pruning that were saved")
 
@@ -79,28 +81,36 @@ def _problem(state: object, shape: tuple[int, ...]) -> str:
         isinstance(unit, (list, tuple)) and len(unit) == len(shape) and all(is_size(size) and size for size in unit)
     ):
         return f"has units of {shown(unit)} for a mask of shape {list(shape)}"
-    dropped = int((~unpack_bits(bits, shape)).sum())
-    followers = state.get("followers", [])
-    if not isinstance(followers, (list, tuple)):
+    return _problem_of_parked(state["parked"], int((~unpack_bits(bits, shape)).sum()))
+
+
+def _problem_of_followers(state: Any, shape: Sequence[int], followers: Sequence[FollowingMask] | None) -> str:
+    saved = state.get("followers", [])
+    if not isinstance(saved, (list, tuple)):
         return "has followers that are no list"
-    return _problem_of_parked(state["parked"], dropped) or next(
-        filter(None, (_problem_of_parked(parked, None) for parked in followers)), ""
-    )
+    if followers is None:
+        return ""
+    if len(saved) != len(followers):
+        return f"has {len(saved)} followers, the biases and norms of its dead channels, and the mask {len(followers)}"
+    mask = unpack_bits(state["bits"], shape)
+    dropped = [int((~channels_alive(mask, one.layout)).sum()) for one in followers]
+    found = (_problem_of_parked(parked, number) for parked, number in zip(saved, dropped, strict=True))
+    return next((f"has a follower that {problem}" for problem in found if problem), "")
 
 
-def _problem_of_parked(parked: object, dropped: int | None) -> str:
+def _problem_of_parked(parked: object, dropped: int) -> str:
     if parked is None:
         return ""
     if not isinstance(parked, Tensor) or not is_plain(parked) or parked.dtype not in ops.WEIGHT_DTYPES:
         return "has parked values that are no tensor of weights"
-    if parked.dim() != 1 or dropped not in (None, parked.numel()):
+    if parked.dim() != 1 or parked.numel() != dropped:
         return f"has not as many parked values as the {dropped} that its mask drops"
     if not bool(parked.isfinite().all()):
         return "has parked values that are NaN or infinite: the file is damaged, or the training had diverged"
     return ""
 
 
-def check_tensors(what: str, tensors: object) -> None:
+def check_tensors(what: str, tensors: object, *, integers: bool = False) -> None:
     """Raise ValueError unless a part of a state is a dict from names to finite tensors.
 
     Raises:
@@ -112,6 +122,7 @@ def check_tensors(what: str, tensors: object) -> None:
         name
         for name, tensor in tensors.items()
         if not (isinstance(tensor, Tensor) and is_plain(tensor) and bool(tensor.isfinite().all()))
+        or not (tensor.is_floating_point() or integers)
     ]
     if wrong:
         raise ValueError(

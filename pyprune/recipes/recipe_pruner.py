@@ -12,6 +12,7 @@ from pyprune.calibration.training_statistics import needs_gradients
 from pyprune.checks import shown
 from pyprune.methods.schedules import Ratio, check_step
 from pyprune.modules.attachments import check_module
+from pyprune.modules.mask_states import is_size
 from pyprune.modules.optimizer import innermost_of
 from pyprune.modules.strip import strip
 from pyprune.modules.targets import find_targets_and_zeros
@@ -153,7 +154,11 @@ class RecipePruner:
                 f"{self.steps_per_epoch}; epochs would change their meaning"
             )
         states, held = state_dict["pruners"], state_dict["held"]
-        if not isinstance(states, (list, tuple)) or not isinstance(held, Mapping):
+        if (
+            not isinstance(states, (list, tuple))
+            or not isinstance(held, Mapping)
+            or not all(map(is_size, held.values()))
+        ):
             raise ValueError(f"the state has the pruners {shown(states)} and holds {shown(held)}; it is damaged")
         keys = [set(state) if isinstance(state, Mapping) else None for state in states]
         if keys != [set(pruner._state()) for pruner in self._pruners]:

@@ -243,7 +243,13 @@ def _in_steps(make: Callable[..., Schedule], epochs: Mapping[str, float], steps_
 
 
 def _multi_step(ratios: Mapping[float, Ratio], steps_per_epoch: int) -> Schedule:
-    return schedules.multi_step({steps_of(epoch, steps_per_epoch): ratios[epoch] for epoch in sorted(ratios)})
+    epochs: dict[int, float] = {}
+    for epoch in sorted(ratios):
+        step = steps_of(epoch, steps_per_epoch)
+        if step in epochs:
+            raise ValueError(f"epochs {epochs[step]:g} and {epoch:g} are both step {step}; leave one of them out")
+        epochs[step] = epoch
+    return schedules.multi_step({step: ratios[epoch] for step, epoch in epochs.items()})
 
 
 def _made(place: Place | None, makers: Mapping[str, Callable[..., Any]], otherwise: str) -> Any:

@@ -300,7 +300,7 @@ class LagrangianLoss(_GateLoss):
             ValueError: if a tensor of it is of another shape, or not finite; nothing is changed then.
             RuntimeError: as torch does, for names that are missing or too many.
         """
-        check_tensors("multipliers", state_dict)
+        check_tensors("multipliers", state_dict, integers=True)
         for name, buffer in self.named_buffers():
             if name in state_dict and state_dict[name].shape != buffer.shape:
                 raise ValueError(

@@ -287,18 +287,19 @@ class Pruner:
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
         check_step(state["step_count"], "step_count")
-        check_ratios(state["ratio"], "the ratio of the state")
+        if check_ratios(state["ratio"], "the ratio of the state") == {} != self.schedule(int(state["step_count"])):
+            raise ValueError("the ratio of the state is {}, which names no weight; it is damaged: load another")
         for flag in ("frozen", "is_late"):
             check_bool(f"{flag} of the state", state[flag])
         if isinstance(self._watch, TrainingSums):
             self._watch.check_state(state["sums"])
         elif state["sums"] is not None:
             raise ValueError("the state is that of a pruner with another importance; make one as it was made")
-        shapes = {target.name: target.parameter.shape for target in self._carried()}
-        if not isinstance(state["masks"], Mapping) or set(state["masks"]) != set(shapes):
-            raise ValueError(f"the state is of the weights {_named(state['masks'])}, these are {sorted(shapes)}")
-        for name, shape in shapes.items():
-            check_state(name, state["masks"][name], shape)
+        masks = {target.name: mask for target, mask in self._carried().items()}
+        if not isinstance(state["masks"], Mapping) or set(state["masks"]) != set(masks):
+            raise ValueError(f"the state is of the weights {_named(state['masks'])}, these are {sorted(masks)}")
+        for name, mask in masks.items():
+            check_state(name, state["masks"][name], mask.mask.shape, mask.followers)
 
     def _load(self, state: Mapping[str, Any]) -> None:
         self._unchecked = None  # of the training that is left

@@ -11,7 +11,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytest.importorskip("yaml")
 
-from pyprune.integrations.transformers import PruningCallback  # noqa: E402
+from pyprune.integrations.transformers import PruningCallback, _load  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TOKENS = torch.randint(20, (40, 6), generator=torch.Generator().manual_seed(0))
@@ -99,6 +99,23 @@ def test_resume_gives_the_same_end(tmp_path, importance):
     assert equal(again, model)
     with pytest.raises(ValueError, match=r"goes on at step 8, but there is no .*pruning\.pt; give PruningCallback"):
         train(gpt2(), pruning(importance), tmp_path / "elsewhere", checkpoint=str(folder))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"no file of torch", None]
+)
+def test_a_damaged_file_is_named(tmp_path, damage, rank):
+    file, whole = tmp_path / "pruning.pt", tmp_path / "whole.pt"
+    for one in (file, whole, tmp_path / "pruning_rank1.pt"):
+        torch.save({"pruning": {}, "masks": {}}, one)
+    damaged = file if rank == 0 else tmp_path / "pruning_rank1.pt"
+    if damage is None:
+        torch.save([1, 2], damaged)
+    else:
+        damaged.write_bytes(damage(whole.read_bytes()))
+    with pytest.raises(ValueError, match=rf"{damaged.name} cannot be read.*resume from another checkpoint"):
+        _load(file, rank)
 
 
 class OnRank(PruningCallback):

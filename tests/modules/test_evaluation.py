@@ -1,7 +1,11 @@
+import re
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from pyprune.checks import shown
 from pyprune.modules.evaluation import check_initialized, evaluating, forward, score_of
 
 
@@ -14,6 +18,22 @@ def test_forward_spreads_mappings_and_tuples():
     assert forward(Two(), {"x": 1, "y": 2}) == (1, 2)
     assert forward(Two(), 1) == (1, 0)
     assert forward(Two(), [1, 2]) == ([1, 2], 0)
+
+
+@pytest.mark.parametrize("inputs", [np.array([0.1, 0.2]), (np.ones(2),), {"input": [0.1, 0.2]}, "text", 3, None])
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.BatchNorm1d(2)])
+def test_forward_says_what_inputs_without_tensors_are(model, inputs):
+    with pytest.raises(TypeError, match=rf"^a batch is {re.escape(shown(inputs))}, without a tensor in it"):
+        forward(model, inputs, "a batch")
+
+
+def test_forward_leaves_other_errors_as_they_are():
+    class Wrong(nn.Module):
+        def forward(self, x):
+            return x.nothing
+
+    with pytest.raises(AttributeError, match="nothing"):
+        forward(Wrong(), torch.ones(1))
 
 
 def test_evaluating_gives_every_flag_back_whatever_happens():

@@ -211,3 +211,10 @@ def test_read_stages_names_file_line_and_field(text, complaint):
 
 def test_steps_of_rounds():
     assert [steps_of(epochs, 10) for epochs in (0, 0.04, 0.05, 0.3, 2)] == [0, 0, 1, 3, 20]
+
+
+@pytest.mark.parametrize(("epochs", "steps", "step"), [((0.1, 0.2), 2, 0), ((1, 1.04), 10, 10), ((0, 1e-7), 5, 0)])
+def test_two_epochs_of_multi_step_are_not_one_step(epochs, steps, step):
+    text = f"- prune: {{schedule: {{multi_step: {{{epochs[0]}: 0.3, {epochs[1]}: 0.9}}}}}}"
+    with pytest.raises(ValueError, match=rf"epochs {epochs[0]:g} and {epochs[1]:g} are both step {step};"):
+        stages(text)[0].schedule(steps)
