@@ -104,11 +104,11 @@ def batch_norm_adaptation(
         for norm in missed:
             for buffer, value in zip(norm.buffers(), saved[norm], strict=True):
                 buffer.copy_(value)
-    if missed:
-        warn(
-            f"no batch reached {listed([names[norm] for norm in missed])}: these keep the statistics that they had. "
-            "Give data that goes through them, or leave them as they are"
-        )
+        if missed:
+            warn(
+                f"no batch reached {listed([names[norm] for norm in missed])}: these keep the statistics that they "
+                "had. Give data that goes through them, or leave them as they are"
+            )
     return model
 
 

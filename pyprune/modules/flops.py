@@ -1,7 +1,7 @@
 """What weights cost in a forward pass."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -56,10 +56,6 @@ class _FlopCounter(TorchDispatchMode, Generic[_Key]):  # type: ignore[no-untyped
         place = range(tensor.data_ptr(), tensor.data_ptr() + size * tensor.element_size())
         self._places.setdefault(tensor.untyped_storage().data_ptr(), []).append((place, key))
         self._kept.append(tensor)
-
-    def watch(self, gate: _Key, inputs: Any, output: Tensor) -> None:
-        """Take the output of a gate: a forward hook."""
-        self.see(gate, output)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -130,15 +126,7 @@ def flop_costs(
         >>> list(flop_costs(linear, gates_of(linear), torch.ones(3, 4)).values())
         [6.0]
     """
-    check_inputs(examples_inputs)
-    check_initialized(model)
-    gates = list(gates)
-    counter = _FlopCounter(gates)
-    before = Before(*gates, with_attributes=False)
-    with undoing(before.restore), evaluating(model), untouched(model), _unfused(), using(counter):
-        for gate in gates:
-            gate.register_forward_hook(counter.watch)
-        forward(model, examples_inputs)
+    counter = _count(model, {gate: gate for gate in gates}, examples_inputs)
     if not any(counter.flops.values()):
         raise ValueError("the forward pass has no countable FLOPs with gated weights; leave examples_inputs out")
     names = {module: name.removesuffix(gate_name("")) for name, module in model.named_modules()}
@@ -150,10 +138,25 @@ def flop_costs(
     return {gate: flops / max(1, gate.logits.numel()) for gate, flops in counter.flops.items()}
 
 
-def _see_output(
-    counter: _FlopCounter[Target], target: Target, gate: nn.Module, inputs: object, output: Tensor
-) -> None:
-    counter.see(target, output)
+def _count(model: nn.Module, sources: Mapping[_Key, nn.Module | Tensor], examples_inputs: Any) -> _FlopCounter[_Key]:
+    """Count the FLOPs of one forward pass with certain tensors, or with what certain modules put out."""
+    check_inputs(examples_inputs)
+    check_initialized(model)
+    counter = _FlopCounter(sources)
+    modules = {key: source for key, source in sources.items() if isinstance(source, nn.Module)}
+    before = Before(*modules.values(), with_attributes=False)
+    with undoing(before.restore), evaluating(model), untouched(model), _unfused(), using(counter):
+        for key, source in sources.items():
+            if isinstance(source, nn.Module):
+                source.register_forward_hook(partial(_see_output, counter, key))
+            else:
+                counter.see(key, source)
+        forward(model, examples_inputs)
+    return counter
+
+
+def _see_output(counter: _FlopCounter[_Key], key: _Key, module: nn.Module, args: object, output: Tensor) -> None:
+    counter.see(key, output)
 
 
 def macs_of(model: nn.Module, targets: Sequence[Target], examples_inputs: Any) -> tuple[int, dict[Target, int]]:
@@ -168,20 +171,6 @@ def macs_of(model: nn.Module, targets: Sequence[Target], examples_inputs: Any) -
         >>> macs_of(linear, find_targets(linear), torch.ones(3, 4))[0]
         24
     """
-    check_inputs(examples_inputs)
-    check_initialized(model)
-    counter = _FlopCounter(targets)
-    gates: dict[Target, nn.Module] = {}
-    for target in targets:
-        gate = target.attachment
-        if isinstance(gate, nn.Module):
-            gates[target] = gate
-    before = Before(*gates.values(), with_attributes=False)
-    with undoing(before.restore), evaluating(model), untouched(model), _unfused(), using(counter):
-        for target in targets:
-            if target in gates:
-                gates[target].register_forward_hook(partial(_see_output, counter, target))
-            else:
-                counter.see(target, target.parameter)
-        forward(model, examples_inputs)
+    in_use = {t: gate if isinstance(gate := t.attachment, nn.Module) else t.parameter for t in targets}
+    counter = _count(model, in_use, examples_inputs)
     return counter.total // 2, {target: flops // 2 for target, flops in counter.flops.items()}

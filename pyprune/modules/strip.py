@@ -81,13 +81,12 @@ def strip(
     """
     check_module(model)
     below = [target.name for target in attachments_of(model) if _ADAPTED in f".{target.name}"]
-    stripped = let_go(model, do_copy=do_copy, strip_format=strip_format, expected_count=expected_count)
     if below:
         warn(
             f"there are adapters on {listed(below)}; merged from now on, they fill the zeros of these weights. Merge "
             "them while masks are on, and strip then, or use keep_sparse(...).reapply(merged)"
         )
-    return stripped
+    return let_go(model, do_copy=do_copy, strip_format=strip_format, expected_count=expected_count)
 
 
 @torch.inference_mode(False)

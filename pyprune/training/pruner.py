@@ -210,18 +210,19 @@ class Pruner:
 
     def _finish_step(self, is_updated: bool) -> None:
         """Do the rest of a step, which may be done twice."""
+        is_last = self.schedule.end is not None and self.step_count >= self.schedule.end
         if is_updated:
             self._finish_masks()
-            is_last = self.schedule.end is not None and self.step_count >= self.schedule.end
             if is_last:
                 self._spares = {}
-            self._reapply(is_last)
-            if is_last:
-                warn_of_copies(self._carried().values())
             if self.optimizer is not None:
                 mask_state(self.optimizer, self._carried().values())
         if self._watch is not None:
             self._watch.gathers = self._is_looked_at()
+        if is_updated:  # the last thing, because it may warn, and where warnings are errors nothing comes after
+            self._reapply(is_last)
+            if is_last:
+                warn_of_copies(self._carried().values())
 
     def _reapply(self, is_last: bool) -> None:
         """Give averages the zeros: at the end they stay so, and those that were copied with masks have old ones."""
