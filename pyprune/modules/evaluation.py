@@ -3,7 +3,7 @@
 import inspect
 import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -151,6 +151,49 @@ def using(mode: TorchFunctionMode | TorchDispatchMode) -> Iterator[None]:
 
     with undoing(undo):
         mode.__enter__()  # type: ignore[no-untyped-call]
+        yield
+
+
+def look(
+    model: nn.Module,
+    inputs: Any,
+    mode: TorchFunctionMode | TorchDispatchMode,
+    *,
+    before: Iterable[tuple[nn.Module, Callable[..., None]]] = (),
+    after: Iterable[tuple[nn.Module, Callable[..., None]]] = (),
+    within: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Any:
+    """Run a model once, as `forward` does, in evaluation, and return what it puts out; it is as it was then.
+
+    Args:
+        model, inputs: as for `forward`.
+        mode: sees the operations.
+        before, after: modules with what is to be called before and after them, as torch calls hooks.
+        within: what else holds while the model runs.
+    """
+    before, after = list(before), list(after)
+    was = Before(*(module for module, _ in (*before, *after)), with_attributes=False)
+    with undoing(was.restore), evaluating(model), untouched(model), within(), using(mode):
+        for module, hook in before:
+            module.register_forward_pre_hook(hook)
+        for module, hook in after:
+            module.register_forward_hook(hook)
+        return forward(model, inputs)
+
+
+@contextmanager
+def recurrence_unfused() -> Iterator[None]:
+    """Keep torch from the kernels of cuDNN and oneDNN that run recurrent layers as one."""
+    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.mkldnn)
+    enabled = [backend.enabled for backend in backends]
+
+    def undo() -> None:
+        for backend, value in zip(backends, enabled, strict=True):
+            backend.enabled = value
+
+    with undoing(undo):
+        for backend in backends:
+            backend.enabled = False
         yield
 
 

@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pyprune.modules.attachments import gate_name
-from pyprune.modules.evaluation import check_initialized, check_inputs, evaluating, forward, untouched, using
+from pyprune.modules.evaluation import check_initialized, check_inputs, look, recurrence_unfused
 from pyprune.modules.gates import StochasticGate
 from pyprune.modules.targets import Target
-from pyprune.modules.undo import Before, undoing
+from pyprune.modules.undo import undoing
 
 _Key = TypeVar("_Key")
 
@@ -86,19 +86,8 @@ class _FlopCounter(TorchDispatchMode, Generic[_Key]):  # type: ignore[no-untyped
 @contextmanager
 def _unfused() -> Iterator[None]:
     """Keep torch from fused attention and recurrent kernels, whose products could not be counted."""
-    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.mkldnn)
-    enabled = [backend.enabled for backend in backends]
-
     gradients = torch.is_grad_enabled()
-
-    def undo() -> None:
-        torch.set_grad_enabled(gradients)
-        for backend, value in zip(backends, enabled, strict=True):
-            backend.enabled = value
-
-    with undoing(undo), sdpa_kernel(SDPBackend.MATH):
-        for backend in backends:
-            backend.enabled = False
+    with recurrence_unfused(), sdpa_kernel(SDPBackend.MATH), undoing(partial(torch.set_grad_enabled, gradients)):
         torch.set_grad_enabled(True)  # the fast path of TransformerEncoder is for inference only
         yield
 
@@ -143,15 +132,13 @@ def _count(model: nn.Module, sources: Mapping[_Key, nn.Module | Tensor], example
     check_inputs(examples_inputs)
     check_initialized(model)
     counter = _FlopCounter(sources)
-    modules = {key: source for key, source in sources.items() if isinstance(source, nn.Module)}
-    before = Before(*modules.values(), with_attributes=False)
-    with undoing(before.restore), evaluating(model), untouched(model), _unfused(), using(counter):
-        for key, source in sources.items():
-            if isinstance(source, nn.Module):
-                source.register_forward_hook(partial(_see_output, counter, key))
-            else:
-                counter.see(key, source)
-        forward(model, examples_inputs)
+    after = []
+    for key, source in sources.items():
+        if isinstance(source, nn.Module):
+            after.append((source, partial(_see_output, counter, key)))
+        else:
+            counter.see(key, source)
+    look(model, examples_inputs, counter, after=after, within=_unfused)
     return counter
 
 

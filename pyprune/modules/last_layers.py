@@ -9,8 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from pyprune.modules.activations import channel_dim
 from pyprune.modules.channels import KEEP_MEANING, Channels, Followed
-from pyprune.modules.evaluation import check_initialized, evaluating, forward, untouched, using
-from pyprune.modules.undo import Before, undoing
+from pyprune.modules.evaluation import check_initialized, look
 
 
 def last_layers(model: nn.Module, inputs: Any = None) -> Sequence[nn.Module]:
@@ -33,10 +32,6 @@ def last_layers(model: nn.Module, inputs: Any = None) -> Sequence[nn.Module]:
         if isinstance(output, Tensor) and output.layout is torch.strided:
             followed.made(output, Channels((layer,), channel_dim(layer, output)))
 
-    before = Before(*layers, with_attributes=False)
-    with undoing(before.restore), evaluating(model), untouched(model), using(followed):
-        for layer in layers:
-            layer.register_forward_hook(after_layer)
-        outputs = forward(model, inputs)
-        seen = {layer for leaf in tree_leaves(outputs) for layer in followed.layers(leaf)}
+    outputs = look(model, inputs, followed, after=[(layer, after_layer) for layer in layers])
+    seen = {layer for leaf in tree_leaves(outputs) for layer in followed.layers(leaf)}
     return [layer for layer in layers if layer in seen]

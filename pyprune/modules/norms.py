@@ -11,8 +11,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from pyprune.modules.activations import channel_dim
 from pyprune.modules.channels import KEEP_ZERO, Channels, Followed
-from pyprune.modules.evaluation import check_initialized, evaluating, forward, untouched, using
-from pyprune.modules.undo import Before, undoing
+from pyprune.modules.evaluation import check_initialized, look
 
 NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, _InstanceNorm)
 
@@ -79,14 +78,13 @@ def see_norms(model: nn.Module, layers: Iterable[nn.Module], inputs: Any, asked_
             if was_dead and output.select(dim, 0).any():
                 seen.reviving[norm] = norms[norm]
 
-    before = Before(*layers, *norms, with_attributes=False)
-    with undoing(before.restore), evaluating(model), untouched(model), using(followed):
-        for layer in layers:
-            layer.register_forward_hook(after_layer)
-        for norm in norms:
-            norm.register_forward_pre_hook(before_norm)
-            norm.register_forward_hook(after_norm)
-        forward(model, inputs)
+    look(
+        model,
+        inputs,
+        followed,
+        before=[(norm, before_norm) for norm in norms],
+        after=[*((layer, after_layer) for layer in layers), *((norm, after_norm) for norm in norms)],
+    )
     return seen
 
 

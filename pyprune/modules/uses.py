@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyprune.methods.layout import Layout
-from pyprune.modules.evaluation import using
+from pyprune.modules.evaluation import recurrence_unfused, using
 from pyprune.modules.origins import Origins, Part, tensors_in
 from pyprune.modules.products import PRODUCTS, Operand
 from pyprune.modules.undo import undoing
@@ -67,11 +67,7 @@ def watching_uses(
     with undoing(stack.close):
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         if in_recurrent_layers and any(isinstance(module, nn.RNNBase) for module in model.modules()):
-            # Otherwise oneDNN and cuDNN run recurrent layers as one.
-            set_flags = torch.backends.mkldnn.set_flags
-            stack.callback(set_flags, torch.backends.mkldnn.enabled, _fp32_precision=None)
-            set_flags(False, _fp32_precision=None)  # type: ignore[no-untyped-call]
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            stack.enter_context(recurrence_unfused())
         stack.enter_context(using(_Inputs(products)))
         stack.enter_context(using(products))
         yield
