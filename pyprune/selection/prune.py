@@ -254,16 +254,25 @@ def targets_with_statistics(
     targets = prunable_targets(method, found, left_out)
     check_kind(targets, Mask)
     statistics = statistics_of(model, method.importance, targets, calibration, examples_inputs, left_out)
-    # Tables were left out with a warning by `calibrate`.
-    unscored = [target for target in targets if target not in statistics and not target.layout.is_table]
-    warn_of_missed(
-        model,
-        ignored_scope,
-        found,
-        {f"without a score by {method.importance.name}": unscored, **left_out_by(method, found, targets)},
-        has_inputs=examples_inputs is not None,
-    )
+    tell_missed(model, method, ignored_scope, found, targets, statistics, has_inputs=examples_inputs is not None)
     return {target: statistics[target] for target in targets if target in statistics}, left_out
+
+
+def tell_missed(
+    model: nn.Module,
+    method: Method,
+    ignored_scope: IgnoredScope | None,
+    found: Sequence[Target],
+    targets: Sequence[Target],
+    statistics: Mapping[Target, Tensor | None] | None,
+    *,
+    has_inputs: bool,
+) -> None:
+    """Warn of what a method does not reach: outside of its groups or heads, or without a score (if these are known)."""
+    # Tables have a warning of their own.
+    unscored = [t for t in targets if statistics is not None and t not in statistics and not t.layout.is_table]
+    because = {f"without a score by {method.importance.name}": unscored, **left_out_by(method, found, targets)}
+    warn_of_missed(model, ignored_scope, found, because, has_inputs=has_inputs)
 
 
 def statistics_of(

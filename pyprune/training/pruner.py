@@ -31,7 +31,6 @@ from pyprune.methods.method import Method, PruneMode, check_amount
 from pyprune.methods.schedules import Ratio, Schedule, as_schedule, check_ratios, check_step, is_pruned
 from pyprune.methods.unit_groups import UnitGroup
 from pyprune.modules.averages import averages_of, reapply, warn_of_copies
-from pyprune.modules.coverage import warn_of_missed
 from pyprune.modules.dead_channels import new_followers
 from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.modules.mask_states import check_state, loading, state_of
@@ -44,13 +43,12 @@ from pyprune.modules.zeros import holds_in, settle_written
 from pyprune.selection.choose_masks import (
     Choice,
     choose_masks,
-    left_out_by,
     prunable_targets,
     unit_groups_of,
     units_of,
 )
 from pyprune.selection.choose_units import ratios_of
-from pyprune.selection.prune import check_kind, ends_of, method_of, statistics_of
+from pyprune.selection.prune import check_kind, ends_of, method_of, statistics_of, tell_missed
 
 
 class Pruner:
@@ -149,7 +147,7 @@ class Pruner:
         there, left_out = find_targets_and_zeros(model, ignored_scope, examples_inputs)
         self._options = replace(self._options, left_out=left_out)
         named = prunable_targets(found, there, left_out)
-        self._targets = targets = without_tables(found.importance, named)
+        self._targets = without_tables(found.importance, named)
         check_kind(self._targets, Mask)
         self._check_optimizer()
         self._watch: TrainingSums | TrainingGradients | None = None
@@ -158,14 +156,8 @@ class Pruner:
                 mask.parks = True  # `keep_sparse` had no use for what is dropped
             with changing_masks(masks_in(model)):
                 self._statistics = self._known_statistics(examples_inputs)
-                unscored = [] if self._statistics is None else [t for t in targets if t not in self._statistics]
-                warn_of_missed(
-                    model,
-                    ignored_scope,
-                    there,
-                    {f"without a score by {found.importance.name}": unscored, **left_out_by(found, there, named)},
-                    has_inputs=examples_inputs is not None,
-                )
+                has_inputs = examples_inputs is not None
+                tell_missed(model, found, ignored_scope, there, named, self._statistics, has_inputs=has_inputs)
                 self._watch = self._make_watch()
                 self._ends = ends_of(model, found, examples_inputs)
                 self._check_all()
