@@ -65,7 +65,7 @@ def batch_norm_adaptation(
         calibration_dataset, num_iterations, "BatchNorm adaptation", names=("calibration_dataset", "num_iterations")
     )
     names = {
-        norm: name
+        norm: name or type(norm).__name__
         for name, norm in model.named_modules()
         if isinstance(norm, _BatchNorm) and norm.running_mean is not None
     }

@@ -268,7 +268,7 @@ def tell_missed(
     *,
     has_inputs: bool,
 ) -> None:
-    """Warn of what a method does not reach: outside of its groups or heads, or without a score (if these are known)."""
+    """Warn of what a method does not reach: outside of its groups or heads, or without a score (if known)."""
     # Tables have a warning of their own.
     unscored = [t for t in targets if statistics is not None and t not in statistics and not t.layout.is_table]
     because = {f"without a score by {method.importance.name}": unscored, **left_out_by(method, found, targets)}
