@@ -1,0 +1,1 @@
+"""What really goes: blocks and experts that are removed, with what refers to them."""

@@ -1,0 +1,66 @@
+"""What a removal of blocks or experts took away, as a table and as a plan that can be replayed."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from pyprune.console import as_html, as_text
+from pyprune.modules.attachments import parameters_of
+
+# Of a plan.
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """What `drop_blocks` or `drop_experts` removed; ``str()`` is a table.
+
+    Args:
+        kind: "blocks" or "experts".
+        names: what was removed, by its names before.
+        scores: of all that could go, by their names before; empty if nothing was scored.
+        stays: what could not be removed, and why.
+        parameters: numbers of parameters before and after, tied ones once.
+        nbytes: the bytes of parameters and buffers before and after.
+        plan: dicts, lists, strings and numbers, ready for JSON: `replay` does the same to a fresh dense model.
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    scores: Mapping[str, float]
+    stays: Mapping[str, str]
+    parameters: tuple[int, int]
+    nbytes: tuple[int, int]
+    plan: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        from rich.table import Table
+
+        sizes = "{:,} of {:,} parameters, {:.1f} of {:.1f} MB are left".format(
+            *self.parameters[::-1], *(size / 1e6 for size in self.nbytes[::-1])
+        )
+        table = Table(title=f"{len(self.names)} {self.kind} dropped: {sizes}", title_justify="left")
+        table.add_column(self.kind.removesuffix("s"))
+        table.add_column("score", justify="right")
+        table.add_column("")
+        for name in [*dict.fromkeys([*self.scores, *self.names, *self.stays])]:
+            what = "dropped" if name in self.names else f"stays: {self.stays[name]}" if name in self.stays else ""
+            table.add_row(name, f"{self.scores[name]:.4g}" if name in self.scores else "", what)
+        return as_text(table)
+
+    def _repr_html_(self) -> str:
+        return as_html(str(self))
+
+
+def sizes_of(model: nn.Module) -> tuple[int, int]:
+    """Return the number of parameters of a model, and the bytes of these and of its buffers.
+
+    Example:
+        >>> sizes_of(nn.Linear(2, 2))
+        (6, 24)
+    """
+    parameters = parameters_of(model)
+    tensors = [*parameters, *dict.fromkeys(model.buffers())]
+    return sum(one.numel() for one in parameters), sum(one.nbytes for one in tensors)
