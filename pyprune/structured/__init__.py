@@ -1,1 +1,1 @@
-"""What really goes: blocks and experts that are removed, with what refers to them."""
+"""What is coupled, what is dead, and how a model really becomes smaller."""
