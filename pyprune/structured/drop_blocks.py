@@ -20,7 +20,7 @@ from pyprune.structured.dropped import VERSION, Dropped, sizes_of
 from pyprune.structured.layer_lists import configs, is_list, take_out
 from pyprune.structured.optimizer_states import forget
 from pyprune.structured.passes import SAME, Outputs, all_outputs, check_examples, check_removable, difference
-from pyprune.structured.reloading import warn_if_not_reloadable
+from pyprune.structured.reloading import unlike_its_config, warn_if_not_reloadable
 
 # Names, with the number of items of the `Bypass` in the place of each; None where it is taken out of its list.
 Removed = dict[str, int | None]
@@ -78,7 +78,7 @@ def drop_blocks(
         >>> len(model), model[1] is layers[3], dropped.names
         (3, True, ('1', '2'))
     """
-    check_removable(model, "blocks")
+    check_removable(model)
     inputs = check_examples(examples)
     optimizers = innermost_of(optimizer)
     wanted = _wanted(names, count)
@@ -97,13 +97,14 @@ def drop_blocks(
             name, why = next(iter(problems.items()))
             raise ValueError(f"{name} cannot be dropped: {why}. Leave it out of names")
     parameters, before = parameters_of(model), sizes_of(model)
+    unlike = unlike_its_config(model)
     with Change(model, objects=configs(model)) as change:
         take_out(model, removed)
         unwatch(model)
         after = sizes_of(model)
         plan = {"version": VERSION, "blocks": removed}
         dropped = Dropped("blocks", tuple(removed), scores, stays, *zip(before, after, strict=True), plan)
-        warn_if_not_reloadable(model)
+        warn_if_not_reloadable(model, unlike)
         change.finish(partial(forget, optimizers, set(parameters) - set(parameters_of(model))))
     return dropped
 

@@ -38,17 +38,15 @@ class Dropped:
     def __str__(self) -> str:
         from rich.table import Table
 
-        sizes = "{:,} of {:,} parameters, {:.1f} of {:.1f} MB are left".format(
-            *self.parameters[::-1], *(size / 1e6 for size in self.nbytes[::-1])
-        )
-        table = Table(title=f"{len(self.names)} {self.kind} dropped: {sizes}", title_justify="left")
+        table = Table()
         table.add_column(self.kind.removesuffix("s"))
         table.add_column("score", justify="right")
         table.add_column("")
         for name in [*dict.fromkeys([*self.scores, *self.names, *self.stays])]:
             what = "dropped" if name in self.names else f"stays: {self.stays[name]}" if name in self.stays else ""
             table.add_row(name, f"{self.scores[name]:.4g}" if name in self.scores else "", what)
-        return as_text(table)
+        before, after = (f"{count:,} parameters ({size:,} bytes)" for count, size in zip(self.parameters, self.nbytes))
+        return f"{len(self.names)} {self.kind} dropped: {after} of {before} are left\n{as_text(table)}"
 
     def _repr_html_(self) -> str:
         return as_html(str(self))

@@ -7,68 +7,52 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten_with_path
 
 from pyprune.calibration.batches import Dataset, batches_of
 from pyprune.checks import shown
 from pyprune.console import listed
-from pyprune.modules.attachments import check_module, wrapped_name
 from pyprune.modules.evaluation import evaluating, forward, recurrence_unfused, untouched
-from pyprune.modules.layers import is_quantised
-from pyprune.modules.sharding import is_sharded
 from pyprune.modules.undo import Before, undoing
+from pyprune.structured.models import check_model, examples_of
 
 # Outputs that differ by less, relative to their norm, are the same.
 SAME = 1e-4
 Hooks = Iterable[tuple[nn.Module, Callable[..., Any]]]
 
 
-def check_removable(model: object, what: str) -> None:
-    """Raise unless parts of a model can be removed: it is not wrapped, compiled, sharded, quantised, or without values.
-
-    Args:
-        what: is to be removed, for the message.
-    """
-    check_module(model)
-    assert isinstance(model, nn.Module)
+def check_removable(model: nn.Module) -> None:
+    """Raise unless parts of a model can be removed: it is plain (`check_model`), and its parameters have values."""
+    check_model(model, "prune")
     for name, module in model.named_modules():
-        place = f"{name} is" if name else "model is"
-        if wrapped_name(module) is not None:
-            raise ValueError(f"{place} in {type(module).__name__}; drop {what} of the plain model, then wrap it")
         if module._compiled_call_impl is not None:
-            raise ValueError(f"{place} compiled; drop {what} first, then compile it")
-        if is_quantised(module):
-            raise ValueError(f"{place} quantised ({type(module).__name__}); drop {what} first, then quantise it")
+            raise ValueError(f"{name} is compiled; prune the model before, then compile it")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if is_lazy(tensor):
-            raise ValueError(f"{name} is lazy and has no values yet; run one forward pass first")
         if tensor.is_meta:
             raise ValueError(f"{name} is on the meta device and has no values; load them first")
-        if is_sharded(tensor):
-            raise ValueError(f"{name} is sharded; drop {what} first, then shard the model")
-        is_number = tensor.is_floating_point() or tensor.is_complex()
-        if is_traceable_wrapper_subclass(tensor) or (isinstance(tensor, nn.Parameter) and not is_number):
-            raise ValueError(
-                f"{name} is quantised ({type(tensor).__name__}, {tensor.dtype}); drop {what} first, then quantise"
-            )
+        is_number = tensor.is_floating_point() or tensor.is_complex() or not isinstance(tensor, nn.Parameter)
+        if is_traceable_wrapper_subclass(tensor) or not is_number:
+            kind = f"{type(tensor).__name__}, {tensor.dtype}"
+            raise ValueError(f"{name} is quantised ({kind}); prune the model before, then quantise it")
 
 
 def check_examples(examples: object) -> list[Any]:
-    """Return the inputs that examples are: one, a list of several, or a `Dataset`."""
+    """Return the inputs that examples are: one, a list of several, or a `Dataset`.
+
+    Raises:
+        TypeError, ValueError: as `examples_of`.
+    """
     if isinstance(examples, Dataset):
-        return list(batches_of(examples, None, "Reading", names=("examples", "count")))
-    several = examples if isinstance(examples, list) else [examples]
-    if not several:
-        raise ValueError("examples is []; give at least one input of the model")
-    for one in several:
+        examples = list(batches_of(examples, None, "Reading", names=("examples", "count")))
+    inputs = examples_of(examples)
+    for one in inputs:
         if not isinstance(one, (Tensor, tuple, Mapping)):
             raise TypeError(
-                f"examples {'has' if several is examples else 'is'} {shown(one)}; an example is a tensor, a tuple of "
-                "positional arguments or a dict of keyword arguments; several go into a list"
+                f"examples has {shown(one)}; an example is a tensor, a tuple of positional arguments or a dict of "
+                "keyword arguments"
             )
-    return several
+    return inputs
 
 
 @contextmanager
@@ -111,11 +95,13 @@ def outputs_of(model: nn.Module, inputs: Any) -> Outputs:
     return found
 
 
-def all_outputs(model: nn.Module, examples: Iterable[Any], before: Hooks = (), after: Hooks = ()) -> list[Outputs]:
+def all_outputs(
+    model: nn.Module, examples: Iterable[Any], before: Hooks = (), after: Hooks = (), *, may_be_nan: bool = False
+) -> list[Outputs]:
     """Return the outputs of a model for each example.
 
     Raises:
-        ValueError: if there is no floating tensor in them, or NaN.
+        ValueError: if there is no floating tensor in them, or NaN, unless that may be.
     """
     with hooked(model, before, after):
         found = [outputs_of(model, inputs) for inputs in examples]
@@ -126,7 +112,7 @@ def all_outputs(model: nn.Module, examples: Iterable[Any], before: Hooks = (), a
                 "does to it; wrap it in a module that returns a tensor"
             )
         wrong = [name for name, tensors in outputs.items() if any(bool(one.isnan().any()) for one in tensors)]
-        if wrong:
+        if wrong and not may_be_nan:
             raise ValueError(f"the outputs for the examples have NaN in them ({listed(wrong)}); give other examples")
     return found
 
