@@ -1,4 +1,4 @@
-"""Blocks of a model that can go: modules that return a tensor of the shape of their input, and are called once a pass.
+"""Blocks of a model that can go: modules that return a tensor of the shape of their input, once in a pass.
 
 Without such a module the model goes on with what the module was given.
 """
@@ -59,6 +59,7 @@ class Bypass(nn.Module):
         return (first, *(None,) * (self.items - 1)) if self.items else first
 
     def extra_repr(self) -> str:
+        """Say what a print of the model shows."""
         return f"items={self.items}" if self.items else ""
 
 
@@ -73,7 +74,7 @@ class _Seen:
 
 
 def find_blocks(model: nn.Module, examples: Iterable[Any]) -> tuple[dict[str, Block], dict[str, str]]:
-    """Run the examples; return the modules that can be bypassed, and of all others why they cannot, by all names."""
+    """Run the examples; return the modules that can be bypassed, and why all others cannot, by all names."""
     names = list(dense_modules(model))
     by_name = dict(names)
     seen = {module: _Seen() for _, module in names}
@@ -123,7 +124,7 @@ class _Sums(TorchDispatchMode):
     """Sees which modules add something to the tensor that they are given."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.residual: set[nn.Module] = set()
         # The modules that are running, with what they were given and copies of it.
         self.given: dict[nn.Module, list[Tensor]] = {}

@@ -1,4 +1,4 @@
-"""Parameters that become smaller: slices of them are kept, in the same `Parameter`, its mask and optimizers' states."""
+"""Parameters that become smaller: slices are kept of them, their masks and the states of optimizers."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace

@@ -50,8 +50,8 @@ def drop_blocks(
 
     Args:
         model: the model; not compiled, wrapped, sharded or quantised.
-        examples: inputs: a tensor, a tuple of positional arguments, a dict of keyword arguments, a list of these, or a
-            `Dataset`.
+        examples: inputs: a tensor, a tuple of positional arguments, a dict of keyword arguments, a list of these, or
+            a `Dataset`.
         names: of the blocks to remove.
         count: how many to remove, those with the lowest scores of all that repeat: the outermost members of lists of
             which there are several of one class. Give this or ``names``.
@@ -103,7 +103,7 @@ def drop_blocks(
         unwatch(model)
         after = sizes_of(model)
         plan = {"version": VERSION, "blocks": removed}
-        dropped = Dropped("blocks", tuple(removed), scores, stays, *zip(before, after, strict=True), plan)
+        dropped = Dropped("blocks", tuple(removed), scores, stays, before, after, plan)
         warn_if_not_reloadable(model, unlike)
         change.finish(partial(forget, optimizers, set(parameters) - set(parameters_of(model))))
     return dropped
@@ -137,9 +137,11 @@ def _named(
     for block in chosen.values():
         for part in block.module.modules():
             if part is not block.module and part in chosen:
-                raise ValueError(f"names has {chosen[part].name!r} in it, which lies in {block.name!r}; name one of them")
-    if lists := [name for name in _lists(model, chosen.values()) if _is_emptied(model, name, chosen.values())]:
-        raise ValueError(f"names leaves nothing in {listed(lists)}; at least one member must stay")
+                inner = chosen[part].name
+                raise ValueError(f"names has {inner!r} in it, which lies in {block.name!r}; name one of them")
+    emptied = [name for name in _lists(model, chosen.values()) if _is_emptied(model, name, chosen.values())]
+    if emptied:
+        raise ValueError(f"names leaves nothing in {listed(emptied)}; at least one member must stay")
     return list(chosen.values())
 
 
@@ -147,7 +149,7 @@ def _named(
 
 
 def _ways(model: nn.Module, inputs: Sequence[Any], chosen: Sequence[Block]) -> tuple[Removed, dict[str, str]]:
-    """Return how blocks can be removed so that the outputs are those with the blocks bypassed; and why some cannot."""
+    """Return how blocks can be removed so that the outputs are those without them; and why some cannot."""
     expected = all_outputs(model, inputs, *bypassing(chosen))
     removed = {block.name: None if is_list(_around(model, block)) else block.items for block in chosen}
     if not _fault(model, inputs, removed, expected):

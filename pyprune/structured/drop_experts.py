@@ -13,14 +13,14 @@ from torch.optim import Optimizer
 from pyprune.checks import check_choice, check_count, check_names, check_number
 from pyprune.console import listed, warn
 from pyprune.modules.attachments import dense_parameters
-from pyprune.modules.gates import StochasticGate
 from pyprune.modules.optimizer import innermost_of
 from pyprune.modules.undo import Change
 from pyprune.modules.watching import unwatch
-from pyprune.structured.cuts import Cut, apply_cuts, cut_of
+from pyprune.structured.cuts import Cut, apply_cuts
 from pyprune.structured.dropped import VERSION, Dropped, sizes_of
+from pyprune.structured.expert_removal import put_back, take_out_experts
 from pyprune.structured.expert_scores import given_by, use_and_output
-from pyprune.structured.experts import Mixture, Part, find_mixtures, is_count
+from pyprune.structured.experts import Mixture, find_mixtures
 from pyprune.structured.layer_lists import configs
 from pyprune.structured.optimizer_states import forget
 from pyprune.structured.passes import SAME, Outputs, all_outputs, check_examples, check_removable, difference
@@ -44,33 +44,33 @@ def drop_experts(
     """Remove whole experts from mixtures of experts, in place.
 
     Experts are modules in a list, or entries of an axis of parameters (transformers' ``gate_up_proj`` and
-    ``down_proj``); the router is what has a weight with as many outputs beside them. Rows of the router, biases and
-    corrections go with them, and numbers of experts in modules; in the ``config``, too, if all mixtures agree, so that
-    a plain ``from_pretrained`` loads what ``save_pretrained`` saves. Parameters stay the same objects, with their
+    ``down_proj``); the router is what has a weight with as many outputs beside them. Its rows, biases and corrections
+    go with them, and numbers of experts in modules are set; in the ``config``, too, if all mixtures agree, so that a
+    plain ``from_pretrained`` loads what ``save_pretrained`` saves. Parameters stay the same objects, with their
     masks; their gradients are cleared.
 
-    The outputs are those of the model with the logits of the experts that go at minus infinity, which is verified on
-    the examples: a token that would have gone to one of them goes to its next best.
+    The outputs are those of the model with the logits of the experts that go at minus infinity, which is verified
+    on the examples: a token that would have gone to one of them goes to its next best.
 
     Args:
         model: the model; not compiled, wrapped, sharded or quantised.
-        examples: inputs: a tensor, a tuple of positional arguments, a dict of keyword arguments, a list of these, or a
-            `Dataset`.
+        examples: inputs: a tensor, a tuple of positional arguments, a dict of keyword arguments, a list of these, or
+            a `Dataset`.
         names: of the experts to remove, such as ``"model.layers.0.mlp.experts.3"``.
         count: how many to remove of each mixture: those with the lowest scores; with a router that first chooses
             among groups of experts, as many of each group.
         ratio: which share of each mixture to remove, in [0, 1). Give one of names, count and ratio.
-        importance: ``"output"``, the mean norm of what the expert adds to the tokens that are routed to it, |g f(x)|
-            (REAP); ``"use"``, the share of tokens that are; or a function that takes the name of an expert, the module
-            that it is in and its number there, and returns a number (higher = keep).
+        importance: ``"output"``, the mean norm of what the expert adds to the tokens that are routed to it, its
+            output times its weight (REAP); ``"use"``, the share of tokens that are; or a function that takes the name
+            of an expert, the module that it is in and its number there, and returns a number (higher = keep).
         optimizer: its states are cut, too, and what belonged to modules that go is forgotten. Or several.
 
     Returns:
         What went: names, scores, sizes, and a plan for `replay`.
 
     Raises:
-        TypeError, ValueError: for wrong arguments; if there is no mixture of experts; if fewer would stay than a token
-            is routed to; if the outputs are others than they must be. The model is then as it was.
+        TypeError, ValueError: for wrong arguments; if there is no mixture of experts; if fewer would stay than a
+            token is routed to; if the outputs are others than they must be. The model is then as it was.
 
     Paper: Lasby et al. 2025, "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression"
     (arXiv 2510.13999).
@@ -95,7 +95,7 @@ def drop_experts(
     inputs = check_examples(examples)
     optimizers = innermost_of(optimizer)
     if [names, count, ratio].count(None) != 2:
-        raise ValueError("give names, the experts to drop, count, how many of each mixture, or ratio; one of them")
+        raise ValueError("give names, the experts to drop, or count or ratio, how many of each mixture; one of them")
     if not callable(importance):
         check_choice("importance", importance, ("use", "output"))
     wanted = None if names is None else check_names("names", names)
@@ -107,7 +107,8 @@ def drop_experts(
     if not mixtures:
         raise ValueError(
             f"{type(model).__name__} has no mixture of experts that is known: a list of modules of one class or "
-            "parameters with an axis of experts, and beside them a router (gate, router, classifier) with as many outputs"
+            "parameters with an axis of experts, and beside them a router (gate, router, classifier) that has as "
+            "many outputs"
         )
     all_outputs(model, inputs)  # they fit, and are numbers
     scores: dict[str, float] = {}
@@ -140,9 +141,14 @@ def drop_experts(
         put_back(cuts)
         unwatch(model)
         lost = set(known) - {parameter for _, parameter in dense_parameters(model)}
-        result = Dropped("experts", tuple(dropped), scores, stays, *zip(before, after, strict=True), plan)
+        result = Dropped("experts", tuple(dropped), scores, stays, before, after, plan)
         change.finish(partial(_finish, [cut for _, cut in cuts], optimizers, lost))
     return result
+
+
+def _finish(cuts: Sequence[Cut], optimizers: Sequence[Optimizer], gone: set[nn.Parameter]) -> None:
+    apply_cuts(cuts, optimizers)
+    forget(optimizers, gone)
 
 
 def _check_outputs(
@@ -162,7 +168,7 @@ def _check_outputs(
     apart = difference(found, expected)
     if apart > tolerance:
         raise ValueError(
-            f"without the experts of {listed([one.name for one in gone])} the outputs are {apart:.2g} apart from those of "
+            f"without experts of {listed([one.name for one in gone])} the outputs are {apart:.2g} apart from those of "
             "the model whose router never chooses them: it is not known how these experts are used"
         )
 
@@ -196,8 +202,8 @@ def _number(one: Mixture, count: int | None, ratio: float | None) -> int:
     if count is not None:
         if count % groups:
             raise ValueError(
-                f"count is {count}, and the router of {one.name} chooses among {groups} groups of experts, which must "
-                f"lose equally many; give a multiple of {groups}"
+                f"count is {count}, and the router of {one.name} chooses among {groups} groups of experts, which "
+                f"must lose equally many; give a multiple of {groups}"
             )
         return count
     assert ratio is not None
@@ -216,7 +222,8 @@ def _lowest(one: Mixture, scores: Mapping[str, float], number: int) -> list[int]
     size = one.count // groups
     lowest: list[int] = []
     for start in range(0, one.count, size):
-        lowest += sorted(range(start, start + size), key=lambda place: scores[one.experts[place]])[: number // groups]
+        group = sorted(range(start, start + size), key=lambda place: scores[one.experts[place]])
+        lowest += group[: number // groups]
     return sorted(lowest)
 
 
@@ -227,8 +234,8 @@ def _check_enough(one: Mixture, gone: Sequence[int]) -> None:
     losses = Counter(place // size for place in gone)
     if groups > 1 and len({losses[group] for group in range(groups)}) > 1:
         raise ValueError(
-            f"the router of {one.name} chooses among {groups} groups of {size} experts, which must lose equally many; "
-            f"these lose {[losses[group] for group in range(groups)]}"
+            f"the router of {one.name} chooses among {groups} groups of {size} experts, which must lose equally "
+            f"many; these lose {[losses[group] for group in range(groups)]}"
         )
     least = one.top_k
     if one.groups:
@@ -236,98 +243,6 @@ def _check_enough(one: Mixture, gone: Sequence[int]) -> None:
         least = groups * max(2, math.ceil(one.top_k / (one.groups[1] if groups > 1 else 1)))
     if one.count - len(gone) < least:
         raise ValueError(
-            f"{len(gone)} experts of {one.name} would go, and at most {max(0, one.count - least)} of its {one.count} can: "
-            f"its router needs {least} to choose {one.top_k} for each token"
+            f"{len(gone)} experts of {one.name} would go, and at most {max(0, one.count - least)} of its {one.count} "
+            f"can: its router needs {least} to choose {one.top_k} for each token"
         )
-
-
-# ---- their removal ----
-
-
-def take_out_experts(model: nn.Module, gone: Mapping[Mixture, Sequence[int]]) -> list[tuple[Part, Cut]]:
-    """Remove experts; call it within a `Change` of the model and its `configs`.
-
-    Returns:
-        Parameters that were cut, with what stays of them: others are in their places until `put_back` and `apply_cuts`.
-
-    Raises:
-        ValueError: if one carries a gate, or is used elsewhere, too.
-    """
-    cuts: list[tuple[Part, Cut]] = []
-    for one, places in gone.items():
-        kept = [place for place in range(one.count) if place not in places]
-        for part in (*one.fused, *one.router):
-            rows = [place * part.rows + row for place in kept for row in range(part.rows)]
-            tensor = part.tensor
-            if isinstance(tensor, nn.Parameter):
-                _check_alone(model, part, tensor)
-                cut = cut_of(tensor, part.dim, rows)
-                cuts.append((part, cut))
-                part.put(cut.small)
-            else:
-                part.put(tensor.index_select(part.dim, torch.tensor(rows, device=tensor.device)))
-        if one.members:
-            _shorten(one, kept)
-        for _, module in one.modules:
-            _count(vars(module), one.count, len(kept))
-        router = one.router[0].module
-        if isinstance(router, nn.Linear):
-            router.out_features = len(kept)
-    _count_around(model, gone)
-    return cuts
-
-
-def _check_alone(model: nn.Module, part: Part, parameter: nn.Parameter) -> None:
-    owners = [owner for owner, other in dense_parameters(model) if other is parameter]
-    places = {(owner.module, owner.attribute) for owner in owners}
-    if len(places) > 1:
-        raise ValueError(f"{part.name} is tied ({listed([owner.name for owner in owners])}); experts in it cannot go")
-    if any(isinstance(owner.attachment, StochasticGate) for owner in owners):
-        raise ValueError(f"{part.name} carries a gate, which cannot lose experts; call pyprune.strip first")
-
-
-def _shorten(one: Mixture, kept: Sequence[int]) -> None:
-    """Take modules out of the list of experts; the others move up, and have the first names."""
-    moved = {one.members[place]: one.members[new] for new, place in enumerate(kept)}
-    left = {
-        moved.get(key, key): child
-        for key, child in one.module._modules.items()
-        if key in moved or key not in one.members
-    }
-    one.module._modules.clear()
-    one.module._modules.update(left)
-
-
-def _count(values: dict[str, Any], count: int, left: int) -> None:
-    for key, value in values.items():
-        if not is_count(key):
-            continue
-        if type(value) is int and value == count:
-            values[key] = left
-        elif type(value) is list and value and all(type(one) is int and one == count for one in value):
-            values[key] = [left] * len(value)
-
-
-def _count_around(model: nn.Module, gone: Mapping[Mixture, Sequence[int]]) -> None:
-    """Let configs, and modules around the blocks, say how many experts there are, where all mixtures agree."""
-    counts: dict[int, set[int]] = {}
-    for one in find_mixtures(model):
-        lost = next((len(places) for other, places in gone.items() if other.module is one.module), 0)
-        counts.setdefault(one.count + lost, set()).add(one.count)
-    blocks = [one.block_name for one in gone]
-    around = [module for name, module in model.named_modules() if any(f"{one}.".startswith(f"{name}.") or not name for one in blocks)]
-    for count, left in counts.items():
-        if len(left) == 1 and left != {count}:
-            for thing in (*around, *configs(model)):
-                _count(vars(thing), count, *left)
-
-
-def put_back(cuts: Iterable[tuple[Part, Cut]]) -> None:
-    """Let parameters be in their places again, to be cut."""
-    for part, cut in cuts:
-        part.module._parameters[part.attribute] = cut.parameter
-
-
-def _finish(cuts: Sequence[Cut], optimizers: Sequence[Optimizer], gone: set[nn.Parameter]) -> None:
-    apply_cuts(cuts, optimizers)
-    forget(optimizers, gone)

@@ -22,8 +22,8 @@ class Dropped:
         names: what was removed, by its names before.
         scores: of all that could go, by their names before; empty if nothing was scored.
         stays: what could not be removed, and why.
-        parameters: numbers of parameters before and after, tied ones once.
-        nbytes: the bytes of parameters and buffers before and after.
+        before: the number of parameters, tied ones once, and the bytes of these and of the buffers.
+        after: the same, of what is left.
         plan: dicts, lists, strings and numbers, ready for JSON: `replay` does the same to a fresh dense model.
     """
 
@@ -31,8 +31,8 @@ class Dropped:
     names: tuple[str, ...]
     scores: Mapping[str, float]
     stays: Mapping[str, str]
-    parameters: tuple[int, int]
-    nbytes: tuple[int, int]
+    before: tuple[int, int]
+    after: tuple[int, int]
     plan: Mapping[str, Any]
 
     def __str__(self) -> str:
@@ -45,8 +45,8 @@ class Dropped:
         for name in [*dict.fromkeys([*self.scores, *self.names, *self.stays])]:
             what = "dropped" if name in self.names else f"stays: {self.stays[name]}" if name in self.stays else ""
             table.add_row(name, f"{self.scores[name]:.4g}" if name in self.scores else "", what)
-        before, after = (f"{count:,} parameters ({size:,} bytes)" for count, size in zip(self.parameters, self.nbytes))
-        return f"{len(self.names)} {self.kind} dropped: {after} of {before} are left\n{as_text(table)}"
+        left = "{:,} parameters ({:,} bytes) of {:,} ({:,}) are left".format(*self.after, *self.before)
+        return f"{len(self.names)} {self.kind} dropped: {left}\n{as_text(table)}"
 
     def _repr_html_(self) -> str:
         return as_html(str(self))

@@ -33,7 +33,7 @@ class _Tally:
         self.added.index_add_(0, expert, norms)
 
     def after_experts(self, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
-        """Note what fused experts do, which say for each token the experts and their weights."""
+        """Note what fused experts do that are told the experts of each token, and their weights."""
         found = _routing([*args, *keywords.values()], self.mixture.count)
         if found is None or self.is_done:
             return
@@ -87,7 +87,7 @@ def _zeros(module: nn.Module, args: Any, output: Any) -> Any:
 def _tensor(output: Any) -> Tensor:
     found = output[0] if isinstance(output, tuple) and output else output
     if not isinstance(found, Tensor):
-        raise TypeError(f"a block with experts returns a {type(found).__name__}, no tensor, so its experts have no scores")
+        raise TypeError(f"a block of experts returns a {type(found).__name__}, no tensor, so they have no scores")
     return found.detach()
 
 
@@ -108,8 +108,8 @@ def use_and_output(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return of each expert the share of tokens that are routed to it, and the mean of what it adds to these.
 
-    What it adds is the norm of its output times its weight, |g f(x)|; 0 if no token is routed to it. Those of mixtures
-    that the examples do not reach, or that are not called as modules, are missing.
+    What it adds is the norm of its output times its weight; 0 if no token is routed to it. Those of mixtures that the
+    examples do not reach, or that are not called as modules, are missing.
 
     Paper: Lasby et al. 2025, "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression" (the second).
     """

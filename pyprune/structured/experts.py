@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 # Attributes of modules and configs.
 _COUNT = re.compile(r"((moe|local|routed)_)?(num|n|nb)_((local|routed)_)?experts")
-_TOP_K = re.compile(r"(moe_)?top_?k(_experts)?|(num_)?experts_per_tok(en)?|num_experts_per_tok|num_selected_experts|k")
+_TOP_K = re.compile(r"(moe_)?top_?k(_experts)?|(num_)?experts_per_tok(en)?|num_selected_experts|k")
 _GROUPS = re.compile(r"(n|num)_(expert_)?groups?")
 _TOP_GROUPS = re.compile(r"top_?k_groups?")
 # Names of what routes, and words in those of experts.

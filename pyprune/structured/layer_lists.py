@@ -27,8 +27,8 @@ def take_out(model: nn.Module, removed: Mapping[str, int | None]) -> None:
     """Remove blocks; call it within a `Change` of the model and its `configs`.
 
     Args:
-        removed: names, with the number of items of the `Bypass` that takes the place of each; None takes it out of its
-            list.
+        removed: names, with the number of items of the `Bypass` that takes the place of each; None takes it out of
+            its list.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 2))

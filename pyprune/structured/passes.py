@@ -120,7 +120,7 @@ def all_outputs(
 def difference(found: Iterable[Outputs], expected: Iterable[Outputs]) -> float:
     """Return how far outputs are apart, relative to the norm of those that were expected; infinity if incomparable.
 
-    Entries with another number of tensors are left out: there are as many caches and hidden states as there are layers.
+    Entries with another number of tensors are left out: there are as many caches and hidden states as layers.
 
     Example:
         >>> difference([{"": [torch.tensor([3.0, 5.0])]}], [{"": [torch.tensor([3.0, 4.0])]}])

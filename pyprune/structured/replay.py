@@ -12,8 +12,8 @@ from pyprune.modules.attachments import check_module
 from pyprune.modules.undo import Change
 from pyprune.modules.watching import unwatch
 from pyprune.structured.cuts import apply_cuts
-from pyprune.structured.drop_experts import put_back, take_out_experts
 from pyprune.structured.dropped import VERSION
+from pyprune.structured.expert_removal import put_back, take_out_experts
 from pyprune.structured.experts import find_mixtures
 from pyprune.structured.layer_lists import configs, is_list, take_out
 
@@ -28,15 +28,15 @@ def replay(model: _M, plan: Mapping[str, Any] | Iterable[str]) -> _M:
 
     Args:
         model: as the other was before.
-        plan: `Dropped.plan`, or what JSON made of it; or the names of blocks, of which those in lists are taken out of
-            them, and others replaced by an identity that returns a tensor.
+        plan: `Dropped.plan`, or what JSON made of it; or the names of blocks, of which those in lists are taken out,
+            and others replaced by an identity that returns a tensor.
 
     Returns:
         ``model``.
 
     Raises:
-        TypeError, ValueError: if it is no such plan, of another version, or of another architecture. The model is then
-            as it was.
+        TypeError, ValueError: if it is no such plan, of another version, or of another architecture. The model is
+            then as it was.
 
     Example:
         >>> from pyprune.structured.drop_blocks import drop_blocks

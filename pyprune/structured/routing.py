@@ -19,7 +19,8 @@ class _Masked(TorchFunctionMode):
     def __init__(self, dropped: Mapping[Mixture, Sequence[int]]) -> None:
         super().__init__()
         # The weights, and what casts and transposes make of them: they are kept, so that an id is theirs.
-        self.weights = {id(one.router[0].tensor): (one, one.router[0].tensor, list(gone)) for one, gone in dropped.items()}
+        weights = {one: one.router[0].tensor for one in dropped}
+        self.weights = {id(weights[one]): (one, weights[one], list(gone)) for one, gone in dropped.items()}
         self.reached: set[Mixture] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
