@@ -95,19 +95,19 @@ def find_blocks(model: nn.Module, examples: Iterable[Any]) -> tuple[dict[str, Bl
             seen[model].calls += 1
             calls = {name: seen[module].calls - earlier[module] for name, module in names}
             for name, module in by_name.items():
-                if calls[name] > _calls_around(name, calls):
+                if calls[name] > _calls_around(name, calls) and not seen[module].problem:
                     seen[module].problem = "it is used several times in a pass"
-    places = Counter(child for module in seen for child in module.children())
+    places = Counter(child for module in seen for child in module._modules.values())
     blocks: dict[str, Block] = {}
     problems: dict[str, str] = {}
     for name, module in names:
         one = seen[module]
         if not name:
             problems[name] = "it is the model"
-        elif not one.calls:
-            problems[name] = "the examples do not reach it"
         elif places[module] > 1:
             problems[name] = f"it is at {places[module]} places of the model"
+        elif not one.calls:
+            problems[name] = "the examples do not reach it"
         elif one.problem:
             problems[name] = one.problem
         else:
@@ -116,7 +116,8 @@ def find_blocks(model: nn.Module, examples: Iterable[Any]) -> tuple[dict[str, Bl
 
 
 # They add to a tensor of the same shape; and they only move or copy a tensor (views share its memory).
-_SUMS = ("add", "add_", "sub", "sub_", "rsub", "addcmul", "addcmul_", "addmm", "baddbmm", "lerp", "lerp_")
+_SUMS = {"add": 2, "add_": 2, "sub": 2, "sub_": 2, "rsub": 2, "lerp": 2, "lerp_": 2}
+_SUMS |= {"addcmul": 1, "addcmul_": 1, "addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_": 1}  # the others are factors
 _COPIES = ("clone", "_to_copy", "copy", "_reshape_copy", "contiguous", "roll", "flip")
 
 
@@ -138,8 +139,8 @@ class _Sums(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        operands = [one for one in args[:2] if isinstance(one, Tensor)]
-        if name in _SUMS and len(operands) == 2:
+        operands = [one for one in args[: _SUMS.get(name, 1)] if isinstance(one, Tensor)]
+        if name in _SUMS and len(operands) == _SUMS[name]:
             for module, tensors in self.given.items():
                 if any(_is_part(one, x) and one.numel() == output.numel() for one in operands for x in tensors):
                     self.residual.add(module)
