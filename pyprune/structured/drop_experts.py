@@ -155,7 +155,13 @@ def _check_outputs(
     model: nn.Module, inputs: Sequence[Any], expected: Sequence[Outputs], reached: Collection[Mixture], gone: Gone
 ) -> None:
     """Raise if the outputs are not those that they must be, and warn if nothing tells what they must be."""
-    found = all_outputs(model, inputs)
+    try:
+        found = all_outputs(model, inputs)
+    except Exception as error:  # the model's own code may raise anything without them
+        raise ValueError(
+            f"without experts of {listed([one.name for one in gone])} the model fails ({type(error).__name__}: {error}): "
+            "it is not known how these experts are used"
+        ) from error
     if unseen := [one.name for one in gone if one not in reached]:
         warn(
             f"whether the outputs are right without experts of {listed(unseen)} could not be verified: the weight of "
