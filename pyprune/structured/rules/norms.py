@@ -112,7 +112,7 @@ def summation(call: Call) -> Result:
             ones = torch.ones(1).expand(tensor.shape[mine[0]])
             call.on_contraction(
                 Contraction(
-                    factor.coords, tensor, mine[0], ones, 0, (factor.fixed, np.ones(len(factor.fixed), bool)),
+                    (factor.coords, factor.coords), tensor, mine[0], ones, 0, (factor.fixed, np.ones(len(factor.fixed), bool)),
                     (axes.source, "number"), call.name,
                 )
             )  # fmt: skip

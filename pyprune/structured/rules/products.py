@@ -44,7 +44,7 @@ def contract(
     if call.values:
         call.on_contraction(
             Contraction(
-                left_factor.coords,
+                (left_factor.coords, right_factor.coords),
                 first,
                 first_axis,
                 second,
