@@ -13,7 +13,9 @@ from pyprune.structured.sizes import Place, SizeUse, evaluate, holders, integers
 Setting = tuple[str, str, Any]
 
 
-def new_sizes(uses: Iterable[SizeUse], is_kept: Callable[[Coords], Any], old: Callable[[Place], int]) -> dict[Place, int]:
+def new_sizes(
+    uses: Iterable[SizeUse], is_kept: Callable[[Coords], Any], old: Callable[[Place], int]
+) -> dict[Place, int]:
     """Return the attributes that have other values now, by what they were used for.
 
     An attribute that would have to be two numbers at once keeps its value.
@@ -76,7 +78,11 @@ def stale(model: nn.Module, kept: Kept, read: set[tuple[str, str]]) -> list[Sett
 
     Of the tensors of a module itself, and of the layers right below it.
     """
-    return [(name, attribute, value) for name, attribute, value in _of_changed_sizes(model, kept) if (name, attribute) not in read]
+    return [
+        (name, attribute, value)
+        for name, attribute, value in _of_changed_sizes(model, kept)
+        if (name, attribute) not in read
+    ]
 
 
 def _of_changed_sizes(model: nn.Module, kept: Kept) -> Iterator[Setting]:

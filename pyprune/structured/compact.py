@@ -216,7 +216,9 @@ def cut_state(optimizer: torch.optim.Optimizer, kept: Kept, shapes: Mapping[int,
         if not dims:
             continue
         shape = shapes[id(parameter)]
-        odd = [key for key, one in state.items() if isinstance(one, Tensor) and one.numel() > 1 and one.shape != shape]
+        odd = [
+            key for key, one in state.items() if isinstance(one, Tensor) and one.numel() > 1 and one.shape != shape
+        ]
         if odd and any(state[key].shape != parameter.shape for key in odd):
             renewed += odd
             state.clear()

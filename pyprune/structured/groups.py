@@ -252,6 +252,8 @@ def _signatures(
     if not parts:
         return {}
     rows = np.concatenate(parts)
+    if not len(rows):
+        return {}
     rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
     labels, starts = np.unique(rows[:, 0], return_index=True)
     found: dict[tuple[tuple[int, int], ...], list[int]] = {}

@@ -59,7 +59,9 @@ class Plan:
             raise ValueError("this is no plan of pyprune; give what Plan.to_json() returned, or Plan.save() wrote")
         version = values.pop("pyprune_plan")
         if version != _VERSION or set(values) - set(vars(Plan())):
-            raise ValueError(f"this plan has version {shown(version)}, and this pyprune reads {_VERSION}; update pyprune")
+            raise ValueError(
+                f"this plan has version {shown(version)}, and this pyprune reads {_VERSION}; update pyprune"
+            )
         values["tensors"] = {
             name: {int(dim): list(kept) for dim, kept in dims.items()} for name, dims in values["tensors"].items()
         }
@@ -142,5 +144,3 @@ def add_bias(module: nn.Module) -> nn.Parameter:
     bias = nn.Parameter(weight.new_zeros(count), requires_grad=weight.requires_grad)
     module.register_parameter("bias", bias)
     return bias
-
-

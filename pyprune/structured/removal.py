@@ -66,8 +66,11 @@ class Removal:
         self.units = seen.coordinates.units()
         self.dead = dead
         self.most = most
+        self._shapes = {id(member.tensor): member.tensor.shape for group in groups for member in group.members}
         folds = [model.get_submodule(fold.module) for fold in dead.folds.values()]
-        self._dense = {fold.module: module.weight.data for fold, module in zip(dead.folds.values(), folds, strict=True)}
+        self._dense = {
+            fold.module: module.weight.data for fold, module in zip(dead.folds.values(), folds, strict=True)
+        }
         self.biases = [module.bias for module in folds if module.bias is not None]
         self.expected = [[one.clone() for one in output_tensors(made)] for made in seen.outputs]
         self._needs_values = all(not one.is_meta for one in named_tensors(model).values())
@@ -106,16 +109,18 @@ class Removal:
     def kept(self, gone: Sequence[Flags]) -> Kept:
         """Positions of each tensor that are left without some units."""
         removed: dict[int, dict[int, list[Any]]] = {}
-        tensors: dict[int, Tensor] = {}
         for group, flags in zip(self.groups, gone, strict=True):
             if not flags.any():
                 continue
             for member in group.members:
-                tensors[id(member.tensor)] = member.tensor
-                removed.setdefault(id(member.tensor), {}).setdefault(member.dim, []).append(member.indices[flags].ravel())
+                removed.setdefault(id(member.tensor), {}).setdefault(member.dim, []).append(
+                    member.indices[flags].ravel()
+                )
         return Kept(
             {
-                key: {dim: _others(tensors[key].shape[dim], np.concatenate(parts)) for dim, parts in sorted(dims.items())}
+                key: {
+                    dim: _others(self._shapes[key][dim], np.concatenate(parts)) for dim, parts in sorted(dims.items())
+                }
                 for key, dims in removed.items()
             }
         )
@@ -169,9 +174,7 @@ class Removal:
         if not self._needs_values:
             return 0.0, ""
         try:
-            with Change(self.model) as change, resizing(
-                self.model, self.kept(gone), change, self.biases
-            ):
+            with Change(self.model) as change, resizing(self.model, self.kept(gone), change, self.biases):
                 self.settle(gone, settings)
                 raise _TakeBack(*self._compare())
         except _TakeBack as result:

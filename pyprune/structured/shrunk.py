@@ -68,7 +68,9 @@ class Shrunk:
         for what, (before, after) in (("parameters", self.parameters), ("MACs", self.macs), ("bytes", self.bytes)):
             table.add_row(what, f"{before:,}", f"{after:,}", f"{after / max(1, before):.1%}")
         for one in self.removed:
-            table.add_row(f"{one.what} of {one.name}", str(one.before), str(one.after), f"{one.after / one.before:.1%}")
+            table.add_row(
+                f"{one.what} of {one.name}", str(one.before), str(one.after), f"{one.after / one.before:.1%}"
+            )
         lines = [as_text(table)]
         if not self.removed:
             lines.append("nothing is dead, so nothing went")
