@@ -92,7 +92,8 @@ def trace(
     with undoing(before.restore), undoing(stack.close):
         stack.enter_context(evaluating(model))
         stack.enter_context(untouched(model))
-        stack.enter_context(recurrence_unfused())
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            stack.enter_context(recurrence_unfused())  # convolutions are slower then
         if "torch._dynamo" in sys.modules:  # to import it takes seconds, and nothing is compiled without it
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_without_fast_paths())
