@@ -25,7 +25,7 @@ def new_sizes(
     for use in uses:
         value = use.new_value(is_kept)
         if isinstance(use.expression, tuple) and isinstance(use.expression[1], str):
-            wanted.setdefault(use.expression, set()).add(value)  # type: ignore[arg-type]
+            wanted.setdefault(use.expression, set()).add(value)
         elif value != use.value:
             computed.append((use, value))
     known = {place: values.pop() for place, values in wanted.items() if len(values) == 1}

@@ -1,7 +1,7 @@
 """Coordinates: a number for every position along the axes of a model's tensors, and which of them go together.
 
-Operations of a forward pass tie coordinates to each other. What is tied in the end is a unit: it can only be removed as
-a whole. A tensor carries its coordinates in *factors*: an array of them that lies along one of its axes, or along
+Operations of a forward pass tie coordinates to each other. What is tied in the end is a unit: it can only be removed
+as a whole. A tensor carries its coordinates in *factors*: an array of them that lies along one of its axes, or along
 several jointly (heads x head size, after a view has cut an axis).
 """
 

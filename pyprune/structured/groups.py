@@ -152,9 +152,9 @@ class CoupledGroups(Sequence[Group]):
 def coupled_groups(model: nn.Module, examples: Any) -> CoupledGroups:
     """Find what can only be removed together: units along axes of parameters and buffers, and what stays.
 
-    The model runs once on each example, in evaluation, without gradients, and is as it was then. Rules on axes say what
-    each operation ties (additions, products, heads of attention, views that cut and join axes, ...); an operation that
-    no rule knows keeps what it touches, and is named.
+    The model runs once on each example, in evaluation, without gradients, and is as it was then. Rules on axes say
+    what each operation ties (additions, products, heads of attention, views that cut and join axes, ...); an
+    operation that no rule knows keeps what it touches, and is named.
 
     Args:
         model: a plain model, with masks and gates or without, of any dtype, also on the meta device; not compiled,

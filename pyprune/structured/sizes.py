@@ -99,7 +99,7 @@ def evaluate(expression: Expression, values: Callable[[Place], int]) -> int:
         return expression
     if expression[0] in _OPERATORS and len(expression) == 3 and not isinstance(expression[1], str):
         name, one, other = expression
-        return _OPERATORS[name](evaluate(one, values), evaluate(other, values))  # type: ignore[arg-type]
+        return _OPERATORS[name](evaluate(one, values), evaluate(other, values))
     return values(expression)  # type: ignore[arg-type]
 
 
@@ -108,8 +108,8 @@ def places_in(expression: Expression) -> Iterator[Place]:
     if isinstance(expression, int):
         return
     if expression[0] in _OPERATORS and not isinstance(expression[1], str):
-        yield from places_in(expression[1])  # type: ignore[arg-type]
-        yield from places_in(expression[2])  # type: ignore[arg-type]
+        yield from places_in(expression[1])
+        yield from places_in(expression[2])
     else:
         yield expression  # type: ignore[misc]
 

@@ -41,6 +41,7 @@ def broadcast(call: Call, operands: list[tuple[Tensor | None, Axes]], shape: tup
 
 
 def source_of(sources: set[Any]) -> Any:
+    """What is made of several: of inputs, if one of them is."""
     for source in ("inputs", "parameters"):
         if source in sources:
             return source
@@ -120,7 +121,7 @@ def zero_entries(tensor: Tensor, factor: Factor, axes: Axes) -> Flags:
     for axis in sorted(rest, reverse=True):
         used = used.any(axis)
     order = sorted(own)
-    return ~used.cpu().numpy().transpose([order.index(axis) for axis in own])
+    return np.asarray(~used.cpu().numpy().transpose([order.index(axis) for axis in own]))
 
 
 def unfixed(factors: list[Factor]) -> list[Factor]:
