@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyprune.modules.attachments import parameters_of
 from pyprune.modules.undo import Change
 
 
@@ -70,8 +71,9 @@ def resizing(model: nn.Module, kept: Kept, change: Change, also: Iterable[Tensor
         with torch.no_grad():
             for tensor, data in before:
                 give_data(tensor, kept.cut(data, tensor))
-                if tensor.grad is not None:
-                    tensor.grad = None
+        if before:  # gradients of one step are of one model
+            for parameter in parameters_of(model):
+                parameter.grad = None
         for module in model.modules():
             update_known(module, dict(zip(tensors, (data for _, data in before), strict=True)))
         yield

@@ -143,7 +143,7 @@ def index_put(call: Call) -> Axes:
         1 if axis in over or places[axis] - shift < 0 else values.shape[places[axis] - shift]
         for axis in range(tensor.dim())
     )
-    stretched = frozenset(back[axis + shift] for axis in given.stretched if axis + shift in back)
+    stretched = {back[axis + shift]: size for axis, size in given.stretched.items() if axis + shift in back}
     made = broadcast(
         call,
         [

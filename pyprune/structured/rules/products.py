@@ -290,7 +290,9 @@ def attention(call: Call) -> Result:
             for factor in along
             if (left := factor.first([axis for axis in factor.axes if axis >= mask.dim() - 2])) is not None
         )
-        operands.append((None, Axes((*mask.shape[:-2], 1, 1), kept, call.axes(mask).source)))
+        known = call.axes(mask)
+        stretched = {axis: size for axis, size in known.stretched.items() if axis < mask.dim() - 2}
+        operands.append((None, Axes((*mask.shape[:-2], 1, 1), kept, known.source, stretched)))
     tied = broadcast(call, operands, (*made_shape[:-2], 1, 1))
     ties.heads += [factor.coords for factor in tied.factors]
     macs = math.prod(query.shape) * key.shape[-2] + math.prod(query.shape[:-1]) * key.shape[-2] * value.shape[-1]

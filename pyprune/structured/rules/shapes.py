@@ -58,9 +58,11 @@ def reshaped(call: Call, axes: Axes, shape: tuple[int, ...]) -> Axes:
             call.coordinates.stay(factor.coords, f"{call.name} joins several axes that have units")
             continue
         made.append(_laid(call, factor, axes.shape, shape, touched))
-    stretched = frozenset(
-        after[0] for before, after in runs if len(before) == len(after) == 1 and before[0] in axes.stretched
-    )
+    stretched = {
+        after[0]: axes.stretched[before[0]]
+        for before, after in runs
+        if len(before) == len(after) == 1 and before[0] in axes.stretched
+    }
     return Axes(shape, tuple(one for one in made if one is not None), axes.source, stretched)
 
 
@@ -162,12 +164,12 @@ def _placed(call: Call, places: Callable[[int], int | None]) -> Axes:
         moved = [places(axis) for axis in factor.axes]
         assert None not in moved
         factors.append(factor.moved(axis for axis in moved if axis is not None))
-    stretched = {places(axis) for axis in axes.stretched}
+    stretched = {places(axis): size for axis, size in axes.stretched.items()}
     return Axes(
         tuple(call.made.shape),
         tuple(factors),
         axes.source,
-        frozenset(axis for axis in stretched if axis is not None),
+        {axis: size for axis, size in stretched.items() if axis is not None},
     )
 
 
@@ -218,7 +220,7 @@ def expand(call: Call) -> Axes:
         for axis, size in enumerate(call.made.shape)
         if size > 1 and (axis < more or axes.shape[axis - more] == 1)
     }
-    return replace(moved, stretched=moved.stretched | new)
+    return replace(moved, stretched={**dict.fromkeys(new), **moved.stretched})
 
 
 def repeat(call: Call) -> Axes:
@@ -297,7 +299,7 @@ def split(call: Call) -> list[Axes]:
     starts = np.cumsum([0, *sizes])
     made = []
     for start, piece in zip(starts, pieces, strict=False):
-        factors = tuple(_slice(factor, dim, slice(start, start + piece.shape[dim])) for factor in axes.factors)
+        factors = _sliced(call, axes, dim, slice(start, start + piece.shape[dim]))
         made.append(replace(axes, shape=tuple(piece.shape), factors=factors))
     factor = axes.on(dim)
     if factor is not None:
@@ -310,11 +312,27 @@ def split(call: Call) -> list[Axes]:
     return made
 
 
-def _slice(factor: Factor, dim: int, part: slice) -> Factor:
-    if dim not in factor.axes:
-        return factor
-    index = tuple(part if axis == dim else slice(None) for axis in factor.axes)
-    return factor.each(lambda array: array[index])
+def _sliced(call: Call, axes: Axes, dim: int, part: slice) -> tuple[Factor, ...]:
+    """Factors of a part of an axis; a part of size 1 has no units along it any more."""
+    made = []
+    for factor in axes.factors:
+        if dim not in factor.axes:
+            made.append(factor)
+            continue
+        index = tuple(part if axis == dim else slice(None) for axis in factor.axes)
+        piece = factor.each(partial(_at, index=index))
+        if piece.coords.shape[factor.at(dim)] > 1:
+            made.append(piece)
+        if piece.coords.shape[factor.at(dim)] != 1:
+            continue
+        call.coordinates.hold(factor, (dim,), f"{call.name} takes one of them")
+        if (left := piece.first((dim,))) is not None:
+            made.append(left)
+    return tuple(made)
+
+
+def _at(array: Any, index: Any) -> Any:
+    return array[index]
 
 
 def take_slice(call: Call) -> Axes:
@@ -335,8 +353,9 @@ def take_slice(call: Call) -> Axes:
         elif part.step > 1:
             pieces = coords.reshape(length, size // length, *coords.shape[1:])
             call.coordinates.tie(pieces, pieces[:, :1])
-    factors = tuple(_slice(factor, dim, part) for factor in axes.factors)
-    return Axes(tuple(call.made.shape), factors, axes.source, axes.stretched)
+    factors = _sliced(call, axes, dim, part)
+    stretched = {axis: size if axis != dim else None for axis, size in axes.stretched.items()}
+    return Axes(tuple(call.made.shape), factors, axes.source, stretched)
 
 
 def select(call: Call) -> Axes:
@@ -365,7 +384,7 @@ def _taken(call: Call, axes: Axes, dim: int, index: int, shape: tuple[int, ...])
             left = factor.each(partial(np.take, indices=index, axis=at)).moved(rest) if rest else None
         if left is not None:
             factors.append(left.moved(axis - (axis > dim) for axis in left.axes))
-    stretched = frozenset(axis - (axis > dim) for axis in axes.stretched if axis != dim)
+    stretched = {axis - (axis > dim): size for axis, size in axes.stretched.items() if axis != dim}
     return Axes(shape, tuple(factors), axes.source, stretched)
 
 
@@ -377,7 +396,7 @@ def halves(call: Call) -> Axes:
     parts = [
         Axes(
             tuple(call.made.shape),
-            tuple(_slice(factor, dim, slice(start, start + half)) for factor in axes.factors),
+            _sliced(call, axes, dim, slice(start, start + half)),
             axes.source,
         )
         for start in (0, half)
