@@ -74,8 +74,9 @@ def resizing(model: nn.Module, kept: Kept, change: Change, also: Iterable[Tensor
         if before:  # gradients of one step are of one model
             for parameter in parameters_of(model):
                 parameter.grad = None
+        dense = {id(tensor): data for tensor, data in before}
         for module in model.modules():
-            update_known(module, dict(zip(tensors, (data for _, data in before), strict=True)))
+            update_known(module, dense)
         yield
     except BaseException:
         if not change.is_finishing:

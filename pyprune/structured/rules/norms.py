@@ -16,6 +16,9 @@ def batch_norm(call: Call) -> Result:
     """Per channel: what it has for each is tied to the channel."""
     given = call.args["input"]
     axes = call.axes(given)
+    if call.args.get("training") or call.args.get("use_input_stats") or call.args.get("running_mean") is None:
+        # Of this input: over its axes but the channels'.
+        axes = _statistic(call, axes, [axis for axis in range(given.dim()) if axis != 1], keepdim=True, same=True)
     operands: list[tuple[Tensor | None, Axes]] = [(None, axes)]
     shape = tuple(size if dim == 1 else 1 for dim, size in enumerate(given.shape))
     for name in ("weight", "bias", "running_mean", "running_var"):

@@ -189,6 +189,9 @@ def _batched(call: Call, first: Tensor, second: Tensor) -> Axes:
                 ties.stay(factor.coords, f"all heads share it in {call.name}")
     rows = _outputs(call, left, (2,), {0: 0, 1: 1, 2: -1})
     columns = _outputs(call, right, (1,), {0: 0, 2: 2, 1: -1})
+    if any(0 in factor.axes for factor in columns):
+        # All in a head goes together, so the batch axis says enough of it.
+        rows = [one.first([axis for axis in one.axes if axis]) or one if 0 in one.axes else one for one in rows]
     macs = first.shape[0] * first.shape[1] * first.shape[2] * second.shape[2]
     grow = [*rows, *columns]
     if left_k is not None and not inside[0]:
