@@ -28,6 +28,9 @@ from pyprune.structured.drop_blocks import drop_blocks
 from pyprune.structured.drop_experts import drop_experts
 from pyprune.structured.dropped import Dropped
 from pyprune.structured.groups import coupled_groups
+from pyprune.structured.plan import Plan, rebuild
+from pyprune.structured.shrink import shrink
+from pyprune.structured.shrunk import Shrunk
 from pyprune.training.ac_dc import AcDcPruner, ac_dc
 from pyprune.training.gmp import gmp
 from pyprune.training.iterative import IterativeResult, PruningRound, iterative_prune, lottery_ticket
@@ -65,6 +68,7 @@ __all__ = [
     "MovementPruner",
     "MultiStepMagnitudePruningScheduler",
     "MultiStepRBPruningScheduler",
+    "Plan",
     "PruneMode",
     "Pruner",
     "PruningRound",
@@ -75,6 +79,7 @@ __all__ = [
     "Schedule",
     "SensitivityResult",
     "SensitivityTarget",
+    "Shrunk",
     "StochasticGate",
     "StripFormat",
     "TensorPruningStatistic",
@@ -105,9 +110,11 @@ __all__ = [
     "pruning_statistic",
     "ratios_below",
     "reapply",
+    "rebuild",
     "schedules",
     "scope",
     "sensitivity",
+    "shrink",
     "slimming_loss",
     "snip",
     "strip",
