@@ -94,7 +94,8 @@ def drop_experts(
     check_removable(model)
     inputs = check_examples(examples)
     optimizers = innermost_of(optimizer)
-    if [names, count, ratio].count(None) != 2:
+    given = {key: value for key, value in (("names", names), ("count", count), ("ratio", ratio)) if value is not None}
+    if len(given) != 1:
         raise ValueError("give names, the experts to drop, or count or ratio, how many of each mixture; one of them")
     if not callable(importance):
         check_choice("importance", importance, ("use", "output"))
@@ -126,7 +127,7 @@ def drop_experts(
         gone = {one: _lowest(one, scores, _number(one, count, ratio)) for one in mixtures if one.name not in stays}
     gone = {one: places for one, places in gone.items() if places}
     for one, places in gone.items():
-        _check_enough(one, places)
+        _check_enough(one, places, next(iter(given)))
     before = sizes_of(model)
     dropped = [one.experts[place] for one, places in gone.items() for place in places]
     plan = {"version": VERSION, "experts": {one.name: places for one, places in gone.items()}}
@@ -185,7 +186,7 @@ def _check_outputs(
 def _named(names: Sequence[str], mixtures: Sequence[Mixture]) -> Gone:
     places = {name: (one, place) for one in mixtures for place, name in enumerate(one.experts)}
     # Members of a list with names of their own may be called by their numbers, too.
-    places |= {f"{one.name}.{place}": (one, place) for one in mixtures for place in range(one.count)}
+    places |= {f"{one.name}.{place}".lstrip("."): (one, place) for one in mixtures for place in range(one.count)}
     gone: Gone = {}
     for name in names:
         if name not in places:
@@ -233,14 +234,15 @@ def _lowest(one: Mixture, scores: Mapping[str, float], number: int) -> list[int]
     return sorted(lowest)
 
 
-def _check_enough(one: Mixture, gone: Sequence[int]) -> None:
+def _check_enough(one: Mixture, gone: Sequence[int], given: str) -> None:
     """Raise if a router could not choose as many experts as it does, or its groups would be of several sizes."""
+    place = one.name or "the model"
     groups = _groups(one)
     size = one.count // groups
     losses = Counter(place // size for place in gone)
     if groups > 1 and len({losses[group] for group in range(groups)}) > 1:
         raise ValueError(
-            f"the router of {one.name} chooses among {groups} groups of {size} experts, which must lose equally "
+            f"{given}: the router of {place} chooses among {groups} groups of {size} experts, which must lose equally "
             f"many; these lose {[losses[group] for group in range(groups)]}"
         )
     least = one.top_k
@@ -249,6 +251,6 @@ def _check_enough(one: Mixture, gone: Sequence[int]) -> None:
         least = groups * max(2, math.ceil(one.top_k / (one.groups[1] if groups > 1 else 1)))
     if one.count - len(gone) < least:
         raise ValueError(
-            f"{len(gone)} experts of {one.name} would go, and at most {max(0, one.count - least)} of its {one.count} "
-            f"can: its router needs {least} to choose {one.top_k} for each token"
+            f"{given}: {len(gone)} experts of {place} would go, and at most {max(0, one.count - least)} of its "
+            f"{one.count} can: its router needs {least} to choose {one.top_k} for each token"
         )

@@ -74,7 +74,7 @@ class Mixture:
     @property
     def experts(self) -> list[str]:
         """The names of the experts."""
-        return [f"{self.name}.{key}" for key in self.members or range(self.count)]
+        return [f"{self.name}.{key}".lstrip(".") for key in self.members or range(self.count)]
 
     @property
     def modules(self) -> list[tuple[str, nn.Module]]:
