@@ -283,8 +283,10 @@ ROWS: dict[str, Row] = {
     ),
     "drop_blocks": Row(
         pyprune.drop_blocks,
-        lambda: {"model": blocks(), "examples": torch.ones(2, 4), "names": None, "count": 1, "importance": "influence"}
-        | {"optimizer": None},
+        lambda: (
+            {"model": blocks(), "examples": torch.ones(2, 4), "names": None, "count": 1, "importance": "influence"}
+            | {"optimizer": None}
+        ),
         {"names": OPTIONAL, "count": COUNT - {"5"}, "importance": FUNCTIONS, "optimizer": SEVERAL},
     ),
     "drop_blocks, names": Row(
@@ -294,8 +296,10 @@ ROWS: dict[str, Row] = {
     ),
     "drop_experts": Row(
         pyprune.drop_experts,
-        lambda: {"model": experts(), "examples": torch.ones(2, 4), "names": None, "count": None, "ratio": 0.25}
-        | {"importance": "use", "optimizer": None},
+        lambda: (
+            {"model": experts(), "examples": torch.ones(2, 4), "names": None, "count": None, "ratio": 0.25}
+            | {"importance": "use", "optimizer": None}
+        ),
         {"names": OPTIONAL, "count": OPTIONAL, "ratio": SHARE, "importance": FUNCTIONS, "optimizer": SEVERAL},
     ),
     "drop_experts, count": Row(
@@ -664,7 +668,8 @@ ROWS: dict[str, Row] = {
 # What calls return, and tables: their fields are not checked. AcDcPruner takes what `ac_dc` takes; one_gate_sample is
 # called in its row, by another name.
 NOT_CALLED = """
-    __version__ build_info one_gate_sample AcDcPruner Calibration Dropped IterativeResult KeepSparse ModelPruningStatistic
+    __version__ build_info one_gate_sample AcDcPruner Calibration Dropped IterativeResult KeepSparse
+    ModelPruningStatistic
     Plan PruneMode PruningRound Shrunk Recipe RecipePruner Schedule SensitivityResult SensitivityTarget StripFormat
     TensorPruningStatistic as_schedule
 """.split()  # noqa: SIM905

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from pyprune.modules.holding import HELD, Hold
 from pyprune.modules.masks import FollowingMask
 from pyprune.modules.zeros import hold_zeros, raw_values
+from pyprune.structured.compact import Kept, cut, cut_state, give_data
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +26,7 @@ class Cut:
     """
 
     parameter: nn.Parameter
-    shape: tuple[int, ...]
+    shape: torch.Size
     dim: int
     kept: Tensor
     small: Tensor
@@ -37,8 +38,7 @@ def cut_of(parameter: nn.Parameter, dim: int, kept: Sequence[int]) -> Cut:
     """Return what stays of a parameter; it is not changed.
 
     Example:
-        >>> cut = cut_of(nn.Parameter(torch.ones(3, 2)), 0, [0, 2])
-        >>> cut.small.shape
+        >>> cut_of(nn.Parameter(torch.ones(3, 2)), 0, [0, 2]).small.shape
         torch.Size([2, 2])
     """
     places = torch.tensor(kept, dtype=torch.int64, device=parameter.device)
@@ -47,28 +47,27 @@ def cut_of(parameter: nn.Parameter, dim: int, kept: Sequence[int]) -> Cut:
     if held is not None:
         masks = held.mask.index_select(dim, places.to(held.mask.device))
         hold = held, masks, raw_values(held).index_select(dim, places)
-    small = parameter.detach().index_select(dim, places)
-    return Cut(parameter, tuple(parameter.shape), dim, places, small, hold)
+    return Cut(parameter, parameter.shape, dim, places, cut(parameter.detach(), {dim: places}), hold)
 
 
 @torch.no_grad()
-def apply_cuts(cuts: Iterable[Cut], optimizers: Iterable[Optimizer]) -> None:
-    """Make parameters smaller, clear their gradients, and cut the states of optimizers alike; may be done twice."""
-    optimizers = list(optimizers)
-    for cut in cuts:
-        parameter = cut.parameter
-        parameter.grad = None
-        for optimizer in optimizers:
-            state = optimizer.state.get(parameter, {})
-            for key, value in state.items():
-                if isinstance(value, Tensor) and tuple(value.shape) == cut.shape:
-                    state[key] = value.index_select(cut.dim, cut.kept)
-        if cut.hold is None:
-            parameter.data = cut.small
+def apply_cuts(cuts: Sequence[Cut], optimizers: Iterable[Optimizer]) -> list[str]:
+    """Make parameters smaller, and cut the states of optimizers alike; may be done twice.
+
+    Returns:
+        Of optimizers' states what did not fit, and is begun anew.
+    """
+    for one in cuts:
+        one.parameter.grad = None  # torch refuses other shapes
+        if one.hold is None:
+            give_data(one.parameter, one.small)
             continue
-        hold, mask, raw = cut.hold
-        parameter.data = raw.clone()
+        hold, mask, raw = one.hold
+        give_data(one.parameter, raw.clone())
         vars(hold).update(_mask=mask, parked=None, is_raw=True)
-        if isinstance(hold, FollowingMask) and hold.layout.groups == cut.shape[cut.dim]:
-            hold.layout = replace(hold.layout, groups=len(cut.kept))
+        if isinstance(hold, FollowingMask) and hold.layout.groups == one.shape[one.dim]:
+            hold.layout = replace(hold.layout, groups=len(one.kept))
         hold_zeros([hold])
+    kept = Kept({id(one.parameter): {one.dim: one.kept} for one in cuts})
+    shapes = {id(one.parameter): one.shape for one in cuts}
+    return [key for optimizer in optimizers for key in cut_state(optimizer, kept, shapes)]

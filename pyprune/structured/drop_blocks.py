@@ -43,7 +43,7 @@ def drop_blocks(
     ``layer_idx`` and the like, by which caches go, are renumbered, and so are the counts and lists in the module
     around it and in its ``config``, so that ``save_pretrained`` and a plain ``from_pretrained`` agree. Elsewhere an
     identity takes its place, and so it does where the model asks for members of a list by number. Parameters that
-    stay are the same objects; masks and gates on them stay, too.
+    stay are the same objects; masks and gates on them stay, too. Gradients are cleared.
 
     The model is run on the examples, in evaluation, before and after: its outputs must be those that it gives when
     the blocks are bypassed.
@@ -61,7 +61,7 @@ def drop_blocks(
         optimizer: forgets the parameters that go, and its state for them. Or several.
 
     Returns:
-        What went: names, scores, sizes, and a plan for `replay`.
+        What went, with scores, sizes, and a plan for `rebuild`.
 
     Raises:
         TypeError, ValueError: for wrong arguments; if a block is no such module, is used several times, or gives
@@ -105,7 +105,7 @@ def drop_blocks(
         plan = {"version": VERSION, "blocks": removed}
         dropped = Dropped("blocks", tuple(removed), scores, stays, before, after, plan)
         warn_if_not_reloadable(model, unlike)
-        change.finish(partial(forget, optimizers, set(parameters) - set(parameters_of(model))))
+        change.finish(partial(forget, model, optimizers, set(parameters) - set(parameters_of(model))))
     return dropped
 
 

@@ -3,7 +3,6 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from pyprune.modules.attachments import dense_parameters
 from pyprune.modules.optimizer import innermost_of
 from pyprune.modules.undo import Change
 from pyprune.modules.watching import unwatch
-from pyprune.structured.cuts import Cut, apply_cuts
+from pyprune.structured.cuts import apply_cuts
 from pyprune.structured.dropped import VERSION, Dropped, sizes_of
 from pyprune.structured.expert_removal import put_back, take_out_experts
 from pyprune.structured.expert_scores import given_by, use_and_output
@@ -66,7 +65,7 @@ def drop_experts(
         optimizer: its states are cut, too, and what belonged to modules that go is forgotten. Or several.
 
     Returns:
-        What went: names, scores, sizes, and a plan for `replay`.
+        What went, with scores, sizes, and a plan for `rebuild`.
 
     Raises:
         TypeError, ValueError: for wrong arguments; if there is no mixture of experts; if fewer would stay than a
@@ -142,14 +141,14 @@ def drop_experts(
         put_back(cuts)
         unwatch(model)
         lost = set(known) - {parameter for _, parameter in dense_parameters(model)}
-        result = Dropped("experts", tuple(dropped), scores, stays, before, after, plan)
-        change.finish(partial(_finish, [cut for _, cut in cuts], optimizers, lost))
-    return result
+        renewed: list[str] = []
 
+        def finish() -> None:
+            renewed.extend(apply_cuts([cut for _, cut in cuts], optimizers))
+            forget(model, optimizers, lost)
 
-def _finish(cuts: Sequence[Cut], optimizers: Sequence[Optimizer], gone: set[nn.Parameter]) -> None:
-    apply_cuts(cuts, optimizers)
-    forget(optimizers, gone)
+        change.finish(finish)
+    return Dropped("experts", tuple(dropped), scores, stays, before, after, plan, renewed)
 
 
 def _check_outputs(
@@ -160,8 +159,8 @@ def _check_outputs(
         found = all_outputs(model, inputs)
     except Exception as error:  # the model's own code may raise anything without them
         raise ValueError(
-            f"without experts of {listed([one.name for one in gone])} the model fails ({type(error).__name__}: {error}): "
-            "it is not known how these experts are used"
+            f"without experts of {listed([one.name for one in gone])} the model fails ({type(error).__name__}: "
+            f"{error}): it is not known how these experts are used"
         ) from error
     if unseen := [one.name for one in gone if one not in reached]:
         warn(
@@ -175,8 +174,8 @@ def _check_outputs(
     apart = difference(found, expected)
     if apart > tolerance:
         raise ValueError(
-            f"without experts of {listed([one.name for one in gone])} the outputs are {apart:.2g} apart from those of "
-            "the model whose router never chooses them: it is not known how these experts are used"
+            f"without experts of {listed([one.name for one in gone])} the outputs are {apart:.2g} apart from those "
+            "of the model whose router never chooses them: it is not known how these experts are used"
         )
 
 
@@ -242,8 +241,8 @@ def _check_enough(one: Mixture, gone: Sequence[int], given: str) -> None:
     losses = Counter(place // size for place in gone)
     if groups > 1 and len({losses[group] for group in range(groups)}) > 1:
         raise ValueError(
-            f"{given}: the router of {place} chooses among {groups} groups of {size} experts, which must lose equally "
-            f"many; these lose {[losses[group] for group in range(groups)]}"
+            f"{given}: the router of {place} chooses among {groups} groups of {size} experts, which must lose "
+            f"equally many; these lose {[losses[group] for group in range(groups)]}"
         )
     least = one.top_k
     if one.groups:

@@ -1,6 +1,6 @@
 """What a removal of blocks or experts took away, as a table and as a plan that can be replayed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,8 @@ class Dropped:
         stays: what could not be removed, and why.
         before: the number of parameters, tied ones once, and the bytes of these and of the buffers.
         after: the same, of what is left.
-        plan: dicts, lists, strings and numbers, ready for JSON: `replay` does the same to a fresh dense model.
+        plan: dicts, lists, strings and numbers, ready for JSON: `rebuild` does the same to a fresh dense model.
+        renewed: of the states of optimizers what did not fit parameters that are smaller, and is begun anew.
     """
 
     kind: str
@@ -34,6 +35,7 @@ class Dropped:
     before: tuple[int, int]
     after: tuple[int, int]
     plan: Mapping[str, Any]
+    renewed: Sequence[str] = ()
 
     def __str__(self) -> str:
         from rich.table import Table
@@ -46,7 +48,8 @@ class Dropped:
             what = "dropped" if name in self.names else f"stays: {self.stays[name]}" if name in self.stays else ""
             table.add_row(name, f"{self.scores[name]:.4g}" if name in self.scores else "", what)
         left = "{:,} parameters ({:,} bytes) of {:,} ({:,}) are left".format(*self.after, *self.before)
-        return f"{len(self.names)} {self.kind} dropped: {left}\n{as_text(table)}"
+        renewed = f"\nstates of optimizers that begin anew: {', '.join(self.renewed)}" if self.renewed else ""
+        return f"{len(self.names)} {self.kind} dropped: {left}\n{as_text(table)}{renewed}"
 
     def _repr_html_(self) -> str:
         return as_html(str(self))

@@ -37,7 +37,7 @@ def warn_if_not_reloadable(model: nn.Module, before: Iterable[tuple[str, str]]) 
     if different:
         warn(
             f"the config cannot say what the model has become ({listed(different)}): a plain from_pretrained makes "
-            "another one. Keep the plan with it, and replay it on a dense model"
+            "another one. Keep the plan with it, and give it to pyprune.rebuild with a dense model"
         )
 
 

@@ -14,19 +14,50 @@ transformers.utils.logging.disable_progress_bar()
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-ENCODER = {"vocab_size": 67, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4,
-           "num_attention_heads": 4, "max_position_embeddings": 64, **TOKENS}
+ENCODER = {
+    "vocab_size": 67,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    **TOKENS,
+}
 SIZES = {**ENCODER, "num_key_value_heads": 2, "head_dim": 4}
 MOE = {**SIZES, "moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2}
 GPT2 = {"vocab_size": 67, "n_embd": 16, "n_layer": 4, "n_head": 4, "n_positions": 64, **TOKENS}
-T5 = {"vocab_size": 67, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 3, "num_heads": 4,
-      "decoder_start_token_id": 0, **TOKENS}
-BART = {"vocab_size": 67, "d_model": 16, "encoder_layers": 3, "decoder_layers": 3, "encoder_ffn_dim": 24,
-        "decoder_ffn_dim": 24, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
-        "decoder_start_token_id": 1, "forced_eos_token_id": None, **TOKENS}
+T5 = {
+    "vocab_size": 67,
+    "d_model": 16,
+    "d_kv": 4,
+    "d_ff": 24,
+    "num_layers": 3,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+    **TOKENS,
+}
+BART = {
+    "vocab_size": 67,
+    "d_model": 16,
+    "encoder_layers": 3,
+    "decoder_layers": 3,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "decoder_start_token_id": 1,
+    "forced_eos_token_id": None,
+    **TOKENS,
+}
 WHISPER = {**BART, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 32}
-VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4,
-          "image_size": 32, "patch_size": 8}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
 IDS = {"input_ids": torch.arange(3, 33).reshape(2, 15)}
 TARGETS = {"decoder_input_ids": torch.arange(3, 23).reshape(2, 10)}
 DRAWN = torch.Generator().manual_seed(0)
@@ -44,13 +75,15 @@ CASES = {
                                    "model.layers", (5,)),
     "GPT-2": ("GPT2LMHeadModel", GPT2, IDS, "transformer.h", (1, 2)),
     "GPT-NeoX": ("GPTNeoXForCausalLM", ENCODER, IDS, "gpt_neox.layers", (0, 3)),
-    "OPT": ("OPTForCausalLM", {**ENCODER, "ffn_dim": 24, "word_embed_proj_dim": 16}, IDS, "model.decoder.layers", (1,)),
-    "Falcon": ("FalconForCausalLM", {k: ENCODER[k] for k in ENCODER if k != "intermediate_size"}, IDS, "transformer.h",
-               (0, 1)),
+    "OPT": ("OPTForCausalLM", {**ENCODER, "ffn_dim": 24, "word_embed_proj_dim": 16}, IDS, "model.decoder.layers",
+            (1,)),
+    "Falcon": ("FalconForCausalLM", {k: ENCODER[k] for k in ENCODER if k != "intermediate_size"}, IDS,
+               "transformer.h", (0, 1)),
     "Mixtral": ("MixtralForCausalLM", {**SIZES, "num_local_experts": 4}, IDS, "model.layers", (1, 2)),
     "Mamba": ("MambaForCausalLM", {"vocab_size": 67, "hidden_size": 16, "num_hidden_layers": 4, "state_size": 4,
                                    **TOKENS}, IDS, "backbone.layers", (0, 2)),
-    "Qwen3 MoE, dense layers": ("Qwen3MoeForCausalLM", {**MOE, "mlp_only_layers": [0, 3]}, IDS, "model.layers", (0, 1)),
+    "Qwen3 MoE, dense layers": ("Qwen3MoeForCausalLM", {**MOE, "mlp_only_layers": [0, 3]}, IDS, "model.layers",
+                                (0, 1)),
     "DeepSeek V3": ("DeepseekV3ForCausalLM", {**MOE, "n_routed_experts": 4, "first_k_dense_replace": 2, "n_group": 1,
                                               "topk_group": 1, "q_lora_rank": 8, "kv_lora_rank": 8,
                                               "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8},
@@ -63,8 +96,8 @@ CASES = {
                IMAGES, "encoder.stages.1.layers", (1,)),
     "CLIP, one tower": ("CLIPModel", {"text_config": {**ENCODER, "num_hidden_layers": 3}, "vision_config": VISION,
                                       "projection_dim": 8}, {**IDS, **IMAGES}, "text_model.encoder.layers", (1,)),
-    "T5, encoder": ("T5ForConditionalGeneration", {**T5, "num_decoder_layers": 2}, {**IDS, **TARGETS}, "encoder.block",
-                    (1,)),
+    "T5, encoder": ("T5ForConditionalGeneration", {**T5, "num_decoder_layers": 2}, {**IDS, **TARGETS},
+                    "encoder.block", (1,)),
     "T5, decoder": ("T5ForConditionalGeneration", T5, {**IDS, **TARGETS}, "decoder.block", (2,)),
     "BART, encoder": ("BartForConditionalGeneration", BART, {**IDS, **TARGETS}, "model.encoder.layers", (0,)),
     "BART, decoder": ("BartForConditionalGeneration", BART, {**IDS, **TARGETS}, "model.decoder.layers", (0, 2)),

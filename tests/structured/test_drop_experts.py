@@ -58,7 +58,9 @@ class Named(Listed):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.experts = nn.ModuleDict({f"expert_{i}": expert() for i in range(self.num_experts)} | {"off": nn.Dropout()})
+        self.experts = nn.ModuleDict(
+            {f"expert_{i}": expert() for i in range(self.num_experts)} | {"off": nn.Dropout()}
+        )
 
     def forward(self, x):
         weights, index = self.routes(self.gate(x))
@@ -285,6 +287,29 @@ def test_drop_experts_cuts_the_states_of_an_optimizer(kind):
 
 
 @pytest.mark.parametrize("kind", [Listed, WithFused, Bare])
+def test_drop_experts_cuts_what_a_graph_of_an_earlier_step_still_knows(kind):
+    model = build(kind)
+    loss = model(X).sum()
+    loss.backward(retain_graph=True)
+    drop_experts(model, X, count=1)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    model(X).sum().backward()
+    del loss
+
+
+def test_drop_experts_says_what_states_begin_anew():
+    model = build(WithFused)
+    optimizer = torch.optim.Adafactor(model.parameters())
+    model(X).sum().backward()
+    optimizer.step()
+    dropped = drop_experts(model, X, count=1, optimizer=optimizer)
+    assert "row_var" in dropped.renewed
+    assert "begin anew: row_var" in str(dropped)
+    model(X).sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("kind", [Listed, WithFused, Bare])
 def test_drop_experts_keeps_masks_on_what_stays(kind):
     model = build(kind)
     raw = copy.deepcopy(model.state_dict())
@@ -296,7 +321,10 @@ def test_drop_experts_keeps_masks_on_what_stays(kind):
     names = [f"{name}.{home}{i}" for name in ("first", "second") for i in (1, 2)]
     drop_experts(model, X, names)
     torch.testing.assert_close(model(X), dense(X), rtol=1e-5, atol=1e-5)
-    key, kept = ("first.w1" if kind is Bare else "first.gate.weight" if kind is Listed else "first.experts.up_proj"), [0, 3, 4]
+    key, kept = (
+        ("first.w1" if kind is Bare else "first.gate.weight" if kind is Listed else "first.experts.up_proj"),
+        [0, 3, 4],
+    )
     weight = dict(model.named_parameters())[key]
     assert torch.equal(weight == 0, zeros[key][kept])
     # Zeros hold, and what was parked comes back.

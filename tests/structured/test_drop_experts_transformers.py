@@ -16,13 +16,37 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 
 LOCAL = {**SIZES, "num_hidden_layers": 2, "num_local_experts": 6, "num_experts_per_tok": 2}
 ROUTED = {**MOE, "num_hidden_layers": 3, "num_experts": 6}
-DEEPSEEK = {**ROUTED, "n_routed_experts": 8, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "q_lora_rank": 8,
-            "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
-SWITCH = {**T5, "num_layers": 2, "num_decoder_layers": 2, "num_experts": 6, "num_sparse_encoder_layers": 1,
-          "num_sparse_decoder_layers": 1, "expert_capacity": 64}
-DBRX = {"vocab_size": 67, "d_model": 16, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "pad_token_id": 0,
-        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
-        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 6, "moe_top_k": 2}}
+DEEPSEEK = {
+    **ROUTED,
+    "n_routed_experts": 8,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+}
+SWITCH = {
+    **T5,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "num_experts": 6,
+    "num_sparse_encoder_layers": 1,
+    "num_sparse_decoder_layers": 1,
+    "expert_capacity": 64,
+}
+DBRX = {
+    "vocab_size": 67,
+    "d_model": 16,
+    "n_heads": 4,
+    "n_layers": 2,
+    "max_seq_len": 64,
+    "pad_token_id": 0,
+    "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
+    "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 6, "moe_top_k": 2},
+}
 CASES = {
     "Mixtral": ("MixtralForCausalLM", LOCAL, IDS),
     "Qwen2 MoE": ("Qwen2MoeForCausalLM", {**ROUTED, "shared_expert_intermediate_size": 6}, IDS),
