@@ -161,7 +161,7 @@ def _ways(model: nn.Module, inputs: Sequence[Any], chosen: Sequence[Block]) -> t
         faults = {items: _fault(model, inputs, {block.name: items}, alone) for items in ways}
         removed[block.name] = next((items for items in ways if not faults[items]), block.items)
         if all(faults.values()):
-            problems[block.name] = faults[block.items]
+            problems[block.name] = next(iter(faults.values()))
     if not problems and _fault(model, inputs, removed, expected):
         removed = {block.name: block.items for block in chosen}
         if fault := _fault(model, inputs, removed, expected):

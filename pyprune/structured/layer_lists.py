@@ -13,6 +13,7 @@ _NUMBER = re.compile(r"((layer|block)_?)?(idx|index|id|number|num)|layer|i", re.
 # Where a model says how many layers it has, or something of each; and what looks like it and is something else.
 _COUNT = re.compile(r"(.*_)?(layers?|blocks?|depth)")
 _OF_EACH = re.compile(r".*(layer|block)s?(_.*)?")
+_OF_EACH_IN_CONFIG = re.compile(r".*(window|heads|intermediate_size|sparsity|multiplier|experts|top_?k)")
 _OTHER = re.compile(r".*(shared|predict|nextn|mtp|sparse|window|dense)")
 # A config's first so many layers are of one kind.
 _FIRST = ("first_k_dense_replace", "max_window_layers", "num_dense_layers")
@@ -112,18 +113,35 @@ def _count_config(config: Any, count: int, kept: Sequence[int], path: str) -> No
     """Let a config say how many layers there are, and of which kinds."""
     is_both = bool(getattr(config, "is_encoder_decoder", False))
 
+    values = vars(config)
+    stages, depths = re.findall(r"\d+", path), values.get("depths")
+    if stages and isinstance(depths, list):  # its other lists are of stages
+        if depths[int(stages[-1]) :][:1] == [count]:
+            depths[int(stages[-1])] = len(kept)
+        return
+
     def is_meant(key: str) -> bool:
         # Where a config is of two stacks, what does not name the decoder is the encoder's.
         return ("decoder" in key) == ("decoder" in path) if is_both else True
 
-    _count(vars(config), count, kept, is_meant)
-    values = vars(config)
-    stages, depths = re.findall(r"\d+", path), values.get("depths")
-    if stages and isinstance(depths, list) and depths[int(stages[-1]) :][:1] == [count]:
-        depths[int(stages[-1])] = len(kept)
+    _count(values, count, kept, is_meant)
+    for key, value in values.items():
+        if type(value) is list and len(value) == count and _OF_EACH_IN_CONFIG.match(key):
+            values[key] = [value[place] for place in kept]
+    _name_stages(values, count, kept)
     for key in _FIRST:
         if type(values.get(key)) is int and values[key] <= count:
             values[key] = sum(place < values[key] for place in kept)
+
+
+def _name_stages(values: dict[str, Any], count: int, kept: Sequence[int]) -> None:
+    """Let a backbone name its layers, "stem" and "stage1" to the last, and those that it returns."""
+    names, returned = values.get("stage_names"), values.get("_out_indices")
+    if isinstance(names, list) and isinstance(returned, (list, tuple)) and len(names) == count + 1:
+        values["stage_names"] = names[: len(kept) + 1]
+        left = [sum(place < one for place in kept) for one in (one % len(names) for one in returned)]
+        values["_out_indices"] = type(returned)(left)
+        values["_out_features"] = [names[one] for one in left]
 
 
 def _count(values: dict[str, Any], count: int, kept: Sequence[int], is_meant: Any) -> None:
