@@ -87,11 +87,11 @@ Outputs = dict[str, list[Tensor]]
 
 
 def outputs_of(model: nn.Module, inputs: Any) -> Outputs:
-    """Return the floating tensors of a model's output, by its entries; to be called under `hooked`."""
+    """Return the floating tensors of a model's output on the CPU, by its entries; to be called under `hooked`."""
     found: Outputs = {}
     for path, leaf in tree_flatten_with_path(forward(model, inputs, "examples"))[0]:
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
-            found.setdefault(str(path[0]) if path else "", []).append(leaf)
+            found.setdefault(str(path[0]) if path else "", []).append(leaf.cpu())
     return found
 
 
