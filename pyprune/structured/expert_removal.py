@@ -40,9 +40,9 @@ def take_out_experts(model: nn.Module, gone: Mapping[Mixture, Sequence[int]]) ->
             _shorten(one, kept)
         for _, module in one.modules:
             _count(vars(module), one.count, len(kept))
-        router = one.router[0].module
-        if isinstance(router, nn.Linear):
-            router.out_features = len(kept)
+        for part in one.router:
+            if isinstance(part.module, nn.Linear):
+                part.module.out_features = len(kept)
     _count_around(model, gone)
     return cuts
 

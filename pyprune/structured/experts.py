@@ -224,10 +224,17 @@ def _router(block_name: str, block: nn.Module, experts: str | None, count: int) 
     child_name = f"{block_name}.{child}".lstrip(".")
     is_own = weight.module is block
     home = _tensors(block_name, block, below=False) if is_own else _tensors(child_name, block.get_submodule(child))
-    others = [part for part in home if part.name != weight.name]
-    others += [] if is_own else list(_tensors(block_name, block, below=False))
-    is_clear = count not in (weight.tensor.shape[1 - weight.dim],)
-    return (weight, *(found for part in others if (found := _by_expert(part, count, is_clear)) is not None))
+    near = [part for part in home if part.name != weight.name]
+    others = [] if is_own else list(_tensors(block_name, block, below=False))
+    # Weights for the noise of a router are like its own.
+    same = [part for part in near if part.tensor.shape == weight.tensor.shape]
+    is_clear = count != weight.tensor.shape[1 - weight.dim]
+    found = [_by_expert(part, count, is_clear) for part in (*near, *others) if part not in same]
+    return (
+        weight,
+        *(Part(part.name, part.module, part.attribute, weight.dim) for part in same),
+        *(part for part in found if part is not None),
+    )
 
 
 def _by_expert(part: Part, count: int, is_clear: bool) -> Part | None:

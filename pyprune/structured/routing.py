@@ -50,6 +50,8 @@ def outputs_with_masked_routers(
     with undoing(Before(model).restore):
         for one, gone in dropped.items():
             for part in one.router[1:]:
+                if part.tensor.shape == one.router[0].tensor.shape:  # of noise, which is none in evaluation
+                    continue
                 places = torch.tensor(list(gone), dtype=torch.int64, device=part.tensor.device)
                 part.put(part.tensor.detach().clone().index_fill_(part.dim, places, -torch.inf))
         with using(mode):
