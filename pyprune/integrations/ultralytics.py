@@ -1,4 +1,4 @@
-"""Prune in the trainers of Ultralytics; needs ultralytics (``pip install "pyprune[ultralytics]"``).
+"""Prune in the trainers of Ultralytics, and train and export what is shrunk; needs ultralytics (``pip install "pyprune[ultralytics]"``).
 
 - What is validated and saved is an average of the weights (EMA), and in half precision. It gets the zeros of the model
   whenever these change, and none by rounding, so that a checkpoint has the zeros of the masks.
@@ -27,6 +27,8 @@ except ModuleNotFoundError as error:
 from pyprune.checks import shown
 from pyprune.files import whole_file
 from pyprune.integrations.training import Start, Training, start_of
+from pyprune.integrations.ultralytics_shrunk import shrink as shrink
+from pyprune.integrations.ultralytics_shrunk import trainer_of as trainer_of
 from pyprune.modules.averages import masks_by_name, reapply
 from pyprune.modules.strip import strip
 from pyprune.recipes.recipe import Recipe

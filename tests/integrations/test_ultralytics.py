@@ -19,7 +19,7 @@ from ultralytics import YOLO  # noqa: E402
 from ultralytics.models.yolo.detect import DetectionTrainer  # noqa: E402
 
 from pyprune.integrations.ultralytics import add_pruning  # noqa: E402
-from tests.integrations.drawn_images import draw  # noqa: E402
+from drawn_images import draw  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 RECIPE = "stages: [prune: {final: 0.6, end: 2, frequency: 0.5, scope: model, max_ratio: 0.9}]"

@@ -4,9 +4,12 @@ from pathlib import Path
 
 import numpy as np
 
+# Keypoints of a person, as in COCO, here of a box.
+POINTS = 17
 
-def draw(folder, task, count=24, size=96):
-    """Write images and labels to a folder; return what Ultralytics takes as ``data``."""
+
+def draw(folder, task, *, count=24, size=96, classes=2):
+    """Write images and labels to a folder, of two of so many classes; return what Ultralytics takes as ``data``."""
     import cv2
 
     folder, random = Path(folder), np.random.default_rng(0)
@@ -30,10 +33,9 @@ def draw(folder, task, count=24, size=96):
         (folder / f"labels/{i}.txt").write_text("\n".join(lines))
     if task == "classify":
         return str(folder)
-    points = "kpt_shape: [4, 3]\n" if task == "pose" else ""
-    (folder / "data.yaml").write_text(
-        f"path: {folder}\ntrain: images\nval: images\nnames: {{0: box, 1: ball}}\n{points}"
-    )
+    names = {i: f"class {i}" for i in range(classes)}
+    points = f"kpt_shape: [{POINTS}, 3]\n" if task == "pose" else ""
+    (folder / "data.yaml").write_text(f"path: {folder}\ntrain: images\nval: images\nnames: {names}\n{points}")
     return str(folder / "data.yaml")
 
 
@@ -42,5 +44,5 @@ def _label(task, kind, center, side, corners):
     if task in ("segment", "obb"):
         numbers = corners.flatten()
     elif task == "pose":
-        numbers += [number for corner in corners for number in (*corner, 2)]
+        numbers += [number for i in range(POINTS) for number in (*corners[i % 4], 2)]
     return " ".join([str(kind), *(f"{number:.4f}" for number in numbers)])
