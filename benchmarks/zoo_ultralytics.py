@@ -26,11 +26,11 @@ from ultralytics import YOLO
 
 import pyprune
 from pyprune.integrations.ultralytics import shrink, trainer_of
-from pyprune.integrations.ultralytics_shrunk import without_features
+from pyprune.integrations.ultralytics_shrunk import traceable
 
 MODELS = (
     *("yolov3-tiny", "yolov5n", "yolov6n", "yolov8n", "yolov8n-seg", "yolov9t", "yolov10n", "yolo11n", "yolo11n-pose"),
-    *("yolo11n-obb", "yolo11n-cls", "yolo12n", "yolo26n", "yolo26n-seg"),
+    *("yolo11n-obb", "yolo11n-cls", "yolo12n", "yolo26n", "yolo26n-seg", "yolo26n-pose"),
 )
 TASKS = {"seg": "segment", "pose": "pose", "obb": "obb", "cls": "classify"}
 SIZE = 96
@@ -68,6 +68,11 @@ def shake(model: nn.Module, seed: int = 0) -> None:
                 parameter.add_(0.02 * torch.randn(parameter.shape, generator=random))
 
 
+def images_in(folder: Path) -> torch.Tensor:
+    files = sorted(folder.rglob("*.png"))
+    return torch.stack([torch.from_numpy(cv2.imread(str(one))) for one in files]).permute(0, 3, 1, 2) / 255
+
+
 @torch.no_grad()
 def settle_statistics(model: nn.Module, images: torch.Tensor) -> None:
     """Give BatchNorm the statistics of images, so that what is computed differs from place to place."""
@@ -85,11 +90,8 @@ def zero_half(model: nn.Module, inputs: torch.Tensor, seed: int = 0) -> None:
     """Zero half of the units of each group, at random, in all parameters that have them."""
     random = np.random.default_rng(seed)
     parameters = {id(one) for one in model.parameters()}
-    hook = model.register_forward_hook(without_features)
-    try:
+    with traceable(model):
         groups = pyprune.coupled_groups(model, inputs)
-    finally:
-        hook.remove()
     with torch.no_grad():
         for group in groups:
             gone = random.permutation(len(group))[: len(group) // 2]
@@ -157,12 +159,11 @@ def run(name: str, folder: Path) -> Result:
     model = yolo.model.eval()
     shake(model)
     zero_half(model, torch.rand(1, 3, SIZE, SIZE))
-    files = sorted((folder / "images").rglob("*.png"))
-    images = torch.stack([torch.from_numpy(cv2.imread(str(one))) for one in files]).permute(0, 3, 1, 2) / 255
+    images = images_in(folder / "images")
     settle_statistics(model, images)
     wide = nn.functional.interpolate(images[:2], (64, 160), mode="bilinear")
     before = outputs(model, wide)
-    shrunk = shrink(yolo)
+    shrunk = shrink(yolo, images[:1])
     after = outputs(model, wide)
     # Feature maps have fewer channels; they are no predictions.
     pairs = [(a, b) for a, b in zip(after, before, strict=True) if a.shape == b.shape]
@@ -187,6 +188,7 @@ def run(name: str, folder: Path) -> Result:
     assert sizes == shrunk.parameters[1] or task == "classify", (sizes, shrunk.parameters)
     unfused = outputs(again.model, images[:2])
     fused = outputs(YOLO(again.ckpt_path).model.fuse(verbose=False), images[:2])
+    image = str(next((folder / "images").rglob("*.png")))
     exported = again.export(format="onnx", imgsz=SIZE, verbose=False)
     return Result(
         name,
@@ -196,7 +198,7 @@ def run(name: str, folder: Path) -> Result:
         moved,
         difference(fused[:1], unfused[:1]),
         exported_outputs(again, images, exported),
-        *farthest(boxes_of(YOLO(exported, task=task), str(files[0]), task), boxes_of(again, str(files[0]), task), task),
+        *farthest(boxes_of(YOLO(exported, task=task), image, task), boxes_of(again, image, task), task),
     )
 
 

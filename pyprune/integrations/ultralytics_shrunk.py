@@ -1,7 +1,7 @@
 """Models of Ultralytics that are smaller than their YAML says: `shrink` makes them, and `trainer_of` trains them.
 
 - A model returns its feature maps beside its predictions. They are for the loss, which takes nothing but their sizes,
-  so their channels go like others.
+  so their channels go like others. Some heads have layers that only training goes through.
 - Some sizes are read only on ways that no example takes: the exporter has `C2f` split by its number of channels.
 - A trainer builds its model anew from the YAML, and loads what fits. That would be the dense model again, so the YAML
   of a shrunk one says what to do instead, and `trainer_of` makes a trainer that takes the model itself.
@@ -9,6 +9,7 @@
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -71,15 +72,13 @@ def shrink(
         check_count("imgsz", imgsz, least=32)
         first = next(model.parameters())
         channels = model.yaml.get("channels", 3)  # type: ignore[union-attr, operator]
-        drawn = torch.Generator().manual_seed(0)
-        examples = torch.rand(1, channels, imgsz, imgsz, generator=drawn).to(first)
-    hook = model.register_forward_hook(without_features)
-    try:
+        # Smooth, as images are: what a network makes of noise may be anything.
+        drawn = torch.rand(1, channels, 8, 8, generator=torch.Generator().manual_seed(0))
+        examples = nn.functional.interpolate(drawn, (imgsz, imgsz), mode="bilinear").to(first)
+    with traceable(model):
         found = shrink_model(
             model, examples, optimizer=optimizer, round_to=round_to, constants=constants, verify=verify
         )
-    finally:
-        hook.remove()
     for name, attribute, value in _sizes(model):
         module = model.get_submodule(name)
         if getattr(module, attribute) != value:
@@ -135,14 +134,38 @@ def trainer_of(yolo: Any) -> type[Any]:
     return Trainer
 
 
-def without_features(model: Any, inputs: object, output: Any) -> Any:
-    """Return what `shrink` compares, of what a model returns in evaluation (a forward hook).
+@contextmanager
+def traceable(model: Any) -> Iterator[None]:
+    """Within it, a model returns what `shrink` looks at: what its last layer computes in evaluation and in training.
 
-    That is without feature maps; and of heads that choose the best boxes, what they choose from: a rounding may change
-    the order of equals.
+    Without feature maps; and of a layer that chooses the best boxes, what it chooses from: a rounding may change the
+    order of equals.
     """
-    is_chosen = type(output) is tuple and getattr(model.model[-1], "end2end", False)
-    return _without_features(output[1:] if is_chosen else output)
+    head = model.model[-1]
+    trained: list[Any] = []
+
+    def train(head: nn.Module, inputs: tuple[Any, ...]) -> None:
+        # Norms go on as in evaluation. Lists are copied, because some heads write into them.
+        ways = [one for one in head.modules() if not isinstance(one, nn.modules.batchnorm._BatchNorm)]
+        modes = [one.training for one in ways]
+        for one in ways:
+            one.training = True
+        trained[:] = [head.forward(*(list(one) if isinstance(one, list) else one for one in inputs))]
+        for one, mode in zip(ways, modes, strict=True):
+            one.training = mode
+
+    def join(head: nn.Module, inputs: object, output: Any) -> Any:
+        is_chosen = type(output) is tuple and head.end2end
+        return _without_features([output[1:] if is_chosen else output, *trained])
+
+    hooks = []
+    if isinstance(head, library.Detect):
+        hooks = [head.register_forward_pre_hook(train), head.register_forward_hook(join)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _without_features(output: Any) -> Any:

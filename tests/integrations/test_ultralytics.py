@@ -15,11 +15,13 @@ os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.mkdtemp())
 os.environ["YOLO_OFFLINE"] = "1"
 ultralytics = pytest.importorskip("ultralytics")
 
+import zoo_ultralytics as zoo  # noqa: E402
+from drawn_images import draw  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
 from ultralytics import YOLO  # noqa: E402
 from ultralytics.models.yolo.detect import DetectionTrainer  # noqa: E402
 
-from pyprune.integrations.ultralytics import add_pruning  # noqa: E402
-from drawn_images import draw  # noqa: E402
+from pyprune.integrations.ultralytics import add_pruning, shrink, trainer_of  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 RECIPE = "stages: [prune: {final: 0.6, end: 2, frequency: 0.5, scope: model, max_ratio: 0.9}]"
@@ -27,6 +29,10 @@ RECIPE = "stages: [prune: {final: 0.6, end: 2, frequency: 0.5, scope: model, max
 
 class Interrupted(Exception):
     pass
+
+
+def interrupt(trainer):
+    raise Interrupted
 
 
 @pytest.fixture(scope="module")
@@ -197,10 +203,6 @@ def test_add_pruning_refuses_what_it_cannot_do(data, tmp_path):
         add_pruning(yolo.model, pyprune.keep_sparse)
     with pytest.raises(TypeError, match="prune is a int"):
         add_pruning(yolo, 3)
-
-    def interrupt(trainer):
-        raise Interrupted
-
     yolo.add_callback("on_model_save", interrupt)
     with pytest.raises(Interrupted):
         yolo.train(**options(data, tmp_path))
@@ -210,3 +212,131 @@ def test_add_pruning_refuses_what_it_cannot_do(data, tmp_path):
         add_pruning(again, Recipe.from_string(RECIPE))
     with pytest.raises(ValueError, match=r"goes on at epoch 2, but .*last\.pt was saved without a pruning"):
         again.train(resume=True)
+
+
+def half_zero(name, size=96):
+    """Return a YOLO with half of the units of each group zeroed, and its predictions for two images."""
+    torch.manual_seed(0)
+    yolo = YOLO(f"{name}.yaml", task=zoo.task_of(name))
+    model = yolo.model.eval()
+    zoo.shake(model)
+    zoo.zero_half(model, torch.rand(1, 3, size, size))
+    images = torch.rand(2, 3, 64, 128)
+    return yolo, images, predictions(model, images)
+
+
+def count(model):
+    """Count parameters, but those of a classifier's last layer, which is another one for other data."""
+    return sum(one.numel() for name, one in model.named_parameters() if "linear" not in name)
+
+
+def predictions(model, images):
+    with torch.no_grad():
+        return [one for one in tree_leaves(model.eval()(images)[0]) if isinstance(one, torch.Tensor)]
+
+
+@pytest.mark.parametrize(
+    "name", ["yolov5n", "yolov8n-seg", "yolov9t", "yolov10n", "yolo11n-pose", "yolo12n", "yolo26n", "yolo26n-seg"]
+)
+def test_shrink_leaves_a_small_model_that_predicts_the_same_and_trains(name):
+    yolo, images, before = half_zero(name)
+    model = yolo.model
+    shrunk = shrink(yolo)
+    assert not shrunk.held
+    assert shrunk.parameters[1] < 0.29 * shrunk.parameters[0]
+    assert shrunk.parameters[1] == sum(one.numel() for one in model.parameters())
+    for found, wanted in zip(predictions(model, images), before, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=1e-5)
+    raw = tree_leaves(model.train()(images))
+    sum(one.square().mean() for one in raw if isinstance(one, torch.Tensor)).backward()
+    fresh = YOLO(f"{name}.yaml", task=yolo.task).model
+    pyprune.rebuild(fresh, shrunk.plan).load_state_dict(model.state_dict())
+    for found, wanted in zip(predictions(fresh, images), predictions(model, images), strict=True):
+        assert torch.equal(found, wanted)
+    for one, other in zip(fresh.modules(), model.modules(), strict=True):
+        sizes = [{key: value for key, value in vars(each).items() if type(value) is int} for each in (one, other)]
+        assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("name", ["yolov8n", "yolov9t", "yolov10n"])
+def test_shrink_follows_the_sizes_that_other_ways_read(name):
+    yolo, images, before = half_zero(name)
+    shrink(yolo)
+    model = yolo.model
+    split = [module for module in model.modules() if hasattr(module, "forward_split")]
+    assert split
+    for module in split:
+        module.forward = module.forward_split
+    for found, wanted in zip(predictions(model, images), before, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=1e-5)
+    # What is traced is what would be built with the small sizes.
+    for module in model.modules():
+        if hasattr(module, "np"):
+            assert module.np == sum(one.numel() for one in module.parameters())
+
+
+@pytest.mark.parametrize("name", ["yolov8n", "yolo11n-cls", "yolo11n-obb"])
+def test_trainer_of_trains_the_small_model_which_loads_fuses_and_resumes(tmp_path, name):
+    data = draw(tmp_path / "images", zoo.task_of(name), classes=80)
+    yolo, images, _ = half_zero(name)
+    shrink(yolo)
+    size = count(yolo.model)
+    with pytest.raises(KeyError, match="this model was shrunk"):
+        yolo.train(**options(data, tmp_path, "dense", epochs=1))
+    with pytest.raises(KeyError, match="this model was shrunk"):
+        yolo.save(tmp_path / "small.pt")
+        YOLO(tmp_path / "small.pt").train(**options(data, tmp_path, "dense", epochs=1))
+    if name == "yolov8n":
+        yolo.add_callback("on_model_save", interrupt)
+        with pytest.raises(Interrupted):
+            yolo.train(trainer=trainer_of(yolo), **options(data, tmp_path, epochs=2))
+        yolo = YOLO(tmp_path / "run/weights/last.pt")
+        yolo.train(trainer=trainer_of(yolo), resume=True)
+    else:
+        yolo.train(trainer=trainer_of(yolo), **options(data, tmp_path, epochs=1))
+    again = YOLO(tmp_path / "run/weights/best.pt")
+    assert count(again.model) == size
+    before = predictions(again.model, images)
+    fused = YOLO(tmp_path / "run/weights/best.pt").model.fuse(verbose=False)
+    for one, other in zip(predictions(fused, images), before, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4 * float(other.abs().max()), rtol=1e-4)
+    assert again.val(data=data, imgsz=64, device="cpu", plots=False, verbose=False) is not None
+
+
+def test_a_shrunk_model_is_pruned_further_and_exported_with_the_same_boxes(tmp_path):
+    pytest.importorskip("onnxruntime")
+    folder = tmp_path / "images"
+    data = draw(folder, "detect", classes=80)
+    yolo, _, _ = half_zero("yolov8n")
+    zoo.settle_statistics(yolo.model, zoo.images_in(folder))
+    shrink(yolo)
+    add_pruning(yolo, Recipe.from_string(RECIPE))
+    yolo.train(trainer=trainer_of(yolo), **options(data, tmp_path, epochs=3))
+    assert sparsity(yolo.model) == pytest.approx(0.6, abs=1e-3)
+    yolo = YOLO(tmp_path / "run/weights/best.pt")
+    image = str(next(folder.rglob("*.png")))
+    exported = YOLO(yolo.export(format="onnx", imgsz=96, verbose=False), task="detect")
+    boxes = [zoo.boxes_of(one, image, "detect") for one in (exported, yolo)]
+    count, distance = zoo.farthest(*boxes, "detect")
+    assert count >= 5
+    assert distance < 1e-2
+
+
+def test_shrink_and_trainer_of_refuse_what_they_cannot_do(data, tmp_path):
+    yolo = YOLO("yolov8n.yaml")
+    for wrong in (3, torch.nn.Linear(2, 2)):
+        with pytest.raises(TypeError, match="give a YOLO"):
+            shrink(wrong)
+    with pytest.raises(TypeError, match="give a YOLO"):
+        trainer_of(yolo.model)
+    with pytest.raises(TypeError, match="imgsz"):
+        shrink(yolo, imgsz=1.5)
+    with pytest.raises(ValueError, match="made for 80 classes, and the data has 2"):
+        yolo.train(trainer=trainer_of(yolo), **options(data, tmp_path))
+    pyprune.prune(yolo.model, "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.5)
+    with pytest.raises(ValueError, match="the model has masks"):
+        yolo.train(trainer=trainer_of(yolo), **options(data, tmp_path))
+    yolo.fuse()
+    for refused in (shrink, trainer_of):
+        with pytest.raises(ValueError, match="the model is fused"):
+            refused(yolo)
