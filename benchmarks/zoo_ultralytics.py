@@ -29,9 +29,9 @@ from pyprune.integrations.ultralytics import shrink, trainer_of
 from pyprune.integrations.ultralytics_shrunk import traceable
 
 MODELS = (
-    *("yolov3-tiny", "yolov5n", "yolov6n", "yolov8n", "yolov8n-seg", "yolov9t", "yolov10n", "yolo11n", "yolo11n-pose"),
-    *("yolo11n-obb", "yolo11n-cls", "yolo12n", "yolo26n", "yolo26n-seg", "yolo26n-pose"),
-)
+    "yolov3-tiny yolov5n yolov6n yolov8n yolov8n-seg yolov9t yolov10n yolo11n yolo11n-pose yolo11n-obb yolo11n-cls "
+    "yolo12n yolo26n yolo26n-seg yolo26n-pose"
+).split()
 TASKS = {"seg": "segment", "pose": "pose", "obb": "obb", "cls": "classify"}
 SIZE = 96
 
