@@ -26,7 +26,7 @@ def draw(folder, task, *, count=24, size=96, classes=2):
             lines.append(_label(task, kind, np.array([x, y]) / size, 2 * half / size, np.array(corners) / size))
         where = folder / "images"
         if task == "classify":
-            where = folder / ("train" if i % 2 else "val") / "box ball".split()[kinds[0]]
+            where = folder / ("train" if i % 2 else "val") / ("box", "ball")[kinds[0]]
         where.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(where / f"{i}.png"), image)
         (folder / "labels").mkdir(exist_ok=True)

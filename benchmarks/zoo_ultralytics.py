@@ -28,10 +28,10 @@ import pyprune
 from pyprune.integrations.ultralytics import shrink, trainer_of
 from pyprune.integrations.ultralytics_shrunk import traceable
 
-MODELS = (
-    "yolov3-tiny yolov5n yolov6n yolov8n yolov8n-seg yolov9t yolov10n yolo11n yolo11n-pose yolo11n-obb yolo11n-cls "
-    "yolo12n yolo26n yolo26n-seg yolo26n-pose"
-).split()
+MODELS = [
+    *("yolov3-tiny", "yolov5n", "yolov6n", "yolov8n", "yolov8n-seg", "yolov9t", "yolov10n", "yolo11n", "yolo12n"),
+    *("yolo11n-pose", "yolo11n-obb", "yolo11n-cls", "yolo26n", "yolo26n-seg", "yolo26n-pose"),
+]
 TASKS = {"seg": "segment", "pose": "pose", "obb": "obb", "cls": "classify"}
 SIZE = 96
 
@@ -109,7 +109,8 @@ def outputs(model: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
 def difference(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
     """Return the largest difference, relative to the largest value of each tensor."""
     assert [one.shape for one in found] == [one.shape for one in wanted]
-    return max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-12)) for a, b in zip(found, wanted, strict=True))
+    largest = [float(one.abs().max().clamp(min=1e-12)) for one in wanted]
+    return max(float((a - b).abs().max()) / most for a, b, most in zip(found, wanted, largest, strict=True))
 
 
 def boxes_of(yolo: YOLO, image: str, task: str) -> np.ndarray:
@@ -212,7 +213,10 @@ def table(results: list[Result | tuple[str, str]]) -> str:
         if isinstance(one, tuple):
             lines.append(f"| {one[0]} | {one[1]} | | | | | | | | |")
             continue
-        counts = [f"{one.parameters[0]:,}", *(f"{after / before:.2f}" for before, after in (one.parameters, one.macs))]
+        counts = [
+            f"{one.parameters[0]:,}",
+            *(f"{after / before:.2f}" for before, after in (one.parameters, one.macs)),
+        ]
         gaps = [f"{gap:.0e}" for gap in (one.difference, one.fused, one.outputs)]
         found = "scores" if task_of(one.name) == "classify" else str(one.boxes)
         lines.append(f"| {' | '.join([one.name, *counts, str(one.held), *gaps, found, f'{one.pixels:.0e} px'])} |")
@@ -223,9 +227,10 @@ PAGE = """# YOLOs that were shrunk
 
 <!-- Written by benchmarks/zoo_ultralytics.py (make zoo-ultralytics). -->
 
-Models of Ultralytics {version} with shaken random weights, of which half of the units of each group of coupled channels
-were zeroed at random. `pyprune.integrations.ultralytics.shrink` removed them; the small model was trained for an epoch on
-drawn images, saved, loaded again, fused, and exported to ONNX. {right} of {total} models came through all of it.
+Models of Ultralytics {version} with shaken random weights, of which half of the units of each group of coupled
+channels were zeroed at random. `pyprune.integrations.ultralytics.shrink` removed them; the small model was trained
+for an epoch on drawn images, saved, loaded again, fused, and exported to ONNX. {right} of {total} models came through
+all of it.
 
 {table}
 
@@ -233,8 +238,8 @@ drawn images, saved, loaded again, fused, and exported to ONNX. {right} of {tota
   shape than the traced one, relative to the largest value. *fused*: of the trained model after `fuse()`.
   *onnxruntime*: of its exported file and the fused model.
 - *held*: kinds of groups that could not be removed.
-- *farthest box*: `predict` by onnxruntime and by torch on a drawn image; how far a box, its score or its class is from
-  the nearest one of the other's.
+- *farthest box*: `predict` by onnxruntime and by torch on a drawn image; how far a box, its score or its class is
+  from the nearest one of the other's.
 """
 
 

@@ -1,11 +1,13 @@
-"""Prune in the trainers of Ultralytics, and train and export what is shrunk; needs ultralytics (``pip install "pyprune[ultralytics]"``).
+"""Prune in the trainers of Ultralytics; needs ultralytics (``pip install "pyprune[ultralytics]"``).
 
-- What is validated and saved is an average of the weights (EMA), and in half precision. It gets the zeros of the model
-  whenever these change, and none by rounding, so that a checkpoint has the zeros of the masks.
+- What is validated and saved is an average of the weights (EMA), and in half precision. It gets the zeros of the
+  model whenever these change, and none by rounding, so that a checkpoint has the zeros of the masks.
 - Its trainer accumulates gradients over few batches at first, and over more later, so a step of its optimizer is no
   constant part of an epoch. The pruning goes by the batches that are done, and on only where no gradient is open.
 - What a checkpoint lacks to resume (masks, and what is parked) is an attribute of the average that is saved, in plain
-  tensors. The trainer strips the last and the best checkpoint at the end; it goes with that.
+  tensors. When the trainer has stripped the last and the best checkpoint at the end, it is taken out, too.
+
+How models are made smaller and trained then is in ``ultralytics_shrunk.py``.
 """
 
 import math
@@ -140,7 +142,7 @@ class _Pruning:
                 _follow(_pruned(trainer.model), _pruned(trainer.ema.ema))
 
     def on_train_epoch_end(self, trainer: Any) -> None:
-        """Give the average, which is validated and saved next, the zeros of the model, and what it takes to resume."""
+        """Give the average, which is validated and saved next, the model's zeros, and what it takes to resume."""
         if self._training is None or _goes_back(trainer):
             return
         if not self._training.measures():  # else the batches that are accumulated now would be lost
@@ -179,7 +181,7 @@ def _goes_back(trainer: Any) -> bool:
 
 
 def _steps_per_epoch(trainer: Any) -> int:
-    """Count the steps of the optimizer in an epoch; in the first epochs, when few batches are accumulated, it has more."""
+    """Count the optimizer's steps in an epoch; the first ones, which accumulate fewer batches, have more."""
     return max(1, len(trainer.train_loader) // int(trainer.accumulate))
 
 
@@ -205,7 +207,7 @@ def _strip_checkpoint(file: Any) -> None:
 
 @torch.no_grad()
 def _follow(model: nn.Module, average: nn.Module) -> None:
-    """Give an average the zeros of its model; what has come back, and so has none yet, begins as it is in the model."""
+    """Give an average the zeros of its model; what has come back begins as it is in the model."""
     masks = masks_by_name(model)
     if masks:
         reapply(model, average)

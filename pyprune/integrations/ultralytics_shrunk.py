@@ -8,7 +8,7 @@
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -35,7 +35,7 @@ def shrink(
     yolo: Any,
     examples: Any = None,
     *,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     round_to: int = 1,
     constants: Literal["exact", "drop"] = "exact",
     verify: float = 1e-4,
@@ -43,8 +43,8 @@ def shrink(
 ) -> Shrunk:
     """Remove what is dead from a model of Ultralytics, in place, as `pyprune.shrink` does it.
 
-    Also right after it are the sizes that only the exporter reads. The small model predicts, validates, fuses, exports
-    and is saved as ever: ``yolo.save("small.pt")``, ``YOLO("small.pt")``. To train it: `trainer_of`.
+    Sizes that only the exporter reads are right, too. The small model predicts, validates, fuses, exports and is
+    saved as ever: ``yolo.save("small.pt")``, ``YOLO("small.pt")``. To train it: `trainer_of`.
 
     Args:
         yolo: a ``YOLO``, or a model of Ultralytics, not fused.
@@ -57,8 +57,8 @@ def shrink(
         What `pyprune.shrink` returns. With its plan, `pyprune.rebuild` makes the model of the same YAML as small.
 
     Raises:
-        TypeError, ValueError: as `pyprune.shrink`; and for a model that is none of Ultralytics, or is fused. The model
-            is then as it was.
+        TypeError, ValueError: as `pyprune.shrink`; and for a model that is none of Ultralytics, or is fused. The
+            model is then as it was.
 
     Example:
         >>> yolo = YOLO("best.pt")  # doctest: +SKIP
@@ -180,7 +180,7 @@ def _model_of(yolo: Any) -> nn.Module:
     model = yolo if isinstance(yolo, nn.Module) and not hasattr(yolo, "task_map") else getattr(yolo, "model", None)
     if not isinstance(model, nn.Module) or not isinstance(getattr(model, "yaml", None), dict):
         raise TypeError(f"yolo is {shown(yolo)}; give a YOLO, or its model, as torch has it (no exported one)")
-    if model.is_fused():
+    if model.is_fused():  # type: ignore[operator]
         raise ValueError("the model is fused, for inference only; shrink and train it before yolo.fuse()")
     return model
 
