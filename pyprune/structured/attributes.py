@@ -109,7 +109,9 @@ def _of_changed_sizes(model: nn.Module, kept: Kept) -> Iterator[tuple[str, str, 
         if type(holder).__module__.startswith("torch.nn."):
             continue
         for attribute, value in integers(holder):
-            new_sizes = changed.get(name, {}).get(value, set()) if isinstance(value, int) else set()
+            if not isinstance(value, int):
+                continue
+            new_sizes = changed.get(name, {}).get(value, set())
             others = new_sizes - {value}
             if len(others) == 1:
                 yield name, prefix + attribute, next(iter(others)), len(new_sizes) == 1
