@@ -30,18 +30,24 @@ def names() -> list[str]:
 def verdict(seen: dict[str, Any]) -> str:
     if "missing" in seen or "failed" in seen:
         return seen.get("missing") or seen["failed"]
-    faults = [key for key in ("equal", "trains", "export", "rebuilt", "rebuilt_elsewhere") if seen.get(key) is not True]
+    faults = [
+        key for key in ("equal", "trains", "export", "rebuilt", "rebuilt_elsewhere") if seen.get(key) is not True
+    ]
     faults += ["tokens"] if seen.get("tokens", True) is not True else []
     held = f", held: {len(seen['held'])}" if seen["held"] else ""
     return f"{seen['left']:.2f} left, error {seen['error']:.1e}{held}" + "".join(f", NOT {one}" for one in faults)
 
 
 def main(words: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="zoo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="zoo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="models, or families, to judge anew")
     parser.add_argument("--again", action="store_true", help="judge all anew")
     parser.add_argument("--seconds", type=float, default=300, help="a model gets at most (default: %(default)s)")
-    parser.add_argument("--memory", type=float, default=8, help="GiB that a model gets at most (default: %(default)s)")
+    parser.add_argument(
+        "--memory", type=float, default=8, help="GiB that a model gets at most (default: %(default)s)"
+    )
     parser.add_argument("--results", type=Path, default=ROOT / "build" / "zoo", help="folder of the answers")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "zoo.md", help="table to write")
     options = parser.parse_args(words)

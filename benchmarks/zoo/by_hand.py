@@ -5,6 +5,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
 from zoo.case import Case, images
 
 
@@ -103,6 +104,8 @@ class TiedAutoencoder(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
+    """A gate for each channel, computed from all of them."""
+
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
         self.conv = conv(channels, channels)
@@ -126,6 +129,8 @@ def pixel_shuffle() -> nn.Module:
 
 
 class UNet(nn.Module):
+    """Down, up, and what was there on the way down beside it."""
+
     def __init__(self, widths: tuple[int, ...] = (16, 24, 32)) -> None:
         super().__init__()
         self.down = nn.ModuleList(conv(i, o) for i, o in zip((3, *widths[:-1]), widths, strict=True))
@@ -282,7 +287,9 @@ CASES = {
     "unet": Case(UNet, images(32)),
     "channel_shuffle": Case(channel_shuffle, images(16)),
     "hard_coded_view": Case(HardCodedView, images(8, 1)),
-    "grouped_queries": Case(lambda: nn.Sequential(GroupedQueries(), GroupedQueries()), partial(torch.randn, 2, 7, 48)),
+    "grouped_queries": Case(
+        lambda: nn.Sequential(GroupedQueries(), GroupedQueries()), partial(torch.randn, 2, 7, 48)
+    ),
     "dense_concat": Case(DenseConcat, images(16)),
     "resnet_option_a": Case(resnet_option_a, images(16)),
     "conv_flatten_linear": Case(conv_flatten_linear, images(16, 1)),

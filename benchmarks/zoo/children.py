@@ -26,7 +26,9 @@ def server() -> ForkServerContext:
     return context
 
 
-def judge_in_child(context: ForkServerContext, name: str, folder: Path, *, limit_s: float, limit_gib: float) -> dict[str, Any]:
+def judge_in_child(
+    context: ForkServerContext, name: str, folder: Path, *, limit_s: float, limit_gib: float
+) -> dict[str, Any]:
     """Judge one model, named family/name, in a child, and rebuild it in another."""
     seen = _run(context, _judge, name, folder, limit_s=limit_s, limit_gib=limit_gib)
     if (folder / "plan.json").exists():
@@ -37,7 +39,9 @@ def judge_in_child(context: ForkServerContext, name: str, folder: Path, *, limit
     return seen
 
 
-def _run(context: ForkServerContext, work: Any, name: str, folder: Path, *, limit_s: float, limit_gib: float) -> dict[str, Any]:
+def _run(
+    context: ForkServerContext, work: Any, name: str, folder: Path, *, limit_s: float, limit_gib: float
+) -> dict[str, Any]:
     answer = folder / "answer.json"
     answer.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)

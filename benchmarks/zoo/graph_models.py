@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch_geometric.nn import models
+
 from zoo.case import Case
 
 

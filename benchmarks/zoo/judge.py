@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from zoo.case import Case, draw
-from zoo.masking import choose_half, expected_sizes, mask_units, tensors_of
-from zoo.shake import numbers_in, outputs_of, shake
 
 import pyprune
 from pyprune.modules.evaluation import forward
+from zoo.case import Case, draw
+from zoo.masking import choose_half, expected_sizes, mask_units, tensors_of
+from zoo.shake import numbers_in, outputs_of, shake
 
 TOLERANCE = 1e-4
 NEW_TOKENS = 8
@@ -150,7 +150,7 @@ def exported(model: nn.Module, examples: Any) -> bool:
 
 
 def rebuilds(case: Case, plan: str, state: dict[str, Tensor], output: list[Tensor], *, seed: int = 0) -> bool:
-    """Rebuild the model from a fresh one, the text of its plan and its weights; True if the output has the same bits."""
+    """Rebuild the model from a fresh one, the text of its plan and its weights; True if the bits are the same."""
     fresh = pyprune.rebuild(draw(case.build, seed + 1).eval(), pyprune.Plan.from_json(plan))
     fresh.load_state_dict(state)
     got = outputs_of(fresh, draw(case.examples, seed + 1))

@@ -32,20 +32,20 @@ hidden units that {coupled} finds, and looks whether what is left is still the s
 
 How each model is judged:
 
-1. It is built with random weights, as small as its configuration allows, and its weights are *shaken*: no weight, layer
-   scale or statistic is zero or one, activations neither grow nor vanish, so that no removal looks exact by accident.
-   AdamW does one step, so that it has state.
-2. Half of the units of each group, drawn at random, get zeros in all their slices, of parameters and buffers; running
-   statistics stay. What the model then computes in eval mode is the reference.
-3. `pyprune.shrink(model, examples, optimizer=optimizer)`. **Equal** means that all outputs differ from the reference by
-   less than 1e-4 of their largest value, on the examples and on others that shrink has not seen. **Left** is the share
-   of the parameters.
-4. It **trains**: a step of the same AdamW, whose state has the new shapes. It **exports**: `torch.export`, and what comes
-   out computes the same. It is **rebuilt** by `pyprune.rebuild` from a fresh model and the JSON of the plan, and after
-   `load_state_dict` has the same bits, in the same process and in a fresh one. Decoders write eight **tokens** greedily,
-   with their cache, as the masked model does.
-5. **Held** counts the kinds of groups that stay because something in the model cannot follow; they are named below.
-   *Groups* counts those of which half was asked for, and all that were found.
+1. It is built with random weights, as small as its configuration allows, and its weights are *shaken*: no
+   weight, layer scale or statistic is zero or one, activations neither grow nor vanish, so that no removal
+   looks exact by accident. AdamW does one step, so that it has state.
+2. Half of the units of each group, drawn at random, get zeros in all their slices, of parameters and buffers;
+   running statistics stay. What the model then computes in eval mode is the reference.
+3. `pyprune.shrink(model, examples, optimizer=optimizer)`. **Equal** means that all outputs differ from the
+   reference by less than 1e-4 of their largest value, on the examples and on others that shrink has not seen.
+   **Left** is the share of the parameters.
+4. It **trains**: a step of the same AdamW, whose state has the new shapes. It **exports**: `torch.export`, and
+   what comes out computes the same. It is **rebuilt** by `pyprune.rebuild` from a fresh model and the JSON of
+   the plan, and after `load_state_dict` has the same bits, in the same process and in a fresh one. Decoders
+   write eight **tokens** greedily, with their cache, as the masked model does.
+5. **Held** counts the kinds of groups that stay because something in the model cannot follow; they are named
+   below. *Groups* counts those of which half was asked for, and all that were found.
 
 Times are those of one process with one thread on a shared machine, in milliseconds: one forward pass, the trace, and
 all of shrink with its verification.
@@ -87,7 +87,11 @@ def bars(results: dict[str, Any]) -> list[tuple[str, str, str]]:
         total, shrunk = len(part), [seen for seen in part.values() if ran(seen)]
         wrong = sum(not seen["equal"] for seen in shrunk)
         rows += [
-            (f"{title}: run, equal, train, export", f"{sum(map(good, part.values()))} of {total}", f">= {share * total:.0f}"),
+            (
+                f"{title}: run, equal, train, export",
+                f"{sum(map(good, part.values()))} of {total}",
+                f">= {share * total:.0f}",
+            ),
             (
                 f"{title}: with no held group",
                 f"{sum(good(seen) and not seen['held'] for seen in part.values())} of {total}",
@@ -120,7 +124,9 @@ def row(name: str, seen: dict[str, Any]) -> str:
     if "failed" in seen:
         return f"| {key} | {cell(seen['failed'])} " + "| " * 11 + "|"
     rebuilt = seen["rebuilt"] is True and seen.get("rebuilt_elsewhere") is True
-    exports = "yes" if seen["export"] is True else "no; dense neither" if seen.get("dense_export") is not True else "no"
+    exports = (
+        "yes" if seen["export"] is True else "no; dense neither" if seen.get("dense_export") is not True else "no"
+    )
     error = f"{seen['error']:.0e}" if seen["equal"] else f"**{seen['error']:.0e}**"
     cells = [
         key,

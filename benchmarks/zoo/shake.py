@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
-from zoo.case import draw
 
 from pyprune.modules.evaluation import forward
+from zoo.case import draw
 
 
 def shake(model: nn.Module, examples: Any, *, seed: int = 0) -> None:
@@ -50,8 +50,10 @@ def _move(name: str, parameter: Tensor) -> None:
 
 
 def _gather_statistics(model: nn.Module, examples: Any) -> None:
-    """Give every BatchNorm statistics as data has them, and move these too: activations then neither grow nor vanish."""
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.running_var is not None]
+    """Give every BatchNorm statistics as data has them, moved: so activations neither grow nor vanish."""
+    norms = [
+        module for module in model.modules() if isinstance(module, _BatchNorm) and module.running_var is not None
+    ]
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]

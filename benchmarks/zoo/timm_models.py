@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 
 import timm
+
 from zoo.case import Case, images
 
 

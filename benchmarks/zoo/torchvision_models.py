@@ -6,6 +6,7 @@ from typing import Any
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.detection.retinanet import RetinaNetHead, _default_anchorgen
+
 from zoo.case import Case, images
 
 
@@ -14,9 +15,13 @@ class RetinaNetBody(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        model = torchvision.models.detection.retinanet_resnet50_fpn_v2(weights=None, weights_backbone=None, num_classes=5)
+        model = torchvision.models.detection.retinanet_resnet50_fpn_v2(
+            weights=None, weights_backbone=None, num_classes=5
+        )
         self.backbone = model.backbone
-        self.head = RetinaNetHead(256, _default_anchorgen().num_anchors_per_location()[0], 5, partial(nn.GroupNorm, 32))
+        self.head = RetinaNetHead(
+            256, _default_anchorgen().num_anchors_per_location()[0], 5, partial(nn.GroupNorm, 32)
+        )
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         return self.head(list(self.backbone(x).values()))
@@ -30,8 +35,13 @@ def classifier(name: str, size: int = 64, **options: Any) -> Case:
 def maxvit() -> nn.Module:
     """Return MaxViT in the width of maxvit_t, for small images and without its repetitions."""
     return torchvision.models.MaxVit(
-        input_size=(64, 64), stem_channels=64, partition_size=2, block_channels=[64, 128], block_layers=[1, 2],
-        head_dim=32, stochastic_depth_prob=0.0,
+        input_size=(64, 64),
+        stem_channels=64,
+        partition_size=2,
+        block_channels=[64, 128],
+        block_layers=[1, 2],
+        head_dim=32,
+        stochastic_depth_prob=0.0,
     )
 
 

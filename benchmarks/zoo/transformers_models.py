@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+
 from zoo.case import Case
 
 SMALL = {"vocab_size": 99, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
@@ -106,9 +107,13 @@ CASES = {
     "qwen3": decoder("Qwen3", {**GROUPED, "head_dim": 16}),
     "qwen3_moe": decoder("Qwen3Moe", {**GROUPED, **EXPERTS, "head_dim": 16}),
     "gemma3": decoder(
-        "Gemma3", {**GROUPED, "head_dim": 16, "sliding_window": 8, "sliding_window_pattern": 2}, config="Gemma3TextConfig"
+        "Gemma3",
+        {**GROUPED, "head_dim": 16, "sliding_window": 8, "sliding_window_pattern": 2},
+        config="Gemma3TextConfig",
     ),
-    "gpt2": decoder("GPT2", {**SMALL, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}, head="LMHeadModel"),
+    "gpt2": decoder(
+        "GPT2", {**SMALL, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}, head="LMHeadModel"
+    ),
     "gpt_neox": decoder("GPTNeoX", DECODER),
     "opt": decoder("OPT", {**DECODER, "ffn_dim": 96, "word_embed_proj_dim": 64}),
     "falcon": decoder("Falcon", {**DECODER, "num_kv_heads": 2, "new_decoder_architecture": True}),
