@@ -57,11 +57,10 @@ class Recurrent(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(50, 24)
         self.rnn = rnn
-        self.norm = nn.LayerNorm(outputs)
         self.head = nn.Linear(outputs, 10)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.norm(self.rnn(self.embed(tokens))[0][:, -1]))
+        return self.head(self.rnn(self.embed(tokens))[0][:, -1])
 
 
 def lstm() -> nn.Module:
@@ -150,23 +149,24 @@ class UNet(nn.Module):
 
 
 class ChannelShuffle(nn.Module):
-    """Grouped convolutions whose groups talk by a shuffle that is written as views."""
+    """The block of ShuffleNet: channels of two halves change places, by views and a transpose."""
 
-    def __init__(self, channels: int, groups: int) -> None:
+    def __init__(self, channels: int, groups: int = 2) -> None:
         super().__init__()
         self.groups = groups
-        self.first = nn.Conv2d(channels, channels, 1, groups=groups)
-        self.second = nn.Conv2d(channels, channels, 1, groups=groups)
+        self.first = conv(channels, channels, 1)
+        self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.second = conv(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.first(x).relu()
+        y = self.first(x)
         batch, channels, height, width = y.shape
         y = y.view(batch, self.groups, channels // self.groups, height, width).transpose(1, 2)
-        return x + self.second(y.reshape(batch, channels, height, width))
+        return x + self.second(self.depthwise(y.reshape(batch, channels, height, width)))
 
 
 def channel_shuffle() -> nn.Module:
-    return Classifier(nn.Sequential(conv(3, 24, stride=2), ChannelShuffle(24, 4), ChannelShuffle(24, 4)), 24)
+    return Classifier(nn.Sequential(conv(3, 24, stride=2), ChannelShuffle(24), ChannelShuffle(24)), 24)
 
 
 class HardCodedView(nn.Module):

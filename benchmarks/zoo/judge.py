@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyprune
 from pyprune.modules.evaluation import forward
@@ -40,8 +41,11 @@ def judge(case: Case, *, folder: Path | None = None, seed: int = 0, export: bool
     step(model, examples, optimizer)
     model.eval()
     seen["forward_s"] = seconds(lambda: outputs_of(model, examples), repeats=3)
-    seen["finite"] = all(bool(out.isfinite().all()) for out in outputs_of(model, examples))
+    dense = outputs_of(model, examples)
+    seen["finite"] = all(bool(out.isfinite().all()) for out in dense)
 
+    seen["operations"] = operations(model, examples)
+    pyprune.coupled_groups(nn.Linear(1, 1), torch.ones(1, 1))  # what is imported at the first call
     start = time.perf_counter()
     groups = pyprune.coupled_groups(model, examples)
     seen["trace_s"] = time.perf_counter() - start
@@ -50,6 +54,7 @@ def judge(case: Case, *, folder: Path | None = None, seed: int = 0, export: bool
     sizes = expected_sizes(model, chosen)
     seen.update(groups=len(groups), exact=len(chosen), parameters=count(model))
     wanted = [outputs_of(model, one) for one in (examples, others)]
+    seen["moved"] = difference(wanted[0], dense)  # by the zeros: were it nothing, being equal would tell nothing
     masked = copy.deepcopy(model) if case.decodes else None
 
     start = time.perf_counter()
@@ -71,8 +76,7 @@ def judge(case: Case, *, folder: Path | None = None, seed: int = 0, export: bool
     if export:
         seen["export"] = attempt(lambda: exported(model, examples))
         if seen["export"] is not True:
-            dense = draw(case.build, seed).eval()
-            seen["dense_export"] = attempt(lambda: exported(dense, examples))
+            seen["dense_export"] = attempt(lambda: exported(draw(case.build, seed).eval(), examples))
     seen["rebuilt"] = attempt(lambda: rebuilds(case, plan, model.state_dict(), small, seed=seed))
     seen["trains"] = attempt(lambda: step(model, examples, optimizer))
     return seen
@@ -94,6 +98,23 @@ def seconds(do: Callable[[], object], *, repeats: int) -> float:
         do()
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+def operations(model: nn.Module, examples: Any) -> int:
+    """Return how many operations below autograd one forward pass is."""
+
+    class Counter(TorchDispatchMode):
+        """Count them."""
+
+        total = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.total += 1
+            return func(*args, **(kwargs or {}))
+
+    with Counter() as counter:
+        outputs_of(model, examples)
+    return counter.total
 
 
 def count(model: nn.Module) -> int:

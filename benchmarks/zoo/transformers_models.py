@@ -38,6 +38,7 @@ DEEPSEEK = {
 }
 SEQ2SEQ = {
     "vocab_size": 99,
+    "max_position_embeddings": 64,
     "d_model": 48,
     "encoder_layers": 2,
     "decoder_layers": 2,
@@ -135,7 +136,10 @@ CASES = {
     "bert": encoder("Bert"),
     "roberta": encoder("Roberta", {**ENCODER, "pad_token_id": 1}),
     "albert": encoder("Albert", {**ENCODER, "embedding_size": 32}),
-    "distilbert": encoder("DistilBert", {"vocab_size": 99, "dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 4}),
+    "distilbert": encoder(
+        "DistilBert",
+        {"vocab_size": 99, "dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64},
+    ),
     "electra": encoder("Electra", {**ENCODER, "embedding_size": 32}),
     "deberta_v2": encoder(
         "DebertaV2",
