@@ -24,6 +24,7 @@ from pyprune.recipes.recipe import Recipe
 from pyprune.recipes.recipe_pruner import RecipePruner
 from pyprune.selection.prune import prune
 from pyprune.selection.thresholds import ratios_below
+from pyprune.structured.groups import coupled_groups
 from pyprune.training.ac_dc import AcDcPruner, ac_dc
 from pyprune.training.gmp import gmp
 from pyprune.training.iterative import IterativeResult, PruningRound, iterative_prune, lottery_ticket
@@ -81,6 +82,7 @@ __all__ = [
     "build_info",
     "calibrate",
     "check_optimizer",
+    "coupled_groups",
     "gate_parameters",
     "get_config",
     "gmp",
