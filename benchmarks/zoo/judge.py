@@ -45,7 +45,7 @@ def judge(case: Case, *, folder: Path | None = None, seed: int = 0, export: bool
     seen["finite"] = all(bool(out.isfinite().all()) for out in dense)
 
     seen["operations"] = operations(model, examples)
-    pyprune.coupled_groups(nn.Linear(1, 1), torch.ones(1, 1))  # what is imported at the first call
+    pyprune.coupled_groups(nn.Sequential(nn.Linear(1, 2), nn.Linear(2, 1)), torch.ones(1, 1))  # its first call imports
     start = time.perf_counter()
     groups = pyprune.coupled_groups(model, examples)
     seen["trace_s"] = time.perf_counter() - start
