@@ -10,10 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
-Coords = npt.NDArray[np.int64]
-Flags = npt.NDArray[np.bool_]
+Coords = np.ndarray[Any, np.dtype[np.int64]]
+Flags = np.ndarray[Any, np.dtype[np.bool_]]
 # Belongs to no unit: something that cannot be removed.
 NONE = 0
 
@@ -36,7 +35,7 @@ class Factor:
         """The same along other axes of another tensor."""
         return replace(self, axes=tuple(axes))
 
-    def each(self, change: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]) -> "Factor":
+    def each(self, change: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]) -> "Factor":
         """Change the arrays, both alike."""
         return replace(self, coords=change(self.coords), fixed=change(self.fixed))
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -243,7 +242,7 @@ def _reasons(units: Coords, given: Iterable[tuple[Coords, str]]) -> dict[int, st
 
 
 def _signatures(
-    axes: list[tuple[Traced, int, Coords]], stays: npt.NDArray[np.bool_], count: int
+    axes: list[tuple[Traced, int, Coords]], stays: np.ndarray[Any, np.dtype[np.bool_]], count: int
 ) -> dict[tuple[tuple[int, int], ...], list[int]]:
     """Sort units by the axes they lie in, and with how many entries."""
     parts = []
@@ -253,6 +252,8 @@ def _signatures(
     if not parts:
         return {}
     rows = np.concatenate(parts)
+    if not len(rows):
+        return {}
     rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
     labels, starts = np.unique(rows[:, 0], return_index=True)
     found: dict[tuple[tuple[int, int], ...], list[int]] = {}

@@ -4,6 +4,7 @@ The rules are in `pyprune.structured.rules`; here is what gives them tensors and
 torch, one that sees operators, and one above it that sees calls of attention, and sizes that come from attributes.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -92,7 +93,8 @@ def trace(
         stack.enter_context(evaluating(model))
         stack.enter_context(untouched(model))
         stack.enter_context(recurrence_unfused())
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if "torch._dynamo" in sys.modules:  # to import it takes seconds, and nothing is compiled without it
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_without_fast_paths())
         stack.enter_context(without_cache(model))
         stack.enter_context(sizes_known(model))

@@ -50,13 +50,14 @@ class Contraction:
     """Entries of two tensors that are multiplied and summed.
 
     Args:
-        coords: one for each entry; a group of units may have several.
+        coords: for each entry, of ``one`` and of ``other``; they are tied.
         one, other: the tensors, and the axis of each along which the entries lie.
         fixed: which entries of ``one`` do not depend on the inputs, and of ``other``.
+        sources: what they were made of.
         padded: whether positions outside of ``one`` count as zeros.
     """
 
-    coords: Coords
+    coords: tuple[Coords, Coords]
     one: Tensor
     one_axis: int
     other: Tensor

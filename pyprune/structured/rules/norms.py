@@ -112,7 +112,7 @@ def summation(call: Call) -> Result:
             ones = torch.ones(1).expand(tensor.shape[mine[0]])
             call.on_contraction(
                 Contraction(
-                    factor.coords, tensor, mine[0], ones, 0, (factor.fixed, np.ones(len(factor.fixed), bool)),
+                    (factor.coords, factor.coords), tensor, mine[0], ones, 0, (factor.fixed, np.ones(len(factor.fixed), bool)),
                     (axes.source, "number"), call.name,
                 )
             )  # fmt: skip
@@ -175,3 +175,14 @@ def group_norm(call: Call) -> Result:
         made = replace(made, factors=factors)
     rest = list(tensors_in([call.made]))[1:]
     return [made, *[Axes(tuple(tensor.shape)) for tensor in rest]]
+
+
+def weight_norm(call: Call) -> Result:
+    """A weight of a length that is another parameter: a statistic over all axes but one."""
+    direction, length = call.args["v"], call.args["g"]
+    axes = call.axes(direction)
+    dim = int(call.args.get("dim", 0)) % direction.dim()
+    made = _statistic(call, axes, [axis for axis in range(direction.dim()) if axis != dim], keepdim=True, same=True)
+    made = broadcast(call, [(None, made), (length, call.axes(length))], axes.shape)
+    rest = list(tensors_in([call.made]))[1:]
+    return [made, *[Axes(tuple(tensor.shape)) for tensor in rest]] if rest else made

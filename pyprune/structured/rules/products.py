@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyprune.structured.coordinates import Axes, Factor, Flags
-from pyprune.structured.rules.call import Call, Contraction
+from pyprune.structured.rules.call import Call, Contraction, Result, tensors_in
 from pyprune.structured.rules.elementwise import broadcast, source_of, unfixed, zero_entries
 
 
@@ -44,7 +44,7 @@ def contract(
     if call.values:
         call.on_contraction(
             Contraction(
-                left_factor.coords,
+                (left_factor.coords, right_factor.coords),
                 first,
                 first_axis,
                 second,
@@ -255,7 +255,7 @@ def grouped_mm(call: Call) -> Axes:
     return product if bias is None else broadcast(call, [(None, product), (bias, call.axes(bias))], product.shape)
 
 
-def attention(call: Call) -> Axes:
+def attention(call: Call) -> Result:
     """softmax(q k') v. Units are heads; the size of one stays, because the scale depends on it."""
     query, key, value = (call.args[name] for name in ("query", "key", "value"))
     ties = call.coordinates
@@ -272,9 +272,10 @@ def attention(call: Call) -> Axes:
         per_head.append(Axes((*axes.shape[:-2], 1, 1), tuple(heads), axes.source))
     most = query.shape[-3] if dim > 2 else 1
     per_head = [_repeated_heads(axes, most, dim - 3) for axes in per_head]
-    made_shape = tuple(call.made.shape)
+    output, *rest = tensors_in([call.made])
+    made_shape = tuple(output.shape)
     operands: list[tuple[Tensor | None, Axes]] = [(None, axes) for axes in per_head]
-    if (mask := call.args.get("attn_mask")) is not None:
+    if (mask := call.args.get("attn_mask", call.args.get("attn_bias"))) is not None:
         along = [factor for factor in call.axes(mask).factors]
         for factor in along:
             ties.hold(factor, [axis for axis in factor.axes if axis >= mask.dim() - 2], "a mask of attention")
@@ -284,8 +285,8 @@ def attention(call: Call) -> Axes:
             if (left := factor.first([axis for axis in factor.axes if axis >= mask.dim() - 2])) is not None
         )
         operands.append((None, Axes((*mask.shape[:-2], 1, 1), kept, call.axes(mask).source)))
-    made = broadcast(call, operands, (*made_shape[:-2], 1, 1))
-    ties.heads += [factor.coords for factor in made.factors]
+    heads = broadcast(call, operands, (*made_shape[:-2], 1, 1))
+    ties.heads += [factor.coords for factor in heads.factors]
     macs = math.prod(query.shape) * key.shape[-2] + math.prod(query.shape[:-1]) * key.shape[-2] * value.shape[-1]
     call.on_product(macs, list(per_head[0].factors))
     values = call.axes(value)
@@ -299,7 +300,8 @@ def attention(call: Call) -> Axes:
         else:
             moved = replace(moved, fixed=np.zeros(moved.coords.shape, bool))
         factors.append(moved)
-    return Axes(made_shape, tuple(factors), "inputs")
+    made = Axes(made_shape, tuple(factors), "inputs")
+    return [made, *(Axes(tuple(tensor.shape)) for tensor in rest)] if rest else made
 
 
 def _repeated_heads(axes: Axes, count: int, axis: int) -> Axes:

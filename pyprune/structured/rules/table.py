@@ -19,7 +19,7 @@ def _rules(rule: Rule, names: str) -> dict[str, Rule]:
 RULES: dict[str, Rule] = {
     **_rules(
         elementwise.pointwise,
-        "gelu silu hardswish hardsigmoid hardtanh leaky_relu elu celu selu mish softplus threshold masked_fill where lerp "
+        "copy gelu silu hardswish hardsigmoid hardtanh leaky_relu elu celu selu mish softplus threshold masked_fill where lerp "
         "addcmul addcdiv native_dropout dropout prelu _prelu_kernel rrelu rrelu_with_noise clamp floor_divide remainder "
         "masked_scatter isnan isinf isfinite nan_to_num log_sigmoid_forward fake_quantize_per_tensor_affine_cachemask",
     ),
@@ -46,7 +46,8 @@ RULES: dict[str, Rule] = {
     **_rules(products.convolution, "convolution _convolution convolution_overrideable"),
     **_rules(
         products.attention,
-        "scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu",
+        "scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
+        "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention",
     ),
     **_rules(
         norms.batch_norm,
@@ -54,10 +55,11 @@ RULES: dict[str, Rule] = {
         "_batch_norm_with_update _batch_norm_no_update miopen_batch_norm",
     ),
     **_rules(norms.layer_norm, "native_layer_norm _fused_rms_norm rms_norm"),
+    **_rules(norms.weight_norm, "_weight_norm_interface _weight_norm"),
     **_rules(norms.group_norm, "native_group_norm"),
     **_rules(
         norms.reduction,
-        "mean var std var_mean std_mean amax amin aminmax max min logsumexp prod all median nanmedian mode _weight_norm",
+        "mean var std var_mean std_mean amax amin aminmax max min logsumexp prod all median nanmedian mode",
     ),
     **_rules(norms.summation, "sum any linalg_vector_norm norm nansum count_nonzero"),
     **_rules(
