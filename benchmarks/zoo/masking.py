@@ -36,13 +36,13 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def expected_sizes(model: nn.Module, chosen: list[tuple[Any, np.ndarray[Any, Any]]]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes that tensors have once all these units are gone."""
+    """Return the shapes that tensors have, by their first names, once all these units are gone."""
     gone: dict[tuple[str, int], set[int]] = {}
     for group, units in chosen:
         for member in group.members:
             positions = np.asarray(member.indices)[units].ravel().tolist()
             gone.setdefault((member.name, member.dim), set()).update(positions)
-    shapes = {name: list(tensor.shape) for name, tensor in tensors_of(model).items()}
+    shapes = {name: list(tensor.shape) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     for (name, dim), positions in gone.items():
         shapes[name][dim] -= len(positions)
     return {name: tuple(shape) for name, shape in shapes.items()}
