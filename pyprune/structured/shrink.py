@@ -82,7 +82,7 @@ def shrink(
     round_to = check_count("round_to", round_to, least=1, most=2**31, what="a number of channels, at least 1")
     verify = check_number("verify", verify, least=0, what="a relative difference, at least 0")
     check_bool("update_stale", update_stale)
-    if constants not in ("exact", "drop"):
+    if not isinstance(constants, str) or constants not in ("exact", "drop"):
         raise ValueError(f'constants is {shown(constants)}; give "exact" or "drop"')
     optimizers = _optimizers(optimizer)
     inputs = examples_of(examples)
@@ -99,10 +99,6 @@ def shrink(
         read = {place[:2] for use in seen.sizes for place in places_in(use.expression)}
         changed = {setting[:2] for setting in found.settings}
         old = [one for one in attributes.stale(model, kept, read) if one[:2] not in changed]
-        stale = [
-            f"{attributes.shown_place(name, attribute)} ({value_of(model, name, attribute)}, and now {new})"
-            for name, attribute, new in old
-        ]
         settings = [*found.settings, *(old if update_stale else ())]
         tensors = {id(one): (name, one) for name, one in reversed(named_tensors(model).items())}
         shapes = {key: one.shape for key, (_, one) in tensors.items()}
@@ -111,6 +107,11 @@ def shrink(
         with resizing(model, kept, change, removal.biases):
             biases = removal.settle(found.gone, settings)
             put_back(model, carried, kept)
+            stale = [
+                f"{attributes.shown_place(name, attribute)} ({value}, and now {new})"
+                for name, attribute, new in old
+                if (value := value_of(model, name, attribute)) != new
+            ]
             after = (sum(one.numel() for one in parameters_of(model)), _bytes(model))
 
             def finish() -> None:
@@ -139,7 +140,7 @@ def shrink(
         found.held,
         choice.kept,
         found.difference,
-        () if update_stale else stale,
+        stale,
         [attributes.shown_place(name, attribute) for name, attribute, _ in found.guessed],
         biases,
         renewed,
