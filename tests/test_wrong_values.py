@@ -113,6 +113,7 @@ FLAGS = [
     "validate",
     "straight_through",
     "update_stale",
+    "width",
     "progress",
     "strip",
 ]
@@ -267,6 +268,7 @@ ROWS: dict[str, Row] = {
             "round_to": 1,
             "constants": "exact",
             "verify": 1e-4,
+            "width": False,
             "update_stale": False,
         },
         {"optimizer": OPTIONAL | {"[]", "()"}, "round_to": COUNT, "verify": NOT_NEGATIVE},

@@ -96,7 +96,7 @@ def stale(model: nn.Module, kept: Kept, read: set[tuple[str, str]]) -> list[Sett
 
 
 def _of_changed_sizes(model: nn.Module, kept: Kept) -> Iterator[tuple[str, str, int, bool]]:
-    """Attributes that are what a size of a module's tensors was, what that is now, and whether no other size was so."""
+    """Attributes that equal a size of a module's tensors, what that is now, and whether no other was the same."""
     changed: dict[str, dict[int, set[int]]] = {}
     for name, tensor in named_tensors(model).items():
         owner = name.rpartition(".")[0]
@@ -109,7 +109,9 @@ def _of_changed_sizes(model: nn.Module, kept: Kept) -> Iterator[tuple[str, str, 
         if type(holder).__module__.startswith("torch.nn."):
             continue
         for attribute, value in integers(holder):
-            new_sizes = changed.get(name, {}).get(value, set()) if isinstance(value, int) else set()
+            if not isinstance(value, int):
+                continue
+            new_sizes = changed.get(name, {}).get(value, set())
             others = new_sizes - {value}
             if len(others) == 1:
                 yield name, prefix + attribute, next(iter(others)), len(new_sizes) == 1

@@ -21,6 +21,7 @@ from pyprune.structured.compact import Kept, cut, named_tensors, resizing
 from pyprune.structured.coordinates import Flags
 from pyprune.structured.groups import CoupledGroups
 from pyprune.structured.models import tensors_within
+from pyprune.structured.norms_of_width import Rescaled, rescaled_norms
 from pyprune.structured.plan import add_bias
 from pyprune.structured.readers import Dead
 from pyprune.structured.shrunk import Held
@@ -129,9 +130,22 @@ class Removal:
             }
         )
 
-    def settle(self, gone: Sequence[Flags], settings: Sequence[Setting]) -> list[str]:
-        """Give attributes and biases their values, in a model that was cut; returns the names of new biases."""
+    def norms(self, gone: Sequence[Flags]) -> tuple[list[Rescaled], list[str]]:
+        """Norms over axes that lose entries: what they become, and the names of those that cannot be the same."""
+        alive = self._alive(gone)
+        names = dict.fromkeys(
+            name for coords, name in self.seen.coordinates.inexact_in if not alive[self.units[coords]].all()
+        )
+        return rescaled_norms([(name, self.model.get_submodule(name)) for name in names], self.kept(gone))
+
+    def settle(self, gone: Sequence[Flags], settings: Sequence[Setting], norms: Sequence[Rescaled]) -> list[str]:
+        """Give attributes, norms and biases of a model that was cut their values; returns names of new biases."""
         attributes.apply(self.model, settings)
+        for norm in norms:
+            weight = norm.module.weight
+            assert isinstance(weight, Tensor)
+            weight.data = cut(norm.weight, self.kept(gone).of(weight))
+            vars(norm.module).update(norm.epsilons)
         return self._fold(gone)
 
     # ---- attempts ----
@@ -140,7 +154,7 @@ class Removal:
         """Attributes that let the model compute the same without some units; None if it does not."""
         settings = self._settings(gone)
         difference, self._problem = self._differs(gone, settings)
-        if self._is_right(difference):
+        if self._is_right(difference, gone):
             return settings, [], [], difference
         guesses = attributes.guesses(self.model, self.kept(gone), settings)
         everything = [one for several in guesses.values() for one in several]
@@ -148,26 +162,33 @@ class Removal:
             return None
         problem = self._problem
         difference, self._problem = self._differs(gone, [*settings, *everything])
-        if not self._is_right(difference):
+        if not self._is_right(difference, gone):
             self._problem = problem
             return None
         for kind in list(guesses):  # what is not needed is not believed
             rest = [one for other, several in guesses.items() if other != kind for one in several]
             without, _ = self._differs(gone, [*settings, *rest])
-            if self._is_right(without):
+            if self._is_right(without, gone):
                 del guesses[kind]
                 difference = without
         guessed = [one for several in guesses.values() for one in several]
         return [*settings, *guessed], guessed, [], difference
 
-    def _is_right(self, difference: float) -> bool:
-        return difference <= self.most and not math.isnan(difference)
+    def _is_right(self, difference: float, gone: Sequence[Flags]) -> bool:
+        return difference <= self._most(gone) and difference < math.inf
 
-    def _settings(self, gone: Sequence[Flags]) -> list[Setting]:
+    def _most(self, gone: Sequence[Flags]) -> float:
+        """How much outputs may differ: as they like if a norm cannot be what it was."""
+        return math.inf if self.norms(gone)[1] else self.most
+
+    def _alive(self, gone: Sequence[Flags]) -> Flags:
         alive = np.ones(len(self.units), bool)
         for group, flags in zip(self.groups, gone, strict=True):
             alive[group.coords[flags]] = False
-        units = self.units
+        return alive
+
+    def _settings(self, gone: Sequence[Flags]) -> list[Setting]:
+        alive, units = self._alive(gone), self.units
         changes = attributes.new_sizes(
             self.seen.sizes, lambda coords: alive[units[coords]], attributes.old_value(self.model)
         )
@@ -178,7 +199,7 @@ class Removal:
         if not self._needs_values:
             return 0.0, ""
         difference, problem = self._attempt(gone, settings, self.inputs, self.expected)
-        if self.most < difference < math.inf:  # another function, or rounding that the model makes much of?
+        if self._most(gone) < difference < math.inf:  # another function, or rounding that the model makes much of?
             if self._in_double is None:
                 self._in_double = self._outputs_in_double()
             inputs, expected = self._in_double
@@ -196,9 +217,10 @@ class Removal:
         *,
         double: bool = False,
     ) -> tuple[float, str]:
+        norms, _ = self.norms(gone)
         try:
             with Change(self.model) as change, resizing(self.model, self.kept(gone), change, self.biases):
-                self.settle(gone, settings)
+                self.settle(gone, settings, norms)
                 with in_double(self.model) if double else nullcontext():
                     raise _TakeBack(*self._compare(inputs, expected))
         except _TakeBack as result:
