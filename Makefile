@@ -11,10 +11,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 PEERS := $(VENV)/peers
 ULTRALYTICS := $(VENV)/ultralytics
+ZOO := $(VENV)/zoo
 # A new folder of the package is known to an editable installation only after the next one.
 SOURCES := $(shell find csrc -type f) $(shell find pyprune -name __init__.py) CMakeLists.txt pyproject.toml
 
-.PHONY: demo demo-rb pitch minilm compare sensitivity train-sparse sparse-transfer lightning transformers ultralytics test test-slow test-cpp lint docs zoo-ultralytics bench bench-full bench-report bench-cpp bench-cuda build-bench-cuda clean help
+.PHONY: demo demo-rb pitch minilm compare sensitivity train-sparse sparse-transfer lightning transformers ultralytics test test-slow test-cpp lint docs zoo zoo-ultralytics bench bench-full bench-report bench-cpp bench-cuda build-bench-cuda clean help
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -90,6 +91,9 @@ bench-report: $(VENV)/built  ## Write the figures of README and docs, and pictur
 zoo-ultralytics: $(ULTRALYTICS)/installed  ## Shrink, train and export YOLOs of all families, and write docs/zoo-ultralytics.md
 	OMP_WAIT_POLICY=passive $(ULTRALYTICS)/bin/python benchmarks/zoo_ultralytics.py --page docs/zoo-ultralytics.md $(ARGS)
 
+zoo: $(ZOO)/installed  ## Shrink a hundred public architectures, and write docs/zoo.md: half an hour (ARGS="--only resnet50")
+	OMP_NUM_THREADS=1 PYTHONPATH=benchmarks $(ZOO)/bin/python -W ignore -m zoo $(ARGS)
+
 bench-cpp: $(VENV)/built  ## Measure the kernels without torch; needs Google Benchmark (libbenchmark-dev)
 	$(BIN)/cmake -S csrc -B build/bench -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPYPRUNE_BENCH=ON
 	$(BIN)/cmake --build build/bench
@@ -146,4 +150,14 @@ $(ULTRALYTICS)/installed: $(VENV)/built
 	$(BIN)/python -m venv $(ULTRALYTICS)
 	echo "import site; site.addsitedir('$$($(BIN)/python $(SITE))')" >"$$($(ULTRALYTICS)/bin/python $(SITE))/venv.pth"
 	$(ULTRALYTICS)/bin/python -m pip install --quiet torch==2.14.1 torchvision==0.29.1 "ultralytics>=8.4" onnx onnxruntime onnxslim
+
+# The zoo's torch is the one that torchvision is built for. Libraries whose architectures are only built come without
+# what they need to train or to load weights.
+$(ZOO)/installed: $(VENV)/built
+	@echo "==> Installing the libraries of the zoo in $(ZOO)"
+	$(BIN)/python -m venv $(ZOO)
+	echo "import site; site.addsitedir('$$($(BIN)/python $(SITE))')" >"$$($(ZOO)/bin/python $(SITE))/venv.pth"
+	$(ZOO)/bin/python -m pip install --quiet torch==2.14.1 torchvision==0.29.1 timm transformers torch_geometric diffusers scipy
+	$(ZOO)/bin/python -m pip install --quiet --no-deps segmentation-models-pytorch monai open_clip_torch ftfy wcwidth \
+		vit-pytorch einops pytorch-tabnet x-transformers einx frozendict loguru torch_einops_utils
 	@touch $@
