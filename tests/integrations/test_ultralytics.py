@@ -188,6 +188,21 @@ def test_add_pruning_holds_the_zeros_of_a_pruned_model(data, tmp_path):
     assert not torch.equal(before, next(again.model.parameters()))
 
 
+def test_add_pruning_shows_a_function_what_can_go(data, tmp_path):
+    found = []
+
+    def start(model, optimizer, steps):
+        found.extend(group.name for group in pyprune.coupled_groups(model, torch.rand(1, 3, 64, 64)))
+        return pyprune.gmp(model, 0.5, optimizer, end=steps, examples_inputs=torch.rand(1, 3, 64, 64))
+
+    yolo = YOLO("yolov8n.yaml")
+    add_pruning(yolo, start)
+    yolo.train(**options(data, tmp_path, epochs=1))
+    assert "model.15.cv2.conv.weight" in found  # a feature map that the model returns
+    assert not [hook for module in yolo.trainer.model.modules() for hook in module._forward_hooks.values()]
+    assert sparsity(yolo.model) == pytest.approx(0.5, abs=1e-3)
+
+
 def test_add_pruning_to_a_trainer(data, tmp_path):
     trainer = DetectionTrainer(overrides={"model": "yolov8n.yaml", **options(data, tmp_path, epochs=2)})
     add_pruning(trainer, Recipe.from_string(RECIPE))
