@@ -7,7 +7,7 @@ from torch import nn
 
 from pyprune.structured.compact import Kept, named_tensors, set_attribute, value_of
 from pyprune.structured.coordinates import Coords
-from pyprune.structured.sizes import Place, SizeUse, evaluate, holders, integers, places_in
+from pyprune.structured.sizes import Expression, Place, SizeUse, evaluate, holders, integers, places_in
 
 # A number among the attributes of a module, or of an object that it holds.
 Setting = tuple[str, str, Any]
@@ -25,8 +25,8 @@ def new_sizes(
     for use in uses:
         value = use.new_value(is_kept)
         if isinstance(use.expression, tuple) and isinstance(use.expression[1], str):
-            wanted.setdefault(use.expression, set()).add(value)  # type: ignore[arg-type]
-        elif value != use.value:
+            wanted.setdefault(use.expression, set()).add(value)
+        else:
             computed.append((use, value))
     known = {place: values.pop() for place, values in wanted.items() if len(values) == 1}
     conflicts = {place for place, values in wanted.items() if values and place not in known}
@@ -37,11 +37,22 @@ def new_sizes(
             continue
         open_ = [place for place in places if place not in known and place not in conflicts]
         for place in open_:
-            scaled = now[place] * value // use.value
-            if evaluate(use.expression, {**now, place: scaled}.__getitem__) == value:
-                known[place] = scaled
+            # In proportion, if that fits; else whatever does, if it is only one number.
+            scaled = now[place] * value // use.value if use.value else now[place]
+            fits = [
+                size for size in (scaled, *range(1, now[place])) if _gives(use.expression, now, place, size, value)
+            ]
+            if fits and (fits[0] == scaled or len(set(fits)) == 1):
+                known[place] = fits[0]
                 break
     return {place: value for place, value in known.items() if value != old(place)}
+
+
+def _gives(expression: Expression, now: dict[Place, int], place: Place, size: int, value: int) -> bool:
+    try:
+        return size > 0 and evaluate(expression, {**now, place: size}.__getitem__) == value
+    except ZeroDivisionError:
+        return False
 
 
 def settings(model: nn.Module, sizes: dict[Place, int]) -> list[Setting]:

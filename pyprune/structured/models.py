@@ -54,15 +54,12 @@ def examples_of(examples: object) -> list[Any]:
     if not found:
         raise ValueError("examples is an empty list; give inputs for at least one forward pass")
     for one in found:
-        if isinstance(one, Mapping):
-            leaves = tree_leaves(list(one.values()))
-        else:
-            leaves = tree_leaves(one)
+        leaves = tree_leaves(list(one.values()) if isinstance(one, Mapping) else one)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         if not tensors and not any(hasattr(leaf, "__dict__") for leaf in leaves):
             raise TypeError(
-                f"examples has {shown(one)}, without a tensor in it; give a tensor, a tuple of positional arguments, a "
-                "dict of keyword arguments, or a list of these"
+                f"examples has {shown(one)}, without a tensor in it; give a tensor, a tuple of positional arguments, "
+                "a dict of keyword arguments, or a list of these"
             )
         for tensor in tensors:
             is_number = tensor.is_floating_point() and tensor.device.type != "meta" and tensor.numel()

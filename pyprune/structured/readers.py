@@ -1,7 +1,7 @@
 """What arrives at the readers of a model: entries that count for nothing, and constants that a bias can take.
 
-A reader is a product: an entry of one side is multiplied with one of a weight, and summed. The entry is dead if one of
-the two is zero, whatever the inputs are. If what arrives is another constant, the same at all positions and in all
+A reader is a product: an entry of one side is multiplied with one of a weight, and summed. The entry is dead if one
+of the two is zero, whatever the inputs are. If what arrives is another constant, the same at all positions and in all
 examples, a bias takes over, unless zeros are put around it.
 """
 

@@ -67,11 +67,11 @@ class Removal:
         self.dead = dead
         self.most = most
         self._shapes = {id(member.tensor): member.tensor.shape for group in groups for member in group.members}
-        folds = [model.get_submodule(fold.module) for fold in dead.folds.values()]
-        self._dense = {
+        folds: list[Any] = [model.get_submodule(fold.module) for fold in dead.folds.values()]
+        self._dense: dict[str, Tensor] = {
             fold.module: module.weight.data for fold, module in zip(dead.folds.values(), folds, strict=True)
         }
-        self.biases = [module.bias for module in folds if module.bias is not None]
+        self.biases: list[Tensor] = [module.bias for module in folds if module.bias is not None]
         self.expected = [[one.clone() for one in output_tensors(made)] for made in seen.outputs]
         self._needs_values = all(not one.is_meta for one in named_tensors(model).values())
         _check_expected(self.expected)
@@ -201,12 +201,12 @@ class Removal:
         for group, flags in zip(self.groups, gone, strict=True):
             removed[group.coords[flags]] = True
         kept = self.kept(gone)
-        new = []
+        new: list[str] = []
         for fold in self.dead.folds.values():
             chosen = removed[fold.labels]
             if not chosen.any():
                 continue
-            module = self.model.get_submodule(fold.module)
+            module: Any = self.model.get_submodule(fold.module)
             weight, out = self._dense[fold.module], 1 - fold.dim
             entries = torch.from_numpy(fold.entries[chosen]).to(weight.device)
             values = torch.from_numpy(fold.values[chosen]).to(weight.device)

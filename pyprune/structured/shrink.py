@@ -32,7 +32,7 @@ def shrink(
     model: nn.Module,
     examples: Any,
     *,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     round_to: int = 1,
     constants: Constants = "exact",
     verify: float = 1e-4,
@@ -40,27 +40,27 @@ def shrink(
 ) -> Shrunk:
     """Remove what is dead, in place: the small model is an ordinary, dense one, and computes what it did.
 
-    A unit (a channel, a head, ...) is dead if what is made of it arrives nowhere: it is zero whatever the inputs are, or
-    all that reads it has zeros there. It does not matter what made the zeros: masks and gates (which are folded; masks
-    on what is left stay on), slimming, training. A unit that is constant, and not zero, goes into the biases of its
-    readers. The `Parameter` objects stay, gradients are cleared. Whatever a layer cannot lose stays, and is named.
+    A unit (a channel, a head, ...) is dead if what is made of it arrives nowhere: it is zero whatever the inputs are,
+    or all that reads it has zeros there. It does not matter what made the zeros: masks and gates (which are folded;
+    masks on what is left stay on), slimming, training. A unit that is constant, and not zero, goes into the biases of
+    its readers. The `Parameter` objects stay, gradients are cleared. Whatever cannot be removed stays, and is named.
 
     Args:
         model: a plain model, in training or evaluation (it is looked at in evaluation).
         examples: what the model takes, as for `coupled_groups`. They say what is reached and are what the result is
             compared on; several in a list if the model takes other ways with other inputs.
-        optimizer: its state is cut alike. Give all of them, one after the other, with nothing left to remove, or none.
+        optimizer: one, or several in a list, whose state is cut alike.
         round_to: keep a number of channels that is a multiple of this. Heads and groups of convolutions are not
             rounded.
-        constants: "exact" keeps channels whose constant would have to meet zero padding, where no bias is the same;
-            "drop" removes them, and reports the largest change of an output.
+        constants: "exact" keeps channels whose constant would have to meet zero padding, where no bias is the same,
+            "drop" removes them, and reports how much outputs change.
         verify: how much outputs may differ, relative to the largest value of each.
-        update_stale: also set attributes that no forward pass reads, and that equal a size that has changed (a
-            number of heads that is only printed).
+        update_stale: also set attributes that no forward pass reads, and that equal a size that has changed (a number
+            of heads that is only printed).
 
     Returns:
-        A `Shrunk`: ``str()`` is a table of what went, ``plan`` says how to make a fresh model as small, ``held`` names
-        what could not be removed, and why.
+        A `Shrunk`: ``str()`` is a table of what went, ``plan`` says how to make a fresh model as small, ``held``
+        names what could not be removed, and why.
 
     Raises:
         TypeError, ValueError: for wrong arguments, models that are wrapped, sharded or quantised, examples that the
@@ -84,8 +84,7 @@ def shrink(
     check_bool("update_stale", update_stale)
     if constants not in ("exact", "drop"):
         raise ValueError(f'constants is {shown(constants)}; give "exact" or "drop"')
-    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer is a {type(optimizer).__name__}; give a torch.optim.Optimizer or None")
+    optimizers = _optimizers(optimizer)
     inputs = examples_of(examples)
     with Change(model, values=gated_weights(model)) as change:
         carried = take_off(model, change)
@@ -115,8 +114,8 @@ def shrink(
             after = (sum(one.numel() for one in parameters_of(model)), _bytes(model))
 
             def finish() -> None:
-                if optimizer is not None:
-                    renewed.extend(cut_state(optimizer, kept, shapes))
+                for one in optimizers:
+                    renewed.extend(cut_state(one, kept, shapes))
 
             change.finish(finish)
     plan = Plan(
@@ -155,6 +154,14 @@ class _Choice:
     gone: list[Flags]
     kept: list[str]
     whole: list[str]
+
+
+def _optimizers(given: object) -> list[torch.optim.Optimizer]:
+    several: list[Any] = list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]
+    for one in several:
+        if not isinstance(one, torch.optim.Optimizer):
+            raise TypeError(f"optimizer is {shown(given)}; give a torch.optim.Optimizer, a list of them, or None")
+    return several
 
 
 def _choose(groups: CoupledGroups, dead: Dead, round_to: int) -> _Choice:

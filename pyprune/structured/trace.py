@@ -23,7 +23,7 @@ from pyprune.structured.coordinates import Axes, Coordinates, Coords, Factor
 from pyprune.structured.rules.call import Call, Contraction, tensors_in
 from pyprune.structured.rules.elementwise import unknown
 from pyprune.structured.rules.table import RULES
-from pyprune.structured.sizes import SizeUse, size_uses, sizes_known
+from pyprune.structured.sizes import OpenSize, SizeUse, along, size_uses, sizes_known
 
 OUTPUT = "an output of the model"
 NOT_REACHED = "not reached by the examples"
@@ -270,6 +270,7 @@ class _Tracer:
             self.trace.coordinates,
             self._on_contraction,
             self._on_product,
+            self._on_size,
             values=self.on_reading is not None,
         )
         tensors = call.tensors()
@@ -294,6 +295,11 @@ class _Tracer:
 
     def _on_product(self, macs: int, factors: list[Factor]) -> None:
         self.trace.products.append(Product(macs, tuple(factor.coords for factor in factors)))
+
+    def _on_size(self, expression: Any, factor: Factor, axis: int) -> None:
+        entries = along(Axes((), (factor,)), axis)
+        assert entries is not None
+        self.trace.sizes.append(SizeUse(expression, len(entries), entries))
 
     def finish(self) -> None:
         """What was never used stays."""
@@ -437,7 +443,12 @@ class _Calls(TorchFunctionMode):
             for tensor in tensors_in([args[4:14], *kwargs.values()]):
                 self._keep_heads(tensor)
         for use in size_uses(name, args, kwargs, made, tracer.axes):
-            tracer.trace.sizes.append(use)
+            if isinstance(use, OpenSize):  # it will meet what has units, or not
+                axes = tracer.axes(use.tensor)
+                stretched = {**axes.stretched, use.axis: use.expression}
+                tracer._known[use.tensor] = replace(axes, stretched=stretched)
+            else:
+                tracer.trace.sizes.append(use)
         return made
 
     def _keep_heads(self, tensor: Tensor) -> None:

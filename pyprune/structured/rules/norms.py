@@ -13,8 +13,12 @@ from pyprune.structured.rules.elementwise import broadcast, unfixed
 
 
 def batch_norm(call: Call) -> Result:
+    """Per channel: what it has for each is tied to the channel."""
     given = call.args["input"]
     axes = call.axes(given)
+    if call.args.get("training") or call.args.get("use_input_stats") or call.args.get("running_mean") is None:
+        # Of this input: over its axes but the channels'.
+        axes = _statistic(call, axes, [axis for axis in range(given.dim()) if axis != 1], keepdim=True, same=True)
     operands: list[tuple[Tensor | None, Axes]] = [(None, axes)]
     shape = tuple(size if dim == 1 else 1 for dim, size in enumerate(given.shape))
     for name in ("weight", "bias", "running_mean", "running_var"):
@@ -112,14 +116,18 @@ def summation(call: Call) -> Result:
             ones = torch.ones(1).expand(tensor.shape[mine[0]])
             call.on_contraction(
                 Contraction(
-                    (factor.coords, factor.coords), tensor, mine[0], ones, 0, (factor.fixed, np.ones(len(factor.fixed), bool)),
-                    (axes.source, "number"), call.name,
+                    (factor.coords, factor.coords),
+                    tensor,
+                    mine[0],
+                    ones,
+                    0,
+                    (factor.fixed, np.ones(len(factor.fixed), bool)),
+                    (axes.source, "number"),
+                    call.name,
                 )
-            )  # fmt: skip
+            )
         elif mine:
             call.coordinates.hold(factor, mine if len(mine) < len(factor.axes) else factor.axes[1:], "")
-        if len(mine) == len(factor.axes) and not call.values:
-            continue
         if (left := factor.first(mine)) is not None:
             kept.append(left)
     return _reduced(Axes(axes.shape, tuple(kept), axes.source), over, bool(call.args.get("keepdim")))
