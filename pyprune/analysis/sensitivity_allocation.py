@@ -159,7 +159,7 @@ def _ratio_at(curve: Curve, drop: float) -> float:
     return ratio + (next_ratio - ratio) * (drop - cost) / (next_cost - cost)
 
 
-def _least_drops(curves: Mapping[str, Curve], weights: Mapping[str, int], goal: float) -> dict[str, float]:
+def _least_drops(curves: Mapping[str, Curve], weights: Mapping[str, float], goal: float) -> dict[str, float]:
     """Take pieces of the curves, those first whose weights cost least, until enough is taken."""
     pieces = [
         ((next_cost - cost) / (next_ratio - ratio) / weights[name], next_ratio - ratio, name)
@@ -193,7 +193,7 @@ def _slope(one: tuple[float, float], other: tuple[float, float]) -> float:
     return (other[1] - one[1]) / (other[0] - one[0])
 
 
-def _equal_drops(curves: Mapping[str, Curve], weights: Mapping[str, int], goal: float) -> dict[str, float]:
+def _equal_drops(curves: Mapping[str, Curve], weights: Mapping[str, float], goal: float) -> dict[str, float]:
     """Halve the interval of the drop that all targets may cost, until nothing lies between."""
 
     def ratios_at(drop: float) -> dict[str, float]:
