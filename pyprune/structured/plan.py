@@ -99,7 +99,7 @@ def rebuild(fresh_model: _M, plan: Plan) -> _M:
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"plan is {shown(plan)}; give a Plan, as of Plan.load(path) or shrink(...).plan")
-    check_model(fresh_model, "rebuild")
+    check_model(fresh_model, "rebuild", "fresh_model")
     tensors = named_tensors(fresh_model)
     for name, shape in plan.shapes.items():
         found = tensors.get(name)

@@ -18,10 +18,11 @@ from pyprune.structured.attributes import Setting
 from pyprune.structured.compact import Kept, cut, named_tensors, resizing
 from pyprune.structured.coordinates import Flags
 from pyprune.structured.groups import CoupledGroups
+from pyprune.structured.models import tensors_within
 from pyprune.structured.plan import add_bias
 from pyprune.structured.readers import Dead
 from pyprune.structured.shrunk import Held
-from pyprune.structured.trace import Trace, output_tensors, without_cache
+from pyprune.structured.trace import Trace, without_cache
 
 # Frames of these are no user's.
 _NOT_THEIRS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
@@ -72,7 +73,7 @@ class Removal:
             fold.module: module.weight.data for fold, module in zip(dead.folds.values(), folds, strict=True)
         }
         self.biases: list[Tensor] = [module.bias for module in folds if module.bias is not None]
-        self.expected = [[one.clone() for one in output_tensors(made)] for made in seen.outputs]
+        self.expected = [[one.clone() for one in tensors_within(made)] for made in seen.outputs]
         self._needs_values = all(not one.is_meta for one in named_tensors(model).values())
         _check_expected(self.expected)
 
@@ -185,7 +186,7 @@ class Removal:
         try:
             with evaluating(self.model), untouched(self.model), without_cache(self.model):
                 for inputs, expected in zip(self.inputs, self.expected, strict=True):
-                    made = list(output_tensors(forward(self.model, inputs, "examples")))
+                    made = list(tensors_within(forward(self.model, inputs, "examples")))
                     worst = max(worst, _difference(expected, made))
         except Exception as error:  # whatever a stranger's forward does when sizes do not fit
             return math.inf, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}{_where(error)}"

@@ -82,7 +82,7 @@ def shrink(
     round_to = check_count("round_to", round_to, least=1, most=2**31, what="a number of channels, at least 1")
     verify = check_number("verify", verify, least=0, what="a relative difference, at least 0")
     check_bool("update_stale", update_stale)
-    if constants not in ("exact", "drop"):
+    if not isinstance(constants, str) or constants not in ("exact", "drop"):
         raise ValueError(f'constants is {shown(constants)}; give "exact" or "drop"')
     optimizers = _optimizers(optimizer)
     inputs = examples_of(examples)

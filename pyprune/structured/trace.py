@@ -5,7 +5,7 @@ torch, one that sees operators, and one above it that sees calls of attention, a
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from pyprune.modules.evaluation import evaluating, forward, recurrence_unfused, untouched, using
 from pyprune.modules.undo import Before, undoing
 from pyprune.structured.coordinates import Axes, Coordinates, Coords, Factor
+from pyprune.structured.models import tensors_within
 from pyprune.structured.rules.call import Call, Contraction, tensors_in
 from pyprune.structured.rules.elementwise import unknown
 from pyprune.structured.rules.table import RULES
@@ -104,7 +105,7 @@ def trace(
             tracer.example = index
             with using(_Calls(tracer)), using(_Operators(tracer)):
                 made = forward(model, example, "examples")
-            for tensor in output_tensors(made):
+            for tensor in tensors_within(made):
                 for factor in tracer.axes(tensor).factors:
                     tracer.trace.coordinates.stay(factor.coords, OUTPUT)
             tracer.trace.outputs.append(made)
@@ -134,28 +135,6 @@ def without_cache(model: nn.Module) -> Iterator[None]:
         for attributes in found:
             attributes["use_cache"] = False
         yield
-
-
-def output_tensors(made: Any) -> Iterator[Tensor]:
-    """Yield the tensors in what a model returned: in mappings, sequences and plain objects."""
-    yield from _inside(made, set())
-
-
-def _inside(made: Any, seen: set[int]) -> Iterator[Tensor]:
-    if isinstance(made, Tensor):
-        yield made
-        return
-    if id(made) in seen or isinstance(made, (str, bytes, int, float, nn.Module, type, type(None))):
-        return
-    seen.add(id(made))
-    if isinstance(made, Mapping):
-        parts: Iterable[Any] = list(made.values())
-    elif isinstance(made, (list, tuple, set)):
-        parts = list(made)
-    else:
-        parts = list(vars(made).values()) if hasattr(made, "__dict__") else []
-    for part in parts:
-        yield from _inside(part, seen)
 
 
 class _Tracer:
