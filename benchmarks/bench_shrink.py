@@ -1,4 +1,4 @@
-"""Make a network smaller: the time to trace it, to remove half of each group, and of a forward pass of what is left."""
+"""Make a network smaller: the time to trace it, to remove half of each group, and of a forward pass of the rest."""
 
 import copy
 from collections.abc import Callable
