@@ -115,6 +115,7 @@ FLAGS = [
     "validate",
     "straight_through",
     "update_stale",
+    "width",
     "progress",
     "strip",
 ]
@@ -269,6 +270,7 @@ ROWS: dict[str, Row] = {
             "round_to": 1,
             "constants": "exact",
             "verify": 1e-4,
+            "width": False,
             "update_stale": False,
         },
         {"optimizer": OPTIONAL | {"[]", "()"}, "round_to": COUNT, "verify": NOT_NEGATIVE},

@@ -87,37 +87,39 @@ def apply(model: nn.Module, changes: Iterable[Setting]) -> None:
 def stale(model: nn.Module, kept: Kept, read: set[tuple[str, str]]) -> list[Setting]:
     """Return attributes that no forward pass of the examples has read, and that equal a size that has changed.
 
-    Of the tensors of a module itself, and of the layers right below it.
+    Of the tensors of a module itself, and of the layers right below it; but not what equals a size that stays, too.
     """
+    found = _of_changed_sizes(model, kept)
     return [
-        (name, attribute, value)
-        for name, attribute, value in _of_changed_sizes(model, kept)
-        if (name, attribute) not in read
+        (name, attribute, value) for name, attribute, value, sure in found if sure and (name, attribute) not in read
     ]
 
 
-def _of_changed_sizes(model: nn.Module, kept: Kept) -> Iterator[Setting]:
-    """Attributes that are what a size of a module's tensors was, with what that is now."""
-    tensors = named_tensors(model)
+def _of_changed_sizes(model: nn.Module, kept: Kept) -> Iterator[tuple[str, str, int, bool]]:
+    """Attributes that equal a size of a module's tensors, what that is now, and whether no other was the same."""
     changed: dict[str, dict[int, set[int]]] = {}
-    for name, tensor in tensors.items():
-        for dim, positions in kept.of(tensor).items():
-            owner = name.rpartition(".")[0]
+    for name, tensor in named_tensors(model).items():
+        owner = name.rpartition(".")[0]
+        for dim, size in enumerate(tensor.shape):
+            positions = kept.of(tensor).get(dim)
             for module in {owner, owner.rpartition(".")[0]}:
-                changed.setdefault(module, {}).setdefault(tensor.shape[dim], set()).add(len(positions))
+                new = size if positions is None else len(positions)
+                changed.setdefault(module, {}).setdefault(size, set()).add(new)
     for name, prefix, holder in holders(model):
-        if name not in changed or type(holder).__module__.startswith("torch.nn."):
+        if type(holder).__module__.startswith("torch.nn."):
             continue
         for attribute, value in integers(holder):
-            if isinstance(value, int) and len(new := changed[name].get(value, set())) == 1:
-                yield name, prefix + attribute, next(iter(new))
+            new_sizes = changed.get(name, {}).get(value, set()) if isinstance(value, int) else set()
+            others = new_sizes - {value}
+            if len(others) == 1:
+                yield name, prefix + attribute, next(iter(others)), len(new_sizes) == 1
 
 
 def guesses(model: nn.Module, kept: Kept, changes: Iterable[Setting]) -> dict[tuple[str, str], list[Setting]]:
     """Return what could be changed by its value alone, by the class of the module and the attribute."""
     done = {(name, attribute) for name, attribute, _ in changes}
     found: dict[tuple[str, str], list[Setting]] = {}
-    for name, attribute, value in _of_changed_sizes(model, kept):
+    for name, attribute, value, _ in _of_changed_sizes(model, kept):
         if (name, attribute) not in done:
             cls = type(model.get_submodule(name)).__name__
             found.setdefault((cls, attribute), []).append((name, attribute, value))

@@ -130,6 +130,7 @@ def rebuild(fresh_model: _M, plan: Plan) -> _M:
         for name in plan.biases:
             module = fresh_model.get_submodule(name.rpartition(".")[0])
             add_bias(module)
+        change.finish(lambda: None)  # from here on nothing is taken back
     return fresh_model
 
 

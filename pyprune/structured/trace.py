@@ -254,6 +254,7 @@ class _Tracer:
         )
         tensors = call.tensors()
         self.reach(tensors)
+        self.trace.coordinates.place = self.modules[-1] if self.modules else ""
         if rule is None:
             if any(self.axes(tensor).factors for tensor in tensors):
                 self.trace.unknown[name] = self.trace.unknown.get(name, 0) + 1
