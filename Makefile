@@ -138,9 +138,10 @@ $(VENV)/built: $(TORCH_STAMP) $(CUDA_STAMP) $(SOURCES)
 # Without openvino-telemetry NNCF reports nothing to anyone. Without NNCF its formulas in torch are measured.
 SITE := -c 'import site; print(site.getsitepackages()[0])'
 $(PEERS)/installed: $(VENV)/built
-	@echo "==> Installing NNCF in $(PEERS)"
+	@echo "==> Installing NNCF and Torch-Pruning in $(PEERS)"
 	$(BIN)/python -m venv $(PEERS)
 	echo "import site; site.addsitedir('$$($(BIN)/python $(SITE))')" >"$$($(PEERS)/bin/python $(SITE))/venv.pth"
+	@$(PEERS)/bin/python -m pip install --quiet --no-deps "torch-pruning==1.6.1" || echo "==> Torch-Pruning cannot be installed here, and is left out"
 	@if $(PEERS)/bin/python -m pip install --quiet --no-deps "nncf>=3,<4" psutil pydot safetensors tabulate; \
 	then touch $@; else echo "==> NNCF cannot be installed here; its formulas in torch stand in for it"; fi
 

@@ -58,6 +58,7 @@ LOCAL, RB, HARD = "UNSTRUCTURED_MAGNITUDE_LOCAL", "UNSTRUCTURED_REGULARIZATION_B
 FOLDER = tempfile.TemporaryDirectory()
 MODULES = {"nn.Linear"}
 INPUTS = OPTIONAL | TENSORS | SEQUENCES | DICTS
+RATIO_DICTS = {"{'0': 0.25}", "{'nowhere': 0.25}"}
 DATA = {"range", "generator", "set", "[1]", "[0.25]", "[None]", "['0']", "(1, 2)", "(4, 4)", "endless", "np.zeros"}
 DATA |= {"[]", "()"} | TENSORS - {"tensor(0.25)"}  # batches that are no good are the model's to refuse
 # What each argument takes, wherever it occurs; a row may say otherwise.
@@ -100,6 +101,7 @@ TAKES: dict[str, set[str]] = {
     "device": OPTIONAL | {"a device", "meta"},
     "keep_probability": SHARE - {"0", "0.0"},
     "progress": FLAG,
+    "monotonic_fit": FLAG,
     "name": set(),
 }
 FLAGS = [
@@ -569,8 +571,36 @@ ROWS: dict[str, Row] = {
     ),
     "allocation_from_sensitivity": Row(
         pyprune.allocation_from_sensitivity,
-        lambda: {"result": analysis(), "target_ratio": 0.5, "rule": "least", "max_drop": None, "max_ratio": 0.95},
-        {"target_ratio": SHARE, "max_ratio": SHARE, "rule": set()},
+        lambda: {
+            "result": analysis(),
+            "target_ratio": 0.5,
+            "groups": None,
+            "round_to": 1,
+            "rule": "least",
+            "max_drop": None,
+            "max_ratio": 0.95,
+            "monotonic_fit": False,
+        },
+        {
+            "target_ratio": SHARE,
+            "max_ratio": SHARE,
+            "rule": set(),
+            "groups": OPTIONAL,
+            "round_to": {"1", "np.int64(1)"},
+        },
+    ),
+    "allocation_from_sensitivity of costs": Row(
+        pyprune.allocation_from_sensitivity,
+        lambda: {
+            "result": SensitivityResult(0.9, {"0.weight": SensitivityTarget(40, 4, {0.5: 0.8})}),
+            "target_macs": 0.9,
+            "target_params": None,
+            "groups": pyprune.coupled_groups(
+                nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), torch.ones(1, 4)
+            ),
+            "round_to": 1,
+        },
+        {"target_macs": {"1", "1.0", "np.int64(1)"}, "target_params": OPTIONAL},
     ),
     "magnitude": Row(importance.magnitude, same(p=1.0, normalize="l2"), {"p": POSITIVE}),
     "random": Row(importance.random, same(seed=0)),
@@ -604,6 +634,7 @@ ROWS: dict[str, Row] = {
     "constant": Row(schedules.constant, same(final=0.5, end=9, start=0, frequency=1)),
     "polynomial": Row(schedules.polynomial, of_curve(power=2.0), {"power": POSITIVE}),
     "multi_step": Row(schedules.multi_step, same(steps={0: 0.5}), {"steps": {"{0: 0.25}"}}),
+    "in_turn": Row(schedules.in_turn, same(ratios={"0": 0.5}, start=0, frequency=1), {"ratios": RATIO_DICTS}),
     "alternating": Row(schedules.alternating, same(final=0.5, end=4, frequency=1, start=0)),
     "schedules.custom": Row(
         schedules.custom, same(function=lambda step: 0.5, start=0, end=4, frequency=1), {"end": FROM_0 | OPTIONAL}
@@ -713,6 +744,8 @@ TAKES |= {
     "strip_format": set(),
     "state_dict": set(),
     "content": set(),
+    "groups": set(),
+    "round_to": COUNT,
 }
 
 
