@@ -77,6 +77,7 @@ class Removal:
         }
         self.biases: list[Tensor] = [module.bias for module in folds if module.bias is not None]
         self.expected = [[one.clone() for one in tensors_within(made)] for made in seen.outputs]
+        self._failed_in = ""
         self._in_double: tuple[list[Any], list[list[Tensor]]] | None = None
         self._needs_values = all(not one.is_meta for one in named_tensors(model).values())
         _check_expected(self.expected)
@@ -156,23 +157,34 @@ class Removal:
         difference, self._problem = self._differs(gone, settings)
         if self._is_right(difference, gone):
             return settings, [], [], difference
-        guesses = attributes.guesses(self.model, self.kept(gone), settings)
-        everything = [one for several in guesses.values() for one in several]
-        if not everything:
-            return None
         problem = self._problem
-        difference, self._problem = self._differs(gone, [*settings, *everything])
-        if not self._is_right(difference, gone):
+        guesses = self._guess(gone, settings)
+        if guesses is None:
             self._problem = problem
             return None
         for kind in list(guesses):  # what is not needed is not believed
             rest = [one for other, several in guesses.items() if other != kind for one in several]
-            without, _ = self._differs(gone, [*settings, *rest])
-            if self._is_right(without, gone):
+            if self._is_right(self._differs(gone, [*settings, *rest])[0], gone):
                 del guesses[kind]
-                difference = without
         guessed = [one for several in guesses.values() for one in several]
+        difference, _ = self._differs(gone, [*settings, *guessed])
         return [*settings, *guessed], guessed, [], difference
+
+    def _guess(self, gone: list[Flags], settings: Sequence[Setting]) -> dict[tuple[str, str], list[Setting]] | None:
+        """Guess attributes by their values: in classes whose forward fails, one after the other, or all at once."""
+        guesses = attributes.guesses(self.model, self.kept(gone), settings)
+        chosen: dict[tuple[str, str], list[Setting]] = {}
+        while more := {
+            kind: one for kind, one in guesses.items() if kind[0] == self._failed_in and kind not in chosen
+        }:
+            chosen |= more
+            difference, self._problem = self._differs(gone, [*settings, *(s for one in chosen.values() for s in one)])
+            if self._is_right(difference, gone):
+                return chosen
+        if not guesses or len(chosen) == len(guesses):
+            return None
+        difference, self._problem = self._differs(gone, [*settings, *(s for one in guesses.values() for s in one)])
+        return guesses if self._is_right(difference, gone) else None
 
     def _is_right(self, difference: float, gone: Sequence[Flags]) -> bool:
         return difference <= self._most(gone) and difference < math.inf
@@ -237,12 +249,14 @@ class Removal:
 
     def _compare(self, inputs: Sequence[Any], wanted: Sequence[Sequence[Tensor]]) -> tuple[float, str]:
         worst = 0.0
+        self._failed_in = ""
         try:
             with looking(self.model):
                 for one, expected in zip(inputs, wanted, strict=True):
                     made = list(tensors_within(forward(self.model, one, "examples")))
                     worst = max(worst, _difference(expected, made))
         except Exception as error:  # whatever a stranger's forward does when sizes do not fit
+            self._failed_in = _class_that_failed(error)
             return math.inf, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}{_where(error)}"
         return worst, f"outputs differ by {worst:.1e} of their largest value"
 
@@ -344,3 +358,13 @@ def _where(error: BaseException) -> str:
         if not frame.filename.startswith(_NOT_THEIRS):
             return f" ({Path(frame.filename).name}, line {frame.lineno}: {frame.line})"
     return ""
+
+
+def _class_that_failed(error: BaseException) -> str:
+    """The class of the innermost module of a user in whose code an error arose."""
+    found = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and not type(module).__module__.startswith("torch."):
+            found = type(module).__name__
+    return found
