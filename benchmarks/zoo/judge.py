@@ -63,6 +63,7 @@ def judge(case: Case, *, folder: Path | None = None, seed: int = 0, export: bool
     seen["left"] = count(model) / seen["parameters"]
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
     seen["kept"] = sorted(name for name, shape in sizes.items() if shapes[name] != shape)
+    seen["reasons"] = list(shrunk.kept)
     seen["error"] = max(difference(outputs_of(model, x), y) for x, y in zip((examples, others), wanted, strict=True))
     seen["equal"] = seen["error"] < TOLERANCE
 

@@ -75,7 +75,7 @@ def test_judge_sees_what_shrink_left(monkeypatch):
     assert seen["kept"] == ["gate", "w1", "w2", "w3"]
 
 
-SHRUNK = SimpleNamespace(held=[], stale=[], guessed=[], plan=SimpleNamespace(to_json=lambda: "{}"))
+SHRUNK = SimpleNamespace(held=[], kept=[], stale=[], guessed=[], plan=SimpleNamespace(to_json=lambda: "{}"))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,16 @@ def test_shake_leaves_nothing_at_zero_or_one():
 
 
 def test_page_has_bars_and_a_row_for_each_model():
-    seen = {"equal": True, "error": 2e-7, "left": 0.4, "held": [], "trains": True, "export": True, "rebuilt": True}
+    seen = {
+        "equal": True,
+        "error": 2e-7,
+        "left": 0.4,
+        "held": [],
+        "kept": [],
+        "trains": True,
+        "export": True,
+        "rebuilt": True,
+    }
     seen.update(
         rebuilt_elsewhere=True,
         parameters=1000,
