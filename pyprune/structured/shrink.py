@@ -178,10 +178,7 @@ def _choose(groups: CoupledGroups, dead: Dead, round_to: int, width: bool) -> _C
     gone, whole = [], []
     reasons: Counter[str] = Counter()
     for group in groups:
-        is_dead = dead.units[group.coords]
-        if (unread := dead.unread[group.coords]).any():
-            is_dead = is_dead | (unread & group.zero_units())
-        is_dead = is_dead.copy()
+        is_dead = dead.units[group.coords] | group.zero_units()
         if group.inexact and not width:
             if is_dead.any():
                 reasons[f"{int(is_dead.sum())} units of {group.name}: {group.inexact}"] += 1
