@@ -25,7 +25,9 @@ from pyprune.recipes.recipe_pruner import RecipePruner
 from pyprune.selection.prune import prune
 from pyprune.selection.thresholds import ratios_below
 from pyprune.structured.groups import coupled_groups
-from pyprune.structured.plan import Plan, rebuild
+from pyprune.structured.plan import Plan
+from pyprune.structured.rebuild import rebuild
+from pyprune.structured.remembered import plan_of
 from pyprune.structured.shrink import shrink
 from pyprune.structured.shrunk import Shrunk
 from pyprune.training.ac_dc import AcDcPruner, ac_dc
@@ -100,6 +102,7 @@ __all__ = [
     "lottery_ticket",
     "one_gate_sample",
     "ops",
+    "plan_of",
     "prune",
     "pruning_statistic",
     "ratios_below",
