@@ -145,9 +145,14 @@ def _fitting(plan: Plan, model: Any) -> Plan:
     names, prefix = set(named_tensors(model)), f"{model.base_model_prefix}."
     if not model.base_model_prefix or set(plan.tensors) <= names:
         return plan
-    if any(f"{prefix}{name}" in names for name in plan.tensors):
-        return _renamed(plan, lambda name: prefix + name)
-    return _renamed(plan, lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None)
+    for rename in (
+        lambda name: prefix + name,
+        lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None,
+    ):
+        other = _renamed(plan, rename)
+        if other.tensors and set(other.tensors) <= names:
+            return other
+    return plan  # which is refused by what it does not fit
 
 
 def _renamed(plan: Plan, rename: Callable[[str], str | None]) -> Plan:

@@ -41,8 +41,19 @@ def pretrained_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def says_all(part: nn.Module) -> bool:
     """Whether the plain class makes a model of all the same shapes of its config."""
+    return shapes_by_config(part) == shapes_of(part)
+
+
+def shapes_by_config(part: nn.Module, entries: Entries | None = None) -> Shapes | None:
+    """Shapes of what the plain class makes of its config, with other entries perhaps; None if it fails."""
     with torch.device("meta"):
-        return _shapes_of(part, _entries(_config(part).to_dict())) == _shapes(part)
+        made = _make(part, entries or {})
+    return None if made is None else shapes_of(made)
+
+
+def shapes_of(model: nn.Module) -> Shapes:
+    """Shapes of what is in a state_dict."""
+    return {name: one.shape for name, one in model.state_dict().items() if isinstance(one, Tensor)}
 
 
 def find_entries(part: nn.Module, agrees: Callable[[nn.Module], bool]) -> Entries | None:
@@ -77,7 +88,7 @@ class _Search:
     def __init__(self, part: nn.Module, agrees: Callable[[nn.Module], bool]) -> None:
         self.part = part
         self.agrees = agrees
-        self.wanted = _shapes(part)
+        self.wanted = shapes_of(part)
         self.made = 0
         entries = _entries(_config(part).to_dict())
         self.dense = self.shapes(entries)
@@ -86,8 +97,7 @@ class _Search:
     def shapes(self, entries: Entries) -> Shapes | None:
         """Shapes of what the plain class makes; None if it fails."""
         self.made += 1
-        with torch.device("meta"):
-            return _shapes_of(self.part, entries)
+        return shapes_by_config(self.part, entries)
 
     def is_right(self, entries: Entries) -> bool:
         """Whether the plain model of a config is the same, in shapes and in what it computes."""
@@ -253,10 +263,6 @@ def plain_class(part: nn.Module) -> type[nn.Module]:
     )
 
 
-def _shapes(model: nn.Module) -> Shapes:
-    return {name: one.shape for name, one in model.state_dict().items() if isinstance(one, Tensor)}
-
-
 def _make(part: nn.Module, entries: Entries) -> nn.Module | None:
     """What the plain class makes of a config with other entries; None if it fails."""
     old = _config(part)
@@ -275,11 +281,6 @@ def _make(part: nn.Module, entries: Entries) -> nn.Module | None:
             return plain_class(part)(config)
     except Exception:  # a config's own checks, and whatever a constructor does with it
         return None
-
-
-def _shapes_of(part: nn.Module, entries: Entries) -> Shapes | None:
-    made = _make(part, entries)
-    return None if made is None else _shapes(made)
 
 
 class _Unfilled(TorchFunctionMode):

@@ -17,6 +17,8 @@ from pyprune.structured.configs import (
     pretrained_parts,
     says_all,
     set_entries,
+    shapes_by_config,
+    shapes_of,
 )
 from pyprune.structured.plan import Plan
 from pyprune.structured.remembered import plan_of, remember
@@ -72,7 +74,8 @@ def save_with_plan(
     """Save as ``save_pretrained`` of the model's class does: the dense config, the small tensors, and the plan.
 
     Raises:
-        ValueError: with ``push_to_hub``, which would leave out the plan.
+        ValueError: with ``push_to_hub``, which would leave out the plan; or if the model has other sizes than its config
+            and its plan say.
     """
     if push_to_hub:
         raise ValueError(
@@ -81,11 +84,28 @@ def save_with_plan(
         )
     plan = plan_of(model)
     assert plan is not None
-    Path(save_directory).mkdir(parents=True, exist_ok=True)
-    plan.save(Path(save_directory) / FILE)
     cls: Any = plain_class(model)
     with _dense_config(model, plan):
+        _check_plan_is_enough(model, plan)
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        plan.save(Path(save_directory) / FILE)
         return cls.save_pretrained(model, save_directory, *args, **options)
+
+
+def _check_plan_is_enough(model: nn.Module, plan: Plan) -> None:
+    """Raise unless the plan makes the sizes of a model of those that its config, dense by now, says."""
+    dense, small = shapes_by_config(model), shapes_of(model)
+    if dense is None:
+        raise ValueError(f"the plain {type(model).__name__} cannot be made of its config; what was changed in it?")
+    for name in dict.fromkeys([*small, *dense]):
+        dims = plan.tensors.get(name, {})
+        made = [len(dims.get(dim, range(size))) for dim, size in enumerate(dense.get(name, ()))]
+        is_new = name in plan.biases and name not in dense
+        if not is_new and (name not in dense or name not in small or made != list(small[name])):
+            raise ValueError(
+                f"this {type(model).__name__} cannot be loaded again: {name} is {tuple(small.get(name, ()))}, and "
+                f"{tuple(made)} by its config and its plan. Was it changed after it was shrunk?"
+            )
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from pyprune.checks import shown
+from pyprune.modules.attachments import check_module
 from pyprune.modules.targets import attachments_of
 from pyprune.modules.undo import Change
 from pyprune.structured.compact import Kept, add_bias, holder_of, named_tensors, resizing, set_attribute, value_of
@@ -44,6 +45,7 @@ def rebuild(fresh_model: _M, plan: Plan) -> _M:
     if not isinstance(plan, Plan):
         raise TypeError(f"plan is {shown(plan)}; give a Plan, as of Plan.load(path) or shrink(...).plan")
     check_plan(plan)
+    check_module(fresh_model, "fresh_model")
     check_model(fresh_model, "rebuild")
     if plan_of(fresh_model) is not None:
         raise ValueError(f"this {type(fresh_model).__name__} was shrunk or rebuilt already; give a fresh one")

@@ -20,18 +20,18 @@ def shake(model, seed=0):
 
 
 def kill(model, examples, *, uneven=False, only=None):
-    """Write zeros into half of the units of each group, the first ones; if ``uneven``, into one less in all but one.
+    """Write zeros into half of the units of each group, the first ones; if ``uneven``, into one less in one of a kind.
 
-    Returns how many groups there were.
+    Returns the kinds of groups that there were.
     """
-    found = 0
+    found = set()
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for group in coupled_groups(model, examples):
         names = [member.name for member in group.members]
         if not group.is_exact or group.units < 2 or (only and not re.search(only, " ".join(names))):
             continue
-        count = group.units // 2 - (1 if uneven and found and group.units > 3 else 0)
-        found += 1
+        count = group.units // 2 - (1 if uneven and group.kind not in found and group.units > 3 else 0)
+        found.add(group.kind)
         with torch.no_grad():
             for member in group.members:
                 if member.name.rpartition(".")[2] not in STATISTICS and count:
