@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pyprune.modules.evaluation import evaluating, forward, untouched
-from pyprune.structured.trace import output_tensors, without_cache
+from pyprune.structured.models import tensors_within
+from pyprune.structured.trace import without_cache
 
 # An entry of a config, and of one in it, with its value.
 Entries = dict[tuple[str, ...], Any]
@@ -168,7 +169,7 @@ def computes_the_same(model: nn.Module, inputs: Sequence[Any], part: str) -> Cal
 
     def outputs(model: nn.Module) -> list[Tensor]:
         with evaluating(model), untouched(model), without_cache(model):
-            return [one for given in inputs for one in output_tensors(forward(model, given, "examples"))]
+            return [one for given in inputs for one in tensors_within(forward(model, given, "examples"))]
 
     expected: list[Tensor] = []
 
@@ -222,7 +223,7 @@ def _entries(values: Mapping[str, Any], path: tuple[str, ...] = ()) -> Entries:
         if isinstance(value, Mapping):
             found.update(_entries(value, (*path, name)))
         elif value is None or type(value) is int:
-            found[*path, name] = value
+            found[(*path, name)] = value
     return found
 
 

@@ -1,6 +1,7 @@
 """What was removed from a model, as data: positions that are kept, and attributes with their new values."""
 
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -156,11 +157,11 @@ def check_plan(plan: Plan) -> None:
             isinstance(setting, (list, tuple))
             and len(setting) in (3, 4)
             and all(isinstance(one, str) for one in setting[:2])
-            and is_size(setting[2])
-            and all(one is None or is_size(one) for one in setting[3:])
+            and kind_of(setting[2]) is not None
+            and all(one is None or kind_of(one) == kind_of(setting[2]) for one in setting[3:])
         )
         if not is_right:
-            raise _damaged(f"an attribute is {shown(setting)}, not [module, name, new size, old size]")
+            raise _damaged(f"an attribute is {shown(setting)}, not [module, name, new value, old value]")
     for name in plan.biases:
         if not isinstance(name, str) or name.rpartition(".")[2] != "bias":
             raise _damaged(f"a new bias is {shown(name)}")
@@ -176,23 +177,30 @@ def _check_dimensions(name: str, dims: object, shape: list[int]) -> None:
             raise _damaged(f"positions of {name} along {dim} are {shown(kept)}, of 0 to {shape[dim] - 1}")
 
 
-def is_size(value: object) -> bool:
-    """Whether a value is an int, or a list or tuple of such: what attributes with sizes are.
+def kind_of(value: object) -> str | None:
+    """What kind of attribute a value is, among those that change: sizes, several of them, and an epsilon.
 
     Example:
-        >>> is_size(4), is_size((2, -1)), is_size(True)
-        (True, True, False)
+        >>> kind_of(4), kind_of((2, -1)), kind_of({"h": 2}), kind_of(1e-6), kind_of(True)
+        ('size', 'sizes', 'sizes by name', 'number', None)
     """
+    if isinstance(value, bool):
+        return None
     if isinstance(value, (list, tuple)):
-        return all(type(one) is int for one in value)
-    return isinstance(value, int) and not isinstance(value, bool)
+        return "sizes" if all(kind_of(one) == "size" for one in value) else None
+    if isinstance(value, dict):
+        are_sizes = all(isinstance(key, str) and kind_of(one) == "size" for key, one in value.items())
+        return "sizes by name" if are_sizes else None
+    if isinstance(value, float):
+        return "number" if math.isfinite(value) else None
+    return "size" if isinstance(value, int) else None
 
 
-def same_size(one: Any, other: Any) -> bool:
-    """Whether two sizes are equal; JSON makes lists of tuples."""
+def is_same(one: Any, other: Any) -> bool:
+    """Whether two attributes are equal; JSON makes lists of tuples."""
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
         return list(one) == list(other)
-    return bool(one == other)
+    return kind_of(one) == kind_of(other) and bool(one == other)
 
 
 def _are_counts(values: object) -> bool:

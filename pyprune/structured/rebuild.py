@@ -6,12 +6,11 @@ import torch
 from torch import nn
 
 from pyprune.checks import shown
-from pyprune.modules.attachments import check_module
 from pyprune.modules.targets import attachments_of
 from pyprune.modules.undo import Change
-from pyprune.structured.compact import Kept, add_bias, holder_of, named_tensors, resizing, set_attribute, value_of
+from pyprune.structured.compact import Kept, add_bias, holder_of, named_tensors, resizing, set_attribute
 from pyprune.structured.models import check_model
-from pyprune.structured.plan import Plan, check_plan, is_size, same_size
+from pyprune.structured.plan import Plan, check_plan, is_same, kind_of
 from pyprune.structured.pretrained import settle_saving
 from pyprune.structured.remembered import plan_of, remember
 
@@ -45,8 +44,7 @@ def rebuild(fresh_model: _M, plan: Plan) -> _M:
     if not isinstance(plan, Plan):
         raise TypeError(f"plan is {shown(plan)}; give a Plan, as of Plan.load(path) or shrink(...).plan")
     check_plan(plan)
-    check_module(fresh_model, "fresh_model")
-    check_model(fresh_model, "rebuild")
+    check_model(fresh_model, "rebuild", "fresh_model")
     if plan_of(fresh_model) is not None:
         raise ValueError(f"this {type(fresh_model).__name__} was shrunk or rebuilt already; give a fresh one")
     if attachments_of(fresh_model):
@@ -61,6 +59,7 @@ def rebuild(fresh_model: _M, plan: Plan) -> _M:
             add_bias(layer)
         remember(fresh_model, plan)
         settle_saving(fresh_model)
+        change.finish(lambda: None)  # from here on nothing is taken back
     return fresh_model
 
 
@@ -94,17 +93,18 @@ def _kept(model: nn.Module, plan: Plan) -> Kept:
 def _check_attributes(model: nn.Module, plan: Plan) -> None:
     for name, attribute, value, *old in plan.attributes:
         place = f"{name}.{attribute}".lstrip(".")
-        is_new = old == [None] and "." in attribute
         try:
-            found = holder_of(model, name, attribute)[0].get(attribute.rpartition(".")[2]) if is_new else value_of(model, name, attribute)
+            holder, key = holder_of(model, name, attribute)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"the plan is of another model{_of(plan)}: this one has no {place}") from error
-        if is_new and found is None:
-            continue
-        if (old and not same_size(found, old[0])) or not is_size(found) or isinstance(found, int) != isinstance(value, int):
+        # What a config did not say may be said by it.
+        if key not in holder and not (old == [None] and "." in attribute):
+            raise ValueError(f"the plan is of another model{_of(plan)}: this one has no {place}")
+        found = holder.get(key)
+        if not is_same(found, old[0]) if old else kind_of(found) != kind_of(value):
             raise ValueError(
-                f"the plan is of another model{_of(plan)}: {place} is {shown(found)}"
-                + (f", and {shown(old[0])} in the plan" if old else f", and {shown(value)} after it")
+                f"the plan is of another model{_of(plan)}: {place} is {shown(found)}, and "
+                + (f"{shown(old[0])} in the plan" if old else f"becomes {shown(value)} by the plan")
             )
 
 

@@ -28,6 +28,7 @@ def plan_of(model: nn.Module) -> Plan | None:
         TypeError: if ``model`` is no module.
 
     Example:
+        >>> import torch
         >>> from pyprune import shrink
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> with torch.no_grad():
