@@ -273,6 +273,7 @@ ROWS: dict[str, Row] = {
         },
         {"optimizer": OPTIONAL | {"[]", "()"}, "round_to": COUNT, "verify": NOT_NEGATIVE},
     ),
+    "plan_of": Row(pyprune.plan_of, lambda: {"model": net()}),
     "rebuild": Row(pyprune.rebuild, lambda: {"fresh_model": net(), "plan": pyprune.Plan()}),
     "strip": Row(
         pyprune.strip,

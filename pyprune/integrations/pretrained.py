@@ -72,8 +72,8 @@ def from_pretrained(
         cls: a class of transformers (``AutoModelForCausalLM``, ``BertModel``).
         folder: what `save_pretrained` wrote; or the name of a repository.
         dtype, device_map: as ``from_pretrained`` of transformers takes them; None leaves them out.
-        strict: whether all tensors must be in the folder, and no others. Without it a head may be new, or be left out,
-            as transformers does it.
+        strict: whether all tensors must be in the folder, and no others. Without it a head may be new, or be left
+            out, as transformers does it.
 
     Returns:
         The small model, in evaluation.
@@ -94,7 +94,10 @@ def from_pretrained(
     loader: Any = cls if plan is None else _small_class(_class_of(cls, config), plan)
     options = {"dtype": dtype, "device_map": device_map}
     model, found = loader.from_pretrained(
-        folder, config=config, output_loading_info=True, **{key: one for key, one in options.items() if one is not None}
+        folder,
+        config=config,
+        output_loading_info=True,
+        **{key: one for key, one in options.items() if one is not None},
     )
     if plan is not None:
         model.__class__ = loader.__mro__[1]
@@ -103,7 +106,11 @@ def from_pretrained(
         if names and (strict or what in ("mismatched_keys", "error_msgs")):
             raise ValueError(
                 f"{os.fspath(folder)} does not fit {type(model).__name__}: {what.replace('_', ' ')} {listed(names)}"
-                + ("; strict=False makes a new head, or leaves one out" if what in ("missing_keys", "unexpected_keys") else "")
+                + (
+                    "; strict=False makes a new head, or leaves one out"
+                    if what in ("missing_keys", "unexpected_keys")
+                    else ""
+                )
             )
     return cast(_M, model)
 
@@ -115,8 +122,8 @@ def _plan_in(folder: str | os.PathLike[str], config: PreTrainedConfig) -> Plan |
     file = cached_file(folder, FILE, _raise_exceptions_for_missing_entries=False)
     if file is None:
         raise ValueError(
-            f"{os.fspath(folder)} has no {FILE}, without which its model cannot be made; copy it from where the model "
-            "was saved"
+            f"{os.fspath(folder)} has no {FILE}, without which its model cannot be made; copy it from where the "
+            "model was saved"
         )
     return Plan.load(file)
 

@@ -57,8 +57,8 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 def resizing(model: nn.Module, kept: Kept, change: Change, also: Iterable[Tensor] = ()) -> Iterator[None]:
     """Let tensors of a model have only what is kept, and modules know it; if the body fails, they have all again.
 
-    What the body gives ``also`` as their data is taken back, too, and attributes of objects that modules hold. Those of
-    modules are brought back by the `Change` that is around this. Once that is finishing, nothing is taken back.
+    What the body gives ``also`` as their data is taken back, too, and attributes of objects that modules hold. Those
+    of modules are brought back by the `Change` that is around this. Once that is finishing, nothing is taken back.
     """
     tensors = {id(tensor): tensor for tensor in named_tensors(model).values() if kept.of(tensor)}
     before = [(tensor, tensor.data) for tensor in tensors.values()]

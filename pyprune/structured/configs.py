@@ -34,10 +34,10 @@ def pretrained_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if any(not one or name.startswith(f"{one}.") for one in found):
             continue
-        if hasattr(type(module), "from_pretrained") and hasattr(type(module), "save_pretrained"):
-            if hasattr(vars(module).get("config"), "to_dict"):
-                found.append(name)
-                yield name, module
+        is_saved_so = hasattr(type(module), "from_pretrained") and hasattr(type(module), "save_pretrained")
+        if is_saved_so and hasattr(vars(module).get("config"), "to_dict"):
+            found.append(name)
+            yield name, module
 
 
 def says_all(part: nn.Module) -> bool:
@@ -181,7 +181,7 @@ def computes_the_same(model: nn.Module, inputs: Sequence[Any], part: str) -> Cal
             other._modules = dict(model._modules)
             path, inner = part.split("."), other
             for name in path[:-1]:
-                inner._modules[name] = copy.copy(inner._modules[name])  # type: ignore[assignment, type-var]
+                inner._modules[name] = copy.copy(inner._modules[name])
                 inner = inner._modules[name]  # type: ignore[assignment]
                 inner._modules = dict(inner._modules)
             inner._modules[path[-1]] = fresh
@@ -220,10 +220,11 @@ def _entries(values: Mapping[str, Any], path: tuple[str, ...] = ()) -> Entries:
     """Integers and None in a config, and in those within it."""
     found: Entries = {}
     for name, value in values.items():
+        place = (*path, name)
         if isinstance(value, Mapping):
-            found.update(_entries(value, (*path, name)))
+            found.update(_entries(value, place))
         elif value is None or type(value) is int:
-            found[(*path, name)] = value
+            found[place] = value
     return found
 
 
@@ -288,10 +289,10 @@ class _Unfilled(TorchFunctionMode):
     """Parameters get memory, and no values: none that is not used is touched."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if args and isinstance(args[0], nn.Parameter) and name.endswith("_") and not name.startswith("__"):
-            if name not in ("requires_grad_", "detach_"):
-                return args[0]
+        name = getattr(func, "__name__", "__")
+        is_filled = name.endswith("_") and not name.startswith("__") and name not in ("requires_grad_", "detach_")
+        if is_filled and args and isinstance(args[0], nn.Parameter):
+            return args[0]
         return func(*args, **(kwargs or {}))
 
 

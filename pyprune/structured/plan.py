@@ -114,8 +114,9 @@ class Plan:
             mine = tensors.setdefault(name, {})
             shape = [len(mine.get(dim, range(size))) for dim, size in enumerate(shapes.get(name, other.shapes[name]))]
             if shape != list(other.shapes[name]):
+                there = tuple(other.shapes[name])
                 raise ValueError(
-                    f"other is of another model: {name} has shape {tuple(other.shapes[name])} there, and {tuple(shape)} here"
+                    f"other is of another model: {name} has shape {there} there, and {tuple(shape)} here"
                 )
             shapes.setdefault(name, list(shape))
             for dim, kept in dims.items():

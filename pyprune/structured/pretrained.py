@@ -29,7 +29,7 @@ ENTRY = "pyprune_plan"
 
 
 def let_configs_say(model: nn.Module, inputs: Sequence[Any]) -> None:
-    """Let the config of a model of transformers that became smaller say so, if it can; else it is saved with its plan.
+    """Let the config of a model of transformers that became smaller say so; if it cannot, the plan is saved with it.
 
     Args:
         model: as it is now; what it became remembers how.
@@ -74,13 +74,13 @@ def save_with_plan(
     """Save as ``save_pretrained`` of the model's class does: the dense config, the small tensors, and the plan.
 
     Raises:
-        ValueError: with ``push_to_hub``, which would leave out the plan; or if the model has other sizes than its config
-            and its plan say.
+        ValueError: with ``push_to_hub``, which would leave out the plan; or if the model has other sizes than its
+            config and its plan say.
     """
     if push_to_hub:
         raise ValueError(
-            "push_to_hub=True would leave out the plan; save without it, and call model.push_to_hub(name), which does "
-            "not"
+            "push_to_hub=True would leave out the plan; save without it, and call model.push_to_hub(name), which "
+            "takes it along"
         )
     plan = plan_of(model)
     assert plan is not None

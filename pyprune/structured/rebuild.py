@@ -114,7 +114,9 @@ def _layer_without_bias(model: nn.Module, name: str) -> nn.Module:
     except AttributeError as error:
         raise ValueError(f"the plan is of another model: {error}") from error
     if getattr(layer, "bias", 0) is not None or not isinstance(getattr(layer, "weight", None), nn.Parameter):
-        raise ValueError(f"the plan is of another model: it makes {name}, and this one has no layer there that lacks it")
+        raise ValueError(
+            f"the plan is of another model: it makes {name}, and this one has no layer there that lacks it"
+        )
     return layer
 
 

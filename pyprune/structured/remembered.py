@@ -4,9 +4,6 @@ It is a plain attribute, which copies and pickles with the module, and goes wher
 or to another place in a list.
 """
 
-from collections.abc import Iterable
-from typing import Any
-
 from torch import nn
 
 from pyprune.modules.attachments import check_module, wrapped_name

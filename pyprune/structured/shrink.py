@@ -22,8 +22,8 @@ from pyprune.structured.models import check_model, examples_of
 from pyprune.structured.plan import Plan
 from pyprune.structured.pretrained import let_configs_say
 from pyprune.structured.readers import Constants, Dead, Readers
-from pyprune.structured.removal import Removal
 from pyprune.structured.remembered import plan_of, remember
+from pyprune.structured.removal import Removal
 from pyprune.structured.shrunk import Removed, Shrunk
 from pyprune.structured.sizes import places_in
 from pyprune.structured.trace import trace

@@ -23,6 +23,20 @@ BERT = {
 }  # fmt: skip
 LM = {**BERT, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
 GROUPED = {**LM, "num_key_value_heads": 2}
+GPT2 = {
+    "vocab_size": 99, "n_positions": 64, "n_embd": 64, "n_layer": 2, "n_head": 4, "bos_token_id": 0,
+    "eos_token_id": 0,
+}  # fmt: skip
+OPT = {
+    "vocab_size": 99, "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 64, "word_embed_proj_dim": 64,
+}  # fmt: skip
+FALCON = {"vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+EXPERTS = {**GROUPED, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+T5 = {
+    "vocab_size": 99, "d_model": 48, "d_kv": 12, "d_ff": 96, "num_layers": 2, "num_heads": 4, "pad_token_id": 0,
+    "decoder_start_token_id": 0,
+}  # fmt: skip
 SEQ2SEQ = {
     "vocab_size": 99, "d_model": 48, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
     "decoder_attention_heads": 4, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "bos_token_id": 1, "eos_token_id": 2,
@@ -45,15 +59,17 @@ MODELS = {
     "Qwen2ForCausalLM": (GROUPED, HEADS | MLP | {"head_dim": 16}),
     "Qwen3ForCausalLM": ({**GROUPED, "head_dim": 16}, HEADS | MLP),
     "Gemma3ForCausalLM": ({**GROUPED, "head_dim": 16}, HEADS | MLP),
-    "GPT2LMHeadModel": ({"vocab_size": 99, "n_positions": 64, "n_embd": 64, "n_layer": 2, "n_head": 4, "bos_token_id": 0, "eos_token_id": 0}, None),
+    "GPT2LMHeadModel": (GPT2, None),
     "GPTNeoXForCausalLM": (LM, None),
-    "OPTForCausalLM": ({"vocab_size": 99, "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64, "word_embed_proj_dim": 64}, None),
-    "FalconForCausalLM": ({"vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}, {"ffn_hidden_size": 128}),
+    "OPTForCausalLM": (OPT, None),
+    "FalconForCausalLM": (FALCON, {"ffn_hidden_size": 128}),
     "MixtralForCausalLM": ({**GROUPED, "num_local_experts": 4}, HEADS | MLP | {"head_dim": 16}),
-    "Qwen3MoeForCausalLM": ({**GROUPED, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}, HEADS | {"moe_intermediate_size": 24}),
-    "T5ForConditionalGeneration": ({"vocab_size": 99, "d_model": 48, "d_kv": 12, "d_ff": 96, "num_layers": 2, "num_heads": 4, "pad_token_id": 0, "decoder_start_token_id": 0}, ...),
+    "Qwen3MoeForCausalLM": (EXPERTS, HEADS | {"moe_intermediate_size": 24}),
+    "T5ForConditionalGeneration": (T5, ...),
     "BartForConditionalGeneration": ({**SEQ2SEQ, "max_position_embeddings": 64}, None),
-    "WhisperForConditionalGeneration": ({**SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 32}, None),
+    "WhisperForConditionalGeneration": (
+        {**SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 32}, None,
+    ),
     "ViTForImageClassification": (VISION, ...),
     "MambaForCausalLM": ({"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2}, {"intermediate_size": 32}),
     "CLIPModel": ({"text_config": BERT, "vision_config": VISION, "projection_dim": 32}, None),
@@ -77,7 +93,14 @@ IS_MLP = "mlp|ffn|fc|intermediate|dense_h|experts|lin1|wi"
 
 
 QUICK = {
-    *("BertModel", "LlamaForCausalLM", "Qwen2ForCausalLM", "GPT2LMHeadModel", "MixtralForCausalLM", "MambaForCausalLM"),
+    *(
+        "BertModel",
+        "LlamaForCausalLM",
+        "Qwen2ForCausalLM",
+        "GPT2LMHeadModel",
+        "MixtralForCausalLM",
+        "MambaForCausalLM",
+    ),
     "ViTForImageClassification",
 }
 QUICK_MLP = {"GPT2LMHeadModel", "T5ForConditionalGeneration", "BartForConditionalGeneration"}

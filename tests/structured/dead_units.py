@@ -20,7 +20,7 @@ def shake(model, seed=0):
 
 
 def kill(model, examples, *, uneven=False, only=None):
-    """Write zeros into half of the units of each group, the first ones; if ``uneven``, into one less in one of a kind.
+    """Write zeros into half of the units of each group, the first ones; if ``uneven``, one less in one of a kind.
 
     Returns the kinds of groups that there were.
     """

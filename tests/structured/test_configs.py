@@ -14,7 +14,9 @@ class Config:
     """As those of transformers, in what matters."""
 
     def __init__(self, **values):
-        vars(self).update({"width": 8, "inner": 12, "heads": 4, "head_size": None, "layers": 2, "pad_token_id": 8}, **values)
+        vars(self).update(
+            {"width": 8, "inner": 12, "heads": 4, "head_size": None, "layers": 2, "pad_token_id": 8}, **values
+        )
 
     def to_dict(self):
         return copy.deepcopy(vars(self))

@@ -47,7 +47,10 @@ DAMAGED = {
     **{f"model {value!r}": changed(model=value) for value in (None, True, 1, [], {})},
     "shapes of others": changed(shapes={"a.weight": [3, 2]}),
     "positions of others": changed(tensors={"a.weight": {"0": [1]}}),
-    **{f"shape {value!r}": changed(shapes={"a.weight": value, "b": [4]}) for value in (None, 3, "32", [3, -2], [3, 2.0], [3], [True, 2], {})},
+    **{
+        f"shape {value!r}": changed(shapes={"a.weight": value, "b": [4]})
+        for value in (None, 3, "32", [3, -2], [3, 2.0], [3], [True, 2], {})
+    },
     **{f"dims {value!r}": changed(tensors={"a.weight": value, "b": {"0": [3]}}) for value in (None, 1, "a", [0], [])},
     **{
         f"dim {value!r}": changed(tensors={"a.weight": {value: [0]}, "b": {"0": [3]}})
@@ -55,14 +58,17 @@ DAMAGED = {
     },
     **{
         f"positions {value!r}": changed(tensors={"a.weight": {"0": value}, "b": {"0": [3]}})
-        for value in (None, 1, "0", [], [3], [-1], [0, 0], [1, 0], [0.0], [True], ["0"], [None], [[0]], {"0": 0}, [10**30])
+        for value in (
+            *(None, 1, "0", [], [3], [-1], [0, 0], [1, 0], [0.0], [True], ["0"], [None], [[0]], {"0": 0}, [10**30]),
+        )
     },
     **{
         f"attribute {value!r}": changed(attributes=[value])
         for value in (
             *(None, 1, "abc", [], {}, ["a"], ["a", "b"], ["a", "b", 1, 2, 3], ["a", "b", True, 2], ["a", "b", None]),
-            *(["a", "b", 1.5, 2], ["a", "b", "1", 2], [1, "b", 1, 2], ["a", 1, 1, 2], ["a", "b", [1, "2"], [1, 1]]),
-            *(["a", "b", 1, "2"], ["a", "b", {"1": 2}, 1], ["a", "b", [[1]], 1]),
+            *(["a", "b", 1.5, 2], ["a", "b", float("nan")], ["a", "b", [1], 1]),
+            *(["a", "b", "1", 2], [1, "b", 1, 2], ["a", 1, 1, 2], ["a", "b", [1, "2"], [1, 1]]),
+            *(["a", "b", 1, "2"], ["a", "b", {"1": 2}, 1], ["a", "b", {"1": "2"}], ["a", "b", [[1]], 1]),
         )
     },
     **{f"bias {value!r}": changed(biases=[value]) for value in (None, 1, "a.weight", "", ["a.bias"])},

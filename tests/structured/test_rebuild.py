@@ -112,7 +112,11 @@ def test_rebuild_of_what_changes_nothing():
     assert plan_of(model) is None
 
 
-PLAN = Plan({"0.weight": {0: [1]}, "0.bias": {0: [1]}, "1.weight": {1: [1]}}, {"0.weight": [2, 3], "0.bias": [2], "1.weight": [2, 2]}, model="Net")  # fmt: skip
+PLAN = Plan(
+    {"0.weight": {0: [1]}, "0.bias": {0: [1]}, "1.weight": {1: [1]}},
+    {"0.weight": [2, 3], "0.bias": [2], "1.weight": [2, 2]},
+    model="Net",
+)
 
 
 def net(**attributes):
@@ -134,8 +138,16 @@ def masked():
 
 
 OTHERS = {
-    "it has another name": (lambda: nn.Sequential(nn.Linear(3, 2)), PLAN, "another model, a Net: this Sequential has no"),
-    "it has another size": (lambda: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), PLAN, "another model, a Net, or"),
+    "it has another name": (
+        lambda: nn.Sequential(nn.Linear(3, 2)),
+        PLAN,
+        "another model, a Net: this Sequential has no",
+    ),
+    "it has another size": (
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)),
+        PLAN,
+        "another model, a Net, or",
+    ),
     "it was rebuilt": (lambda: rebuild(net(), PLAN), PLAN, "already"),
     "it is tied": (tied, PLAN, "1.weight and 2.weight are one tensor"),
     "it has masks": (masked, PLAN, "masks"),
@@ -193,5 +205,7 @@ def test_rebuild_in_another_process(tmp_path):
         "    assert torch.equal(model(saved['x']), saved['y']), name\n"
     )
     root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=root, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], cwd=root, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr

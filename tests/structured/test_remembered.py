@@ -25,7 +25,12 @@ def test_plan_of_is_that_of_shrink_and_goes_with_copies():
     model, x = small()
     plan = plan_of(model)
     assert plan.tensors
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.compile(model, backend="eager"), nn.DataParallel(model)):
+    for other in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.compile(model, backend="eager"),
+        nn.DataParallel(model),
+    ):
         assert plan_of(other) == plan
     assert shrink(model, x).plan == plan  # nothing more went
     assert "_pyprune_plan" not in model.state_dict()
