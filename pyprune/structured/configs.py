@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from pyprune.modules.evaluation import evaluating, forward, untouched
 from pyprune.structured.models import tensors_within
+from pyprune.structured.remembered import plan_of
 from pyprune.structured.trace import without_cache
 
 # An entry of a config, and of one in it, with its value.
@@ -69,14 +70,15 @@ def find_entries(part: nn.Module, agrees: Callable[[nn.Module], bool]) -> Entrie
     """
     entries = _entries(_config(part).to_dict())
     search = _Search(part, agrees)
-    found = search.find(entries, {})
+    numbers = search.numbers()
+    found = search.find(entries, numbers)
     if found is None and not search.is_hopeless:
         # Sizes that are computed if they are not said: of a head, of the width and the number of heads.
         said: Entries = {}
         for name, value in _sizes_of_modules(part).items():
             if entries.get((name,)) is None and search.shapes({**entries, **said, (name,): value}) == search.dense:
                 said[name,] = value
-        found = search.find(entries, said) if said else None
+        found = search.find(entries, said | numbers) if said else None
         for path in said:
             if found and path in found:
                 without = {one: value for one, value in found.items() if one != path}
@@ -90,6 +92,7 @@ class _Search:
         self.part = part
         self.agrees = agrees
         self.wanted = shapes_of(part)
+        self.settings = plan.attributes if (plan := plan_of(part)) is not None else []
         self.made = 0
         entries = _entries(_config(part).to_dict())
         self.dense = self.shapes(entries)
@@ -105,7 +108,29 @@ class _Search:
         if self.shapes(entries) != self.wanted:
             return False
         fresh = _without_values(self.part, entries)
-        return fresh is not None and self.agrees(fresh)
+        return fresh is not None and self._has_same_numbers(fresh) and self.agrees(fresh)
+
+    def numbers(self) -> Entries:
+        """Entries that are a number which changed (the epsilon of norms), with what it is now."""
+        changed: dict[float, set[float]] = {}
+        for _, _, new, *old in self.settings:
+            if old and isinstance(old[0], float):
+                changed.setdefault(old[0], set()).add(new)
+        return {
+            (name,): next(iter(changed[value]))
+            for name, value in _config(self.part).to_dict().items()
+            if isinstance(value, float) and len(changed.get(value, ())) == 1
+        }
+
+    def _has_same_numbers(self, fresh: nn.Module) -> bool:
+        # A difference of epsilons does not show in outputs until values are small.
+        names = {setting[1] for setting in self.settings if isinstance(setting[2], float)}
+        others = dict(fresh.named_modules())
+        return all(
+            vars(module).get(name) == vars(others[path]).get(name)
+            for path, module in self.part.named_modules()
+            for name in names
+        )
 
     def find(self, entries: Entries, said: Entries) -> Entries | None:
         """Entries besides ``said`` with which all is right."""
@@ -307,4 +332,8 @@ def _without_values(part: nn.Module, entries: Entries) -> nn.Module | None:
         fresh.load_state_dict(part.state_dict(), assign=True)
     except RuntimeError:
         return None
+    buffers = dict(part.named_buffers())
+    for name, buffer in fresh.named_buffers():  # those that are not saved, as `part.bfloat16()` made them
+        if name in buffers and buffers[name].dtype != buffer.dtype:
+            buffer.data = buffer.to(buffers[name].dtype)
     return fresh

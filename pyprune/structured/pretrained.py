@@ -101,7 +101,8 @@ def _check_plan_is_enough(model: nn.Module, plan: Plan) -> None:
         dims = plan.tensors.get(name, {})
         made = [len(dims.get(dim, range(size))) for dim, size in enumerate(dense.get(name, ()))]
         is_new = name in plan.biases and name not in dense
-        if not is_new and (name not in dense or name not in small or made != list(small[name])):
+        is_known = name in dense and plan.shapes.get(name) in (None, list(dense[name]))
+        if not is_new and (not is_known or name not in small or made != list(small[name])):
             raise ValueError(
                 f"this {type(model).__name__} cannot be loaded again: {name} is {tuple(small.get(name, ()))}, and "
                 f"{tuple(made)} by its config and its plan. Was it changed after it was shrunk?"

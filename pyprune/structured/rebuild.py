@@ -1,6 +1,7 @@
 """Make a fresh model as small as another one became."""
 
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -13,19 +14,21 @@ from pyprune.structured.models import check_model
 from pyprune.structured.plan import Plan, check_plan, is_same, kind_of
 from pyprune.structured.pretrained import settle_saving
 from pyprune.structured.remembered import plan_of, remember
+from pyprune.structured.replay import replay
 
 _M = TypeVar("_M", bound=nn.Module)
 
 
 @torch.inference_mode(False)
-def rebuild(fresh_model: _M, plan: Plan) -> _M:
+def rebuild(fresh_model: _M, plan: Plan | Mapping[str, Any]) -> _M:
     """Make a dense model as small as the one that a plan is of, in place; then it takes that one's state_dict.
 
     Args:
         fresh_model: what the same code makes of the same arguments as the model that was shrunk; its values do not
             matter. It may be on the meta device (then load by ``load_state_dict(..., assign=True)``), on another
             device, or of another floating-point type.
-        plan: of `shrink` or `plan_of`; from a file with `Plan.load`.
+        plan: of `shrink` or `plan_of`; from a file with `Plan.load`. Or of `drop_blocks` or `drop_experts`, which is
+            a dict. Of several, each one after the other, as they were made.
 
     Returns:
         ``fresh_model``, whose parameters have the small shapes, with the positions of its own values that are kept.
@@ -41,6 +44,9 @@ def rebuild(fresh_model: _M, plan: Plan) -> _M:
         >>> rebuild(nn.Linear(3, 2, bias=False), plan).weight.shape
         torch.Size([1, 3])
     """
+    if isinstance(plan, Mapping):
+        check_model(fresh_model, "rebuild", "fresh_model")
+        return replay(fresh_model, plan)
     if not isinstance(plan, Plan):
         raise TypeError(f"plan is {shown(plan)}; give a Plan, as of Plan.load(path) or shrink(...).plan")
     check_plan(plan)

@@ -119,7 +119,6 @@ def shrink(
         renewed: list[str] = []
         with resizing(model, kept, change, removal.biases):
             biases = removal.settle(found.gone, settings, norms)
-            put_back(model, carried, kept, {id(one.module.weight) for one in norms})
             stale = [
                 f"{attributes.shown_place(name, attribute)} ({value}, and now {new})"
                 for name, attribute, new in old
@@ -136,6 +135,7 @@ def shrink(
                 ),
             )
             let_configs_say(model, inputs)
+            put_back(model, carried, kept, {id(one.module.weight) for one in norms})
 
             def finish() -> None:
                 for one in optimizers:
