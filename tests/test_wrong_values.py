@@ -285,6 +285,7 @@ ROWS: dict[str, Row] = {
         },
         {"optimizer": OPTIONAL | {"[]", "()"}, "round_to": COUNT, "verify": NOT_NEGATIVE},
     ),
+    "plan_of": Row(pyprune.plan_of, lambda: {"model": net()}),
     "drop_blocks": Row(
         pyprune.drop_blocks,
         lambda: (
