@@ -63,6 +63,8 @@ def get_config(model: nn.Module) -> dict[str, Any]:
                     continue
                 layout = attachment.layout
                 state |= {"follows": name, "outputs": layout.outputs, "groups": layout.groups}
+            elif not attachment.on_target:
+                state["on_target"] = False
             masks.append(entry | state | {"parks": attachment.parks})
         elif isinstance(attachment, StochasticGate):
             gates.append(entry | _describe(target, attachment))
@@ -198,7 +200,9 @@ def _mask(entry: Mapping[str, Any], following: Mask | None = None) -> Mask:
     unit, bits = entry.get("unit"), unpack_bits(entry["bits"], entry["shape"])
     if following is not None and not torch.equal(following.mask, bits):
         raise damaged(f"the mask of {entry['names'][0]} is not that of the dead channels of {entry['follows']}")
-    mask = following or Mask(bits, None if unit is None else tuple(unit))
+    mask = following or Mask(
+        bits, None if unit is None else tuple(unit), on_target=entry.get("on_target", True)
+    )
     mask.parks = entry.get("parks", True)
     mask.parked = None if entry["parked"] is None else entry["parked"].clone()
     return mask

@@ -1,5 +1,6 @@
 """Put masks or gates on a model, and compute masks anew."""
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.calibration.calibrate import Calibration
-from pyprune.checks import check_bool, shown
+from pyprune.checks import check_bool, check_number, shown
 from pyprune.methods.allocation import Allocation, Amount, check_ratio
+from pyprune.methods.granularity import RatioOf, counting
 from pyprune.methods.importance import Importance
 from pyprune.methods.method import METHODS, Method, PruneMode, check_amount, check_mode
 from pyprune.modules.attachments import Attachment, check_module
@@ -27,11 +29,12 @@ from pyprune.modules.targets import (
     by_place,
     check_prunable,
     find_targets,
-    find_targets_and_zeros,
     output_layers,
 )
 from pyprune.modules.undo import Change
-from pyprune.selection.choose_masks import choose_masks, left_out_by, prunable_targets
+from pyprune.selection.choose_masks import choose_masks
+from pyprune.selection.coupled import check_follows, check_no_coupled, check_scored
+from pyprune.selection.find_prunable import Prunable, find_prunable, tell_missed
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -47,6 +50,8 @@ def prune(
     mode: PruneMode | str | Method,
     *,
     ratio: float | Mapping[str, float] | None = None,
+    target_params: float | None = None,
+    target_macs: float | None = None,
     ignored_scope: IgnoredScope | None = None,
     examples_inputs: Any = None,
     calibration: Calibration | None = None,
@@ -134,6 +139,8 @@ def prune(
     ):
         check_bool(flag, value)
     mode, method = method_of(mode)
+    if target_params is not None or target_macs is not None:
+        method, ratio = _with_target(method, ratio, target_params, target_macs)
     amount = Amount(ratio, allocation, min_ratio, max_ratio, from_remaining)
     if method is None:
         return _put_gates(model, mode, amount, ignored_scope, examples_inputs, same_on_all_ranks)
@@ -149,6 +156,24 @@ def prune(
         zero_dead_channels=zero_dead_channels,
     )
     return model
+
+
+def _with_target(
+    method: Method | None, ratio: object, params: float | None, macs: float | None
+) -> tuple[Method, float]:
+    """Return a method whose ratio is one of parameters or multiply-accumulates, and that ratio."""
+    name, target = ("target_params", params) if macs is None else ("target_macs", macs)
+    if ratio is not None or (params is not None and macs is not None):
+        raise ValueError("give one of ratio, target_params and target_macs: each says how much goes")
+    if method is None or method.granularity.coupled is None:
+        raise ValueError(
+            f"{name} counts what is left once units are removed as a whole; give a Method with "
+            "granularity.coupled(), or a ratio"
+        )
+    what = "the fraction of the model that is to be left, a number in (0, 1]"
+    left = check_number(name, target, what=what, least=math.nextafter(0.0, 1.0), most=1)
+    of: RatioOf = "parameters" if macs is None else "macs"
+    return replace(method, granularity=counting(method.granularity, of)), 1 - left
 
 
 @torch.inference_mode(False)
@@ -173,6 +198,7 @@ def update_masks(model: nn.Module, mode: PruneMode | str, ratio: float) -> None:
     if mode not in METHODS:
         raise ValueError(f"mode is {mode.value}; masks are computed by {', '.join(known.value for known in METHODS)}")
     amount = check_amount(METHODS[mode], Amount(ratio))
+    check_no_coupled(model, METHODS[mode], stay=False)
     targets = masked_targets(model)
     for target in targets:
         check_prunable(target)
@@ -231,11 +257,13 @@ def put_masks(
 ) -> None:
     """Do what `prune` says of masks."""
     amount = check_amount(method, amount)
+    check_follows(method, zero_dead_channels)
     check_module(model)
     with Change(model), changing_masks(masks_in(model)):
-        statistics, left_out = targets_with_statistics(model, method, ignored_scope, examples_inputs, calibration)
-        amount = replace(amount, left_out=left_out)
-        choice = choose_masks(method, amount, list(statistics), statistics)
+        check_no_coupled(model, method, stay=amount.has_bases)
+        statistics, found = targets_with_statistics(model, method, ignored_scope, examples_inputs, calibration)
+        amount = replace(amount, left_out=found.left_out)
+        choice = choose_masks(method, amount, list(statistics), statistics, coupled=found.coupled)
         choice.check()
         choice.tell(model, ends_of(model, method, examples_inputs))
         followers = new_followers(model, choice.masks, examples_inputs, ignored_scope) if zero_dead_channels else []
@@ -248,50 +276,29 @@ def targets_with_statistics(
     ignored_scope: IgnoredScope | None,
     examples_inputs: Any,
     calibration: Calibration | None,
-) -> tuple[dict[Target, Tensor | None], tuple[str, ...]]:
-    """Return the weights that a method prunes, with statistics of their scores; and the names left out as zero."""
-    found, left_out = find_targets_and_zeros(model, ignored_scope, examples_inputs)
-    targets = prunable_targets(method, found, left_out)
-    check_kind(targets, Mask)
-    statistics = statistics_of(model, method.importance, targets, calibration, examples_inputs, left_out)
-    tell_missed(model, method, ignored_scope, found, targets, statistics, has_inputs=examples_inputs is not None)
-    return {target: statistics[target] for target in targets if target in statistics}, left_out
-
-
-def tell_missed(
-    model: nn.Module,
-    method: Method,
-    ignored_scope: IgnoredScope | None,
-    found: Sequence[Target],
-    targets: Sequence[Target],
-    statistics: Mapping[Target, Tensor | None] | None,
-    *,
-    has_inputs: bool,
-) -> None:
-    """Warn of what a method does not reach: outside of its groups or heads, or without a score (if known)."""
-    # Tables have a warning of their own.
-    unscored = [t for t in targets if statistics is not None and t not in statistics and not t.layout.is_table]
-    because = {f"without a score by {method.importance.name}": unscored, **left_out_by(method, found, targets)}
-    warn_of_missed(model, ignored_scope, found, because, has_inputs=has_inputs)
+) -> tuple[dict[Target, Tensor | None], Prunable]:
+    """Return the parameters that a method prunes, with statistics of their scores; and what else was found."""
+    found = find_prunable(model, method, ignored_scope, examples_inputs)
+    check_kind(found.targets, Mask)
+    statistics = statistics_of(model, method.importance, found, calibration, examples_inputs)
+    has_inputs = examples_inputs is not None
+    tell_missed(model, method, ignored_scope, found, statistics, has_inputs=has_inputs)
+    return {target: statistics[target] for target in found.targets if target in statistics}, found
 
 
 def statistics_of(
-    model: nn.Module,
-    importance: Importance,
-    targets: Sequence[Target],
-    calibration: object,
-    inputs: Any,
-    left_out: Sequence[str] = (),
+    model: nn.Module, importance: Importance, prunable: Prunable, calibration: object, inputs: Any
 ) -> dict[Target, Tensor | None]:
-    """Return the statistic of each target that the importance can score."""
+    """Return the statistic of each target that the importance can score; of coupled units of all, if with None."""
     if importance.needs in ("none", "norm scale", "given") and calibration is not None:
         raise ValueError(f"importance {importance.name} takes no calibration; leave it out")
+    targets, coupled = prunable.targets, prunable.coupled
+    if importance.needs == "none" or (coupled is not None and importance.needs in ("norm scale", "given")):
+        return dict.fromkeys(targets)
     if importance.needs == "norm scale":
         return dict(_norm_scales(model, targets, inputs))
     if importance.needs == "given":
-        return dict(_given(importance, targets, left_out))
-    if importance.needs == "none":
-        return dict.fromkeys(targets)
+        return dict(_given(importance, targets, prunable.left_out))
     if not isinstance(calibration, Calibration):
         raise TypeError(
             f"importance {importance.name} needs statistics, and calibration is {shown(calibration)}; give "
@@ -303,6 +310,9 @@ def statistics_of(
             "with the same options; calibrate with this importance"
         )
     found = _by_name(calibration.tensors, targets)
+    if coupled is not None:
+        check_scored(coupled, importance, found)
+        return {target: found.get(target) for target in targets}
     # Tables were left out with a warning.
     missing = [target.name for target in targets if target not in found and not target.layout.is_table]
     if missing:
