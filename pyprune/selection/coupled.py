@@ -199,10 +199,11 @@ def find_coupled(
     chosen = _of_scope(could, method.scope) if could else []
     if not chosen:
         raise ValueError(_nothing(model, found, reasons))
-    if left.keys() - {_NO_HEADS}:
-        warn(f"coupled units of these groups are left alone: {'; '.join(reasons)}")
     pruned = CoupledUnits(found, tuple(chosen), tuple(units for units in every if units not in chosen))
     check_coupled(model, pruned.targets)
+    # Where all carry masks it was said before.
+    if left.keys() - {_NO_HEADS} and not all(target.attachment for target in pruned.targets):
+        warn(f"coupled units of these groups are left alone: {'; '.join(reasons)}")
     return pruned
 
 
