@@ -25,6 +25,9 @@ from pyprune.recipes.recipe_pruner import RecipePruner
 from pyprune.selection.prune import prune
 from pyprune.selection.thresholds import ratios_below
 from pyprune.structured.groups import coupled_groups
+from pyprune.structured.plan import Plan, rebuild
+from pyprune.structured.shrink import shrink
+from pyprune.structured.shrunk import Shrunk
 from pyprune.training.ac_dc import AcDcPruner, ac_dc
 from pyprune.training.gmp import gmp
 from pyprune.training.iterative import IterativeResult, PruningRound, iterative_prune, lottery_ticket
@@ -61,6 +64,7 @@ __all__ = [
     "MovementPruner",
     "MultiStepMagnitudePruningScheduler",
     "MultiStepRBPruningScheduler",
+    "Plan",
     "PruneMode",
     "Pruner",
     "PruningRound",
@@ -71,6 +75,7 @@ __all__ = [
     "Schedule",
     "SensitivityResult",
     "SensitivityTarget",
+    "Shrunk",
     "StochasticGate",
     "StripFormat",
     "TensorPruningStatistic",
@@ -99,9 +104,11 @@ __all__ = [
     "pruning_statistic",
     "ratios_below",
     "reapply",
+    "rebuild",
     "schedules",
     "scope",
     "sensitivity",
+    "shrink",
     "slimming_loss",
     "snip",
     "strip",

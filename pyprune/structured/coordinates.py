@@ -1,19 +1,18 @@
 """Coordinates: a number for every position along the axes of a model's tensors, and which of them go together.
 
-Operations of a forward pass tie coordinates to each other. What is tied in the end is a unit: it can only be removed as
-a whole. A tensor carries its coordinates in *factors*: an array of them that lies along one of its axes, or along
+Operations of a forward pass tie coordinates to each other. What is tied in the end is a unit: it can only be removed
+as a whole. A tensor carries its coordinates in *factors*: an array of them that lies along one of its axes, or along
 several jointly (heads x head size, after a view has cut an axis).
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
-Coords = npt.NDArray[np.int64]
-Flags = npt.NDArray[np.bool_]
+Coords = np.ndarray[Any, np.dtype[np.int64]]
+Flags = np.ndarray[Any, np.dtype[np.bool_]]
 # Belongs to no unit: something that cannot be removed.
 NONE = 0
 
@@ -36,7 +35,7 @@ class Factor:
         """The same along other axes of another tensor."""
         return replace(self, axes=tuple(axes))
 
-    def each(self, change: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]) -> "Factor":
+    def each(self, change: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]) -> "Factor":
         """Change the arrays, both alike."""
         return replace(self, coords=change(self.coords), fixed=change(self.fixed))
 
@@ -64,13 +63,14 @@ class Axes:
         shape: of the tensor.
         factors: no axis is in two of them.
         source: what the tensor was made of.
-        stretched: axes along which all of its values are the same memory, because it was expanded.
+        stretched: axes along which all of its values are the same (it was expanded, or filled), with the expression
+            of attributes that gave the size, if one did.
     """
 
     shape: tuple[int, ...]
     factors: tuple[Factor, ...] = ()
     source: Source = "inputs"
-    stretched: frozenset[int] = frozenset()
+    stretched: Mapping[int, Any] = field(default_factory=dict)
 
     def on(self, axis: int) -> Factor | None:
         """The factor that has an axis."""

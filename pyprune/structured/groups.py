@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -153,9 +152,9 @@ class CoupledGroups(Sequence[Group]):
 def coupled_groups(model: nn.Module, examples: Any) -> CoupledGroups:
     """Find what can only be removed together: units along axes of parameters and buffers, and what stays.
 
-    The model runs once on each example, in evaluation, without gradients, and is as it was then. Rules on axes say what
-    each operation ties (additions, products, heads of attention, views that cut and join axes, ...); an operation that
-    no rule knows keeps what it touches, and is named.
+    The model runs once on each example, in evaluation, without gradients, and is as it was then. Rules on axes say
+    what each operation ties (additions, products, heads of attention, views that cut and join axes, ...); an
+    operation that no rule knows keeps what it touches, and is named.
 
     Args:
         model: a plain model, with masks and gates or without, of any dtype, also on the meta device; not compiled,
@@ -201,6 +200,7 @@ def groups_of(model: nn.Module, seen: Trace) -> CoupledGroups:
     ]
     by_signature = _signatures(axes, stays, ties.count)
     classes = {name: type(module).__name__ for name, module in model.named_modules()}
+    in_order = [_sorted(own) for _, _, own in axes]
     groups: list[Group] = []
     single: set[int] = set()
     for signature, labels in by_signature.items():
@@ -209,8 +209,10 @@ def groups_of(model: nn.Module, seen: Trace) -> CoupledGroups:
             continue
         order = np.asarray(labels)
         members = tuple(
-            Member(one.name, one.names, one.tensor, dim, _indices(own, order), ties.is_read(one.coords[dim]))
-            for one, dim, own in (axes[index] for index, _ in signature)
+            Member(
+                one.name, one.names, one.tensor, dim, _indices(*in_order[index], order), ties.is_read(one.coords[dim])
+            )
+            for index, (one, dim, _) in ((index, axes[index]) for index, _ in signature)
         )
         if members[0].tensor.dim() == 1 and all(not isinstance(member.tensor, nn.Parameter) for member in members):
             continue  # buffers alone
@@ -243,7 +245,7 @@ def _reasons(units: Coords, given: Iterable[tuple[Coords, str]]) -> dict[int, st
 
 
 def _signatures(
-    axes: list[tuple[Traced, int, Coords]], stays: npt.NDArray[np.bool_], count: int
+    axes: list[tuple[Traced, int, Coords]], stays: np.ndarray[Any, np.dtype[np.bool_]], count: int
 ) -> dict[tuple[tuple[int, int], ...], list[int]]:
     """Sort units by the axes they lie in, and with how many entries."""
     parts = []
@@ -253,6 +255,8 @@ def _signatures(
     if not parts:
         return {}
     rows = np.concatenate(parts)
+    if not len(rows):
+        return {}
     rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
     labels, starts = np.unique(rows[:, 0], return_index=True)
     found: dict[tuple[tuple[int, int], ...], list[int]] = {}
@@ -261,13 +265,17 @@ def _signatures(
     return found
 
 
-def _indices(own: Coords, labels: Coords) -> Coords:
-    """Which entries of an axis each unit has, as rows."""
+def _sorted(own: Coords) -> tuple[Coords, Coords]:
+    """Where the entries of an axis lie in the order of their units, and these units."""
     order = np.argsort(own, kind="stable")
-    chosen = order[np.isin(own[order], labels)]
-    rows = chosen.reshape(len(labels), -1)
-    # Sorted by label; `labels` may be in another order.
-    return rows[np.argsort(np.argsort(labels))]
+    return order, own[order]
+
+
+def _indices(order: Coords, ordered: Coords, labels: Coords) -> Coords:
+    """Which entries of an axis each unit has, as rows; all have the same number."""
+    starts = np.searchsorted(ordered, labels)
+    count = int(np.searchsorted(ordered, labels[0], "right")) - int(starts[0])
+    return np.asarray(order[starts[:, None] + np.arange(count)])
 
 
 def _kind(members: Sequence[Member], classes: dict[str, str]) -> str:

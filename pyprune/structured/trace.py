@@ -4,7 +4,8 @@ The rules are in `pyprune.structured.rules`; here is what gives them tensors and
 torch, one that sees operators, and one above it that sees calls of attention, and sizes that come from attributes.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,10 +20,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 from pyprune.modules.evaluation import evaluating, forward, recurrence_unfused, untouched, using
 from pyprune.modules.undo import Before, undoing
 from pyprune.structured.coordinates import Axes, Coordinates, Coords, Factor
+from pyprune.structured.models import tensors_within
 from pyprune.structured.rules.call import Call, Contraction, tensors_in
 from pyprune.structured.rules.elementwise import unknown
 from pyprune.structured.rules.table import RULES
-from pyprune.structured.sizes import SizeUse, size_uses, sizes_known
+from pyprune.structured.sizes import OpenSize, SizeUse, along, size_uses, sizes_known
 
 OUTPUT = "an output of the model"
 NOT_REACHED = "not reached by the examples"
@@ -91,8 +93,10 @@ def trace(
     with undoing(before.restore), undoing(stack.close):
         stack.enter_context(evaluating(model))
         stack.enter_context(untouched(model))
-        stack.enter_context(recurrence_unfused())
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            stack.enter_context(recurrence_unfused())  # convolutions are slower then
+        if "torch._dynamo" in sys.modules:  # to import it takes seconds, and nothing is compiled without it
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_without_fast_paths())
         stack.enter_context(without_cache(model))
         stack.enter_context(sizes_known(model))
@@ -101,7 +105,7 @@ def trace(
             tracer.example = index
             with using(_Calls(tracer)), using(_Operators(tracer)):
                 made = forward(model, example, "examples")
-            for tensor in output_tensors(made):
+            for tensor in tensors_within(made):
                 for factor in tracer.axes(tensor).factors:
                     tracer.trace.coordinates.stay(factor.coords, OUTPUT)
             tracer.trace.outputs.append(made)
@@ -131,28 +135,6 @@ def without_cache(model: nn.Module) -> Iterator[None]:
         for attributes in found:
             attributes["use_cache"] = False
         yield
-
-
-def output_tensors(made: Any) -> Iterator[Tensor]:
-    """Yield the tensors in what a model returned: in mappings, sequences and plain objects."""
-    yield from _inside(made, set())
-
-
-def _inside(made: Any, seen: set[int]) -> Iterator[Tensor]:
-    if isinstance(made, Tensor):
-        yield made
-        return
-    if id(made) in seen or isinstance(made, (str, bytes, int, float, nn.Module, type, type(None))):
-        return
-    seen.add(id(made))
-    if isinstance(made, Mapping):
-        parts: Iterable[Any] = list(made.values())
-    elif isinstance(made, (list, tuple, set)):
-        parts = list(made)
-    else:
-        parts = list(vars(made).values()) if hasattr(made, "__dict__") else []
-    for part in parts:
-        yield from _inside(part, seen)
 
 
 class _Tracer:
@@ -267,6 +249,7 @@ class _Tracer:
             self.trace.coordinates,
             self._on_contraction,
             self._on_product,
+            self._on_size,
             values=self.on_reading is not None,
         )
         tensors = call.tensors()
@@ -291,6 +274,11 @@ class _Tracer:
 
     def _on_product(self, macs: int, factors: list[Factor]) -> None:
         self.trace.products.append(Product(macs, tuple(factor.coords for factor in factors)))
+
+    def _on_size(self, expression: Any, factor: Factor, axis: int) -> None:
+        entries = along(Axes((), (factor,)), axis)
+        assert entries is not None
+        self.trace.sizes.append(SizeUse(expression, len(entries), entries))
 
     def finish(self) -> None:
         """What was never used stays."""
@@ -434,7 +422,12 @@ class _Calls(TorchFunctionMode):
             for tensor in tensors_in([args[4:14], *kwargs.values()]):
                 self._keep_heads(tensor)
         for use in size_uses(name, args, kwargs, made, tracer.axes):
-            tracer.trace.sizes.append(use)
+            if isinstance(use, OpenSize):  # it will meet what has units, or not
+                axes = tracer.axes(use.tensor)
+                stretched = {**axes.stretched, use.axis: use.expression}
+                tracer._known[use.tensor] = replace(axes, stretched=stretched)
+            else:
+                tracer.trace.sizes.append(use)
         return made
 
     def _keep_heads(self, tensor: Tensor) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pyprune.structured.coordinates import Axes, Factor
+from pyprune.structured.coordinates import Axes, Factor, Source
 from pyprune.structured.rules.call import Call
 from pyprune.structured.rules.elementwise import broadcast, unfixed
 
@@ -24,6 +24,7 @@ def _held(call: Call, axes: Axes, over: set[int]) -> list[Factor]:
 
 
 def embedding(call: Call) -> Axes:
+    """Rows of a table, picked by the inputs: the table keeps its rows, its width passes."""
     weight = call.args["weight"]
     axes = call.axes(weight)
     last = call.made.dim() - 1
@@ -32,6 +33,7 @@ def embedding(call: Call) -> Axes:
 
 
 def embedding_bag(call: Call) -> list[Axes]:
+    """Sums of rows of a table."""
     weight = call.args["weight"]
     factors = tuple(factor.moved((1,)) for factor in _held(call, call.axes(weight), {0}))
     first, *rest = call.made
@@ -49,7 +51,7 @@ def index(call: Call) -> Axes:
     return Axes(tuple(call.made.shape), tuple(factors), _picked(call, axes))
 
 
-def _picked(call: Call, axes: Axes) -> str:
+def _picked(call: Call, axes: Axes) -> Source:
     """What is picked by indices that are made of numbers alone does not depend on inputs."""
     indices = [one for one in call.tensors() if one is not call.args["self"]]
     fixed = axes.source != "inputs" and all(call.axes(one).source != "inputs" for one in indices)
@@ -73,12 +75,13 @@ def _places(tensor: Tensor, indices: list[Tensor | None]) -> tuple[dict[int, int
     left = [one for one in range(tensor.dim()) if one not in over]
     first = min(over) if adjacent else 0
     places = {}
-    for rank, one in enumerate(left):
-        places[one] = rank if adjacent and one < first else rank + new
+    for rank, other in enumerate(left):
+        places[other] = rank if adjacent and other < first else rank + new
     return places, over
 
 
 def index_select(call: Call) -> Axes:
+    """Entries of one axis."""
     tensor = call.args["self"]
     axes = call.axes(tensor)
     factors = _held(call, axes, {call.dim(tensor)})
@@ -140,7 +143,7 @@ def index_put(call: Call) -> Axes:
         1 if axis in over or places[axis] - shift < 0 else values.shape[places[axis] - shift]
         for axis in range(tensor.dim())
     )
-    stretched = frozenset(back[axis + shift] for axis in given.stretched if axis + shift in back)
+    stretched = {back[axis + shift]: size for axis, size in given.stretched.items() if axis + shift in back}
     made = broadcast(
         call,
         [

@@ -13,8 +13,12 @@ from pyprune.structured.rules.elementwise import broadcast, unfixed
 
 
 def batch_norm(call: Call) -> Result:
+    """Per channel: what it has for each is tied to the channel."""
     given = call.args["input"]
     axes = call.axes(given)
+    if call.args.get("training") or call.args.get("use_input_stats") or call.args.get("running_mean") is None:
+        # Of this input: over its axes but the channels'.
+        axes = _statistic(call, axes, [axis for axis in range(given.dim()) if axis != 1], keepdim=True, same=True)
     operands: list[tuple[Tensor | None, Axes]] = [(None, axes)]
     shape = tuple(size if dim == 1 else 1 for dim, size in enumerate(given.shape))
     for name in ("weight", "bias", "running_mean", "running_var"):
@@ -112,14 +116,18 @@ def summation(call: Call) -> Result:
             ones = torch.ones(1).expand(tensor.shape[mine[0]])
             call.on_contraction(
                 Contraction(
-                    factor.coords, tensor, mine[0], ones, 0, (factor.fixed, np.ones(len(factor.fixed), bool)),
-                    (axes.source, "number"), call.name,
+                    (factor.coords, factor.coords),
+                    tensor,
+                    mine[0],
+                    ones,
+                    0,
+                    (factor.fixed, np.ones(len(factor.fixed), bool)),
+                    (axes.source, "number"),
+                    call.name,
                 )
-            )  # fmt: skip
+            )
         elif mine:
             call.coordinates.hold(factor, mine if len(mine) < len(factor.axes) else factor.axes[1:], "")
-        if len(mine) == len(factor.axes) and not call.values:
-            continue
         if (left := factor.first(mine)) is not None:
             kept.append(left)
     return _reduced(Axes(axes.shape, tuple(kept), axes.source), over, bool(call.args.get("keepdim")))
@@ -175,3 +183,14 @@ def group_norm(call: Call) -> Result:
         made = replace(made, factors=factors)
     rest = list(tensors_in([call.made]))[1:]
     return [made, *[Axes(tuple(tensor.shape)) for tensor in rest]]
+
+
+def weight_norm(call: Call) -> Result:
+    """A weight of a length that is another parameter: a statistic over all axes but one."""
+    direction, length = call.args["v"], call.args["g"]
+    axes = call.axes(direction)
+    dim = int(call.args.get("dim", 0)) % direction.dim()
+    made = _statistic(call, axes, [axis for axis in range(direction.dim()) if axis != dim], keepdim=True, same=True)
+    made = broadcast(call, [(None, made), (length, call.axes(length))], axes.shape)
+    rest = list(tensors_in([call.made]))[1:]
+    return [made, *[Axes(tuple(tensor.shape)) for tensor in rest]] if rest else made
