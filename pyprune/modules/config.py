@@ -200,9 +200,7 @@ def _mask(entry: Mapping[str, Any], following: Mask | None = None) -> Mask:
     unit, bits = entry.get("unit"), unpack_bits(entry["bits"], entry["shape"])
     if following is not None and not torch.equal(following.mask, bits):
         raise damaged(f"the mask of {entry['names'][0]} is not that of the dead channels of {entry['follows']}")
-    mask = following or Mask(
-        bits, None if unit is None else tuple(unit), on_target=entry.get("on_target", True)
-    )
+    mask = following or Mask(bits, None if unit is None else tuple(unit), on_target=entry.get("on_target", True))
     mask.parks = entry.get("parks", True)
     mask.parked = None if entry["parked"] is None else entry["parked"].clone()
     return mask

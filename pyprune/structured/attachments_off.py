@@ -28,6 +28,7 @@ class Carried:
     mask: Tensor
     raw: Tensor
     unit: tuple[int, ...] | None
+    on_target: bool
     follows: nn.Parameter | None = None
     layout: Layout | None = None
 
@@ -58,6 +59,7 @@ def take_off(model: nn.Module, change: Change) -> list[Carried]:
             found.mask,
             raw_weight(target),
             found.unit,
+            found.on_target,
             found.source.parameter if isinstance(found, FollowingMask) else None,
             found.layout if isinstance(found, FollowingMask) else None,
         )
@@ -87,7 +89,7 @@ def put_back(model: nn.Module, carried: Sequence[Carried], kept: Kept) -> None:
         mask = cut(one.mask, kept.of(one.parameter))
         if one.follows is None and not bool(mask.all()):
             one.parameter.copy_(cut(one.raw, kept.of(one.parameter)))
-            new[id(one.parameter)] = NewMask(one.owners, mask, one.unit)
+            new[id(one.parameter)] = NewMask(one.owners, mask, one.unit, one.on_target)
     for one in carried:
         source = new.get(id(one.follows))
         if source is not None and one.layout is not None:

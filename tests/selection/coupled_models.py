@@ -51,10 +51,11 @@ class FusedQkv(nn.Module):
 
     def __init__(self):
         super().__init__()
+        self.heads = 3
         self.qkv, self.p = nn.Linear(12, 36), nn.Linear(12, 12)
 
     def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(-1, (3, 3, 4)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, 4)).permute(2, 0, 3, 1, 4)
         return self.p(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
