@@ -1,7 +1,6 @@
 """Coupled units: which go, by scores, counts and costs, and what masks then hold, beside NumPy."""
 
 import copy
-import json
 import re
 import warnings
 
