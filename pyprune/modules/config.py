@@ -19,6 +19,7 @@ from pyprune.modules.mask_states import pack_bits, state_of, unpack_bits
 from pyprune.modules.masks import FollowingMask, Mask
 from pyprune.modules.targets import Target, all_parameters, attachments_of, check_prunable
 from pyprune.modules.undo import Change
+from pyprune.modules.unit_gates import UnitGates
 from pyprune.modules.watching import watch
 from pyprune.modules.zeros import hold_zeros, holds_in, settle_written
 
@@ -66,6 +67,11 @@ def get_config(model: nn.Module) -> dict[str, Any]:
             elif not attachment.on_target:
                 state["on_target"] = False
             masks.append(entry | state | {"parks": attachment.parks})
+        elif isinstance(attachment, UnitGates):
+            raise TypeError(
+                f"{target.name} carries gates of coupled units, which a config cannot describe; build the model "
+                "anew, put gates on by the same call of prune, and load the state_dict"
+            )
         elif isinstance(attachment, StochasticGate):
             gates.append(entry | _describe(target, attachment))
     return {"version": VERSION, "masks": masks, "gates": gates}

@@ -45,6 +45,12 @@ class Part:
         """Return what entries along the dimension come to in each unit: (units, entries of one)."""
         return entries[self.indices.to(entries.device)]
 
+    def units_along(self, otherwise: int) -> Tensor:
+        """Return which unit each entry along the dimension is in; ``otherwise`` if it is in none."""
+        units = torch.full((self.target.parameter.shape[self.dim],), otherwise)
+        units[self.indices] = torch.arange(len(self.indices))[:, None]
+        return units
+
     def is_kept(self, mask: Tensor) -> Tensor:
         """Return which units a mask of the parameter keeps an element of."""
         entries = ops.unit_scores([mask], [self.block], p=None, reduction="max")[0].flatten()

@@ -1,6 +1,6 @@
 """What a method prunes of a model: weights one by one, or coupled units of several."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pyprune.methods.importance import Importance
 from pyprune.methods.method import Method
+from pyprune.modules.attachments import Attachment
 from pyprune.modules.coverage import warn_of_missed
 from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.modules.targets import Target, all_parameters, find_targets_and_zeros
@@ -88,3 +89,13 @@ def _staying(model: nn.Module, units: CoupledUnits) -> dict[str, Sequence[Target
             why = next((reasons[owner.name] for owner in target.owners if owner.name in reasons), "in no group")
             staying.setdefault(f"it stays: {why}", []).append(target)
     return dict(staying)
+
+
+def check_kind(targets: Iterable[Target], kind: type[Attachment]) -> None:
+    """Raise ValueError if a target carries an attachment of another kind."""
+    for target in targets:
+        if target.attachment is not None and type(target.attachment) is not kind:
+            raise ValueError(
+                f"{target.name} carries a {type(target.attachment).__name__}, this mode would put a {kind.__name__} "
+                "there; strip the model first, or name the weight in ignored_scope"
+            )

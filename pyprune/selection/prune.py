@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -11,15 +11,12 @@ from torch import Tensor, nn
 
 from pyprune.calibration.calibrate import Calibration
 from pyprune.checks import check_bool, check_number, shown
-from pyprune.methods.allocation import Allocation, Amount, check_ratio
-from pyprune.methods.granularity import RatioOf, counting
+from pyprune.methods.allocation import Allocation, Amount
+from pyprune.methods.granularity import Granularity, RatioOf, counting
 from pyprune.methods.importance import Importance
 from pyprune.methods.method import METHODS, Method, PruneMode, check_amount, check_mode
-from pyprune.modules.attachments import Attachment, check_module
-from pyprune.modules.coverage import warn_of_missed
+from pyprune.modules.attachments import check_module
 from pyprune.modules.dead_channels import new_followers
-from pyprune.modules.forward_pass import attach_and_share
-from pyprune.modules.gates import HardConcreteGate, StochasticGate
 from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.modules.last_layers import last_layers
 from pyprune.modules.masks import Mask, attach_masks, changing_masks, masks_by_target, masks_in
@@ -28,20 +25,15 @@ from pyprune.modules.targets import (
     Target,
     by_place,
     check_prunable,
-    find_targets,
     output_layers,
 )
 from pyprune.modules.undo import Change
 from pyprune.selection.choose_masks import choose_masks
 from pyprune.selection.coupled import check_follows, check_no_coupled, check_scored
-from pyprune.selection.find_prunable import Prunable, find_prunable, tell_missed
+from pyprune.selection.find_prunable import Prunable, check_kind, find_prunable, tell_missed
+from pyprune.selection.put_gates import put_gates, units_of_gates
 
 _M = TypeVar("_M", bound=nn.Module)
-
-_GATES = {
-    PruneMode.UNSTRUCTURED_REGULARIZATION_BASED: StochasticGate,
-    PruneMode.UNSTRUCTURED_HARD_CONCRETE: HardConcreteGate,
-}
 
 
 @torch.inference_mode(False)  # masks made under inference_mode could not be trained with
@@ -52,6 +44,7 @@ def prune(
     ratio: float | Mapping[str, float] | None = None,
     target_params: float | None = None,
     target_macs: float | None = None,
+    granularity: Granularity | None = None,
     ignored_scope: IgnoredScope | None = None,
     examples_inputs: Any = None,
     calibration: Calibration | None = None,
@@ -90,6 +83,8 @@ def prune(
             of such fractions by name or regular expression of weights or of modules above them, or by groups; what
             it does not name loses nothing. For N:M it is at most 1 - keep / of, which None stands for, and less
             leaves some groups whole. For gates a loss has it, and here it only warns.
+        granularity: for learned gates: `pyprune.granularity.coupled` puts one gate on each coupled unit, which all
+            its weights, biases and norms share, in place of one on each element; a `Method` has its own.
         ignored_scope: weights to leave out.
         examples_inputs: a tensor, a tuple of positional or a dict of keyword arguments for the model. If given,
             one forward pass also finds weights that are bare parameters, which dimensions of weights are inputs by
@@ -142,8 +137,10 @@ def prune(
     if target_params is not None or target_macs is not None:
         method, ratio = _with_target(method, ratio, target_params, target_macs)
     amount = Amount(ratio, allocation, min_ratio, max_ratio, from_remaining)
+    units = units_of_gates(mode, method, granularity)
     if method is None:
-        return _put_gates(model, mode, amount, ignored_scope, examples_inputs, same_on_all_ranks)
+        put_gates(model, PruneMode(mode), amount, units, ignored_scope, examples_inputs, same_on_all_ranks)
+        return model
     if same_on_all_ranks:
         warnings.warn(f"same_on_all_ranks does nothing in mode {mode}: masks have no noise", stacklevel=3)
     put_masks(
@@ -355,47 +352,3 @@ def _norm_scales(model: nn.Module, targets: Sequence[Target], inputs: Any) -> di
     if not scales:
         raise ValueError(f"no layer of {type(model).__name__} is followed by a BatchNorm with a scale")
     return scales
-
-
-def check_kind(targets: Iterable[Target], kind: type[Attachment]) -> None:
-    """Raise ValueError if a target carries an attachment of another kind."""
-    for target in targets:
-        if target.attachment is not None and type(target.attachment) is not kind:
-            raise ValueError(
-                f"{target.name} carries a {type(target.attachment).__name__}, this mode would put a {kind.__name__} "
-                "there; strip the model first, or name the weight in ignored_scope"
-            )
-
-
-# ---- gates ----
-
-
-def _put_gates(
-    model: _M,
-    name: str,
-    amount: Amount,
-    ignored_scope: IgnoredScope | None,
-    examples_inputs: Any,
-    same_on_all_ranks: bool,
-) -> _M:
-    kind = _GATES[PruneMode(name)]
-    if amount.ratio is not None:
-        check_ratio(amount.ratio)
-    targets = find_targets(model, ignored_scope, examples_inputs)
-    check_kind(targets, kind)
-    warn_of_missed(model, ignored_scope, targets, has_inputs=examples_inputs is not None)
-    # Masks that drop nothing are made, and what is not finite is found on the way.
-    choose_masks(METHODS[PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL], Amount(0.0), targets, {}).check()
-    if amount.ratio is not None:
-        warnings.warn(
-            f"ratio does nothing in mode {name}: the target belongs to RBLoss or LagrangianLoss", stacklevel=4
-        )
-    gates = [(target.owners, target.attachment or _new_gate(target, kind, same_on_all_ranks)) for target in targets]
-    with Change(model):
-        attach_and_share(model, gates)
-    return model
-
-
-def _new_gate(target: Target, kind: type[StochasticGate], same_on_all_ranks: bool) -> StochasticGate:
-    weight = target.parameter
-    return kind(weight.shape, same_on_all_ranks=same_on_all_ranks, device=weight.device)

@@ -14,9 +14,12 @@ from pyprune.modules.masks import FollowingMask, Mask, NewFollower, NewMask, att
 from pyprune.modules.strip import check_foldable
 from pyprune.modules.targets import attachments_of
 from pyprune.modules.undo import Change
+from pyprune.modules.unit_gates import UnitGates
 from pyprune.modules.watching import unwatch
 from pyprune.modules.zeros import check_places, holds_in, settle_written
 from pyprune.structured.compact import Kept, cut
+
+GATES = (StochasticGate, UnitGates)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +46,7 @@ def gated_weights(model: nn.Module) -> list[nn.Parameter]:
     check_places(model)
     attachments = attachments_of(model)
     check_foldable(attachments)
-    return [target.parameter for target, found in attachments.items() if isinstance(found, StochasticGate)]
+    return [target.parameter for target, found in attachments.items() if isinstance(found, GATES)]
 
 
 @torch.no_grad()
@@ -69,7 +72,7 @@ def take_off(model: nn.Module, change: Change) -> list[Carried]:
     gated = {
         target.parameter: found.deterministic(target.parameter)
         for target, found in attachments.items()
-        if isinstance(found, StochasticGate)
+        if isinstance(found, GATES)
     }
     for target in reversed(attachments):
         detach(target.owners[::-1])

@@ -49,8 +49,8 @@ from pyprune.selection.choose_masks import (
 )
 from pyprune.selection.choose_units import ratios_of
 from pyprune.selection.coupled import check_follows, check_no_coupled
-from pyprune.selection.find_prunable import find_prunable, tell_missed
-from pyprune.selection.prune import check_kind, ends_of, method_of, statistics_of
+from pyprune.selection.find_prunable import check_kind, find_prunable, tell_missed
+from pyprune.selection.prune import ends_of, method_of, statistics_of
 
 
 class Pruner:
