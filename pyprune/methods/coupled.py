@@ -2,17 +2,18 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from pyprune.methods.granularity import Coupled
 from pyprune.methods.unit_groups import Reduction
 
-Numbers = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
+Numbers = np.ndarray[Any, np.dtype[np.float64]]
+Ints = np.ndarray[Any, np.dtype[np.int64]]
+Flags = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 def combined(scores: Sequence[Tensor], how: Coupled) -> Tensor:
@@ -80,7 +81,7 @@ class Pool:
         return group_of[np.lexsort((group_of, scored, free))].astype(np.int64)
 
 
-def lowest(scores: Numbers, count: int) -> npt.NDArray[np.bool_]:
+def lowest(scores: Numbers, count: int) -> Flags:
     """Return which units are kept when so many with the lowest scores go; of equals the first.
 
     Example:

@@ -1,6 +1,7 @@
 """Gates of coupled units: one logit for each unit, which all parameters that the unit lies in share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from pyprune.modules.attachments import Attachment
 from pyprune.modules.gated_classes import put_gate, take_gate
 from pyprune.modules.gates import StochasticGate
+from pyprune.modules.undo import undoing
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +45,7 @@ class UnitGates(nn.Module, Attachment):
         super().__init__()
         self.shape = tuple(shape)
         self.on_target = on_target
+        self.is_open = False
         self.gates = nn.ModuleList([part.gate for part in parts])
         self.dims = [part.dim for part in parts]
         for index, part in enumerate(parts):
@@ -58,6 +61,8 @@ class UnitGates(nn.Module, Attachment):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the parameter times the sample of its units' gates, or, in evaluation, times their `values`."""
+        if self.is_open:
+            return weight
         if not self.training:
             return self.deterministic(weight)
         for index, gate in enumerate(self._gates):
@@ -91,3 +96,18 @@ class UnitGates(nn.Module, Attachment):
     def extra_repr(self) -> str:
         """Say what it is for."""
         return f"shape={self.shape}, dims={self.dims}"
+
+
+@contextmanager
+def opened(model: nn.Module) -> Iterator[None]:
+    """Let gates of coupled units pass all on, so that the model can be looked at as if they were not there."""
+    gates = [module for module in model.modules() if isinstance(module, UnitGates)]
+
+    def close() -> None:
+        for gate in gates:
+            gate.is_open = False
+
+    with undoing(close):
+        for gate in gates:
+            gate.is_open = True
+        yield

@@ -9,14 +9,13 @@ from torch import Tensor
 
 from pyprune import ops
 from pyprune.methods.allocation import Amount
-from pyprune.methods.coupled import combined, lowest
+from pyprune.methods.coupled import Flags, combined, lowest
 from pyprune.methods.importance import normalized, random_scores
 from pyprune.methods.method import Method
 from pyprune.modules.masks import Mask
 from pyprune.modules.targets import Target
 from pyprune.selection.count_coupled import coupled_counts
 from pyprune.selection.coupled import CoupledUnits, Part, UnitsOfGroup, parts_scored
-from pyprune.structured.coordinates import Flags
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyprune import ops
 from pyprune.console import listed, warn
+from pyprune.methods.coupled import Flags
 from pyprune.methods.importance import Importance
 from pyprune.methods.method import Method
 from pyprune.methods.name_rules import all_above, meaning, nearest_to
@@ -21,7 +22,6 @@ from pyprune.modules.attachments import check_module
 from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.modules.masks import Mask, masks_in
 from pyprune.modules.targets import Target, all_parameters, check_coupled, check_ignored_scope, ignored_in
-from pyprune.structured.coordinates import Flags
 from pyprune.structured.groups import CoupledGroups, Group, coupled_groups
 
 _NO_HEADS = "heads=False"
