@@ -35,6 +35,7 @@ from pyprune import (
     torch_prune,
 )
 from tests.conftest import Unchanged
+from tests.structured.small_blocks import Experts, Residual
 from tests.wrong_values import (
     COUNT,
     DICTS,
@@ -113,6 +114,7 @@ FLAGS = [
     "validate",
     "straight_through",
     "update_stale",
+    "width",
     "progress",
     "strip",
 ]
@@ -144,6 +146,14 @@ class Row:
 
 def net():
     return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+
+
+def blocks():
+    return nn.Sequential(*(Residual() for _ in range(3)))
+
+
+def experts():
+    return Experts(4)
 
 
 def masked():
@@ -213,6 +223,7 @@ def placed(function, **arguments):
 
 MADE = (importance.Importance, granularity.Granularity, scope.Scope, schedules.Schedule)
 PRUNER = {"schedule": FUNCTIONS, "optimizer": OPTIONAL}
+SEVERAL = OPTIONAL | {"[]", "()", "{}", "set", "generator"}
 GATE = {"shape": SEQUENCES, "gate_shape": OPTIONAL | {"(4, 4)"}}
 GATE["shape"] = {"(4, 4)", "()", "(1, 2)", "[]", "[1]", "range"}
 GATE["gate_shape"] = OPTIONAL | {"(4, 4)", "(1, 2)"}
@@ -267,9 +278,36 @@ ROWS: dict[str, Row] = {
             "round_to": 1,
             "constants": "exact",
             "verify": 1e-4,
+            "width": False,
             "update_stale": False,
         },
         {"optimizer": OPTIONAL | {"[]", "()"}, "round_to": COUNT, "verify": NOT_NEGATIVE},
+    ),
+    "drop_blocks": Row(
+        pyprune.drop_blocks,
+        lambda: (
+            {"model": blocks(), "examples": torch.ones(2, 4), "names": None, "count": 1, "importance": "influence"}
+            | {"optimizer": None}
+        ),
+        {"names": OPTIONAL, "count": COUNT - {"5"}, "importance": FUNCTIONS, "optimizer": SEVERAL},
+    ),
+    "drop_blocks, names": Row(
+        pyprune.drop_blocks,
+        lambda: {"model": blocks(), "examples": torch.ones(2, 4), "names": ["1"], "count": None},
+        {"names": {"['0']"}, "count": OPTIONAL},
+    ),
+    "drop_experts": Row(
+        pyprune.drop_experts,
+        lambda: (
+            {"model": experts(), "examples": torch.ones(2, 4), "names": None, "count": None, "ratio": 0.25}
+            | {"importance": "use", "optimizer": None}
+        ),
+        {"names": OPTIONAL, "count": OPTIONAL, "ratio": SHARE, "importance": FUNCTIONS, "optimizer": SEVERAL},
+    ),
+    "drop_experts, count": Row(
+        pyprune.drop_experts,
+        lambda: {"model": experts(), "examples": torch.ones(2, 4), "count": 1},
+        {"count": {"1", "2", "np.int64(1)"}},
     ),
     "rebuild": Row(pyprune.rebuild, lambda: {"fresh_model": net(), "plan": pyprune.Plan()}),
     "strip": Row(
@@ -632,7 +670,8 @@ ROWS: dict[str, Row] = {
 # What calls return, and tables: their fields are not checked. AcDcPruner takes what `ac_dc` takes; one_gate_sample is
 # called in its row, by another name.
 NOT_CALLED = """
-    __version__ build_info one_gate_sample AcDcPruner Calibration IterativeResult KeepSparse ModelPruningStatistic
+    __version__ build_info one_gate_sample AcDcPruner Calibration Dropped IterativeResult KeepSparse
+    ModelPruningStatistic
     Plan PruneMode PruningRound Shrunk Recipe RecipePruner Schedule SensitivityResult SensitivityTarget StripFormat
     TensorPruningStatistic as_schedule
 """.split()  # noqa: SIM905

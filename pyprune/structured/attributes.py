@@ -62,7 +62,8 @@ def settings(model: nn.Module, sizes: dict[Place, int]) -> list[Setting]:
         if index is None:
             made[name, attribute] = value
         else:
-            numbers = made.setdefault((name, attribute), list(value_of(model, name, attribute)))
+            now = value_of(model, name, attribute)
+            numbers = made.setdefault((name, attribute), dict(now) if isinstance(now, dict) else list(now))
             numbers[index] = value
     return [(name, attribute, value) for (name, attribute), value in made.items()]
 
@@ -96,23 +97,28 @@ def stale(model: nn.Module, kept: Kept, read: set[tuple[str, str]]) -> list[Sett
 
 
 def _of_changed_sizes(model: nn.Module, kept: Kept) -> Iterator[tuple[str, str, int, bool]]:
-    """Attributes that are what a size of a module's tensors was, what that is now, and whether no other size was so."""
-    changed: dict[str, dict[int, set[int]]] = {}
+    """Attributes that equal a size of a module's tensors, what that is now, and whether no other was the same.
+
+    Of several it is what a layer reads: modules look whether that is what they expect.
+    """
+    changed: dict[str, dict[int, dict[int, int]]] = {}
     for name, tensor in named_tensors(model).items():
         owner = name.rpartition(".")[0]
         for dim, size in enumerate(tensor.shape):
             positions = kept.of(tensor).get(dim)
             for module in {owner, owner.rpartition(".")[0]}:
                 new = size if positions is None else len(positions)
-                changed.setdefault(module, {}).setdefault(size, set()).add(new)
+                changed.setdefault(module, {}).setdefault(size, {}).setdefault(new, dim)
     for name, prefix, holder in holders(model):
         if type(holder).__module__.startswith("torch.nn."):
             continue
         for attribute, value in integers(holder):
-            new_sizes = changed.get(name, {}).get(value, set()) if isinstance(value, int) else set()
-            others = new_sizes - {value}
-            if len(others) == 1:
-                yield name, prefix + attribute, next(iter(others)), len(new_sizes) == 1
+            if not isinstance(value, int):
+                continue
+            new_sizes = changed.get(name, {}).get(value, {})
+            others = sorted((new for new in new_sizes if new != value), key=lambda new: new_sizes[new] != 1)
+            if others:
+                yield name, prefix + attribute, others[0], len(new_sizes) == 1
 
 
 def guesses(model: nn.Module, kept: Kept, changes: Iterable[Setting]) -> dict[tuple[str, str], list[Setting]]:

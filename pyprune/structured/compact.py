@@ -208,6 +208,8 @@ def set_attribute(model: nn.Module, name: str, attribute: str, value: Any) -> No
     """Give an attribute of a module another value; a list becomes what there was, a tuple or a list."""
     attributes, key = holder_of(model, name, attribute)
     attributes[key] = tuple(value) if isinstance(attributes[key], tuple) else value
+    if key == "axes_lengths" and f"_{key}" in attributes:  # a layer of einops keeps it twice
+        attributes[f"_{key}"] = tuple(value.items())
 
 
 # ---- optimizers ----

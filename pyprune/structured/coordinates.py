@@ -86,6 +86,9 @@ class Coordinates:
         # Coordinates that stay, and why; others that can go, but not so that the model computes the same.
         self.stays: list[tuple[Coords, str]] = []
         self.inexact: list[tuple[Coords, str]] = []
+        # In which modules that was.
+        self.place = ""
+        self.inexact_in: list[tuple[Coords, str]] = []
         # Arrays that a view has cut: what is kept of them must be a rectangle.
         self.cuts: list[Coords] = []
         # Units of attention, and of convolutions in groups.
@@ -118,7 +121,9 @@ class Coordinates:
 
     def is_inexact(self, coords: Coords, why: str) -> None:
         """Without these the model computes something else, even where they are zero."""
-        self.inexact.append((np.unique(coords), why))
+        coords = np.unique(coords)
+        self.inexact.append((coords, why))
+        self.inexact_in.append((coords, self.place))
 
     def hold(self, factor: Factor, axes: Iterable[int], why: str) -> None:
         """Keep the sizes of axes: tie what lies along them; if there is nothing else in the factor, it stays."""

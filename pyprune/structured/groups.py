@@ -73,6 +73,16 @@ class Group:
         """Whether a unit that is zero can go, and the model computes what it did."""
         return not self.inexact
 
+    def zero_units(self) -> Flags:
+        """Say which units are zero in all of the group's parameters."""
+        zero = np.ones(len(self), bool)
+        for member in self.members:
+            if isinstance(member.tensor, nn.Parameter):
+                used = (member.tensor.detach() != 0).movedim(member.dim, 0)
+                rows = used.reshape(len(used), -1).any(1).cpu().numpy()
+                zero &= ~rows[member.indices].any(1)
+        return zero
+
     @property
     def name(self) -> str:
         """The weight that makes it: the first member that does not read."""

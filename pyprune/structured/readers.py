@@ -118,14 +118,24 @@ class Readers:
             folds[one.module] = Fold(one.module, dim, entries, labels[entries], one.values[entries])
         gone = is_read & ~blocked
         gone[NONE] = False
-        return Dead(gone, folds, {label: text for label, text in why.items() if constants == "exact"})
+        return Dead(
+            gone, ~is_read & ~blocked, folds, {label: text for label, text in why.items() if constants == "exact"}
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class Dead:
-    """Which units can go (by label), constants that readers get, by module, and why others stay."""
+    """What a trace says of units, by their labels.
+
+    Args:
+        units: which can go.
+        unread: which nothing reads; they can go if they are zero.
+        folds: constants that readers get, by module.
+        kept: why others stay.
+    """
 
     units: Flags
+    unread: Flags
     folds: dict[str, Fold]
     kept: dict[int, str]
 
@@ -136,8 +146,8 @@ def _may_be_zero(one: Contraction, side: int) -> bool:
 
 def _zero(tensor: Tensor, axis: int) -> Flags:
     used = tensor.detach() != 0
-    for dim in sorted(set(range(tensor.dim())) - {axis}, reverse=True):
-        used = used.any(dim)
+    if rest := tuple(dim for dim in range(tensor.dim()) if dim != axis):
+        used = used.any(rest)
     return np.asarray(~used.cpu().numpy())
 
 

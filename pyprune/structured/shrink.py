@@ -36,6 +36,7 @@ def shrink(
     round_to: int = 1,
     constants: Constants = "exact",
     verify: float = 1e-4,
+    width: bool = False,
     update_stale: bool = False,
 ) -> Shrunk:
     """Remove what is dead, in place: the small model is an ordinary, dense one, and computes what it did.
@@ -55,6 +56,9 @@ def shrink(
         constants: "exact" keeps channels whose constant would have to meet zero padding, where no bias is the same,
             "drop" removes them, and reports how much outputs change.
         verify: how much outputs may differ, relative to the largest value of each.
+        width: also remove units under a norm over all of them (the width of a transformer), which must arrive there
+            as zeros. An RMSNorm is given the weight and epsilon that make it compute the same. A LayerNorm cannot be:
+            the model is another one by construction then, is not verified, and ``inexact`` names the norms.
         update_stale: also set attributes that no forward pass reads, and that equal a size that has changed (a number
             of heads that is only printed).
 
@@ -81,6 +85,7 @@ def shrink(
     check_model(model, "shrink")
     round_to = check_count("round_to", round_to, least=1, most=2**31, what="a number of channels, at least 1")
     verify = check_number("verify", verify, least=0, what="a relative difference, at least 0")
+    check_bool("width", width)
     check_bool("update_stale", update_stale)
     if not isinstance(constants, str) or constants not in ("exact", "drop"):
         raise ValueError(f'constants is {shown(constants)}; give "exact" or "drop"')
@@ -92,21 +97,24 @@ def shrink(
         seen = trace(model, inputs, readers.see)
         groups = groups_of(model, seen)
         dead = readers.dead(seen, model, seen.coordinates.units(), constants)
-        choice = _choose(groups, dead, round_to)
+        choice = _choose(groups, dead, round_to, width)
         removal = Removal(model, inputs, seen, groups, dead, math.inf if constants == "drop" else verify)
         found = removal.find(choice.gone)
         kept = removal.kept(found.gone)
         read = {place[:2] for use in seen.sizes for place in places_in(use.expression)}
         changed = {setting[:2] for setting in found.settings}
         old = [one for one in attributes.stale(model, kept, read) if one[:2] not in changed]
+        norms, inexact = removal.norms(found.gone)
         settings = [*found.settings, *(old if update_stale else ())]
+        names = {id(module): name for name, module in model.named_modules()}
+        epsilons = [(names[id(one.module)], *pair) for one in norms for pair in one.epsilons.items()]
         tensors = {id(one): (name, one) for name, one in reversed(named_tensors(model).items())}
         shapes = {key: one.shape for key, (_, one) in tensors.items()}
         before = (sum(one.numel() for one in parameters_of(model)), _bytes(model))
         renewed: list[str] = []
         with resizing(model, kept, change, removal.biases):
-            biases = removal.settle(found.gone, settings)
-            put_back(model, carried, kept)
+            biases = removal.settle(found.gone, settings, norms)
+            put_back(model, carried, kept, {id(one.module.weight) for one in norms})
             stale = [
                 f"{attributes.shown_place(name, attribute)} ({value}, and now {new})"
                 for name, attribute, new in old
@@ -122,7 +130,7 @@ def shrink(
     plan = Plan(
         {tensors[key][0]: {dim: one.tolist() for dim, one in dims.items()} for key, dims in kept.dims.items()},
         {tensors[key][0]: list(shapes[key]) for key in kept.dims},
-        [list(setting) for setting in settings],
+        [list(setting) for setting in (*settings, *epsilons)],
         biases,
         [],
         type(model).__name__,
@@ -145,6 +153,7 @@ def shrink(
         biases,
         renewed,
         choice.whole,
+        inexact,
     )
 
 
@@ -165,12 +174,15 @@ def _optimizers(given: object) -> list[torch.optim.Optimizer]:
     return several
 
 
-def _choose(groups: CoupledGroups, dead: Dead, round_to: int) -> _Choice:
+def _choose(groups: CoupledGroups, dead: Dead, round_to: int, width: bool) -> _Choice:
     gone, whole = [], []
     reasons: Counter[str] = Counter()
     for group in groups:
-        is_dead = dead.units[group.coords].copy()
-        if group.inexact:
+        is_dead = dead.units[group.coords]
+        if (unread := dead.unread[group.coords]).any():
+            is_dead = is_dead | (unread & group.zero_units())
+        is_dead = is_dead.copy()
+        if group.inexact and not width:
             if is_dead.any():
                 reasons[f"{int(is_dead.sum())} units of {group.name}: {group.inexact}"] += 1
             is_dead[:] = False

@@ -5,6 +5,7 @@ Arithmetic on them is remembered, so that ``3 * self.width`` still says where it
 """
 
 import operator
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 from pyprune.modules.undo import undoing
 from pyprune.structured.coordinates import Axes, Coords
 
-# The attribute of a module, or of an object that is one of its attributes ("config.width"); a number in it, if it is
-# a tuple of them.
-Place = tuple[str, str, int | None]
+# The attribute of a module, or of an object that is one of its attributes ("config.width"); which number in it, if it
+# is a tuple or dict of them.
+Place = tuple[str, str, int | str | None]
 Expression = Place | int | tuple[str, "Expression", "Expression"]
 
 _OPERATORS: dict[str, Callable[[int, int], int]] = {
@@ -135,13 +136,12 @@ def holders(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
 
 
 def integers(holder: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the attributes that are integers above 1, or tuples or lists with such."""
+    """Yield the attributes that are integers above 1, or tuples, lists or dicts with such."""
     for attribute, value in list(vars(holder).items()):
         if attribute.startswith("_") or attribute in ("training", "layer_idx"):
             continue
-        if (type(value) is int and value > 1) or (
-            type(value) in (tuple, list) and value and all(type(one) is int for one in value)
-        ):
+        several = value.values() if type(value) is dict else value if type(value) in (tuple, list) else ()
+        if (type(value) is int and value > 1) or (several and all(type(one) is int for one in several)):
             yield attribute, value
 
 
@@ -160,12 +160,28 @@ def sizes_known(model: nn.Module) -> Iterator[None]:
                 known = _known(value, name, prefix + attribute)
                 before.append((vars(holder), attribute, value))
                 vars(holder)[attribute] = known
+                if (pairs := pairs_of_einops(holder, attribute)) is not None:
+                    before.append((vars(holder), *pairs))
+                    vars(holder)[pairs[0]] = tuple(known.items())
+        # einops keeps shapes by the values of what they were computed from, whosever these were.
+        einops: Any = sys.modules.get("einops.einops")
+        if hasattr(einops, "_reconstruct_from_shape_uncached"):
+            before.append((vars(einops), "_reconstruct_from_shape", einops._reconstruct_from_shape))
+            einops._reconstruct_from_shape = einops._reconstruct_from_shape_uncached
         yield
+
+
+def pairs_of_einops(holder: Any, attribute: str) -> tuple[str, Any] | None:
+    """The second place where a layer of einops keeps what is in its attribute ``axes_lengths``."""
+    name = f"_{attribute}"
+    return (name, vars(holder)[name]) if attribute == "axes_lengths" and name in vars(holder) else None
 
 
 def _known(value: Any, name: str, attribute: str) -> Any:
     if isinstance(value, int):
         return Size(value, (name, attribute, None))
+    if isinstance(value, dict):
+        return {key: Size(one, (name, attribute, key)) if one > 1 else one for key, one in value.items()}
     return type(value)(Size(one, (name, attribute, index)) if one > 1 else one for index, one in enumerate(value))
 
 

@@ -254,6 +254,7 @@ class _Tracer:
         )
         tensors = call.tensors()
         self.reach(tensors)
+        self.trace.coordinates.place = self.modules[-1] if self.modules else ""
         if rule is None:
             if any(self.axes(tensor).factors for tensor in tensors):
                 self.trace.unknown[name] = self.trace.unknown.get(name, 0) + 1
@@ -421,6 +422,11 @@ class _Calls(TorchFunctionMode):
         if name == "multi_head_attention_forward":
             for tensor in tensors_in([args[4:14], *kwargs.values()]):
                 self._keep_heads(tensor)
+            for tensor in tensors_in(
+                [*args[:1], kwargs.get("query")]
+            ):  # its width is compared with that of all heads
+                for factor in tracer.axes(tensor).factors:
+                    tracer.trace.coordinates.hold(factor, [tensor.dim() - 1], _HEADS)
         for use in size_uses(name, args, kwargs, made, tracer.axes):
             if isinstance(use, OpenSize):  # it will meet what has units, or not
                 axes = tracer.axes(use.tensor)

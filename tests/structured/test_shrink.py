@@ -303,6 +303,54 @@ def wrapped(model):
     return nn.DataParallel(model)
 
 
+class Stream(nn.Module):
+    """A residual stream with a norm, and units of its width that are zero."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.e, self.n, self.i, self.o, self.h = (
+            nn.Embedding(7, 8),
+            norm,
+            nn.Linear(8, 6),
+            nn.Linear(6, 8),
+            nn.Linear(8, 3),
+        )
+
+    def forward(self, x):
+        x = self.e(x)
+        return self.h(self.n(x + self.o(F.gelu(self.i(self.n(x))))))
+
+
+class OnePlusNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.zeros(8)), 1e-3
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * (1 + self.weight)
+
+
+@pytest.mark.parametrize("norm", [nn.RMSNorm(8), nn.RMSNorm(8, eps=1e-2), OnePlusNorm(), nn.LayerNorm(8)], ids=repr)
+def test_shrink_removes_width_where_norms_can_be_made_the_same(norm):
+    model, x = shake(Stream(copy.deepcopy(norm))), torch.randint(0, 7, (2, 5))
+    fresh = copy.deepcopy(model)
+    with torch.no_grad():
+        model.e.weight[:, :3] = 0
+        model.o.weight[:3] = 0
+        model.o.bias[:3] = 0
+        model.i.weight[:, :3] = 0
+        model.h.weight[:, :3] = 0
+    expected = model(x)
+    assert not shrink(copy.deepcopy(model), x).removed
+    shrunk = shrink(model, x, width=True)
+    assert model.e.embedding_dim == 5
+    is_exact = not isinstance(norm, nn.LayerNorm)
+    assert list(shrunk.inexact) == ([] if is_exact else ["n"])
+    assert equal(model(x), expected) == is_exact
+    rebuild(fresh, shrunk.plan).load_state_dict(model.state_dict())
+    assert torch.equal(fresh(x), model(x))
+
+
 BAD = {
     "no module": (lambda: "model", lambda: torch.ones(1, 4), {}, TypeError, "give a torch.nn.Module"),
     "in parallel": (lambda: wrapped(nn.Linear(4, 2)), lambda: torch.ones(1, 4), {}, ValueError, "wraps"),
