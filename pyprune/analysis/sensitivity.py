@@ -19,7 +19,7 @@ from pyprune.calibration.calibrate import Calibration
 from pyprune.checks import check_bool, check_items, check_path
 from pyprune.console import tracked
 from pyprune.methods.allocation import Amount, check_ratio
-from pyprune.methods.granularity import counting
+from pyprune.methods.coupled import counting
 from pyprune.methods.importance import magnitude
 from pyprune.methods.method import Method, PruneMode, check_amount
 from pyprune.methods.scope import tensor

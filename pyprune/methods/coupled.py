@@ -1,14 +1,14 @@
 """Coupled units in pure numbers: one score of many, in which order units go, and how many of each group."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyprune.methods.granularity import Coupled
+from pyprune.methods.granularity import Coupled, Granularity, RatioOf
 from pyprune.methods.unit_groups import Reduction
 
 Numbers = np.ndarray[Any, np.dtype[np.float64]]
@@ -135,3 +135,15 @@ def fewest(count: int, costs_too_much: Callable[[int], bool]) -> int | None:
         else:
             high = middle
     return low
+
+
+def counting(units: Granularity, ratio_of: RatioOf) -> Granularity:
+    """Return the same coupled units, of which a ratio is another one.
+
+    Example:
+        >>> from pyprune.methods.granularity import coupled
+        >>> counting(coupled(), "macs").coupled.ratio_of
+        'macs'
+    """
+    assert units.coupled is not None
+    return replace(units, coupled=replace(units.coupled, ratio_of=ratio_of))

@@ -6,7 +6,7 @@ convolution with groups, or of experts in one weight, is a channel of one group,
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from pyprune.checks import check_bool, check_choice, check_count, check_names, shown
@@ -254,17 +254,6 @@ def coupled(
 
     units = Coupled(heads, width, reduce, normalize, round_to, min_units, ratio_of)
     return Granularity("coupled", block_of, coupled=units)
-
-
-def counting(units: Granularity, ratio_of: RatioOf) -> Granularity:
-    """Return the same coupled units, of which a ratio is another one.
-
-    Example:
-        >>> counting(coupled(), "macs").coupled.ratio_of
-        'macs'
-    """
-    assert units.coupled is not None
-    return replace(units, coupled=replace(units.coupled, ratio_of=ratio_of))
 
 
 def check_reduction(reduction: Reduction) -> Reduction:

@@ -23,6 +23,7 @@ from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.modules.masks import Mask, masks_in
 from pyprune.modules.targets import Target, all_parameters, check_coupled, check_ignored_scope, ignored_in
 from pyprune.structured.groups import CoupledGroups, Group, coupled_groups
+from pyprune.structured.models import examples_of
 
 _NO_HEADS = "heads=False"
 
@@ -189,6 +190,7 @@ def find_coupled(
             "granularity.coupled finds what goes together in a forward pass, and examples_inputs is None; give "
             "inputs of the model: a tensor, a tuple, a dict, or a list of these"
         )
+    examples_of(examples_inputs, "examples_inputs")
     found = coupled_groups(model, examples_inputs)
     targets = {id(target.parameter): target for target in all_parameters(model)}
     every = [_units_of(number, group, targets) for number, group in enumerate(found)]

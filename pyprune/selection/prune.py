@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from pyprune.calibration.calibrate import Calibration
 from pyprune.checks import check_bool, check_number, shown
 from pyprune.methods.allocation import Allocation, Amount
-from pyprune.methods.granularity import Granularity, RatioOf, counting
+from pyprune.methods.coupled import counting
+from pyprune.methods.granularity import Granularity, RatioOf
 from pyprune.methods.importance import Importance
 from pyprune.methods.method import METHODS, Method, PruneMode, check_amount, check_mode
 from pyprune.modules.attachments import check_module
