@@ -24,6 +24,8 @@ from pyprune.recipes.recipe import Recipe
 from pyprune.recipes.recipe_pruner import RecipePruner
 from pyprune.selection.prune import prune
 from pyprune.selection.thresholds import ratios_below
+from pyprune.structured.reconstruct import reconstruct
+from pyprune.structured.reconstructed import Reconstructed
 from pyprune.training.ac_dc import AcDcPruner, ac_dc
 from pyprune.training.gmp import gmp
 from pyprune.training.iterative import IterativeResult, PruningRound, iterative_prune, lottery_ticket
@@ -66,6 +68,7 @@ __all__ = [
     "RBLoss",
     "Recipe",
     "RecipePruner",
+    "Reconstructed",
     "RigLPruner",
     "Schedule",
     "SensitivityResult",
@@ -97,6 +100,7 @@ __all__ = [
     "pruning_statistic",
     "ratios_below",
     "reapply",
+    "reconstruct",
     "schedules",
     "scope",
     "sensitivity",

@@ -1,0 +1,1 @@
+"""What is coupled, what is dead, and how a model becomes smaller."""
