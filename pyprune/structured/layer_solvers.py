@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyprune.structured.least_squares import Sums, System, conjugate_gradients
 from pyprune.structured.paired_passes import Job
-from pyprune.structured.readers import Reader
+from pyprune.structured.paired_layers import Reader
 from pyprune.structured.unfolding import call, channel_dim, groups_of, matrix_of, samples, weight_of
 
 _ITERATIONS = 100

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyprune.modules.evaluation import evaluating, forward, untouched
 from pyprune.modules.undo import Before, undoing
-from pyprune.structured.readers import Reader, geometry
+from pyprune.structured.paired_layers import Reader, geometry
 from pyprune.structured.unfolding import call, channel_dim
 
 Hook = Callable[[Any, Any, Any], None]

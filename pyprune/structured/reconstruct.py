@@ -15,7 +15,7 @@ from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.modules.undo import Change
 from pyprune.structured.layer_solvers import Solved, solve_by_gradients, solve_by_sums
 from pyprune.structured.paired_passes import evaluating_both, look_at_both
-from pyprune.structured.readers import find_readers, kept_by
+from pyprune.structured.paired_layers import find_readers, kept_by
 from pyprune.structured.reconstructed import Reconstructed
 
 
