@@ -26,6 +26,10 @@ from pyprune.selection.prune import prune
 from pyprune.selection.thresholds import ratios_below
 from pyprune.structured.reconstruct import reconstruct
 from pyprune.structured.reconstructed import Reconstructed
+from pyprune.structured.groups import coupled_groups
+from pyprune.structured.plan import Plan, rebuild
+from pyprune.structured.shrink import shrink
+from pyprune.structured.shrunk import Shrunk
 from pyprune.training.ac_dc import AcDcPruner, ac_dc
 from pyprune.training.gmp import gmp
 from pyprune.training.iterative import IterativeResult, PruningRound, iterative_prune, lottery_ticket
@@ -62,6 +66,7 @@ __all__ = [
     "MovementPruner",
     "MultiStepMagnitudePruningScheduler",
     "MultiStepRBPruningScheduler",
+    "Plan",
     "PruneMode",
     "Pruner",
     "PruningRound",
@@ -73,6 +78,7 @@ __all__ = [
     "Schedule",
     "SensitivityResult",
     "SensitivityTarget",
+    "Shrunk",
     "StochasticGate",
     "StripFormat",
     "TensorPruningStatistic",
@@ -84,6 +90,7 @@ __all__ = [
     "build_info",
     "calibrate",
     "check_optimizer",
+    "coupled_groups",
     "gate_parameters",
     "get_config",
     "gmp",
@@ -101,9 +108,11 @@ __all__ = [
     "ratios_below",
     "reapply",
     "reconstruct",
+    "rebuild",
     "schedules",
     "scope",
     "sensitivity",
+    "shrink",
     "slimming_loss",
     "snip",
     "strip",

@@ -21,13 +21,14 @@ FLOORS = {
     "methods": 2,
     "modules": 3,
     "calibration": 4,
-    "selection": 5,
-    "analysis": 6,
-    "torch_prune": 6,
-    "training": 6,
-    "recipes": 7,
-    "integrations": 8,
-    "__init__": 9,
+    "structured": 5,
+    "selection": 6,
+    "analysis": 7,
+    "torch_prune": 7,
+    "training": 7,
+    "recipes": 8,
+    "integrations": 9,
+    "__init__": 10,
 }
 # How a weight is masked, whatever the mask was chosen by.
 BLIND = (

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from pyprune import ops
 from pyprune.checks import check_bool, shown
 from pyprune.console import listed, warn
-from pyprune.modules.attachments import check_module, detach
+from pyprune.modules.attachments import Attachment, check_module, detach
 from pyprune.modules.forward_pass import unshare_samples
 from pyprune.modules.gates import HardConcreteGate, StochasticGate, check_gates
 from pyprune.modules.masks import Mask
-from pyprune.modules.targets import attachments_of, check_prunable
+from pyprune.modules.targets import Target, attachments_of, check_prunable
 from pyprune.modules.undo import Change
 from pyprune.modules.watching import unwatch
 from pyprune.modules.zeros import check_places, fold_all
@@ -115,18 +115,7 @@ def let_go(
             "expected_count is for hard-concrete gates, and this model has none; masks and Bernoulli gates say "
             "themselves what is zero"
         )
-    for target in attachments:
-        check_prunable(target)
-    undecided = [
-        target.name
-        for target, found in attachments.items()
-        if isinstance(found, StochasticGate) and found.logits.isnan().any()
-    ]
-    if undecided:
-        raise ValueError(
-            f"the gates of {', '.join(undecided)} have NaN logits, which are neither open nor closed: the training "
-            "diverged. Load an earlier checkpoint"
-        )
+    check_foldable(attachments)
     if do_copy:
         model = copy.deepcopy(model)
     attachments = attachments_of(model)
@@ -141,6 +130,22 @@ def let_go(
         unwatch(model)
         change.finish(partial(_write, masks, gated, gates.values()))
     return model
+
+
+def check_foldable(attachments: Mapping[Target, Attachment]) -> None:
+    """Raise unless all that these make of their weights can be written into them."""
+    for target in attachments:
+        check_prunable(target)
+    undecided = [
+        target.name
+        for target, found in attachments.items()
+        if isinstance(found, StochasticGate) and found.logits.isnan().any()
+    ]
+    if undecided:
+        raise ValueError(
+            f"the gates of {', '.join(undecided)} have NaN logits, which are neither open nor closed: the training "
+            "diverged. Load an earlier checkpoint"
+        )
 
 
 @torch.no_grad()

@@ -125,7 +125,8 @@ class Change(ExitStack):
         values: Iterable[Tensor] = (),
     ) -> None:
         super().__init__()
-        self._settle: Callable[[], object] = Before(*models, holds=holds, objects=objects, values=values).restore
+        self._undo: Callable[[], object] = Before(*models, holds=holds, objects=objects, values=values).restore
+        self._settle = self._undo
         self._gradients = torch.is_grad_enabled()
         self._is_settled = False
         # Twice: if the first is interrupted, the second begins again.
@@ -139,6 +140,11 @@ class Change(ExitStack):
         """
         self._settle = action
         action()
+
+    @property
+    def is_finishing(self) -> bool:
+        """Whether it is too late to take anything back."""
+        return self._settle is not self._undo
 
     def _end(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         if kind is not None and not self._is_settled:

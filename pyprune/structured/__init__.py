@@ -1,1 +1,1 @@
-"""What is coupled, what is dead, and how a model becomes smaller."""
+"""What is coupled, what is dead, and how a model really becomes smaller."""

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from pyprune.checks import shown
 from pyprune.modules.attachments import Attachment, Owner, dense_modules
@@ -75,9 +75,9 @@ class Reader:
             return tensor if self.outputs is None else tensor[self.outputs.to(tensor.device)]
 
         pairs = [(left(rows(self.dense)), rows(self.layer))]
-        bias = cast(Tensor | None, self.dense.bias)
-        if bias is not None and self.bias is not None:
-            pairs.append((left(bias.detach()), self.bias.detach()))
+        if self.bias is not None:
+            bias = cast(Tensor | None, self.dense.bias)  # a shrunk layer may have one that took over a constant
+            pairs.append((torch.zeros_like(self.bias) if bias is None else left(bias.detach()), self.bias.detach()))
         return pairs
 
     def write(self, matrix: Tensor, bias: Tensor | None) -> None:
@@ -204,12 +204,13 @@ def _check_writable(target: Target, dense_parameters: set[int]) -> None:
 
 def _reader(name: str, layer: nn.Module, dense: nn.Module, target: Target, kept: Kept) -> Reader:
     full = f"{name}.weight" if name else "weight"
-    outputs = _kept_outputs(full, dense, kept)
+    dims = next((kept[owner.name] for owner in target.owners if owner.name in kept), {})
+    outputs = _kept_outputs(dense, dims)
     count = _outputs_of(dense) if outputs is None else len(outputs)
     if count != _outputs_of(layer):
         raise ValueError(
             f"{full} has {_outputs_of(layer)} outputs, and {count} of the dense model's {_outputs_of(dense)} are "
-            f"left by {'the plan' if kept else 'no plan'}; give the plan by which this model was shrunk"
+            f"left {'by the plan' if kept else 'without a plan'}; give the plan by which this model was shrunk"
         )
     if outputs is not None and len(outputs) and not 0 <= int(outputs.min()) <= int(outputs.max()) < _outputs_of(dense):
         raise ValueError(f"the plan keeps outputs of {full} that the dense model does not have")
@@ -238,14 +239,14 @@ def _outputs_of(layer: nn.Module) -> int:
     return groups * outputs
 
 
-def _kept_outputs(full: str, dense: nn.Module, kept: Kept) -> Tensor | None:
-    dims = kept.get(full, {})
+def _kept_outputs(dense: nn.Module, dims: Mapping[int, Tensor]) -> Tensor | None:
+    """Return which output channels of a layer are left where these positions of its weight are; None for all."""
     if not isinstance(dense, _ConvTransposeNd):
-        return dims.get(0 if channel_dim(dense) != -1 or isinstance(dense, nn.Linear) else 1)
-    inputs, outputs, _, *_ = *dense.weight.shape[:2], 0
+        return dims.get(0 if isinstance(dense, (nn.Linear, _ConvNd)) else 1)
     if not dims:
         return None
-    # Whole groups go with their inputs, and in those that are left the outputs are the same.
-    of_group = inputs // dense.groups
-    groups = dims[0].div(of_group, rounding_mode="floor").unique() if 0 in dims and dense.groups > 1 else torch.arange(dense.groups)
+    inputs, outputs = dense.weight.shape[:2]
+    groups = torch.arange(dense.groups)
+    if 0 in dims and dense.groups > 1:  # whole groups go with their inputs
+        groups = dims[0].div(inputs // dense.groups, rounding_mode="floor").unique()
     return (groups[:, None] * outputs + dims.get(1, torch.arange(outputs))).flatten()

@@ -1,0 +1,71 @@
+"""What a model and its examples must be, to be traced and made smaller."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from pyprune.checks import shown
+from pyprune.modules.attachments import check_module, wrapped_name
+from pyprune.modules.evaluation import check_initialized
+from pyprune.modules.sharding import is_sharded
+
+
+def check_model(model: nn.Module, what: str) -> None:
+    """Raise unless a model can be looked at as it is: not wrapped, sharded or quantised.
+
+    Args:
+        model: what a user gave.
+        what: what is to be done, for messages: "shrink".
+    """
+    check_module(model)
+    for name, module in model.named_modules():
+        wrapped = wrapped_name(module)
+        if wrapped is not None:
+            place = f"{name or 'the model'} is a {type(module).__name__}"
+            raise ValueError(
+                f"{place}, which wraps what is to become smaller. {what} the plain model first (it is at "
+                f".{wrapped}), then compile it, or put it in parallel"
+            )
+        if ".quantized" in type(module).__module__ or ".ao.nn" in type(module).__module__:
+            raise ValueError(f"{name} is a {type(module).__name__}, quantised already; {what} before quantising")
+    if getattr(model, "_compiled_call_impl", None) is not None:
+        raise ValueError(f"the model is compiled (model.compile()); {what} it before")
+    for name, parameter in model.named_parameters():
+        if is_sharded(parameter):
+            raise ValueError(f"{name} is sharded; {what} the model before fully_shard or the like")
+    check_initialized(model)
+
+
+def examples_of(examples: object) -> list[Any]:
+    """Return examples as a list of what `forward` takes.
+
+    Raises:
+        TypeError: if there is no tensor in one of them.
+        ValueError: if there is none, or one holds a NaN or infinity.
+
+    Example:
+        >>> examples_of(torch.ones(1)), examples_of([{"x": torch.ones(1)}, (torch.ones(1),)])
+        ([tensor([1.])], [{'x': tensor([1.])}, (tensor([1.]),)])
+    """
+    found = list(examples) if isinstance(examples, list) else [examples]
+    if not found:
+        raise ValueError("examples is an empty list; give inputs for at least one forward pass")
+    for one in found:
+        if isinstance(one, Mapping):
+            leaves = tree_leaves(list(one.values()))
+        else:
+            leaves = tree_leaves(one)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        if not tensors and not any(hasattr(leaf, "__dict__") for leaf in leaves):
+            raise TypeError(
+                f"examples has {shown(one)}, without a tensor in it; give a tensor, a tuple of positional arguments, a "
+                "dict of keyword arguments, or a list of these"
+            )
+        for tensor in tensors:
+            is_number = tensor.is_floating_point() and tensor.device.type != "meta" and tensor.numel()
+            if is_number and not bool(tensor.isfinite().all()):
+                raise ValueError("examples have NaN or infinity in them; give inputs as the model gets them")
+    return found

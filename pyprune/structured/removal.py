@@ -1,0 +1,264 @@
+"""Try a removal, compare what the model computes, and find out what cannot go."""
+
+import math
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pyprune.modules.evaluation import evaluating, forward, untouched
+from pyprune.modules.undo import Change
+from pyprune.structured import attributes
+from pyprune.structured.attributes import Setting
+from pyprune.structured.compact import Kept, cut, named_tensors, resizing
+from pyprune.structured.coordinates import Flags
+from pyprune.structured.groups import CoupledGroups
+from pyprune.structured.plan import add_bias
+from pyprune.structured.readers import Dead
+from pyprune.structured.shrunk import Held
+from pyprune.structured.trace import Trace, output_tensors, without_cache
+
+# Frames of these are no user's.
+_NOT_THEIRS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What can go: units of each group, the attributes that change, and what was held."""
+
+    gone: list[Flags]
+    settings: list[Setting]
+    guessed: list[Setting] = field(default_factory=list)
+    held: list[Held] = field(default_factory=list)
+    difference: float = 0.0
+
+
+class _TakeBack(Exception):
+    """Ends an attempt, with how much outputs differed, or what failed."""
+
+    def __init__(self, difference: float, problem: str) -> None:
+        super().__init__(problem)
+        self.difference = difference
+        self.problem = problem
+
+
+class Removal:
+    """What is known of a model that is to become smaller."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Sequence[Any],
+        seen: Trace,
+        groups: CoupledGroups,
+        dead: Dead,
+        most: float,
+    ) -> None:
+        self.model = model
+        self.inputs = inputs
+        self.seen = seen
+        self.groups = groups
+        self.units = seen.coordinates.units()
+        self.dead = dead
+        self.most = most
+        self._shapes = {id(member.tensor): member.tensor.shape for group in groups for member in group.members}
+        folds = [model.get_submodule(fold.module) for fold in dead.folds.values()]
+        self._dense = {
+            fold.module: module.weight.data for fold, module in zip(dead.folds.values(), folds, strict=True)
+        }
+        self.biases = [module.bias for module in folds if module.bias is not None]
+        self.expected = [[one.clone() for one in output_tensors(made)] for made in seen.outputs]
+        self._needs_values = all(not one.is_meta for one in named_tensors(model).values())
+        _check_expected(self.expected)
+
+    def find(self, gone: list[Flags]) -> Found:
+        """Find what of this can go: all of it, or all but the kinds of groups without which the model fails."""
+        attempt = self._try(gone)
+        if attempt is not None:
+            return Found(gone, *attempt)
+        kinds: dict[str, list[int]] = {}
+        for index, group in enumerate(self.groups):
+            if gone[index].any():
+                kinds.setdefault(group.kind, []).append(index)
+        if not kinds:  # nothing was changed, and yet it differs
+            difference, problem = self._differs(gone, [])
+            raise ValueError(
+                "the model does not compute the same twice with the same examples "
+                f"({problem or f'outputs differ by {difference:.1e}'}); it cannot be verified. Give verify=math.inf "
+                "to go without"
+            )
+        none = [np.zeros_like(one) for one in gone]
+        chosen, held, last = none, [], self._try(none)
+        if last is None:
+            return self.find(none)
+        for kind, members in kinds.items():
+            more = [gone[index] if index in members else one for index, one in enumerate(chosen)]
+            attempt = self._try(more)
+            if attempt is None:
+                held.append(Held(kind, len(members), self._problem))
+            else:
+                chosen, last = more, attempt
+        settings, guessed, _, difference = last
+        return Found(chosen, settings, guessed, held, difference)
+
+    def kept(self, gone: Sequence[Flags]) -> Kept:
+        """Positions of each tensor that are left without some units."""
+        removed: dict[int, dict[int, list[Any]]] = {}
+        for group, flags in zip(self.groups, gone, strict=True):
+            if not flags.any():
+                continue
+            for member in group.members:
+                removed.setdefault(id(member.tensor), {}).setdefault(member.dim, []).append(
+                    member.indices[flags].ravel()
+                )
+        return Kept(
+            {
+                key: {
+                    dim: _others(self._shapes[key][dim], np.concatenate(parts)) for dim, parts in sorted(dims.items())
+                }
+                for key, dims in removed.items()
+            }
+        )
+
+    def settle(self, gone: Sequence[Flags], settings: Sequence[Setting]) -> list[str]:
+        """Give attributes and biases their values, in a model that was cut; returns the names of new biases."""
+        attributes.apply(self.model, settings)
+        return self._fold(gone)
+
+    # ---- attempts ----
+
+    def _try(self, gone: list[Flags]) -> tuple[list[Setting], list[Setting], list[Held], float] | None:
+        """Attributes that let the model compute the same without some units; None if it does not."""
+        settings = self._settings(gone)
+        difference, self._problem = self._differs(gone, settings)
+        if self._is_right(difference):
+            return settings, [], [], difference
+        guesses = attributes.guesses(self.model, self.kept(gone), settings)
+        everything = [one for several in guesses.values() for one in several]
+        if not everything:
+            return None
+        problem = self._problem
+        difference, self._problem = self._differs(gone, [*settings, *everything])
+        if not self._is_right(difference):
+            self._problem = problem
+            return None
+        for kind in list(guesses):  # what is not needed is not believed
+            rest = [one for other, several in guesses.items() if other != kind for one in several]
+            without, _ = self._differs(gone, [*settings, *rest])
+            if self._is_right(without):
+                del guesses[kind]
+                difference = without
+        guessed = [one for several in guesses.values() for one in several]
+        return [*settings, *guessed], guessed, [], difference
+
+    def _is_right(self, difference: float) -> bool:
+        return difference <= self.most and not math.isnan(difference)
+
+    def _settings(self, gone: Sequence[Flags]) -> list[Setting]:
+        alive = np.ones(len(self.units), bool)
+        for group, flags in zip(self.groups, gone, strict=True):
+            alive[group.coords[flags]] = False
+        units = self.units
+        changes = attributes.new_sizes(
+            self.seen.sizes, lambda coords: alive[units[coords]], attributes.old_value(self.model)
+        )
+        return attributes.settings(self.model, changes)
+
+    def _differs(self, gone: Sequence[Flags], settings: Sequence[Setting]) -> tuple[float, str]:
+        """How much outputs differ without some units (infinitely if the model fails), and what the problem is."""
+        if not self._needs_values:
+            return 0.0, ""
+        try:
+            with Change(self.model) as change, resizing(self.model, self.kept(gone), change, self.biases):
+                self.settle(gone, settings)
+                raise _TakeBack(*self._compare())
+        except _TakeBack as result:
+            return result.difference, result.problem
+
+    def _compare(self) -> tuple[float, str]:
+        worst = 0.0
+        try:
+            with evaluating(self.model), untouched(self.model), without_cache(self.model):
+                for inputs, expected in zip(self.inputs, self.expected, strict=True):
+                    made = list(output_tensors(forward(self.model, inputs, "examples")))
+                    worst = max(worst, _difference(expected, made))
+        except Exception as error:  # whatever a stranger's forward does when sizes do not fit
+            return math.inf, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}{_where(error)}"
+        return worst, f"outputs differ by {worst:.1e} of their largest value"
+
+    # ---- constants ----
+
+    def _fold(self, gone: Sequence[Flags]) -> list[str]:
+        """Add what constants contribute to the biases of what reads them."""
+        if not self.dead.folds:
+            return []
+        removed = np.zeros(len(self.units), bool)
+        for group, flags in zip(self.groups, gone, strict=True):
+            removed[group.coords[flags]] = True
+        kept = self.kept(gone)
+        new = []
+        for fold in self.dead.folds.values():
+            chosen = removed[fold.labels]
+            if not chosen.any():
+                continue
+            module = self.model.get_submodule(fold.module)
+            weight, out = self._dense[fold.module], 1 - fold.dim
+            entries = torch.from_numpy(fold.entries[chosen]).to(weight.device)
+            values = torch.from_numpy(fold.values[chosen]).to(weight.device)
+            read = weight.index_select(fold.dim, entries).movedim(fold.dim, -1).double() @ values
+            # What is left first is the outputs: (out, in, kernel ...) or (in, out).
+            more = read.flatten(1).sum(1) if read.dim() > 1 else read
+            more = cut(more, {0: kept.of(module.weight)[out]} if out in kept.of(module.weight) else {})
+            if module.bias is None:
+                add_bias(module)
+                new.append(f"{fold.module}.bias".lstrip("."))
+            module.bias.data = (module.bias.detach().double() + more).to(module.bias.dtype)
+        return new
+
+
+def _others(size: int, removed: Any) -> Tensor:
+    keep = np.ones(size, bool)
+    keep[removed] = False
+    return torch.from_numpy(np.flatnonzero(keep))
+
+
+def _check_expected(outputs: Sequence[Sequence[Tensor]]) -> None:
+    for tensors in outputs:
+        if not tensors:
+            raise ValueError("the model puts out no tensor for these examples; there is nothing to compare it by")
+        for tensor in tensors:
+            if tensor.is_floating_point() and not tensor.is_meta and bool(tensor.isnan().any()):
+                raise ValueError("the model puts out NaN for these examples; nothing can be verified with them")
+
+
+def _difference(expected: Sequence[Tensor], made: Sequence[Tensor]) -> float:
+    """The largest difference, relative to the largest value of each output."""
+    if [one.shape for one in expected] != [one.shape for one in made]:
+        return math.inf
+    worst = 0.0
+    numbers = [(a, b) for a, b in zip(expected, made, strict=True) if a.is_floating_point() or a.is_complex()]
+    if not numbers:
+        return 0.0 if all(torch.equal(a, b) for a, b in zip(expected, made, strict=True)) else math.inf
+    for a, b in numbers:
+        if not a.numel():
+            continue
+        # Equal infinities (masked logits) do not differ.
+        same = a == b
+        most = torch.where(a.isfinite(), a.abs(), 0).max().item()
+        gap = torch.where(same, 0, (a - b).abs()).max().item()
+        if gap:
+            worst = max(worst, gap / most if most else math.inf) if not math.isnan(gap) else math.inf
+    return worst
+
+
+def _where(error: BaseException) -> str:
+    """The line of the user's code that failed."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith(_NOT_THEIRS):
+            return f" ({Path(frame.filename).name}, line {frame.lineno}: {frame.line})"
+    return ""

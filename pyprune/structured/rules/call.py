@@ -1,0 +1,77 @@
+"""One operation, as rules see it."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from pyprune.structured.coordinates import Axes, Coordinates, Coords, Factor, Flags
+
+Result = Axes | list[Axes]
+
+
+@dataclass(eq=False)
+class Call:
+    """One operation: its arguments by name, what came out, and what is known of the axes of tensors.
+
+    Args:
+        name: of the operator.
+        args: by the names in its schema, defaults too.
+        made: what it returned.
+        axes: gives the axes of a tensor.
+        coordinates: where ties go.
+        on_contraction: told of each pair of axes that are multiplied and summed: a, its axis, b, its axis.
+        on_product: told of multiply-accumulates, and of coordinates along each axis that they grow with.
+        values: whether tensors have values, and fixed ones are to be followed.
+    """
+
+    name: str
+    args: dict[str, Any]
+    made: Any
+    axes: Callable[[Tensor], Axes]
+    coordinates: Coordinates
+    on_contraction: Callable[["Contraction"], None]
+    on_product: Callable[[int, list[Factor]], None]
+    values: bool = False
+
+    def tensors(self) -> list[Tensor]:
+        """Tensors among the arguments, in their lists too."""
+        return list(tensors_in(self.args.values()))
+
+    def dim(self, tensor: Tensor, name: str = "dim", default: int = 0) -> int:
+        """The argument that is a dimension of a tensor, counted from the front."""
+        dim = self.args.get(name)
+        return int(default if dim is None else dim) % max(1, tensor.dim())
+
+
+@dataclass(eq=False)
+class Contraction:
+    """Entries of two tensors that are multiplied and summed.
+
+    Args:
+        coords: for each entry, of ``one`` and of ``other``; they are tied.
+        one, other: the tensors, and the axis of each along which the entries lie.
+        fixed: which entries of ``one`` do not depend on the inputs, and of ``other``.
+        sources: what they were made of.
+        padded: whether positions outside of ``one`` count as zeros.
+    """
+
+    coords: tuple[Coords, Coords]
+    one: Tensor
+    one_axis: int
+    other: Tensor
+    other_axis: int
+    fixed: tuple[Flags, Flags]
+    sources: tuple[str, str]
+    name: str
+    padded: bool = False
+
+
+def tensors_in(values: Iterable[Any]) -> Iterable[Tensor]:
+    """Yield the tensors among values, and in their lists."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors_in(value)

@@ -1,0 +1,188 @@
+"""Norms, and what is computed of all along an axis."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyprune.structured.coordinates import Axes, Factor
+from pyprune.structured.rules.call import Call, Contraction, Result, tensors_in
+from pyprune.structured.rules.elementwise import broadcast, unfixed
+
+
+def batch_norm(call: Call) -> Result:
+    given = call.args["input"]
+    axes = call.axes(given)
+    operands: list[tuple[Tensor | None, Axes]] = [(None, axes)]
+    shape = tuple(size if dim == 1 else 1 for dim, size in enumerate(given.shape))
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        if isinstance(tensor := call.args.get(name), Tensor):
+            known = call.axes(tensor)
+            factors = tuple(factor.moved((1,)) for factor in known.factors)
+            # What is of no parameter (statistics that are buffers of no model) has a fixed size.
+            operands.append((None, Axes(shape, factors, known.source)))
+    made = broadcast(call, operands, axes.shape)
+    return [made, *[Axes(tuple(tensor.shape)) for tensor in list(tensors_in([call.made]))[1:]]]
+
+
+def layer_norm(call: Call) -> Result:
+    """Normalised over the last axes: units along one of them alone are not exact."""
+    given = call.args["input"]
+    axes = call.axes(given)
+    count = len(call.args["normalized_shape"])
+    over = range(given.dim() - count, given.dim())
+    made = _statistic(call, axes, over, keepdim=True, same=True)
+    operands: list[tuple[Tensor | None, Axes]] = [(None, made)]
+    for name in ("weight", "bias"):
+        if isinstance(tensor := call.args.get(name), Tensor):
+            operands.append((None, call.axes(tensor)))
+    made = broadcast(call, operands, axes.shape)
+    made = replace(made, factors=tuple(_unfixed_along(made.factors, over)))
+    rest = list(tensors_in([call.made]))[1:]
+    return [made, *[Axes(tuple(tensor.shape)) for tensor in rest]] if rest else made
+
+
+def _unfixed_along(factors: Iterable[Factor], over: Iterable[int]) -> list[Factor]:
+    gone = set(over)
+    return [
+        replace(factor, fixed=np.zeros(factor.coords.shape, bool)) if gone & set(factor.axes) else factor
+        for factor in factors
+    ]
+
+
+def _statistic(call: Call, axes: Axes, over: Iterable[int], *, keepdim: bool, same: bool = False) -> Axes:
+    """What is computed of all along some axes; ``same``: and laid over them again, as a softmax is."""
+    over = set(over)
+    kept: list[Factor] = []
+    for factor in axes.factors:
+        mine = [axis for axis in factor.axes if axis in over]
+        left: Factor | None = factor
+        if len(mine) == len(factor.axes):
+            call.coordinates.is_inexact(factor.coords, f"{call.name} is over all of them")
+            # With several axes jointly there is no telling which of their units are meant.
+            call.coordinates.hold(factor, factor.axes[1:], "")
+            left = factor if same else None
+        elif mine:
+            call.coordinates.hold(factor, mine, "")
+            left = factor if same else factor.first(mine)
+        if left is not None:
+            kept.append(left)
+    shape = axes.shape
+    if same:
+        return Axes(shape, tuple(_unfixed_along(kept, over)), axes.source)
+    return _reduced(Axes(shape, tuple(kept), axes.source), over, keepdim)
+
+
+def _reduced(axes: Axes, over: set[int], keepdim: bool) -> Axes:
+    if keepdim:
+        return Axes(
+            tuple(1 if axis in over else size for axis, size in enumerate(axes.shape)), axes.factors, axes.source
+        )
+    left = [axis for axis in range(len(axes.shape)) if axis not in over]
+    factors = tuple(factor.moved(left.index(axis) for axis in factor.axes) for factor in axes.factors)
+    return Axes(tuple(axes.shape[axis] for axis in left), factors, axes.source)
+
+
+def _dims(call: Call, tensor: Tensor) -> list[int]:
+    dims = call.args.get("dim")
+    if dims is None or (isinstance(dims, (list, tuple)) and not dims):
+        return list(range(tensor.dim()))
+    return [int(dim) % max(1, tensor.dim()) for dim in (dims if isinstance(dims, (list, tuple)) else [dims])]
+
+
+def reduction(call: Call) -> Result:
+    """mean, var, max and the like."""
+    tensor = call.args["self"] if "self" in call.args else call.tensors()[0]
+    made = _statistic(call, call.axes(tensor), _dims(call, tensor), keepdim=bool(call.args.get("keepdim")))
+    several = list(tensors_in([call.made]))
+    return made if isinstance(call.made, Tensor) else [made] * len(several)
+
+
+def summation(call: Call) -> Result:
+    """sum and L2 norm: exact if what is removed arrives as zeros."""
+    tensor = call.args["self"]
+    axes = call.axes(tensor)
+    over = set(_dims(call, tensor))
+    kept = []
+    for factor in axes.factors:
+        mine = [axis for axis in factor.axes if axis in over]
+        if len(mine) == len(factor.axes) == 1 and call.values:
+            ones = torch.ones(1).expand(tensor.shape[mine[0]])
+            call.on_contraction(
+                Contraction(
+                    (factor.coords, factor.coords), tensor, mine[0], ones, 0, (factor.fixed, np.ones(len(factor.fixed), bool)),
+                    (axes.source, "number"), call.name,
+                )
+            )  # fmt: skip
+        elif mine:
+            call.coordinates.hold(factor, mine if len(mine) < len(factor.axes) else factor.axes[1:], "")
+        if len(mine) == len(factor.axes) and not call.values:
+            continue
+        if (left := factor.first(mine)) is not None:
+            kept.append(left)
+    return _reduced(Axes(axes.shape, tuple(kept), axes.source), over, bool(call.args.get("keepdim")))
+
+
+def along_axis(call: Call) -> Result:
+    """softmax, cumulative sums: computed along an axis, laid over it again."""
+    tensor = call.args["self"] if "self" in call.args else call.tensors()[0]
+    made = _statistic(call, call.axes(tensor), [call.dim(tensor)], keepdim=True, same=True)
+    several = list(tensors_in([call.made]))
+    return made if isinstance(call.made, Tensor) else [made] * len(several)
+
+
+def held_axis(call: Call) -> Result:
+    """sort, topk and the like: the size of the axis stays."""
+    tensor = call.args["self"] if "self" in call.args else call.tensors()[0]
+    axes = call.axes(tensor)
+    dim = call.dim(tensor, default=-1)
+    _hold(call, axes, (dim,))
+    made = list(tensors_in([call.made]))
+    factors = tuple(unfixed([left for factor in axes.factors if (left := factor.first({dim} & set(factor.axes)))]))
+    each = [Axes(tuple(one.shape), factors if one.dim() == tensor.dim() else (), axes.source) for one in made]
+    return each[0] if isinstance(call.made, Tensor) else each
+
+
+def _hold(call: Call, axes: Axes, over: Iterable[int], why: str = "") -> None:
+    over = set(over)
+    for factor in axes.factors:
+        call.coordinates.hold(factor, [axis for axis in factor.axes if axis in over], why or f"{call.name} along it")
+
+
+def group_norm(call: Call) -> Result:
+    """Whole groups are exact; a single group is a statistic over all channels."""
+    given, groups = call.args["input"], int(call.args["group"])
+    axes = call.axes(given)
+    channels = axes.on(1)
+    if channels is not None:
+        if groups == 1:
+            call.coordinates.is_inexact(channels.coords, f"{call.name} is over all of them")
+        else:
+            each = channels.coords.reshape(groups, -1)
+            call.coordinates.tie(each, each[:, :1])
+    operands: list[tuple[Tensor | None, Axes]] = [(None, axes)]
+    shape = tuple(size if dim == 1 else 1 for dim, size in enumerate(given.shape))
+    for name in ("weight", "bias"):
+        if isinstance(tensor := call.args.get(name), Tensor):
+            factors = tuple(factor.moved((1,)) for factor in call.axes(tensor).factors)
+            operands.append((None, Axes(shape, factors, "parameters")))
+    made = broadcast(call, operands, axes.shape)
+    if channels is not None:
+        whole = channels.fixed.reshape(groups, -1).all(1).repeat(len(channels.fixed) // groups)
+        factors = tuple(replace(one, fixed=one.fixed & whole) if one.axes == (1,) else one for one in made.factors)
+        made = replace(made, factors=factors)
+    rest = list(tensors_in([call.made]))[1:]
+    return [made, *[Axes(tuple(tensor.shape)) for tensor in rest]]
+
+
+def weight_norm(call: Call) -> Result:
+    """A weight of a length that is another parameter: a statistic over all axes but one."""
+    direction, length = call.args["v"], call.args["g"]
+    axes = call.axes(direction)
+    dim = int(call.args.get("dim", 0)) % direction.dim()
+    made = _statistic(call, axes, [axis for axis in range(direction.dim()) if axis != dim], keepdim=True, same=True)
+    made = broadcast(call, [(None, made), (length, call.axes(length))], axes.shape)
+    rest = list(tensors_in([call.made]))[1:]
+    return [made, *[Axes(tuple(tensor.shape)) for tensor in rest]] if rest else made
