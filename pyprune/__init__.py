@@ -24,10 +24,10 @@ from pyprune.recipes.recipe import Recipe
 from pyprune.recipes.recipe_pruner import RecipePruner
 from pyprune.selection.prune import prune
 from pyprune.selection.thresholds import ratios_below
-from pyprune.structured.reconstruct import reconstruct
-from pyprune.structured.reconstructed import Reconstructed
 from pyprune.structured.groups import coupled_groups
 from pyprune.structured.plan import Plan, rebuild
+from pyprune.structured.reconstruct import reconstruct
+from pyprune.structured.reconstructed import Reconstructed
 from pyprune.structured.shrink import shrink
 from pyprune.structured.shrunk import Shrunk
 from pyprune.training.ac_dc import AcDcPruner, ac_dc
@@ -107,8 +107,8 @@ __all__ = [
     "pruning_statistic",
     "ratios_below",
     "reapply",
-    "reconstruct",
     "rebuild",
+    "reconstruct",
     "schedules",
     "scope",
     "sensitivity",

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyprune.structured.least_squares import Sums, System, conjugate_gradients
+from pyprune.structured.least_squares import Sums, conjugate_gradients
 from pyprune.structured.paired_passes import Job
 from pyprune.structured.paired_layers import Reader
 from pyprune.structured.unfolding import call, channel_dim, groups_of, matrix_of, samples, weight_of
 
+# What is tried where no damping was given.
+DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _ITERATIONS = 100
 _TOLERANCE = 1e-5
 
@@ -41,48 +43,84 @@ class Solved:
 
 
 def solve_by_sums(
-    dense: nn.Module, model: nn.Module, batches: Sequence[Any], job: Job, *, damping: float
+    dense: nn.Module, model: nn.Module, batches: Sequence[Any], job: Job, *, damping: float | None
 ) -> list[Solved]:
     """Solve a job, and write what came out into its layers.
+
+    Without a damping, each layer gets the one of `DAMPINGS` by which what the first batches say fits the last ones
+    best; the first of them if there are too few batches to tell.
 
     Raises:
         ValueError: if new weights are not finite.
     """
-    sums: list[Sums] = []
-    for leg in job.legs:
-        groups, inputs, _ = leg[0].matrix().shape
-        outputs = sum(one.matrix().shape[2] for one in leg)
-        sums.append(Sums(groups, inputs, outputs, leg[0].weight.device))
-
-    def take(leg: int, x: Tensor, ys: list[Tensor]) -> None:
-        for a, b in samples(job.legs[leg][0].layer, x, *ys):
-            sums[leg].add(a, b)
-
+    kept_back = 0 if damping is not None else len(batches) // 4
+    sums, last = ([_empty(leg) for leg in job.legs] for _ in range(2))
     for index, batch in enumerate(batches):
+
+        def take(leg: int, x: Tensor, ys: list[Tensor]) -> None:
+            for a, b in samples(job.legs[leg][0].layer, x, *ys):
+                for one in [sums, last] if index >= len(batches) - kept_back else [sums]:
+                    one[leg].add(a, b)
+
         job.see(dense, model, index, batch, take)
-    parts: list[tuple[Reader, Sums]] = []
+    parts, parts_of_last = _by_reader(job, sums), _by_reader(job, last)
+    before = {reader: _error(*part.squares(reader.matrix(), reader.bias_row())) for reader, part in parts.items()}
+    chosen: dict[Reader, float] = {}
+    for readers in [list(parts)] if len(job.legs) > 1 else [[reader] for reader in parts]:
+        ours = [parts[one] for one in readers]
+        if damping is None:
+            best = _best_damping(readers, ours, [parts_of_last[one] for one in readers])
+        else:
+            best = damping
+        matrix = _solution(readers, ours, best)
+        for reader, part in zip(readers, ours, strict=True):
+            chosen[reader] = best
+            reader.write(matrix, None if reader.bias is None else part.bias(matrix))
+    return [
+        _solved(
+            reader,
+            part.count,
+            before[reader],
+            _error(*part.squares(reader.matrix(), reader.bias_row())),
+            f"least squares, damping {chosen[reader]:g}",
+        )
+        for reader, part in parts.items()
+    ]
+
+
+def _empty(leg: list[Reader]) -> Sums:
+    groups, inputs, _ = leg[0].matrix().shape
+    return Sums(groups, inputs, sum(one.matrix().shape[2] for one in leg), leg[0].weight.device)
+
+
+def _by_reader(job: Job, sums: Sequence[Sums]) -> dict[Reader, Sums]:
+    parts: dict[Reader, Sums] = {}
     for leg, total in zip(job.legs, sums, strict=True):
         start = 0
         for reader in leg:
             stop = start + reader.matrix().shape[2]
-            parts.append((reader, total.outputs(start, stop)))
+            parts[reader] = total.outputs(start, stop)
             start = stop
-    before = [_error(*part.squares(reader.matrix(), reader.bias_row())) for reader, part in parts]
-    if len(job.legs) > 1:
-        matrix = _solution(parts[0][0], [part.system(reader.bias is not None) for reader, part in parts], damping)
-        matrices = [matrix] * len(parts)
-    else:
-        matrices = [_solution(reader, [part.system(reader.bias is not None)], damping) for reader, part in parts]
-    for (reader, part), matrix in zip(parts, matrices, strict=True):
-        reader.write(matrix, None if reader.bias is None else part.bias(matrix))
-    return [
-        _solved(reader, part.count, error, _error(*part.squares(reader.matrix(), reader.bias_row())), "least squares")
-        for (reader, part), error in zip(parts, before, strict=True)
-    ]
+    return parts
 
 
-def _solution(reader: Reader, systems: Iterable[System], damping: float) -> Tensor:
-    return reduce(add, systems).solve(reader.matrix(), damping=damping, mask=reader.mask)
+def _solution(readers: Sequence[Reader], parts: Sequence[Sums], damping: float) -> Tensor:
+    """Return the weight that these layers share, or that of one."""
+    systems = [part.system(reader.bias is not None) for reader, part in zip(readers, parts, strict=True)]
+    return reduce(add, systems).solve(readers[0].matrix(), damping=damping, mask=readers[0].mask)
+
+
+def _best_damping(readers: Sequence[Reader], parts: Sequence[Sums], last: Sequence[Sums]) -> float:
+    if not all(part.count > few.count > 0 for part, few in zip(parts, last, strict=True)):
+        return DAMPINGS[0]
+    first = [part.without(few) for part, few in zip(parts, last, strict=True)]
+
+    def missing(damping: float) -> float:
+        matrix = _solution(readers, first, damping)
+        biases = [None if reader.bias is None else one.bias(matrix) for reader, one in zip(readers, first, strict=True)]
+        return sum(few.squares(matrix, bias)[0] for few, bias in zip(last, biases, strict=True))
+
+    return min(DAMPINGS, key=missing)
 
 
 def _error(missing: float, wanted: float) -> float:
@@ -95,7 +133,7 @@ def _solved(reader: Reader, count: int, before: float, after: float, method: str
 
 
 def solve_by_gradients(
-    dense: nn.Module, model: nn.Module, batches: Sequence[Any], job: Job, *, damping: float, memory: int
+    dense: nn.Module, model: nn.Module, batches: Sequence[Any], job: Job, *, damping: float | None, memory: int
 ) -> list[Solved]:
     """Solve a job without sums of products, of as many batches as there is memory for; at least of one.
 
@@ -122,10 +160,10 @@ def solve_by_gradients(
     share = "" if used == len(batches) else f", {used} of {len(batches)} batches"
     if len(job.legs) > 1:
         shared = [_Layer(leg[0], [(x, ys[0]) for x, ys in pairs]) for leg, pairs in zip(job.legs, held, strict=True)]
-        return _solve_layers(shared, damping, share)
+        return _solve_layers(shared, DAMPINGS[0] if damping is None else damping, share)
     ((leg, pairs),) = zip(job.legs, held, strict=True)
     alone = ([_Layer(one, [(x, ys[i]) for x, ys in pairs])] for i, one in enumerate(leg))
-    return [solved for layers in alone for solved in _solve_layers(layers, damping, share)]
+    return [solved for layers in alone for solved in _solve_layers(layers, DAMPINGS[0] if damping is None else damping, share)]
 
 
 class _Layer:

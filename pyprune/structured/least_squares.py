@@ -58,6 +58,12 @@ class Sums:
         part.y, part.xy, part.yy = self.y[:, start:stop], self.xy[..., start:stop], self.yy[:, start:stop]
         return part
 
+    def without(self, other: "Sums") -> "Sums":
+        """Return the sums of the samples that are not in others."""
+        left = object.__new__(Sums)
+        vars(left).update({name: value - getattr(other, name) for name, value in vars(self).items()})
+        return left
+
     def system(self, centred: bool) -> "System":
         """Return the equations of the weights: with a bias, which takes the means away, or without one."""
         if not centred or not self.count:

@@ -145,9 +145,10 @@ def find_readers(
     for name, layer in dense_modules(model):
         for attribute, layout in weight_layouts(layer).items():
             full = f"{name}.{attribute}" if name else attribute
-            if layout.is_table or ignored(full):
-                continue
             target = targets.get(full)
+            names = [full] if target is None else [owner.name for owner in target.owners]
+            if layout.is_table or any(map(ignored, names)):
+                continue
             why = _why_not(layer, target, there.get(name))
             if why or target is None:
                 skipped[full] = why
@@ -218,11 +219,12 @@ def _reader(name: str, layer: nn.Module, dense: nn.Module, target: Target, kept:
     if not isinstance(hold, Hold):
         return Reader(name, layer, dense, outputs)
     mask = matrix_of(layer, hold.mask)
-    on_bias = Owner("", layer, "bias").attachment if layer.bias is not None else None
+    bias = cast(nn.Parameter | None, layer.bias)
+    on_bias = None if bias is None else Owner("", layer, "bias").attachment
     bias_mask = on_bias.mask.view(mask.shape[0], -1) if isinstance(on_bias, Hold) else None
     alive = mask.any(1)
-    if layer.bias is not None:
-        alive = torch.ones_like(alive) if bias_mask is None else alive | bias_mask
+    if bias is not None:  # what is dead stays dead
+        alive = alive | (bias.detach() != 0).view_as(alive)
     return Reader(
         name,
         layer,

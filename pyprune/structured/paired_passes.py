@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyprune.modules.evaluation import evaluating, forward, untouched
 from pyprune.modules.undo import Before, undoing
 from pyprune.structured.paired_layers import Reader, geometry
-from pyprune.structured.unfolding import call, channel_dim
+from pyprune.structured.unfolding import call, channel_dim, matrix_of
 
 Hook = Callable[[Any, Any, Any], None]
 
@@ -72,7 +72,7 @@ class Job:
     def bytes(self) -> int:
         """How much memory it takes to solve it by sums: the sums, what is taken from them, and a factorisation."""
         groups, inputs, _ = self.legs[0][0].matrix().shape
-        return 8 * (len(self.legs) + 3) * groups * inputs**2
+        return 8 * (3 * len(self.legs) + 3) * groups * inputs**2
 
     def see(
         self, dense: nn.Module, model: nn.Module, index: int, batch: Any, take: Callable[[int, Tensor, list[Tensor]], None]
@@ -100,9 +100,14 @@ def _input(args: Any, kwargs: Any) -> Any:
 
 @dataclass
 class _Seen:
-    """What was seen of a layer in the passes of one model: of each call what tells inputs apart, by batch."""
+    """What was seen of a layer in the passes of one model: of each call what tells inputs apart, by batch.
+
+    Of each channel of the inputs it has the smallest and the largest value.
+    """
 
     inputs: list[list[tuple[Any, ...]]] = field(default_factory=list)
+    low: Tensor | None = None
+    high: Tensor | None = None
     places: list[tuple[int, ...]] = field(default_factory=list)
     outputs: list[tuple[int, ...]] = field(default_factory=list)
     order: int = -1
@@ -111,20 +116,23 @@ class _Seen:
 
 @dataclass(frozen=True)
 class Look:
-    """The jobs, in the order of the forward pass; why layers are in none; and which have nothing to repair."""
+    """The jobs, in the order of the forward pass; why layers are in none; and which need not be."""
 
     jobs: list[Job]
     problems: dict[str, str]
-    unchanged: tuple[str, ...]
+    others: tuple[str, ...]
 
 
-def look_at_both(dense: nn.Module, model: nn.Module, batches: Sequence[Any], weights: Sequence[Sequence[Reader]]) -> Look:
+def look_at_both(
+    dense: nn.Module, model: nn.Module, batches: Sequence[Any], weights: Sequence[Sequence[Reader]], *, only_cut: bool
+) -> Look:
     """Run both models on all batches, and find out in which order their layers come, and which get the same input.
 
     Args:
         dense, model: the models.
         batches: inputs.
         weights: the layers, those that share a weight together.
+        only_cut: whether layers that lost no inputs are left out, or only those that are as in the dense model.
 
     Raises:
         ValueError: for inputs or outputs of a layer that are not finite.
@@ -143,13 +151,14 @@ def look_at_both(dense: nn.Module, model: nn.Module, batches: Sequence[Any], wei
             run(run_model, batch, hooks)
     jobs: dict[Any, Job] = {}
     problems: dict[str, str] = {}
-    unchanged: list[str] = []
+    others: list[str] = []
+    is_done = _is_cut if only_cut else _is_changed
     for group in sorted(weights, key=lambda group: min(seen[one].order for one in group)):
         why = next(filter(None, (_problem(one, seen_dense[one], seen[one]) for one in group)), "")
         if why:
             problems |= {f"{one.name}.weight": why for one in group}
-        elif all(_is_unchanged(one, seen_dense[one], seen[one]) for one in group):
-            unchanged += [one.name for one in group]
+        elif not any(is_done(one, seen_dense[one], seen[one]) for one in group):
+            others += [one.name for one in group]
         else:
             calls = [[len(inputs) for inputs in seen[one].inputs] for one in group]
             first = group[0]
@@ -158,7 +167,7 @@ def look_at_both(dense: nn.Module, model: nn.Module, batches: Sequence[Any], wei
                 jobs[key].legs[0].append(first)  # what it gets is what the others get
             else:
                 jobs[key] = Job([[one] for one in group], calls)
-    return Look(list(jobs.values()), problems, tuple(unchanged))
+    return Look(list(jobs.values()), problems, tuple(others))
 
 
 def _note(
@@ -180,6 +189,11 @@ def _note(
         if which == "pruned" and not _is_plain(reader, x, output):
             seen.problem = f"its class, {type(reader.layer).__name__}, computes something else than its layer"
     seen.inputs[-1].append(marks[0])
+    channels = x.detach().movedim(channel_dim(reader.layer), -1).flatten(0, -2)
+    if len(channels):
+        low, high = channels.amin(0), channels.amax(0)
+        seen.low = low if seen.low is None else torch.minimum(low, seen.low)
+        seen.high = high if seen.high is None else torch.maximum(high, seen.high)
     seen.places.append((x.data_ptr(), *x.stride()))
     shape = list(output.shape)
     del shape[channel_dim(reader.layer)]
@@ -219,8 +233,21 @@ def _problem(reader: Reader, dense: _Seen, pruned: _Seen) -> str:
     return ""
 
 
-def _is_unchanged(reader: Reader, dense: _Seen, pruned: _Seen) -> bool:
-    """Whether a layer gets what it gets in the dense model, and does the same with it."""
-    if dense.inputs != pruned.inputs:
-        return False
-    return all(torch.equal(*pair) for pair in reader.before_and_now())
+def _is_changed(reader: Reader, dense: _Seen, pruned: _Seen) -> bool:
+    """Whether a layer gets something else than in the dense model, or makes something else of it."""
+    return dense.inputs != pruned.inputs or not all(torch.equal(*pair) for pair in reader.before_and_now())
+
+
+def _is_cut(reader: Reader, dense: _Seen, pruned: _Seen) -> bool:
+    """Whether outputs of a layer have lost inputs: by its own weight, or because these are constant now."""
+    there, left = matrix_of(reader.dense, reader.dense.weight), matrix_of(reader.layer, reader.weight)
+    if there.shape[1] != left.shape[1]:  # groups that went as a whole took their outputs with them
+        return True
+    if reader.mask is not None and not bool((reader.mask | ~reader.mask.any(1, keepdim=True)).all()):
+        return True
+    return _constants(pruned) > _constants(dense)
+
+
+def _constants(seen: _Seen) -> int:
+    assert seen.low is not None
+    return int((seen.low == seen.high).sum())

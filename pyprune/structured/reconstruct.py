@@ -1,13 +1,13 @@
 """Repair what pruning did to a model: solve its layers anew by least squares, without labels and without training."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from pyprune.calibration.batches import Dataset, batches_of
-from pyprune.checks import check_count, check_number
+from pyprune.checks import check_choice, check_count, check_number
 from pyprune.console import listed, tracked, warn
 from pyprune.modules.attachments import check_module, wrapped_name
 from pyprune.modules.evaluation import check_initialized
@@ -15,8 +15,11 @@ from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.modules.undo import Change
 from pyprune.structured.layer_solvers import Solved, solve_by_gradients, solve_by_sums
 from pyprune.structured.paired_passes import evaluating_both, look_at_both
-from pyprune.structured.paired_layers import find_readers, kept_by
+from pyprune.structured.paired_layers import Reader, find_readers, kept_by
 from pyprune.structured.reconstructed import Reconstructed
+
+# A share of zeros in a weight that does not come about by itself.
+_FEW_ZEROS = 0.05
 
 
 @torch.inference_mode(False)
@@ -26,7 +29,8 @@ def reconstruct(
     batches: Dataset | Iterable[Any],
     plan: Any = None,
     *,
-    damping: float = 1e-4,
+    layers: Literal["cut", "all"] = "cut",
+    damping: float | None = None,
     num_batches: int | None = None,
     ignored_scope: IgnoredScope | None = None,
     memory: int = 2**30,
@@ -35,9 +39,9 @@ def reconstruct(
 
     Layer after layer, in the order of the forward pass, weight W and bias b become those with the least
     ``||X W + b - Y||^2 + damping * mean(diag(X'X)) * ||W - V||^2``, where X is what the layer gets in the pruned model,
-    repaired up to there, Y what it makes in the dense one, and V its present weight. That needs no labels, and 200 to
-    400 samples go a long way. Layers whose inputs and weights are those of the dense model stay as they are. A layer
-    without a bias gets none; `batch_norm_adaptation` afterwards does the rest where a BatchNorm follows.
+    repaired up to there, Y what it makes in the dense one, and V its present weight. That needs no labels, but inputs
+    like those that the model is for: a few hundred. A layer without a bias gets none; `batch_norm_adaptation`
+    afterwards does the rest where a BatchNorm follows.
 
     Zeros under masks stay, and take no part. Zeros that nothing holds fill up: put `keep_sparse` on before.
 
@@ -48,7 +52,12 @@ def reconstruct(
             go through both models once per layer.
         plan: of a model that was shrunk: which rows of the dense weights are left. What `shrink` returned, its plan,
             or a dict ``{"tensors": {name: {dim: kept positions}}}``.
-        damping: of the ridge towards the present weights.
+        layers: "cut" solves the layers that have lost inputs: channels before them went, or weights of their own.
+            "all" solves all whose inputs or weights are not those of the dense model; they fit the batches better, and
+            other inputs often worse.
+        damping: of the ridge towards the present weights. If None, each layer gets the one of 1e-4, 1e-3, ..., 1 by
+            which the first three quarters of the batches predict the last best, and 1e-4 if there are fewer than four
+            batches, or no room for X'X.
         num_batches: how many batches to use; all if None or if there are fewer.
         ignored_scope: layers to leave as they are.
         memory: bytes that the X'X of a layer may take. A layer with more inputs is solved by conjugate gradients, with
@@ -76,7 +85,9 @@ def reconstruct(
     check_module(model)
     if dense is model:
         raise ValueError("dense and model are the same; give a copy of the model that was made before it was pruned")
-    damping = check_number("damping", damping, what="a number, 0 or more", least=0)
+    check_choice("layers", layers, ("cut", "all"))
+    if damping is not None:
+        damping = check_number("damping", damping, what="a number, 0 or more", least=0)
     memory = check_count("memory", memory, what="bytes, an integer, 0 or more")
     dense, model = _unwrapped(dense), _unwrapped(model)
     for one in (dense, model):
@@ -89,14 +100,15 @@ def reconstruct(
         )
     values = dict.fromkeys(tensor for readers in weights for one in readers for tensor in one.tensors())
     inputs = list(source)
-    layers: list[Solved] = []
+    solved: list[Solved] = []
     with Change(model, values=values), evaluating_both(dense, model):
-        look = look_at_both(dense, model, inputs, weights)
+        look = look_at_both(dense, model, inputs, weights, only_cut=layers == "cut")
+        _warn_of_zeros([one for job in look.jobs for leg in job.legs for one in leg])
         for job in tracked(look.jobs, len(look.jobs), "Reconstruction", shown=len(look.jobs) > 1):
             if job.bytes <= memory:
-                layers += solve_by_sums(dense, model, inputs, job, damping=damping)
+                solved += solve_by_sums(dense, model, inputs, job, damping=damping)
             else:
-                layers += solve_by_gradients(dense, model, inputs, job, damping=damping, memory=memory)
+                solved += solve_by_gradients(dense, model, inputs, job, damping=damping, memory=memory)
     skipped |= look.problems
     if skipped:
         reasons: dict[str, list[str]] = {}
@@ -104,7 +116,17 @@ def reconstruct(
             reasons.setdefault(why, []).append(name)
         parts = "; ".join(f"{listed(names)} ({why})" for why, names in reasons.items())
         warn(f"reconstruct leaves some weights as they are: {parts}. Name them in ignored_scope if that is meant")
-    return Reconstructed(tuple(layers), skipped, look.unchanged)
+    return Reconstructed(tuple(solved), skipped, look.others)
+
+
+def _warn_of_zeros(readers: Iterable[Reader]) -> None:
+    free = [one for one in readers if one.mask is None]
+    zeros = [one.name for one in free if int((one.weight == 0).sum()) > _FEW_ZEROS * one.weight.numel()]
+    if zeros:
+        warn(
+            f"zeros in {listed(zeros)} are held by nothing, so reconstruct fills them up; put pyprune.keep_sparse on "
+            "before, or shrink the model"
+        )
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

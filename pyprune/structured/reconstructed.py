@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pyprune.console import as_html, as_text
+from pyprune.console import as_html, as_text, listed
 from pyprune.structured.layer_solvers import Solved
 
 
@@ -14,12 +14,12 @@ class Reconstructed:
     Attributes:
         layers: those that were solved, in the order in which that was done.
         skipped: weights that were left as they are, and why.
-        unchanged: layers that get and make what they do in the dense model.
+        others: layers that have lost no inputs, or, with ``layers="all"``, are as in the dense model.
     """
 
     layers: tuple[Solved, ...]
     skipped: Mapping[str, str] = field(default_factory=dict)
-    unchanged: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         # Imported here: `import pyprune` must cost little.
@@ -33,11 +33,12 @@ class Reconstructed:
         for one in self.layers:
             sizes = (f"{one.inputs:,}", f"{one.outputs:,}", f"{one.samples:,}")
             table.add_row(Text(one.name), *sizes, f"{one.before:.4f}", f"{one.after:.4f}", one.method)
-        for name in self.unchanged:
-            table.add_row(Text(name), "", "", "", "", "", "as in the dense model")
         for name, why in self.skipped.items():
             table.add_row(Text(name), "", "", "", "", "", Text(f"left as it is: {why}"))
-        return as_text(table)
+        lines = [as_text(table)]
+        if self.others:
+            lines.append(f"not touched, because they have lost nothing: {listed(self.others)}")
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         return as_html(str(self))
