@@ -1,8 +1,8 @@
-"""Solve what gets one input, or shares a weight, by least squares: from sums, or by conjugate gradients without them."""
+"""Solve layers that get one input, or share a weight, by least squares: from sums, or by conjugate gradients."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from typing import Any
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.structured.least_squares import Sums, conjugate_gradients
-from pyprune.structured.paired_passes import Job
 from pyprune.structured.paired_layers import Reader
+from pyprune.structured.paired_passes import Job
 from pyprune.structured.unfolding import call, channel_dim, groups_of, matrix_of, samples, weight_of
 
 # What is tried where no damping was given.
@@ -55,23 +55,23 @@ def solve_by_sums(
     """
     kept_back = 0 if damping is not None else len(batches) // 4
     sums, last = ([_empty(leg) for leg in job.legs] for _ in range(2))
+
+    def take(into: list[list[Sums]], leg: int, x: Tensor, ys: list[Tensor]) -> None:
+        for a, b in samples(job.legs[leg][0].layer, x, *ys):
+            for one in into:
+                one[leg].add(a, b)
+
     for index, batch in enumerate(batches):
-
-        def take(leg: int, x: Tensor, ys: list[Tensor]) -> None:
-            for a, b in samples(job.legs[leg][0].layer, x, *ys):
-                for one in [sums, last] if index >= len(batches) - kept_back else [sums]:
-                    one[leg].add(a, b)
-
-        job.see(dense, model, index, batch, take)
+        into = [sums, last] if index >= len(batches) - kept_back else [sums]
+        job.see(dense, model, index, batch, partial(take, into))
     parts, parts_of_last = _by_reader(job, sums), _by_reader(job, last)
     before = {reader: _error(*part.squares(reader.matrix(), reader.bias_row())) for reader, part in parts.items()}
     chosen: dict[Reader, float] = {}
     for readers in [list(parts)] if len(job.legs) > 1 else [[reader] for reader in parts]:
         ours = [parts[one] for one in readers]
-        if damping is None:
+        best = damping
+        if best is None:
             best = _best_damping(readers, ours, [parts_of_last[one] for one in readers])
-        else:
-            best = damping
         matrix = _solution(readers, ours, best)
         for reader, part in zip(readers, ours, strict=True):
             chosen[reader] = best
@@ -117,7 +117,9 @@ def _best_damping(readers: Sequence[Reader], parts: Sequence[Sums], last: Sequen
 
     def missing(damping: float) -> float:
         matrix = _solution(readers, first, damping)
-        biases = [None if reader.bias is None else one.bias(matrix) for reader, one in zip(readers, first, strict=True)]
+        biases = [
+            None if reader.bias is None else one.bias(matrix) for reader, one in zip(readers, first, strict=True)
+        ]
         return sum(few.squares(matrix, bias)[0] for few, bias in zip(last, biases, strict=True))
 
     return min(DAMPINGS, key=missing)
@@ -163,7 +165,11 @@ def solve_by_gradients(
         return _solve_layers(shared, DAMPINGS[0] if damping is None else damping, share)
     ((leg, pairs),) = zip(job.legs, held, strict=True)
     alone = ([_Layer(one, [(x, ys[i]) for x, ys in pairs])] for i, one in enumerate(leg))
-    return [solved for layers in alone for solved in _solve_layers(layers, DAMPINGS[0] if damping is None else damping, share)]
+    return [
+        solved
+        for layers in alone
+        for solved in _solve_layers(layers, DAMPINGS[0] if damping is None else damping, share)
+    ]
 
 
 class _Layer:
@@ -228,7 +234,9 @@ class _Layer:
         made = self.made(self.reader.matrix())
         if self.reader.bias is not None:
             made = [_minus(output, -self.reader.bias.detach(), self.dim) for output in made]
-        missing = sum(float((y - output).square().sum(dtype=torch.float64)) for y, output in zip(self.wanted, made, strict=True))
+        missing = sum(
+            float((y - output).square().sum(dtype=torch.float64)) for y, output in zip(self.wanted, made, strict=True)
+        )
         return _error(missing, sum(float(y.square().sum(dtype=torch.float64)) for y in self.wanted))
 
 

@@ -5,8 +5,8 @@ float64. Solutions are written as a step from the present weights V, with the ri
 
     W = V + (A + lambda I)^-1 (B - A V),   A = X'X,  B = X'Y,  lambda = damping * mean of A's diagonal
 
-with X and Y centred if there is a bias. Where the inputs say nothing (fewer samples than inputs, inputs that depend on
-each other or are zero) the weights so stay what they are.
+with X and Y centred if there is a bias. Where the inputs say nothing (fewer samples than inputs, inputs that depend
+on each other or are zero) the weights so stay what they are.
 """
 
 from collections.abc import Callable
@@ -130,7 +130,8 @@ def _step(gram: Tensor, right: Tensor, damping: float) -> Tensor:
     least = len(gram) * torch.finfo(gram.dtype).eps * ridged.diagonal().amax()
     if not failed and bool((factor.diagonal().square() > least).all()):
         return torch.cholesky_solve(right, factor)
-    return torch.linalg.pinv(ridged, hermitian=True) @ right
+    inverse: Tensor = torch.linalg.pinv(ridged, hermitian=True)
+    return inverse @ right
 
 
 def _masked_step(gram: Tensor, right: Tensor, mask: Tensor, damping: float) -> Tensor:

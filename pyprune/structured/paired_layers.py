@@ -1,4 +1,4 @@
-"""The layers that `reconstruct` solves anew: which there are, and what of the dense model's outputs they are to make."""
+"""The layers that `reconstruct` solves: which there are, and what of the dense model's outputs they are to make."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ class Reader:
         return None if self.bias is None else self.bias.detach().double().view(groups_of(self.layer), -1)
 
     def before_and_now(self) -> list[tuple[Tensor, Tensor]]:
-        """Return weight and bias as they are in the dense model, of the outputs that are left, and as they are now."""
+        """Return weight and bias as they are in the dense model, of outputs that are left, and as they are now."""
 
         def rows(layer: nn.Module) -> Tensor:
             weight = cast(Tensor, layer.weight).detach()
@@ -89,8 +89,8 @@ class Reader:
         new = [weight] if bias is None else [weight, bias.to(self.weight.dtype)]
         if not all(bool(tensor.isfinite().all()) for tensor in new):
             raise ValueError(
-                f"the weights that {self.name} would need are not finite in {self.weight.dtype}; give more batches, a "
-                "larger damping, or name it in ignored_scope"
+                f"the weights that {self.name} would need are not finite in {self.weight.dtype}; give more batches, "
+                "a larger damping, or name it in ignored_scope"
             )
         self.weight.copy_(weight)
         if self.bias is not None and bias is not None:
@@ -213,7 +213,11 @@ def _reader(name: str, layer: nn.Module, dense: nn.Module, target: Target, kept:
             f"{full} has {_outputs_of(layer)} outputs, and {count} of the dense model's {_outputs_of(dense)} are "
             f"left {'by the plan' if kept else 'without a plan'}; give the plan by which this model was shrunk"
         )
-    if outputs is not None and len(outputs) and not 0 <= int(outputs.min()) <= int(outputs.max()) < _outputs_of(dense):
+    if (
+        outputs is not None
+        and len(outputs)
+        and not 0 <= int(outputs.min()) <= int(outputs.max()) < _outputs_of(dense)
+    ):
         raise ValueError(f"the plan keeps outputs of {full} that the dense model does not have")
     hold = target.attachment
     if not isinstance(hold, Hold):
@@ -250,5 +254,6 @@ def _kept_outputs(dense: nn.Module, dims: Mapping[int, Tensor]) -> Tensor | None
     inputs, outputs = dense.weight.shape[:2]
     groups = torch.arange(dense.groups)
     if 0 in dims and dense.groups > 1:  # whole groups go with their inputs
-        groups = dims[0].div(inputs // dense.groups, rounding_mode="floor").unique()
+        groups = dims[0].div(inputs // dense.groups, rounding_mode="floor")
+        groups = torch.unique(groups)
     return (groups[:, None] * outputs + dims.get(1, torch.arange(outputs))).flatten()

@@ -1,11 +1,12 @@
-"""Forward passes of a dense model and of what pruning made of it, side by side: what layers get, and what they make."""
+"""Passes of a dense model and of what pruning made of it, side by side: what layers get, and what they make."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,10 +51,8 @@ def run(model: nn.Module, batch: Any, hooks: Sequence[tuple[nn.Module, Hook]], c
     with undoing(was.restore):
         for module, hook in hooks:
             module.register_forward_hook(partial(after, hook), with_kwargs=True)
-        try:
+        with suppress(_Enough):
             forward(model, batch, "a batch")
-        except _Enough:
-            pass
 
 
 @dataclass(eq=False)
@@ -75,7 +74,12 @@ class Job:
         return 8 * (3 * len(self.legs) + 3) * groups * inputs**2
 
     def see(
-        self, dense: nn.Module, model: nn.Module, index: int, batch: Any, take: Callable[[int, Tensor, list[Tensor]], None]
+        self,
+        dense: nn.Module,
+        model: nn.Module,
+        index: int,
+        batch: Any,
+        take: Callable[[int, Tensor, list[Tensor]], None],
     ) -> None:
         """Run both models on a batch; for each call of the layers give leg, input, and what each layer is to make."""
         expected = [calls[index] for calls in self.calls]
@@ -162,7 +166,11 @@ def look_at_both(
         else:
             calls = [[len(inputs) for inputs in seen[one].inputs] for one in group]
             first = group[0]
-            key = (geometry(first.layer), tuple(seen[first].places), str(seen[first].inputs)) if len(group) == 1 else first
+            key = (
+                (geometry(first.layer), tuple(seen[first].places), str(seen[first].inputs))
+                if len(group) == 1
+                else first
+            )
             if key in jobs:
                 jobs[key].legs[0].append(first)  # what it gets is what the others get
             else:
@@ -208,7 +216,7 @@ def _mark(x: Tensor) -> tuple[Any, ...]:
 
 
 def _is_finite(mark: tuple[Any, ...]) -> bool:
-    return abs(mark[-1]) < float("inf")
+    return math.isfinite(mark[-1])
 
 
 def _is_plain(reader: Reader, x: Tensor, output: Tensor) -> bool:
@@ -240,7 +248,7 @@ def _is_changed(reader: Reader, dense: _Seen, pruned: _Seen) -> bool:
 
 def _is_cut(reader: Reader, dense: _Seen, pruned: _Seen) -> bool:
     """Whether outputs of a layer have lost inputs: by its own weight, or because these are constant now."""
-    there, left = matrix_of(reader.dense, reader.dense.weight), matrix_of(reader.layer, reader.weight)
+    there, left = matrix_of(reader.dense, cast(Tensor, reader.dense.weight)), reader.matrix()
     if there.shape[1] != left.shape[1]:  # groups that went as a whole took their outputs with them
         return True
     if reader.mask is not None and not bool((reader.mask | ~reader.mask.any(1, keepdim=True)).all()):
@@ -250,4 +258,5 @@ def _is_cut(reader: Reader, dense: _Seen, pruned: _Seen) -> bool:
 
 def _constants(seen: _Seen) -> int:
     assert seen.low is not None
+    assert seen.high is not None
     return int((seen.low == seen.high).sum())

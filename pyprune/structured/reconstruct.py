@@ -14,8 +14,8 @@ from pyprune.modules.evaluation import check_initialized
 from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.modules.undo import Change
 from pyprune.structured.layer_solvers import Solved, solve_by_gradients, solve_by_sums
-from pyprune.structured.paired_passes import evaluating_both, look_at_both
 from pyprune.structured.paired_layers import Reader, find_readers, kept_by
+from pyprune.structured.paired_passes import evaluating_both, look_at_both
 from pyprune.structured.reconstructed import Reconstructed
 
 # A share of zeros in a weight that does not come about by itself.
@@ -38,8 +38,8 @@ def reconstruct(
     """Let the layers of a pruned model make what those of the dense one make, by least squares, in place.
 
     Layer after layer, in the order of the forward pass, weight W and bias b become those with the least
-    ``||X W + b - Y||^2 + damping * mean(diag(X'X)) * ||W - V||^2``, where X is what the layer gets in the pruned model,
-    repaired up to there, Y what it makes in the dense one, and V its present weight. That needs no labels, but inputs
+    ``||X W + b - Y||^2 + damping * mean(diag(X'X)) * ||W - V||^2``, where X is what the layer gets in the pruned
+    model, repaired up to there, Y what it makes in the dense one, and V its present weight. That needs no labels, but inputs
     like those that the model is for: a few hundred. A layer without a bias gets none; `batch_norm_adaptation`
     afterwards does the rest where a BatchNorm follows.
 
@@ -48,20 +48,20 @@ def reconstruct(
     Args:
         dense: the model before pruning; it is only run.
         model: what pruning made of it: shrunk, or with masks. Both run in evaluation mode, without gradients.
-        batches: a `Dataset`, or an iterable of inputs of the model, as for `batch_norm_adaptation`. They are kept, and
-            go through both models once per layer.
+        batches: a `Dataset`, or an iterable of inputs of the model, as for `batch_norm_adaptation`. They are kept,
+            and go through both models once per layer.
         plan: of a model that was shrunk: which rows of the dense weights are left. What `shrink` returned, its plan,
             or a dict ``{"tensors": {name: {dim: kept positions}}}``.
         layers: "cut" solves the layers that have lost inputs: channels before them went, or weights of their own.
-            "all" solves all whose inputs or weights are not those of the dense model; they fit the batches better, and
-            other inputs often worse.
+            "all" solves all whose inputs or weights are not those of the dense model; they fit the batches better,
+            and other inputs often worse.
         damping: of the ridge towards the present weights. If None, each layer gets the one of 1e-4, 1e-3, ..., 1 by
             which the first three quarters of the batches predict the last best, and 1e-4 if there are fewer than four
             batches, or no room for X'X.
         num_batches: how many batches to use; all if None or if there are fewer.
         ignored_scope: layers to leave as they are.
-        memory: bytes that the X'X of a layer may take. A layer with more inputs is solved by conjugate gradients, with
-            as many batches as this holds inputs and outputs of.
+        memory: bytes that the X'X of a layer may take, with what is made of it. A layer with more inputs is solved by
+            conjugate gradients, with as many batches as this holds inputs and outputs of.
 
     Returns:
         What became of each layer: `str` shows a table.

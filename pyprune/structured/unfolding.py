@@ -1,12 +1,12 @@
 """Layers as matrices: what a linear layer or a convolution multiplies its weight with, sample by sample.
 
-The matrix of a layer is (groups, inputs of a group, outputs of a group). The inputs of a convolution are the entries of
-its window, channels by positions of the kernel; a sample is one position of its output.
+The matrix of a layer is (groups, inputs of a group, outputs of a group). The inputs of a convolution are the entries
+of its window, channels by positions of the kernel; a sample is one position of its output.
 """
 
 import itertools
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,9 @@ def is_layer(module: nn.Module) -> bool:
 
 def _is_transposed_linear(module: nn.Module) -> bool:
     # By name: transformers is not imported.
-    return any(cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils" for cls in type(module).__mro__)
+    return any(
+        cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils" for cls in type(module).__mro__
+    )
 
 
 def groups_of(layer: nn.Module) -> int:
@@ -66,7 +68,7 @@ def weight_of(layer: nn.Module, matrix: Tensor, shape: torch.Size) -> Tensor:
     if _is_transposed_linear(layer):
         return matrix[0]
     if isinstance(layer, _ConvTransposeNd):
-        by_group = matrix.unflatten(1, (shape[0] // layer.groups, -1)).transpose(2, 3)
+        by_group = torch.unflatten(matrix, 1, (shape[0] // layer.groups, -1)).transpose(2, 3)
         return by_group.reshape(shape).flip(tuple(range(2, len(shape))))
     return matrix.mT.reshape(shape)
 
@@ -76,11 +78,14 @@ def call(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None, y: Te
     if _is_transposed_linear(layer):
         return F.linear(x, weight.T, bias)
     if isinstance(layer, _ConvTransposeNd):
-        options = (layer.stride, layer.padding, _output_padding(layer, x, y), layer.groups, layer.dilation)
-        return cast(Tensor, _TRANSPOSED[len(layer.kernel_size)](x, weight, bias, *options))  # type: ignore[operator]
+        transposed: Any = _TRANSPOSED[len(layer.kernel_size)]
+        padding = _output_padding(layer, x, y)
+        made: Tensor = transposed(x, weight, bias, layer.stride, layer.padding, padding, layer.groups, layer.dilation)
+        return made
     if isinstance(layer, _ConvNd):
-        convolve = _CONVOLUTIONS[len(layer.kernel_size)]
-        return cast(Tensor, convolve(_padded(layer, x), weight, bias, layer.stride, 0, layer.dilation, layer.groups))  # type: ignore[operator]
+        convolution: Any = _CONVOLUTIONS[len(layer.kernel_size)]
+        made = convolution(_padded(layer, x), weight, bias, layer.stride, 0, layer.dilation, layer.groups)
+        return made
     return F.linear(x, weight, bias)
 
 
@@ -127,7 +132,7 @@ def channel_dim(layer: nn.Module) -> int:
 def _by_position(layer: nn.Module, y: Tensor) -> Tensor:
     """Return a view of an output: (positions, ..., groups, outputs of a group)."""
     batch = _with_batch(layer, y) if isinstance(layer, _ConvNd) else y.reshape(-1, y.shape[-1])
-    return batch.movedim(channel_dim(layer), -1).unflatten(-1, (groups_of(layer), -1))
+    return torch.unflatten(batch.movedim(channel_dim(layer), -1), -1, (groups_of(layer), -1))
 
 
 def _with_batch(layer: _ConvNd, x: Tensor) -> Tensor:
@@ -145,7 +150,7 @@ def _windows(layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         x, steps = _with_batch(layer, _padded(layer, x)), layer.stride
     for i, (kernel, step, dilation) in enumerate(zip(layer.kernel_size, steps, layer.dilation, strict=True)):
         x = x.unfold(2 + i, dilation * (kernel - 1) + 1, step)[..., ::dilation]
-    return x.movedim(1, 1 + dims).unflatten(1 + dims, (layer.groups, -1))
+    return torch.unflatten(x.movedim(1, 1 + dims), 1 + dims, (layer.groups, -1))
 
 
 def _padded(layer: _ConvNd, x: Tensor) -> Tensor:
@@ -158,12 +163,11 @@ def _stuffed(layer: _ConvTransposeNd, x: Tensor, y: Tensor) -> Tensor:
     x = _with_batch(layer, x)
     sizes = [(size - 1) * stride + 1 for size, stride in zip(x.shape[2:], layer.stride, strict=True)]
     stuffed = x.new_zeros(*x.shape[:2], *sizes)
-    stuffed[(..., *(slice(None, None, stride) for stride in layer.stride))] = x
+    places = tuple(slice(None, None, stride) for stride in layer.stride)
+    stuffed[(slice(None), slice(None)) + places] = x  # noqa: RUF005 (Python 3.10 unpacks nothing in an index)
     padding: list[int] = []
-    for kernel, dilation, pad, more in zip(
-        layer.kernel_size, layer.dilation, layer.padding, _output_padding(layer, x, y), strict=True
-    ):
-        around = dilation * (kernel - 1) - int(pad)
+    for i, more in enumerate(_output_padding(layer, x, y)):
+        around = layer.dilation[i] * (layer.kernel_size[i] - 1) - int(layer.padding[i])
         padding = [around, around + more, *padding]
     return F.pad(stuffed, padding)
 
@@ -171,5 +175,11 @@ def _stuffed(layer: _ConvTransposeNd, x: Tensor, y: Tensor) -> Tensor:
 def _output_padding(layer: _ConvTransposeNd, x: Tensor, y: Tensor) -> list[int]:
     """Say how much larger the output is than need be, which the call may have said (``output_size``)."""
     dims = len(layer.kernel_size)
-    sides = zip(x.shape[-dims:], y.shape[-dims:], layer.stride, layer.padding, layer.dilation, layer.kernel_size, strict=True)
-    return [out - ((n - 1) * s - 2 * int(p) + d * (k - 1) + 1) for n, out, s, p, d, k in sides]
+    least = [
+        (x.shape[i - dims] - 1) * layer.stride[i]
+        - 2 * int(layer.padding[i])
+        + layer.dilation[i] * (layer.kernel_size[i] - 1)
+        + 1
+        for i in range(dims)
+    ]
+    return [size - small for size, small in zip(y.shape[-dims:], least, strict=True)]

@@ -1,4 +1,3 @@
-
 import numpy as np
 import pytest
 import torch
@@ -26,10 +25,7 @@ def sums_of(x, y, pieces=1):
 def oracle(x, y, present, damping, bias):
     """The least squares of one group by NumPy: the ridge is more samples, the bias one more input."""
     x, y, present = x.numpy(), y.numpy(), present.numpy()
-    if bias:
-        centred = x - x.mean(0), y - y.mean(0)
-    else:
-        centred = x, y
+    centred = (x - x.mean(0), y - y.mean(0)) if bias else (x, y)
     ridge = np.sqrt(damping * np.square(centred[0]).sum(0).mean())
     rows = np.concatenate([centred[0], ridge * np.eye(x.shape[1])])
     weight = np.linalg.lstsq(rows, np.concatenate([centred[1], ridge * present]), rcond=None)[0]
@@ -107,9 +103,7 @@ def test_sums_of_systems_are_those_of_all_samples():
     x, y, present = data()
     parts = [sums_of(a, b).system(False) for a, b in zip(x.chunk(2, 1), y.chunk(2, 1), strict=True)]
     whole = sums_of(x, y).system(False)
-    torch.testing.assert_close(
-        (parts[0] + parts[1]).solve(present, damping=0.1), whole.solve(present, damping=0.1)
-    )
+    torch.testing.assert_close((parts[0] + parts[1]).solve(present, damping=0.1), whole.solve(present, damping=0.1))
 
 
 def test_squares_are_those_of_what_is_missing():
