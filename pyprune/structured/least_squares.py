@@ -146,7 +146,13 @@ def _masked_step(gram: Tensor, right: Tensor, mask: Tensor, damping: float) -> T
 
 
 def conjugate_gradients(
-    product: Callable[[Tensor], Tensor], right: Tensor, diagonal: Tensor, *, tolerance: float, iterations: int
+    product: Callable[[Tensor], Tensor],
+    right: Tensor,
+    diagonal: Tensor,
+    *,
+    tolerance: float,
+    iterations: int,
+    watched: Callable[[Tensor], float] | None = None,
 ) -> tuple[Tensor, int]:
     """Solve A step = right for all outputs at once, where only products with A are known.
 
@@ -156,6 +162,7 @@ def conjugate_gradients(
         diagonal: of A, broadcast to ``right``; scales the inputs.
         tolerance: how small what is left of the right side is to become, as a share of it.
         iterations: how many there are at most.
+        watched: what is to become small; the end is where it has not for two iterations.
 
     Returns:
         The step, and how many iterations it took.
@@ -173,16 +180,22 @@ def conjugate_gradients(
     direction = scale * left
     energy = (left * direction).sum(-2, keepdim=True)
     enough = tolerance**2 * energy
-    for iteration in range(iterations):
+    best, count, least = step, 0, 0.0 if watched is None else watched(step)
+    for iteration in range(1, iterations + 1):
         if bool((energy <= enough).all()):
-            return step, iteration
+            break
         image = product(direction)
         curvature = (direction * image).sum(-2, keepdim=True)
         # An output that is solved takes no further steps: its direction is made of rounding errors.
         length = torch.where((energy > enough) & (curvature > 0), energy / curvature, torch.zeros_like(energy))
-        step += length * direction
+        step = step + length * direction
         left -= length * image
+        now = -1.0 if watched is None else watched(step)
+        if now < least:
+            best, count, least = step, iteration, 0.0 if watched is None else now
+        elif iteration - count == 2:
+            break
         scaled = scale * left
         before, energy = energy, (left * scaled).sum(-2, keepdim=True)
         direction = scaled + torch.where(before > 0, energy / before, torch.zeros_like(energy)) * direction
-    return step, iterations
+    return best, count

@@ -13,10 +13,12 @@ from pyprune.modules.attachments import check_module, wrapped_name
 from pyprune.modules.evaluation import check_initialized
 from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.modules.undo import Change
-from pyprune.structured.layer_solvers import Solved, solve_by_gradients, solve_by_sums
 from pyprune.structured.paired_layers import Reader, find_readers, kept_by
 from pyprune.structured.paired_passes import evaluating_both, look_at_both
 from pyprune.structured.reconstructed import Reconstructed
+from pyprune.structured.solve_by_gradients import solve_by_gradients
+from pyprune.structured.solve_by_sums import solve_by_sums
+from pyprune.structured.solved import Solved
 
 # A share of zeros in a weight that does not come about by itself.
 _FEW_ZEROS = 0.05
@@ -39,8 +41,8 @@ def reconstruct(
 
     Layer after layer, in the order of the forward pass, weight W and bias b become those with the least
     ``||X W + b - Y||^2 + damping * mean(diag(X'X)) * ||W - V||^2``, where X is what the layer gets in the pruned
-    model, repaired up to there, Y what it makes in the dense one, and V its present weight. That needs no labels, but inputs
-    like those that the model is for: a few hundred. A layer without a bias gets none; `batch_norm_adaptation`
+    model, repaired up to there, Y what it makes in the dense one, and V its present weight. That needs no labels, but
+    inputs like those that the model is for: a few hundred. A layer without a bias gets none; `batch_norm_adaptation`
     afterwards does the rest where a BatchNorm follows.
 
     Zeros under masks stay, and take no part. Zeros that nothing holds fill up: put `keep_sparse` on before.
@@ -56,8 +58,8 @@ def reconstruct(
             "all" solves all whose inputs or weights are not those of the dense model; they fit the batches better,
             and other inputs often worse.
         damping: of the ridge towards the present weights. If None, each layer gets the one of 1e-4, 1e-3, ..., 1 by
-            which the first three quarters of the batches predict the last best, and 1e-4 if there are fewer than four
-            batches, or no room for X'X.
+            which the first three quarters of the batches predict the last best (1e-4 if there are fewer than four);
+            conjugate gradients have 1e-4, and end when they predict these no better.
         num_batches: how many batches to use; all if None or if there are fewer.
         ignored_scope: layers to leave as they are.
         memory: bytes that the X'X of a layer may take, with what is made of it. A layer with more inputs is solved by

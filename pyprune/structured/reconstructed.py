@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pyprune.console import as_html, as_text, listed
-from pyprune.structured.layer_solvers import Solved
+from pyprune.structured.solved import Solved
 
 
 @dataclass(frozen=True, repr=False)

@@ -166,3 +166,37 @@ def test_solve_and_squares_give_the_known_values():
     torch.testing.assert_close(solved[0], torch.tensor(known, dtype=torch.float64), rtol=0, atol=1e-6)
     offset = torch.tensor([[1.78058954, -0.07121496, 0.03023591]], dtype=torch.float64)
     torch.testing.assert_close(sums.bias(solved), offset, rtol=0, atol=1e-6)
+
+
+def test_conjugate_gradients_return_the_step_that_is_best_for_what_is_watched():
+    x, y, _ = data(40, 30, 1)
+    gram, right, diagonal = x[0].mT @ x[0], x[0].mT @ y[0], torch.ones(30, 1)
+    others, wanted, _ = data(40, 30, 1, seed=1)
+    errors = {}
+    for count in range(1, 12):
+        step, done = conjugate_gradients(gram.matmul, right, diagonal, tolerance=0, iterations=count)
+        assert done == count
+        errors[count] = float((wanted[0] - others[0] @ step).square().sum())
+    watched = []
+
+    def look(step):
+        watched.append(float((wanted[0] - others[0] @ step).square().sum()))
+        return watched[-1]
+
+    step, count = conjugate_gradients(gram.matmul, right, diagonal, tolerance=0, iterations=11, watched=look)
+    assert len(watched) < 12
+    assert look(step) == min(watched)
+    assert count == watched.index(min(watched))
+    assert not count or errors[count] == pytest.approx(min(watched))
+
+
+def test_without_takes_samples_away():
+    x, y, present = data()
+    whole, part = sums_of(x, y), sums_of(x[:, :20], y[:, :20])
+    left = whole.without(part)
+    expected = sums_of(x[:, 20:], y[:, 20:])
+    for bias in (False, True):
+        torch.testing.assert_close(
+            left.system(bias).solve(present, damping=0.1), expected.system(bias).solve(present, damping=0.1)
+        )
+    assert left.count == expected.count
