@@ -28,6 +28,7 @@ from pyprune.structured.groups import coupled_groups
 from pyprune.structured.plan import Plan, rebuild
 from pyprune.structured.reconstruct import reconstruct
 from pyprune.structured.reconstructed import Reconstructed
+from pyprune.structured.reconstruction_scores import reconstruction_scores
 from pyprune.structured.shrink import shrink
 from pyprune.structured.shrunk import Shrunk
 from pyprune.training.ac_dc import AcDcPruner, ac_dc
@@ -109,6 +110,7 @@ __all__ = [
     "reapply",
     "rebuild",
     "reconstruct",
+    "reconstruction_scores",
     "schedules",
     "scope",
     "sensitivity",
