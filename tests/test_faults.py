@@ -246,6 +246,26 @@ def dead():
     return masked(0.3, CHANNELS, zero_dead_channels=True, examples_inputs=BATCH)
 
 
+def with_dead_channel(make=dense, **options):
+    """A model with a convolution's channel that nothing arrives of, and whatever else was put on it."""
+
+    def things():
+        made = make(**options)
+        with torch.no_grad():
+            for parameter in (made["model"].conv.weight, made["model"].conv.bias, made["model"].norm.bias):
+                parameter[1] = 0
+            made["model"].norm.running_mean[1] = 0
+            made["model"](BATCH)  # masks see what was written
+        return made
+
+    return things
+
+
+def plan_of_net():
+    return pyprune.shrink(with_dead_channel()()["model"], BATCH).plan
+
+
+SHRINK = of_model(pyprune.shrink, BATCH)
 RIGHT = "UNSTRUCTURED_MAGNITUDE_GLOBAL"
 CALLS = {
     "prune": (dense, PRUNE),
@@ -255,6 +275,18 @@ CALLS = {
     "prune 2:4": (dense, of_model(pyprune.prune, Method(importance.magnitude(), scope=scope.n_of_m(keep=1, of=3)))),
     "prune dead channels": (dense, DEAD),
     "prune dead channels again": (dead, DEAD),
+    "coupled_groups": (masked, of_model(pyprune.coupled_groups, BATCH)),
+    "shrink": (with_dead_channel(), SHRINK),
+    "shrink with masks": (with_dead_channel(masked), SHRINK),
+    "shrink with gates": (with_dead_channel(gated), SHRINK),
+    "shrink with an optimizer": (
+        with_dead_channel(trained),
+        lambda things: pyprune.shrink(things["model"], BATCH, optimizer=things["optimizer"]),
+    ),
+    "rebuild": (
+        lambda: {**dense(), "plan": plan_of_net()},
+        lambda things: pyprune.rebuild(things["model"], things["plan"]),
+    ),
     "prune recurrent": (lambda: {"model": Recurrent()}, PRUNE),
     "prune by chance": (dense, of_model(pyprune.prune, Method(importance.random(0)), ratio=0.5)),
     "prune with gates": (dense, of_model(pyprune.prune, "UNSTRUCTURED_HARD_CONCRETE")),

@@ -71,6 +71,10 @@ TAKES: dict[str, set[str]] = {
     "initial": RATIOS | {"{'nowhere': 0.25}"},
     "ignored_scope": OPTIONAL | {"an IgnoredScope"},
     "examples_inputs": INPUTS,
+    "examples": INPUTS,
+    "fresh_model": MODULES,
+    "plan": set(),
+    "constants": set(),
     "calibration": OPTIONAL,
     "allocation": set(),
     "mode": {"a Method"},
@@ -108,6 +112,8 @@ FLAGS = [
     "reset",
     "validate",
     "straight_through",
+    "update_stale",
+    "width",
     "progress",
     "strip",
 ]
@@ -252,6 +258,22 @@ ROWS: dict[str, Row] = {
         },
         {"threshold": NOT_NEGATIVE | {"-1", "-0.25"}},
     ),
+    "coupled_groups": Row(pyprune.coupled_groups, lambda: {"model": net(), "examples": torch.ones(2, 4)}),
+    "shrink": Row(
+        pyprune.shrink,
+        lambda: {
+            "model": net(),
+            "examples": torch.ones(2, 4),
+            "optimizer": None,
+            "round_to": 1,
+            "constants": "exact",
+            "verify": 1e-4,
+            "width": False,
+            "update_stale": False,
+        },
+        {"optimizer": OPTIONAL | {"[]", "()"}, "round_to": COUNT, "verify": NOT_NEGATIVE},
+    ),
+    "rebuild": Row(pyprune.rebuild, lambda: {"fresh_model": net(), "plan": pyprune.Plan()}),
     "strip": Row(
         pyprune.strip,
         lambda: {"model": gated(HARD), "do_copy": False, "strip_format": "in_place", "expected_count": False},
@@ -613,7 +635,7 @@ ROWS: dict[str, Row] = {
 # called in its row, by another name.
 NOT_CALLED = """
     __version__ build_info one_gate_sample AcDcPruner Calibration IterativeResult KeepSparse ModelPruningStatistic
-    PruneMode PruningRound Recipe RecipePruner Schedule SensitivityResult SensitivityTarget StripFormat
+    Plan PruneMode PruningRound Shrunk Recipe RecipePruner Schedule SensitivityResult SensitivityTarget StripFormat
     TensorPruningStatistic as_schedule
 """.split()  # noqa: SIM905
 

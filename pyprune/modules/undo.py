@@ -126,7 +126,7 @@ class Change(ExitStack):
     ) -> None:
         super().__init__()
         self._undo: Callable[[], object] = Before(*models, holds=holds, objects=objects, values=values).restore
-        self._settle = self._undo
+        self._settle: Callable[[], object] = self._undo
         self._gradients = torch.is_grad_enabled()
         self._is_settled = False
         # Twice: if the first is interrupted, the second begins again.

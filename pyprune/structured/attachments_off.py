@@ -1,6 +1,6 @@
 """Take masks and gates off a model while it is made smaller, and put masks on what is left of their weights."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 
 import torch
@@ -79,14 +79,18 @@ def take_off(model: nn.Module, change: Change) -> list[Carried]:
 
 
 @torch.no_grad()
-def put_back(model: nn.Module, carried: Sequence[Carried], kept: Kept) -> None:
-    """Put masks on what is left of weights, if they still drop something; within a `Change`."""
+def put_back(model: nn.Module, carried: Sequence[Carried], kept: Kept, changed: Set[int]) -> None:
+    """Put masks on what is left of weights, if they still drop something; within a `Change`.
+
+    Weights with these ids have other values now, which are their raw ones.
+    """
     new: dict[int, NewMask] = {}
     followers = []
     for one in carried:
         mask = cut(one.mask, kept.of(one.parameter))
         if one.follows is None and not bool(mask.all()):
-            one.parameter.copy_(cut(one.raw, kept.of(one.parameter)))
+            if id(one.parameter) not in changed:
+                one.parameter.copy_(cut(one.raw, kept.of(one.parameter)))
             new[id(one.parameter)] = NewMask(one.owners, mask, one.unit)
     for one in carried:
         source = new.get(id(one.follows))

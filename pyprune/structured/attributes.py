@@ -7,7 +7,7 @@ from torch import nn
 
 from pyprune.structured.compact import Kept, named_tensors, set_attribute, value_of
 from pyprune.structured.coordinates import Coords
-from pyprune.structured.sizes import Place, SizeUse, evaluate, holders, integers, places_in
+from pyprune.structured.sizes import Expression, Place, SizeUse, evaluate, holders, integers, places_in
 
 # A number among the attributes of a module, or of an object that it holds.
 Setting = tuple[str, str, Any]
@@ -25,8 +25,8 @@ def new_sizes(
     for use in uses:
         value = use.new_value(is_kept)
         if isinstance(use.expression, tuple) and isinstance(use.expression[1], str):
-            wanted.setdefault(use.expression, set()).add(value)  # type: ignore[arg-type]
-        elif value != use.value:
+            wanted.setdefault(use.expression, set()).add(value)
+        else:
             computed.append((use, value))
     known = {place: values.pop() for place, values in wanted.items() if len(values) == 1}
     conflicts = {place for place, values in wanted.items() if values and place not in known}
@@ -37,11 +37,22 @@ def new_sizes(
             continue
         open_ = [place for place in places if place not in known and place not in conflicts]
         for place in open_:
-            scaled = now[place] * value // use.value
-            if evaluate(use.expression, {**now, place: scaled}.__getitem__) == value:
-                known[place] = scaled
+            # In proportion, if that fits; else whatever does, if it is only one number.
+            scaled = now[place] * value // use.value if use.value else now[place]
+            fits = [
+                size for size in (scaled, *range(1, now[place])) if _gives(use.expression, now, place, size, value)
+            ]
+            if fits and (fits[0] == scaled or len(set(fits)) == 1):
+                known[place] = fits[0]
                 break
     return {place: value for place, value in known.items() if value != old(place)}
+
+
+def _gives(expression: Expression, now: dict[Place, int], place: Place, size: int, value: int) -> bool:
+    try:
+        return size > 0 and evaluate(expression, {**now, place: size}.__getitem__) == value
+    except ZeroDivisionError:
+        return False
 
 
 def settings(model: nn.Module, sizes: dict[Place, int]) -> list[Setting]:
@@ -51,7 +62,8 @@ def settings(model: nn.Module, sizes: dict[Place, int]) -> list[Setting]:
         if index is None:
             made[name, attribute] = value
         else:
-            numbers = made.setdefault((name, attribute), list(value_of(model, name, attribute)))
+            now = value_of(model, name, attribute)
+            numbers = made.setdefault((name, attribute), dict(now) if isinstance(now, dict) else list(now))
             numbers[index] = value
     return [(name, attribute, value) for (name, attribute), value in made.items()]
 
@@ -76,37 +88,44 @@ def apply(model: nn.Module, changes: Iterable[Setting]) -> None:
 def stale(model: nn.Module, kept: Kept, read: set[tuple[str, str]]) -> list[Setting]:
     """Return attributes that no forward pass of the examples has read, and that equal a size that has changed.
 
-    Of the tensors of a module itself, and of the layers right below it.
+    Of the tensors of a module itself, and of the layers right below it; but not what equals a size that stays, too.
     """
+    found = _of_changed_sizes(model, kept)
     return [
-        (name, attribute, value)
-        for name, attribute, value in _of_changed_sizes(model, kept)
-        if (name, attribute) not in read
+        (name, attribute, value) for name, attribute, value, sure in found if sure and (name, attribute) not in read
     ]
 
 
-def _of_changed_sizes(model: nn.Module, kept: Kept) -> Iterator[Setting]:
-    """Attributes that are what a size of a module's tensors was, with what that is now."""
-    tensors = named_tensors(model)
-    changed: dict[str, dict[int, set[int]]] = {}
-    for name, tensor in tensors.items():
-        for dim, positions in kept.of(tensor).items():
-            owner = name.rpartition(".")[0]
+def _of_changed_sizes(model: nn.Module, kept: Kept) -> Iterator[tuple[str, str, int, bool]]:
+    """Attributes that equal a size of a module's tensors, what that is now, and whether no other was the same.
+
+    Of several it is what a layer reads: modules look whether that is what they expect.
+    """
+    changed: dict[str, dict[int, dict[int, int]]] = {}
+    for name, tensor in named_tensors(model).items():
+        owner = name.rpartition(".")[0]
+        for dim, size in enumerate(tensor.shape):
+            positions = kept.of(tensor).get(dim)
             for module in {owner, owner.rpartition(".")[0]}:
-                changed.setdefault(module, {}).setdefault(tensor.shape[dim], set()).add(len(positions))
+                new = size if positions is None else len(positions)
+                changed.setdefault(module, {}).setdefault(size, {}).setdefault(new, dim)
     for name, prefix, holder in holders(model):
-        if name not in changed or type(holder).__module__.startswith("torch.nn."):
+        if type(holder).__module__.startswith("torch.nn."):
             continue
         for attribute, value in integers(holder):
-            if isinstance(value, int) and len(new := changed[name].get(value, set())) == 1:
-                yield name, prefix + attribute, next(iter(new))
+            if not isinstance(value, int):
+                continue
+            new_sizes = changed.get(name, {}).get(value, {})
+            others = sorted((new for new in new_sizes if new != value), key=lambda new: new_sizes[new] != 1)
+            if others:
+                yield name, prefix + attribute, others[0], len(new_sizes) == 1
 
 
 def guesses(model: nn.Module, kept: Kept, changes: Iterable[Setting]) -> dict[tuple[str, str], list[Setting]]:
     """Return what could be changed by its value alone, by the class of the module and the attribute."""
     done = {(name, attribute) for name, attribute, _ in changes}
     found: dict[tuple[str, str], list[Setting]] = {}
-    for name, attribute, value in _of_changed_sizes(model, kept):
+    for name, attribute, value, _ in _of_changed_sizes(model, kept):
         if (name, attribute) not in done:
             cls = type(model.get_submodule(name)).__name__
             found.setdefault((cls, attribute), []).append((name, attribute, value))

@@ -1,4 +1,4 @@
-"""Take positions out of tensors: the same `Parameter` objects with fewer values, and attributes that say their sizes."""
+"""Take positions out of tensors: the same `Parameter` objects with fewer values, and attributes that know."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyprune.modules.attachments import parameters_of
 from pyprune.modules.undo import Change
 
 
@@ -55,7 +56,8 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 def resizing(model: nn.Module, kept: Kept, change: Change, also: Iterable[Tensor] = ()) -> Iterator[None]:
     """Let tensors of a model have only what is kept, and modules know it; if the body fails, they have all again.
 
-    What the body gives ``also`` as their data is taken back, too. Attributes of modules are brought back by the `Change` that is around this, unless it is finishing.
+    What the body gives ``also`` as their data is taken back, too. Attributes of modules are brought back by the
+    `Change` that is around this. Once that is finishing, nothing is taken back.
     """
     tensors = {id(tensor): tensor for tensor in named_tensors(model).values() if kept.of(tensor)}
     before = [(tensor, tensor.data) for tensor in tensors.values()]
@@ -69,10 +71,12 @@ def resizing(model: nn.Module, kept: Kept, change: Change, also: Iterable[Tensor
         with torch.no_grad():
             for tensor, data in before:
                 give_data(tensor, kept.cut(data, tensor))
-                if tensor.grad is not None:
-                    tensor.grad = None
+        if before:  # gradients of one step are of one model
+            for parameter in parameters_of(model):
+                parameter.grad = None
+        dense = {id(tensor): data for tensor, data in before}
         for module in model.modules():
-            update_known(module, dict(zip(tensors, (data for _, data in before), strict=True)))
+            update_known(module, dense)
         yield
     except BaseException:
         if not change.is_finishing:
@@ -131,7 +135,8 @@ def _batch_norm(module: Any, now: _Tensors, before: _Tensors) -> None:
 
 
 def _layer_norm(module: Any, now: _Tensors, before: _Tensors) -> None:
-    module.normalized_shape = tuple(now["weight"].shape)
+    if hasattr(module, "normalized_shape"):  # others have a class of this name, too
+        module.normalized_shape = tuple(now["weight"].shape)
 
 
 def _group_norm(module: Any, now: _Tensors, before: _Tensors) -> None:
@@ -171,7 +176,7 @@ _KNOWN: list[tuple[set[str], Callable[[Any, _Tensors, _Tensors], None]]] = [
     ({"Bilinear"}, _bilinear),
     ({"_ConvNd"}, _conv),
     ({"_NormBase"}, _batch_norm),
-    ({"LayerNorm", "RMSNorm"}, lambda module, now, before: _layer_norm(module, now, before) if hasattr(module, "normalized_shape") else None),
+    ({"LayerNorm", "RMSNorm"}, _layer_norm),
     ({"GroupNorm"}, _group_norm),
     ({"Embedding", "EmbeddingBag"}, _embedding),
     ({"PReLU"}, _prelu),
@@ -203,6 +208,8 @@ def set_attribute(model: nn.Module, name: str, attribute: str, value: Any) -> No
     """Give an attribute of a module another value; a list becomes what there was, a tuple or a list."""
     attributes, key = holder_of(model, name, attribute)
     attributes[key] = tuple(value) if isinstance(attributes[key], tuple) else value
+    if key == "axes_lengths" and f"_{key}" in attributes:  # a layer of einops keeps it twice
+        attributes[f"_{key}"] = tuple(value.items())
 
 
 # ---- optimizers ----

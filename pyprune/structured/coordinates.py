@@ -1,12 +1,12 @@
 """Coordinates: a number for every position along the axes of a model's tensors, and which of them go together.
 
-Operations of a forward pass tie coordinates to each other. What is tied in the end is a unit: it can only be removed as
-a whole. A tensor carries its coordinates in *factors*: an array of them that lies along one of its axes, or along
+Operations of a forward pass tie coordinates to each other. What is tied in the end is a unit: it can only be removed
+as a whole. A tensor carries its coordinates in *factors*: an array of them that lies along one of its axes, or along
 several jointly (heads x head size, after a view has cut an axis).
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -63,13 +63,14 @@ class Axes:
         shape: of the tensor.
         factors: no axis is in two of them.
         source: what the tensor was made of.
-        stretched: axes along which all of its values are the same memory, because it was expanded.
+        stretched: axes along which all of its values are the same (it was expanded, or filled), with the expression
+            of attributes that gave the size, if one did.
     """
 
     shape: tuple[int, ...]
     factors: tuple[Factor, ...] = ()
     source: Source = "inputs"
-    stretched: frozenset[int] = frozenset()
+    stretched: Mapping[int, Any] = field(default_factory=dict)
 
     def on(self, axis: int) -> Factor | None:
         """The factor that has an axis."""
@@ -85,6 +86,9 @@ class Coordinates:
         # Coordinates that stay, and why; others that can go, but not so that the model computes the same.
         self.stays: list[tuple[Coords, str]] = []
         self.inexact: list[tuple[Coords, str]] = []
+        # In which modules that was.
+        self.place = ""
+        self.inexact_in: list[tuple[Coords, str]] = []
         # Arrays that a view has cut: what is kept of them must be a rectangle.
         self.cuts: list[Coords] = []
         # Units of attention, and of convolutions in groups.
@@ -117,7 +121,9 @@ class Coordinates:
 
     def is_inexact(self, coords: Coords, why: str) -> None:
         """Without these the model computes something else, even where they are zero."""
-        self.inexact.append((np.unique(coords), why))
+        coords = np.unique(coords)
+        self.inexact.append((coords, why))
+        self.inexact_in.append((coords, self.place))
 
     def hold(self, factor: Factor, axes: Iterable[int], why: str) -> None:
         """Keep the sizes of axes: tie what lies along them; if there is nothing else in the factor, it stays."""

@@ -72,6 +72,16 @@ class Group:
         """Whether a unit that is zero can go, and the model computes what it did."""
         return not self.inexact
 
+    def zero_units(self) -> Flags:
+        """Say which units are zero in all of the group's parameters."""
+        zero = np.ones(len(self), bool)
+        for member in self.members:
+            if isinstance(member.tensor, nn.Parameter):
+                used = (member.tensor.detach() != 0).movedim(member.dim, 0)
+                rows = used.reshape(len(used), -1).any(1).cpu().numpy()
+                zero &= ~rows[member.indices].any(1)
+        return zero
+
     @property
     def name(self) -> str:
         """The weight that makes it: the first member that does not read."""
@@ -152,9 +162,9 @@ class CoupledGroups(Sequence[Group]):
 def coupled_groups(model: nn.Module, examples: Any) -> CoupledGroups:
     """Find what can only be removed together: units along axes of parameters and buffers, and what stays.
 
-    The model runs once on each example, in evaluation, without gradients, and is as it was then. Rules on axes say what
-    each operation ties (additions, products, heads of attention, views that cut and join axes, ...); an operation that
-    no rule knows keeps what it touches, and is named.
+    The model runs once on each example, in evaluation, without gradients, and is as it was then. Rules on axes say
+    what each operation ties (additions, products, heads of attention, views that cut and join axes, ...); an
+    operation that no rule knows keeps what it touches, and is named.
 
     Args:
         model: a plain model, with masks and gates or without, of any dtype, also on the meta device; not compiled,
@@ -200,6 +210,7 @@ def groups_of(model: nn.Module, seen: Trace) -> CoupledGroups:
     ]
     by_signature = _signatures(axes, stays, ties.count)
     classes = {name: type(module).__name__ for name, module in model.named_modules()}
+    in_order = [_sorted(own) for _, _, own in axes]
     groups: list[Group] = []
     single: set[int] = set()
     for signature, labels in by_signature.items():
@@ -208,8 +219,10 @@ def groups_of(model: nn.Module, seen: Trace) -> CoupledGroups:
             continue
         order = np.asarray(labels)
         members = tuple(
-            Member(one.name, one.names, one.tensor, dim, _indices(own, order), ties.is_read(one.coords[dim]))
-            for one, dim, own in (axes[index] for index, _ in signature)
+            Member(
+                one.name, one.names, one.tensor, dim, _indices(*in_order[index], order), ties.is_read(one.coords[dim])
+            )
+            for index, (one, dim, _) in ((index, axes[index]) for index, _ in signature)
         )
         if members[0].tensor.dim() == 1 and all(not isinstance(member.tensor, nn.Parameter) for member in members):
             continue  # buffers alone
@@ -262,13 +275,17 @@ def _signatures(
     return found
 
 
-def _indices(own: Coords, labels: Coords) -> Coords:
-    """Which entries of an axis each unit has, as rows."""
+def _sorted(own: Coords) -> tuple[Coords, Coords]:
+    """Where the entries of an axis lie in the order of their units, and these units."""
     order = np.argsort(own, kind="stable")
-    chosen = order[np.isin(own[order], labels)]
-    rows = chosen.reshape(len(labels), -1)
-    # Sorted by label; `labels` may be in another order.
-    return rows[np.argsort(np.argsort(labels))]
+    return order, own[order]
+
+
+def _indices(order: Coords, ordered: Coords, labels: Coords) -> Coords:
+    """Which entries of an axis each unit has, as rows; all have the same number."""
+    starts = np.searchsorted(ordered, labels)
+    count = int(np.searchsorted(ordered, labels[0], "right")) - int(starts[0])
+    return np.asarray(order[starts[:, None] + np.arange(count)])
 
 
 def _kind(members: Sequence[Member], classes: dict[str, str]) -> str:

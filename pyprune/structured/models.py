@@ -1,11 +1,9 @@
 """What a model and its examples must be, to be traced and made smaller."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
-from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch import Tensor, nn
 
 from pyprune.checks import shown
 from pyprune.modules.attachments import check_module, wrapped_name
@@ -13,14 +11,15 @@ from pyprune.modules.evaluation import check_initialized
 from pyprune.modules.sharding import is_sharded
 
 
-def check_model(model: nn.Module, what: str) -> None:
+def check_model(model: nn.Module, what: str, name: str = "model") -> None:
     """Raise unless a model can be looked at as it is: not wrapped, sharded or quantised.
 
     Args:
         model: what a user gave.
         what: what is to be done, for messages: "shrink".
+        name: of the argument.
     """
-    check_module(model)
+    check_module(model, name)
     for name, module in model.named_modules():
         wrapped = wrapped_name(module)
         if wrapped is not None:
@@ -54,18 +53,36 @@ def examples_of(examples: object) -> list[Any]:
     if not found:
         raise ValueError("examples is an empty list; give inputs for at least one forward pass")
     for one in found:
-        if isinstance(one, Mapping):
-            leaves = tree_leaves(list(one.values()))
-        else:
-            leaves = tree_leaves(one)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        if not tensors and not any(hasattr(leaf, "__dict__") for leaf in leaves):
+        tensors = list(tensors_within(one))
+        if not tensors:
             raise TypeError(
-                f"examples has {shown(one)}, without a tensor in it; give a tensor, a tuple of positional arguments, a "
-                "dict of keyword arguments, or a list of these"
+                f"examples has {shown(one)}, without a tensor in it; give a tensor, a tuple of positional arguments, "
+                "a dict of keyword arguments, or a list of these"
             )
         for tensor in tensors:
             is_number = tensor.is_floating_point() and tensor.device.type != "meta" and tensor.numel()
             if is_number and not bool(tensor.isfinite().all()):
                 raise ValueError("examples have NaN or infinity in them; give inputs as the model gets them")
     return found
+
+
+def tensors_within(made: Any) -> Iterator[Tensor]:
+    """Yield the tensors in what a model takes or returns: in mappings, sequences and plain objects."""
+    yield from _inside(made, set())
+
+
+def _inside(made: Any, seen: set[int]) -> Iterator[Tensor]:
+    if isinstance(made, Tensor):
+        yield made
+        return
+    if id(made) in seen or isinstance(made, (str, bytes, int, float, nn.Module, type, type(None))):
+        return
+    seen.add(id(made))
+    if isinstance(made, Mapping):
+        parts: Iterable[Any] = list(made.values())
+    elif isinstance(made, (list, tuple, set)):
+        parts = list(made)
+    else:
+        parts = list(vars(made).values()) if hasattr(made, "__dict__") else []
+    for part in parts:
+        yield from _inside(part, seen)

@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -59,9 +58,7 @@ class Plan:
             raise ValueError("this is no plan of pyprune; give what Plan.to_json() returned, or Plan.save() wrote")
         version = values.pop("pyprune_plan")
         if version != _VERSION or set(values) - set(vars(Plan())):
-            raise ValueError(
-                f"this plan has version {shown(version)}, and this pyprune reads {_VERSION}; update pyprune"
-            )
+            raise ValueError(f"this plan has version {shown(version)}; this pyprune reads {_VERSION}. Update pyprune")
         values["tensors"] = {
             name: {int(dim): list(kept) for dim, kept in dims.items()} for name, dims in values["tensors"].items()
         }
@@ -96,13 +93,13 @@ def rebuild(fresh_model: _M, plan: Plan) -> _M:
 
     Example:
         >>> from pyprune import Plan, rebuild
-        >>> plan = Plan.from_json('{"pyprune_plan": 1, "tensors": {"weight": {"0": [1]}}, "shapes": {"weight": [2, 3]}}')
+        >>> plan = Plan(tensors={"weight": {0: [1]}}, shapes={"weight": [2, 3]})
         >>> rebuild(nn.Linear(3, 2, bias=False), plan).weight.shape
         torch.Size([1, 3])
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"plan is {shown(plan)}; give a Plan, as of Plan.load(path) or shrink(...).plan")
-    check_model(fresh_model, "rebuild")
+    check_model(fresh_model, "rebuild", "fresh_model")
     tensors = named_tensors(fresh_model)
     for name, shape in plan.shapes.items():
         found = tensors.get(name)
@@ -110,8 +107,8 @@ def rebuild(fresh_model: _M, plan: Plan) -> _M:
             raise ValueError(f"the plan is of another model: {type(fresh_model).__name__} has no {name}")
         if list(found.shape) != list(shape):
             raise ValueError(
-                f"the plan is of another model, or this one was shrunk already: {name} has shape {tuple(found.shape)}, "
-                f"and {tuple(shape)} in the plan"
+                f"the plan is of another model, or this one was shrunk already: {name} has shape "
+                f"{tuple(found.shape)}, and {tuple(shape)} in the plan"
             )
     for name, dims in plan.tensors.items():
         for dim, kept in dims.items():
@@ -126,13 +123,14 @@ def rebuild(fresh_model: _M, plan: Plan) -> _M:
     kept_by: dict[str, dict[int, Tensor]] = {
         name: {dim: torch.tensor(kept) for dim, kept in dims.items()} for name, dims in plan.tensors.items()
     }
-    kept = Kept({id(tensors[name]): dims for name, dims in kept_by.items()})
-    with Change(fresh_model) as change, resizing(fresh_model, kept, change):
+    left = Kept({id(tensors[name]): dims for name, dims in kept_by.items()})
+    with Change(fresh_model) as change, resizing(fresh_model, left, change):
         for name, attribute, value in plan.attributes:
             set_attribute(fresh_model, name, attribute, value)
         for name in plan.biases:
             module = fresh_model.get_submodule(name.rpartition(".")[0])
             add_bias(module)
+        change.finish(lambda: None)  # from here on nothing is taken back
     return fresh_model
 
 

@@ -1,7 +1,7 @@
 """What arrives at the readers of a model: entries that count for nothing, and constants that a bias can take.
 
-A reader is a product: an entry of one side is multiplied with one of a weight, and summed. The entry is dead if one of
-the two is zero, whatever the inputs are. If what arrives is another constant, the same at all positions and in all
+A reader is a product: an entry of one side is multiplied with one of a weight, and summed. The entry is dead if one
+of the two is zero, whatever the inputs are. If what arrives is another constant, the same at all positions and in all
 examples, a bias takes over, unless zeros are put around it.
 """
 
@@ -118,14 +118,24 @@ class Readers:
             folds[one.module] = Fold(one.module, dim, entries, labels[entries], one.values[entries])
         gone = is_read & ~blocked
         gone[NONE] = False
-        return Dead(gone, folds, {label: text for label, text in why.items() if constants == "exact"})
+        return Dead(
+            gone, ~is_read & ~blocked, folds, {label: text for label, text in why.items() if constants == "exact"}
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class Dead:
-    """Which units can go (by label), constants that readers get, by module, and why others stay."""
+    """What a trace says of units, by their labels.
+
+    Args:
+        units: which can go.
+        unread: which nothing reads; they can go if they are zero.
+        folds: constants that readers get, by module.
+        kept: why others stay.
+    """
 
     units: Flags
+    unread: Flags
     folds: dict[str, Fold]
     kept: dict[int, str]
 

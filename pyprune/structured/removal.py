@@ -2,7 +2,8 @@
 
 import math
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from pyprune.modules.evaluation import evaluating, forward, untouched
-from pyprune.modules.undo import Change
+from pyprune.modules.undo import Change, undoing
 from pyprune.structured import attributes
 from pyprune.structured.attributes import Setting
 from pyprune.structured.compact import Kept, cut, named_tensors, resizing
 from pyprune.structured.coordinates import Flags
 from pyprune.structured.groups import CoupledGroups
+from pyprune.structured.models import tensors_within
+from pyprune.structured.norms_of_width import Rescaled, rescaled_norms
 from pyprune.structured.plan import add_bias
 from pyprune.structured.readers import Dead
 from pyprune.structured.shrunk import Held
-from pyprune.structured.trace import Trace, output_tensors, without_cache
+from pyprune.structured.trace import Trace, without_cache
 
 # Frames of these are no user's.
 _NOT_THEIRS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
@@ -67,12 +71,14 @@ class Removal:
         self.dead = dead
         self.most = most
         self._shapes = {id(member.tensor): member.tensor.shape for group in groups for member in group.members}
-        folds = [model.get_submodule(fold.module) for fold in dead.folds.values()]
-        self._dense = {
+        folds: list[Any] = [model.get_submodule(fold.module) for fold in dead.folds.values()]
+        self._dense: dict[str, Tensor] = {
             fold.module: module.weight.data for fold, module in zip(dead.folds.values(), folds, strict=True)
         }
-        self.biases = [module.bias for module in folds if module.bias is not None]
-        self.expected = [[one.clone() for one in output_tensors(made)] for made in seen.outputs]
+        self.biases: list[Tensor] = [module.bias for module in folds if module.bias is not None]
+        self.expected = [[one.clone() for one in tensors_within(made)] for made in seen.outputs]
+        self._failed_in = ""
+        self._in_double: tuple[list[Any], list[list[Tensor]]] | None = None
         self._needs_values = all(not one.is_meta for one in named_tensors(model).values())
         _check_expected(self.expected)
 
@@ -125,9 +131,22 @@ class Removal:
             }
         )
 
-    def settle(self, gone: Sequence[Flags], settings: Sequence[Setting]) -> list[str]:
-        """Give attributes and biases their values, in a model that was cut; returns the names of new biases."""
+    def norms(self, gone: Sequence[Flags]) -> tuple[list[Rescaled], list[str]]:
+        """Norms over axes that lose entries: what they become, and the names of those that cannot be the same."""
+        alive = self._alive(gone)
+        names = dict.fromkeys(
+            name for coords, name in self.seen.coordinates.inexact_in if not alive[self.units[coords]].all()
+        )
+        return rescaled_norms([(name, self.model.get_submodule(name)) for name in names], self.kept(gone))
+
+    def settle(self, gone: Sequence[Flags], settings: Sequence[Setting], norms: Sequence[Rescaled]) -> list[str]:
+        """Give attributes, norms and biases of a model that was cut their values; returns names of new biases."""
         attributes.apply(self.model, settings)
+        for norm in norms:
+            weight = norm.module.weight
+            assert isinstance(weight, Tensor)
+            weight.data = cut(norm.weight, self.kept(gone).of(weight))
+            vars(norm.module).update(norm.epsilons)
         return self._fold(gone)
 
     # ---- attempts ----
@@ -136,34 +155,52 @@ class Removal:
         """Attributes that let the model compute the same without some units; None if it does not."""
         settings = self._settings(gone)
         difference, self._problem = self._differs(gone, settings)
-        if self._is_right(difference):
+        if self._is_right(difference, gone):
             return settings, [], [], difference
-        guesses = attributes.guesses(self.model, self.kept(gone), settings)
-        everything = [one for several in guesses.values() for one in several]
-        if not everything:
-            return None
         problem = self._problem
-        difference, self._problem = self._differs(gone, [*settings, *everything])
-        if not self._is_right(difference):
+        guesses = self._guess(gone, settings)
+        if guesses is None:
             self._problem = problem
             return None
         for kind in list(guesses):  # what is not needed is not believed
             rest = [one for other, several in guesses.items() if other != kind for one in several]
-            without, _ = self._differs(gone, [*settings, *rest])
-            if self._is_right(without):
+            if self._is_right(self._differs(gone, [*settings, *rest])[0], gone):
                 del guesses[kind]
-                difference = without
         guessed = [one for several in guesses.values() for one in several]
+        difference, _ = self._differs(gone, [*settings, *guessed])
         return [*settings, *guessed], guessed, [], difference
 
-    def _is_right(self, difference: float) -> bool:
-        return difference <= self.most and not math.isnan(difference)
+    def _guess(self, gone: list[Flags], settings: Sequence[Setting]) -> dict[tuple[str, str], list[Setting]] | None:
+        """Guess attributes by their values: in classes whose forward fails, one after the other, or all at once."""
+        guesses = attributes.guesses(self.model, self.kept(gone), settings)
+        chosen: dict[tuple[str, str], list[Setting]] = {}
+        while more := {
+            kind: one for kind, one in guesses.items() if kind[0] == self._failed_in and kind not in chosen
+        }:
+            chosen |= more
+            difference, self._problem = self._differs(gone, [*settings, *(s for one in chosen.values() for s in one)])
+            if self._is_right(difference, gone):
+                return chosen
+        if not guesses or len(chosen) == len(guesses):
+            return None
+        difference, self._problem = self._differs(gone, [*settings, *(s for one in guesses.values() for s in one)])
+        return guesses if self._is_right(difference, gone) else None
 
-    def _settings(self, gone: Sequence[Flags]) -> list[Setting]:
+    def _is_right(self, difference: float, gone: Sequence[Flags]) -> bool:
+        return difference <= self._most(gone) and difference < math.inf
+
+    def _most(self, gone: Sequence[Flags]) -> float:
+        """How much outputs may differ: as they like if a norm cannot be what it was."""
+        return math.inf if self.norms(gone)[1] else self.most
+
+    def _alive(self, gone: Sequence[Flags]) -> Flags:
         alive = np.ones(len(self.units), bool)
         for group, flags in zip(self.groups, gone, strict=True):
             alive[group.coords[flags]] = False
-        units = self.units
+        return alive
+
+    def _settings(self, gone: Sequence[Flags]) -> list[Setting]:
+        alive, units = self._alive(gone), self.units
         changes = attributes.new_sizes(
             self.seen.sizes, lambda coords: alive[units[coords]], attributes.old_value(self.model)
         )
@@ -173,21 +210,53 @@ class Removal:
         """How much outputs differ without some units (infinitely if the model fails), and what the problem is."""
         if not self._needs_values:
             return 0.0, ""
+        difference, problem = self._attempt(gone, settings, self.inputs, self.expected)
+        if self._most(gone) < difference < math.inf:  # another function, or rounding that the model makes much of?
+            if self._in_double is None:
+                self._in_double = self._outputs_in_double()
+            inputs, expected = self._in_double
+            exact, _ = self._attempt(gone, settings, inputs, expected, double=True) if expected else (math.inf, "")
+            if exact <= self.most:
+                return exact, ""
+        return difference, problem
+
+    def _attempt(
+        self,
+        gone: Sequence[Flags],
+        settings: Sequence[Setting],
+        inputs: Sequence[Any],
+        expected: Sequence[Sequence[Tensor]],
+        *,
+        double: bool = False,
+    ) -> tuple[float, str]:
+        norms, _ = self.norms(gone)
         try:
             with Change(self.model) as change, resizing(self.model, self.kept(gone), change, self.biases):
-                self.settle(gone, settings)
-                raise _TakeBack(*self._compare())
+                self.settle(gone, settings, norms)
+                with in_double(self.model) if double else nullcontext():
+                    raise _TakeBack(*self._compare(inputs, expected))
         except _TakeBack as result:
             return result.difference, result.problem
 
-    def _compare(self) -> tuple[float, str]:
-        worst = 0.0
+    def _outputs_in_double(self) -> tuple[list[Any], list[list[Tensor]]]:
+        """Inputs and outputs in float64; nothing if the model does not take that."""
+        inputs = [tree_map(_double, one) for one in self.inputs]
         try:
-            with evaluating(self.model), untouched(self.model), without_cache(self.model):
-                for inputs, expected in zip(self.inputs, self.expected, strict=True):
-                    made = list(output_tensors(forward(self.model, inputs, "examples")))
+            with in_double(self.model), looking(self.model):
+                return inputs, [list(tensors_within(forward(self.model, one, "examples"))) for one in inputs]
+        except Exception:  # as below
+            return inputs, []
+
+    def _compare(self, inputs: Sequence[Any], wanted: Sequence[Sequence[Tensor]]) -> tuple[float, str]:
+        worst = 0.0
+        self._failed_in = ""
+        try:
+            with looking(self.model):
+                for one, expected in zip(inputs, wanted, strict=True):
+                    made = list(tensors_within(forward(self.model, one, "examples")))
                     worst = max(worst, _difference(expected, made))
         except Exception as error:  # whatever a stranger's forward does when sizes do not fit
+            self._failed_in = _class_that_failed(error)
             return math.inf, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}{_where(error)}"
         return worst, f"outputs differ by {worst:.1e} of their largest value"
 
@@ -201,12 +270,12 @@ class Removal:
         for group, flags in zip(self.groups, gone, strict=True):
             removed[group.coords[flags]] = True
         kept = self.kept(gone)
-        new = []
+        new: list[str] = []
         for fold in self.dead.folds.values():
             chosen = removed[fold.labels]
             if not chosen.any():
                 continue
-            module = self.model.get_submodule(fold.module)
+            module: Any = self.model.get_submodule(fold.module)
             weight, out = self._dense[fold.module], 1 - fold.dim
             entries = torch.from_numpy(fold.entries[chosen]).to(weight.device)
             values = torch.from_numpy(fold.values[chosen]).to(weight.device)
@@ -219,6 +288,33 @@ class Removal:
                 new.append(f"{fold.module}.bias".lstrip("."))
             module.bias.data = (module.bias.detach().double() + more).to(module.bias.dtype)
         return new
+
+
+@contextmanager
+def looking(model: nn.Module) -> Iterator[None]:
+    """Run a model in evaluation, and leave it as it is."""
+    with evaluating(model), untouched(model), without_cache(model):
+        yield
+
+
+@contextmanager
+def in_double(model: nn.Module) -> Iterator[None]:
+    """Let all real tensors of a model be in float64 for the time."""
+    tensors = {id(one): one for one in named_tensors(model).values() if one.is_floating_point()}
+    before = [(tensor, tensor.data) for tensor in tensors.values()]
+
+    def undo() -> None:
+        for tensor, data in before:
+            tensor.data = data
+
+    with undoing(undo):
+        for tensor, data in before:
+            tensor.data = data.double()
+        yield
+
+
+def _double(leaf: Any) -> Any:
+    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
 
 def _others(size: int, removed: Any) -> Tensor:
@@ -262,3 +358,13 @@ def _where(error: BaseException) -> str:
         if not frame.filename.startswith(_NOT_THEIRS):
             return f" ({Path(frame.filename).name}, line {frame.lineno}: {frame.line})"
     return ""
+
+
+def _class_that_failed(error: BaseException) -> str:
+    """The class of the innermost module of a user in whose code an error arose."""
+    found = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and not type(module).__module__.startswith("torch."):
+            found = type(module).__name__
+    return found

@@ -32,35 +32,39 @@ def shrink(
     model: nn.Module,
     examples: Any,
     *,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     round_to: int = 1,
     constants: Constants = "exact",
     verify: float = 1e-4,
+    width: bool = False,
     update_stale: bool = False,
 ) -> Shrunk:
     """Remove what is dead, in place: the small model is an ordinary, dense one, and computes what it did.
 
-    A unit (a channel, a head, ...) is dead if what is made of it arrives nowhere: it is zero whatever the inputs are, or
-    all that reads it has zeros there. It does not matter what made the zeros: masks and gates (which are folded; masks
-    on what is left stay on), slimming, training. A unit that is constant, and not zero, goes into the biases of its
-    readers. The `Parameter` objects stay, gradients are cleared. Whatever a layer cannot lose stays, and is named.
+    A unit (a channel, a head, ...) is dead if what is made of it arrives nowhere: it is zero whatever the inputs are,
+    or all that reads it has zeros there. It does not matter what made the zeros: masks and gates (which are folded;
+    masks on what is left stay on), slimming, training. A unit that is constant, and not zero, goes into the biases of
+    its readers. The `Parameter` objects stay, gradients are cleared. Whatever cannot be removed stays, and is named.
 
     Args:
         model: a plain model, in training or evaluation (it is looked at in evaluation).
         examples: what the model takes, as for `coupled_groups`. They say what is reached and are what the result is
             compared on; several in a list if the model takes other ways with other inputs.
-        optimizer: its state is cut alike. Give all of them, one after the other, with nothing left to remove, or none.
+        optimizer: one, or several in a list, whose state is cut alike.
         round_to: keep a number of channels that is a multiple of this. Heads and groups of convolutions are not
             rounded.
-        constants: "exact" keeps channels whose constant would have to meet zero padding, where no bias is the same;
-            "drop" removes them, and reports the largest change of an output.
+        constants: "exact" keeps channels whose constant would have to meet zero padding, where no bias is the same,
+            "drop" removes them, and reports how much outputs change.
         verify: how much outputs may differ, relative to the largest value of each.
-        update_stale: also set attributes that no forward pass reads, and that equal a size that has changed (a
-            number of heads that is only printed).
+        width: also remove units under a norm over all of them (the width of a transformer), which must arrive there
+            as zeros. An RMSNorm is given the weight and epsilon that make it compute the same. A LayerNorm cannot be:
+            the model is another one by construction then, is not verified, and ``inexact`` names the norms.
+        update_stale: also set attributes that no forward pass reads, and that equal a size that has changed (a number
+            of heads that is only printed).
 
     Returns:
-        A `Shrunk`: ``str()`` is a table of what went, ``plan`` says how to make a fresh model as small, ``held`` names
-        what could not be removed, and why.
+        A `Shrunk`: ``str()`` is a table of what went, ``plan`` says how to make a fresh model as small, ``held``
+        names what could not be removed, and why.
 
     Raises:
         TypeError, ValueError: for wrong arguments, models that are wrapped, sharded or quantised, examples that the
@@ -81,11 +85,11 @@ def shrink(
     check_model(model, "shrink")
     round_to = check_count("round_to", round_to, least=1, most=2**31, what="a number of channels, at least 1")
     verify = check_number("verify", verify, least=0, what="a relative difference, at least 0")
+    check_bool("width", width)
     check_bool("update_stale", update_stale)
-    if constants not in ("exact", "drop"):
+    if not isinstance(constants, str) or constants not in ("exact", "drop"):
         raise ValueError(f'constants is {shown(constants)}; give "exact" or "drop"')
-    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer is a {type(optimizer).__name__}; give a torch.optim.Optimizer or None")
+    optimizers = _optimizers(optimizer)
     inputs = examples_of(examples)
     with Change(model, values=gated_weights(model)) as change:
         carried = take_off(model, change)
@@ -93,36 +97,40 @@ def shrink(
         seen = trace(model, inputs, readers.see)
         groups = groups_of(model, seen)
         dead = readers.dead(seen, model, seen.coordinates.units(), constants)
-        choice = _choose(groups, dead, round_to)
+        choice = _choose(groups, dead, round_to, width)
         removal = Removal(model, inputs, seen, groups, dead, math.inf if constants == "drop" else verify)
         found = removal.find(choice.gone)
         kept = removal.kept(found.gone)
         read = {place[:2] for use in seen.sizes for place in places_in(use.expression)}
         changed = {setting[:2] for setting in found.settings}
         old = [one for one in attributes.stale(model, kept, read) if one[:2] not in changed]
-        stale = [
-            f"{attributes.shown_place(name, attribute)} ({value_of(model, name, attribute)}, and now {new})"
-            for name, attribute, new in old
-        ]
+        norms, inexact = removal.norms(found.gone)
         settings = [*found.settings, *(old if update_stale else ())]
+        names = {id(module): name for name, module in model.named_modules()}
+        epsilons = [(names[id(one.module)], *pair) for one in norms for pair in one.epsilons.items()]
         tensors = {id(one): (name, one) for name, one in reversed(named_tensors(model).items())}
         shapes = {key: one.shape for key, (_, one) in tensors.items()}
         before = (sum(one.numel() for one in parameters_of(model)), _bytes(model))
         renewed: list[str] = []
         with resizing(model, kept, change, removal.biases):
-            biases = removal.settle(found.gone, settings)
-            put_back(model, carried, kept)
+            biases = removal.settle(found.gone, settings, norms)
+            put_back(model, carried, kept, {id(one.module.weight) for one in norms})
+            stale = [
+                f"{attributes.shown_place(name, attribute)} ({value}, and now {new})"
+                for name, attribute, new in old
+                if (value := value_of(model, name, attribute)) != new
+            ]
             after = (sum(one.numel() for one in parameters_of(model)), _bytes(model))
 
             def finish() -> None:
-                if optimizer is not None:
-                    renewed.extend(cut_state(optimizer, kept, shapes))
+                for one in optimizers:
+                    renewed.extend(cut_state(one, kept, shapes))
 
             change.finish(finish)
     plan = Plan(
         {tensors[key][0]: {dim: one.tolist() for dim, one in dims.items()} for key, dims in kept.dims.items()},
         {tensors[key][0]: list(shapes[key]) for key in kept.dims},
-        [list(setting) for setting in settings],
+        [list(setting) for setting in (*settings, *epsilons)],
         biases,
         [],
         type(model).__name__,
@@ -140,11 +148,12 @@ def shrink(
         found.held,
         choice.kept,
         found.difference,
-        () if update_stale else stale,
+        stale,
         [attributes.shown_place(name, attribute) for name, attribute, _ in found.guessed],
         biases,
         renewed,
         choice.whole,
+        inexact,
     )
 
 
@@ -157,12 +166,23 @@ class _Choice:
     whole: list[str]
 
 
-def _choose(groups: CoupledGroups, dead: Dead, round_to: int) -> _Choice:
+def _optimizers(given: object) -> list[torch.optim.Optimizer]:
+    several: list[Any] = list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]
+    for one in several:
+        if not isinstance(one, torch.optim.Optimizer):
+            raise TypeError(f"optimizer is {shown(given)}; give a torch.optim.Optimizer, a list of them, or None")
+    return several
+
+
+def _choose(groups: CoupledGroups, dead: Dead, round_to: int, width: bool) -> _Choice:
     gone, whole = [], []
     reasons: Counter[str] = Counter()
     for group in groups:
-        is_dead = dead.units[group.coords].copy()
-        if group.inexact:
+        is_dead = dead.units[group.coords]
+        if (unread := dead.unread[group.coords]).any():
+            is_dead = is_dead | (unread & group.zero_units())
+        is_dead = is_dead.copy()
+        if group.inexact and not width:
             if is_dead.any():
                 reasons[f"{int(is_dead.sum())} units of {group.name}: {group.inexact}"] += 1
             is_dead[:] = False

@@ -43,6 +43,7 @@ class Shrunk:
         biases: parameters that are new, because they took over a constant; an optimizer does not know them.
         renewed: what of the optimizer's state did not fit, and begins anew.
         whole: groups that were dead as a whole, of which one unit was left.
+        inexact: norms that cannot compute what they did, because their width was removed: the model is another one.
     """
 
     plan: Plan
@@ -58,6 +59,7 @@ class Shrunk:
     biases: Sequence[str] = ()
     renewed: Sequence[str] = field(default=())
     whole: Sequence[str] = ()
+    inexact: Sequence[str] = ()
 
     def __str__(self) -> str:
         from rich.table import Table
@@ -79,6 +81,7 @@ class Shrunk:
         for what, names in (
             ("stays", self.kept),
             ("all units are dead, and one stays", self.whole),
+            ("not equal by construction, a norm over fewer", self.inexact),
             ("says an old size, and was not read", self.stale),
             ("guessed by its value", self.guessed),
             ("new bias, for a constant", self.biases),

@@ -5,6 +5,7 @@ Arithmetic on them is remembered, so that ``3 * self.width`` still says where it
 """
 
 import operator
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 from pyprune.modules.undo import undoing
 from pyprune.structured.coordinates import Axes, Coords
 
-# The attribute of a module, or of an object that is one of its attributes ("config.width"); a number in it, if it is
-# a tuple of them.
-Place = tuple[str, str, int | None]
+# The attribute of a module, or of an object that is one of its attributes ("config.width"); which number in it, if it
+# is a tuple or dict of them.
+Place = tuple[str, str, int | str | None]
 Expression = Place | int | tuple[str, "Expression", "Expression"]
 
 _OPERATORS: dict[str, Callable[[int, int], int]] = {
@@ -99,7 +100,7 @@ def evaluate(expression: Expression, values: Callable[[Place], int]) -> int:
         return expression
     if expression[0] in _OPERATORS and len(expression) == 3 and not isinstance(expression[1], str):
         name, one, other = expression
-        return _OPERATORS[name](evaluate(one, values), evaluate(other, values))  # type: ignore[arg-type]
+        return _OPERATORS[name](evaluate(one, values), evaluate(other, values))
     return values(expression)  # type: ignore[arg-type]
 
 
@@ -108,8 +109,8 @@ def places_in(expression: Expression) -> Iterator[Place]:
     if isinstance(expression, int):
         return
     if expression[0] in _OPERATORS and not isinstance(expression[1], str):
-        yield from places_in(expression[1])  # type: ignore[arg-type]
-        yield from places_in(expression[2])  # type: ignore[arg-type]
+        yield from places_in(expression[1])
+        yield from places_in(expression[2])
     else:
         yield expression  # type: ignore[misc]
 
@@ -135,13 +136,12 @@ def holders(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
 
 
 def integers(holder: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the attributes that are integers above 1, or tuples or lists with such."""
+    """Yield the attributes that are integers above 1, or tuples, lists or dicts with such."""
     for attribute, value in list(vars(holder).items()):
         if attribute.startswith("_") or attribute in ("training", "layer_idx"):
             continue
-        if (type(value) is int and value > 1) or (
-            type(value) in (tuple, list) and value and all(type(one) is int for one in value)
-        ):
+        several = value.values() if type(value) is dict else value if type(value) in (tuple, list) else ()
+        if (type(value) is int and value > 1) or (several and all(type(one) is int for one in several)):
             yield attribute, value
 
 
@@ -160,12 +160,28 @@ def sizes_known(model: nn.Module) -> Iterator[None]:
                 known = _known(value, name, prefix + attribute)
                 before.append((vars(holder), attribute, value))
                 vars(holder)[attribute] = known
+                if (pairs := pairs_of_einops(holder, attribute)) is not None:
+                    before.append((vars(holder), *pairs))
+                    vars(holder)[pairs[0]] = tuple(known.items())
+        # einops keeps shapes by the values of what they were computed from, whosever these were.
+        einops: Any = sys.modules.get("einops.einops")
+        if hasattr(einops, "_reconstruct_from_shape_uncached"):
+            before.append((vars(einops), "_reconstruct_from_shape", einops._reconstruct_from_shape))
+            einops._reconstruct_from_shape = einops._reconstruct_from_shape_uncached
         yield
+
+
+def pairs_of_einops(holder: Any, attribute: str) -> tuple[str, Any] | None:
+    """The second place where a layer of einops keeps what is in its attribute ``axes_lengths``."""
+    name = f"_{attribute}"
+    return (name, vars(holder)[name]) if attribute == "axes_lengths" and name in vars(holder) else None
 
 
 def _known(value: Any, name: str, attribute: str) -> Any:
     if isinstance(value, int):
         return Size(value, (name, attribute, None))
+    if isinstance(value, dict):
+        return {key: Size(one, (name, attribute, key)) if one > 1 else one for key, one in value.items()}
     return type(value)(Size(one, (name, attribute, index)) if one > 1 else one for index, one in enumerate(value))
 
 
@@ -193,7 +209,17 @@ class SizeUse:
         return int(np.count_nonzero(kept(self.entries).any(1)))
 
 
-def _along(axes: Axes, axis: int, part: slice = slice(None)) -> Coords | None:
+@dataclass(frozen=True, eq=False)
+class OpenSize:
+    """What gave the size of an axis along which all values of a tensor are the same: what it meets will say more."""
+
+    expression: Expression
+    tensor: Tensor
+    axis: int
+
+
+def along(axes: Axes, axis: int, part: slice = slice(None)) -> Coords | None:
+    """Coordinates of each position along an axis, as rows; None if it has none."""
     factor = axes.on(axis)
     if factor is None:
         return None
@@ -209,13 +235,17 @@ _SIZES = {
 
 def size_uses(
     name: str, args: tuple[Any, ...], keywords: Mapping[str, Any], made: Any, axes: Callable[[Tensor], Axes]
-) -> Iterator[SizeUse]:
+) -> Iterator["SizeUse | OpenSize"]:
     """Yield what a function was given that was computed from attributes."""
     if name in _SIZES and isinstance(made, Tensor):
         sizes = _flat([*args[0 if name in ("zeros", "ones", "empty", "full") else 1 :], *keywords.values()])
         known = axes(made)
         for axis, size in enumerate(sizes[: made.dim()]):
-            if isinstance(size, Size):
+            if not isinstance(size, Size):
+                continue
+            if known.on(axis) is None and (known.source == "number" or axis in known.stretched):
+                yield OpenSize(size.expression, made, axis)
+            else:
                 yield _use(size, made, axis, known)
     elif name == "unflatten" and isinstance(made, Tensor):
         sizes = _flat([args[2] if len(args) > 2 else keywords.get("sizes", ())])
@@ -240,7 +270,7 @@ def size_uses(
         if isinstance(length, Size):
             yield _use(length, made, dim, axes(made))
         if isinstance(start, Size):
-            yield SizeUse(start.expression, int(start), _along(axes(args[0]), dim, slice(0, int(start))))
+            yield SizeUse(start.expression, int(start), along(axes(args[0]), dim, slice(0, int(start))))
     elif name == "getitem":
         yield from _slices(args[0], args[1], axes)
     elif name in (
@@ -257,7 +287,7 @@ def size_uses(
 
 def _use(size: Size, made: Tensor, axis: int, axes: Axes) -> SizeUse:
     is_right = int(size) == made.shape[axis]
-    return SizeUse(size.expression, int(size), _along(axes, axis) if is_right else None)
+    return SizeUse(size.expression, int(size), along(axes, axis) if is_right else None)
 
 
 def _slices(tensor: Any, index: Any, axes: Callable[[Tensor], Axes]) -> Iterator[SizeUse]:
@@ -277,7 +307,7 @@ def _slices(tensor: Any, index: Any, axes: Callable[[Tensor], Axes]) -> Iterator
                     continue
                 place = int(end)
                 part = slice(0, place) if place >= 0 else slice(place, None)
-                entries = _along(axes(tensor), axis, part)
+                entries = along(axes(tensor), axis, part)
                 if place >= 0:
                     yield SizeUse(end.expression, place, entries)
                 else:
@@ -294,7 +324,7 @@ def _group_counts(
     key = "num_groups" if name == "group_norm" else "groups"
     groups = args[place] if len(args) > place else keywords.get(key)
     if isinstance(groups, Size) and args and isinstance(args[0], Tensor):
-        channels = _along(axes(args[0]), 1)
+        channels = along(axes(args[0]), 1)
         if channels is not None and len(channels) % int(groups) == 0:
             yield SizeUse(groups.expression, int(groups), channels.reshape(int(groups), -1)[:, :1])
         else:

@@ -5,7 +5,7 @@ torch, one that sees operators, and one above it that sees calls of attention, a
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,10 +20,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 from pyprune.modules.evaluation import evaluating, forward, recurrence_unfused, untouched, using
 from pyprune.modules.undo import Before, undoing
 from pyprune.structured.coordinates import Axes, Coordinates, Coords, Factor
+from pyprune.structured.models import tensors_within
 from pyprune.structured.rules.call import Call, Contraction, tensors_in
 from pyprune.structured.rules.elementwise import unknown
 from pyprune.structured.rules.table import RULES
-from pyprune.structured.sizes import SizeUse, size_uses, sizes_known
+from pyprune.structured.sizes import OpenSize, SizeUse, along, size_uses, sizes_known
 
 OUTPUT = "an output of the model"
 NOT_REACHED = "not reached by the examples"
@@ -92,7 +93,8 @@ def trace(
     with undoing(before.restore), undoing(stack.close):
         stack.enter_context(evaluating(model))
         stack.enter_context(untouched(model))
-        stack.enter_context(recurrence_unfused())
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            stack.enter_context(recurrence_unfused())  # convolutions are slower then
         if "torch._dynamo" in sys.modules:  # to import it takes seconds, and nothing is compiled without it
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_without_fast_paths())
@@ -103,7 +105,7 @@ def trace(
             tracer.example = index
             with using(_Calls(tracer)), using(_Operators(tracer)):
                 made = forward(model, example, "examples")
-            for tensor in output_tensors(made):
+            for tensor in tensors_within(made):
                 for factor in tracer.axes(tensor).factors:
                     tracer.trace.coordinates.stay(factor.coords, OUTPUT)
             tracer.trace.outputs.append(made)
@@ -133,28 +135,6 @@ def without_cache(model: nn.Module) -> Iterator[None]:
         for attributes in found:
             attributes["use_cache"] = False
         yield
-
-
-def output_tensors(made: Any) -> Iterator[Tensor]:
-    """Yield the tensors in what a model returned: in mappings, sequences and plain objects."""
-    yield from _inside(made, set())
-
-
-def _inside(made: Any, seen: set[int]) -> Iterator[Tensor]:
-    if isinstance(made, Tensor):
-        yield made
-        return
-    if id(made) in seen or isinstance(made, (str, bytes, int, float, nn.Module, type, type(None))):
-        return
-    seen.add(id(made))
-    if isinstance(made, Mapping):
-        parts: Iterable[Any] = list(made.values())
-    elif isinstance(made, (list, tuple, set)):
-        parts = list(made)
-    else:
-        parts = list(vars(made).values()) if hasattr(made, "__dict__") else []
-    for part in parts:
-        yield from _inside(part, seen)
 
 
 class _Tracer:
@@ -269,10 +249,12 @@ class _Tracer:
             self.trace.coordinates,
             self._on_contraction,
             self._on_product,
+            self._on_size,
             values=self.on_reading is not None,
         )
         tensors = call.tensors()
         self.reach(tensors)
+        self.trace.coordinates.place = self.modules[-1] if self.modules else ""
         if rule is None:
             if any(self.axes(tensor).factors for tensor in tensors):
                 self.trace.unknown[name] = self.trace.unknown.get(name, 0) + 1
@@ -293,6 +275,11 @@ class _Tracer:
 
     def _on_product(self, macs: int, factors: list[Factor]) -> None:
         self.trace.products.append(Product(macs, tuple(factor.coords for factor in factors)))
+
+    def _on_size(self, expression: Any, factor: Factor, axis: int) -> None:
+        entries = along(Axes((), (factor,)), axis)
+        assert entries is not None
+        self.trace.sizes.append(SizeUse(expression, len(entries), entries))
 
     def finish(self) -> None:
         """What was never used stays."""
@@ -435,8 +422,18 @@ class _Calls(TorchFunctionMode):
         if name == "multi_head_attention_forward":
             for tensor in tensors_in([args[4:14], *kwargs.values()]):
                 self._keep_heads(tensor)
+            for tensor in tensors_in(
+                [*args[:1], kwargs.get("query")]
+            ):  # its width is compared with that of all heads
+                for factor in tracer.axes(tensor).factors:
+                    tracer.trace.coordinates.hold(factor, [tensor.dim() - 1], _HEADS)
         for use in size_uses(name, args, kwargs, made, tracer.axes):
-            tracer.trace.sizes.append(use)
+            if isinstance(use, OpenSize):  # it will meet what has units, or not
+                axes = tracer.axes(use.tensor)
+                stretched = {**axes.stretched, use.axis: use.expression}
+                tracer._known[use.tensor] = replace(axes, stretched=stretched)
+            else:
+                tracer.trace.sizes.append(use)
         return made
 
     def _keep_heads(self, tensor: Tensor) -> None:

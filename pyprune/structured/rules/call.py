@@ -23,6 +23,7 @@ class Call:
         coordinates: where ties go.
         on_contraction: told of each pair of axes that are multiplied and summed: a, its axis, b, its axis.
         on_product: told of multiply-accumulates, and of coordinates along each axis that they grow with.
+        on_size: told of an expression that gave the size of an axis, and of the factor that it has met there.
         values: whether tensors have values, and fixed ones are to be followed.
     """
 
@@ -33,6 +34,7 @@ class Call:
     coordinates: Coordinates
     on_contraction: Callable[["Contraction"], None]
     on_product: Callable[[int, list[Factor]], None]
+    on_size: Callable[[Any, Factor, int], None]
     values: bool = False
 
     def tensors(self) -> list[Tensor]:

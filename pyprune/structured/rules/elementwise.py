@@ -35,12 +35,27 @@ def broadcast(call: Call, operands: list[tuple[Tensor | None, Axes]], shape: tup
                 and axis not in axes.stretched
             ]
             call.coordinates.hold(factor, bare, f"{call.name} meets what has a fixed size there")
+            for axis in factor.axes:
+                if axes.on(axis) is None and axes.stretched.get(axis) is not None and axes.shape[axis] > 1:
+                    call.on_size(axes.stretched[axis], factor, axis)
         made.append(_with_fixed(call, factor, aligned))
     sources = {axes.source for _, axes in operands}
-    return Axes(shape, tuple(made), source_of(sources))
+    taken = {axis for factor in made for axis in factor.axes}
+    stretched = {axis: size for axis in range(len(shape)) if axis not in taken for size in _stretched(aligned, axis)}
+    return Axes(shape, tuple(made), source_of(sources), stretched)
+
+
+def _stretched(operands: list[tuple[Tensor | None, Axes]], axis: int) -> list[Any]:
+    """What gave the size of an axis along which all operands are stretched; nothing if one is not."""
+    long = [axes for _, axes in operands if axes.shape[axis] > 1]
+    if not long or not all(axis in axes.stretched or axes.source == "number" for axes in long):
+        return []
+    sizes = [axes.stretched[axis] for axes in long if axes.stretched.get(axis) is not None]
+    return sizes[:1] or [None]
 
 
 def source_of(sources: set[Any]) -> Any:
+    """What is made of several: of inputs, if one of them is."""
     for source in ("inputs", "parameters"):
         if source in sources:
             return source
@@ -53,7 +68,9 @@ def _aligned(axes: Axes, dim: int) -> Axes:
     if not more:
         return axes
     factors = tuple(factor.moved(axis + more for axis in factor.axes) for factor in axes.factors)
-    return Axes((1,) * more + axes.shape, factors, axes.source, frozenset(axis + more for axis in axes.stretched))
+    return Axes(
+        (1,) * more + axes.shape, factors, axes.source, {axis + more: size for axis, size in axes.stretched.items()}
+    )
 
 
 def _clusters(factors: list[Factor]) -> list[list[Factor]]:
@@ -120,7 +137,7 @@ def zero_entries(tensor: Tensor, factor: Factor, axes: Axes) -> Flags:
     for axis in sorted(rest, reverse=True):
         used = used.any(axis)
     order = sorted(own)
-    return ~used.cpu().numpy().transpose([order.index(axis) for axis in own])
+    return np.asarray(~used.cpu().numpy().transpose([order.index(axis) for axis in own]))
 
 
 def unfixed(factors: list[Factor]) -> list[Factor]:

@@ -5,35 +5,39 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pyprune.structured.coordinates import Axes, Factor
+from pyprune.structured.coordinates import Axes, Factor, Source
 from pyprune.structured.rules.call import Call
-from pyprune.structured.rules.elementwise import broadcast, unfixed
+from pyprune.structured.rules.elementwise import broadcast, zero_entries
 
 _MASKS = (torch.bool, torch.uint8)
 
 
-def _held(call: Call, axes: Axes, over: set[int]) -> list[Factor]:
-    """Keep the sizes of axes; returns what is left of the factors."""
+def _held(call: Call, tensor: Tensor, axes: Axes, over: set[int]) -> list[Factor]:
+    """Keep the sizes of axes; returns what is left of the factors: fixed is what is zero, whatever is picked."""
     kept = []
     for factor in axes.factors:
         mine = [axis for axis in factor.axes if axis in over]
         call.coordinates.hold(factor, mine, f"{call.name} picks among them")
         if (left := factor.first(mine)) is not None:
+            if call.values and left.fixed.any():
+                left = replace(left, fixed=zero_entries(tensor, left, axes) & left.fixed)
             kept.append(left)
-    return unfixed(kept) if call.values else kept
+    return kept
 
 
 def embedding(call: Call) -> Axes:
+    """Rows of a table, picked by the inputs: the table keeps its rows, its width passes."""
     weight = call.args["weight"]
     axes = call.axes(weight)
     last = call.made.dim() - 1
-    factors = tuple(factor.moved((last,)) for factor in _held(call, axes, {0}))
+    factors = tuple(factor.moved((last,)) for factor in _held(call, weight, axes, {0}))
     return Axes(tuple(call.made.shape), factors, "inputs")
 
 
 def embedding_bag(call: Call) -> list[Axes]:
+    """Sums of rows of a table."""
     weight = call.args["weight"]
-    factors = tuple(factor.moved((1,)) for factor in _held(call, call.axes(weight), {0}))
+    factors = tuple(factor.moved((1,)) for factor in _held(call, weight, call.axes(weight), {0}))
     first, *rest = call.made
     return [Axes(tuple(first.shape), factors), *[Axes(tuple(tensor.shape)) for tensor in rest]]
 
@@ -44,12 +48,12 @@ def index(call: Call) -> Axes:
     axes = call.axes(tensor)
     places, over = _places(tensor, call.args["indices"])
     factors = []
-    for factor in _held(call, axes, over):
+    for factor in _held(call, tensor, axes, over):
         factors.append(factor.moved(places[axis] for axis in factor.axes))
     return Axes(tuple(call.made.shape), tuple(factors), _picked(call, axes))
 
 
-def _picked(call: Call, axes: Axes) -> str:
+def _picked(call: Call, axes: Axes) -> Source:
     """What is picked by indices that are made of numbers alone does not depend on inputs."""
     indices = [one for one in call.tensors() if one is not call.args["self"]]
     fixed = axes.source != "inputs" and all(call.axes(one).source != "inputs" for one in indices)
@@ -73,15 +77,16 @@ def _places(tensor: Tensor, indices: list[Tensor | None]) -> tuple[dict[int, int
     left = [one for one in range(tensor.dim()) if one not in over]
     first = min(over) if adjacent else 0
     places = {}
-    for rank, one in enumerate(left):
-        places[one] = rank if adjacent and one < first else rank + new
+    for rank, other in enumerate(left):
+        places[other] = rank if adjacent and other < first else rank + new
     return places, over
 
 
 def index_select(call: Call) -> Axes:
+    """Entries of one axis."""
     tensor = call.args["self"]
     axes = call.axes(tensor)
-    factors = _held(call, axes, {call.dim(tensor)})
+    factors = _held(call, tensor, axes, {call.dim(tensor)})
     return Axes(tuple(call.made.shape), tuple(factors), _picked(call, axes))
 
 
@@ -90,7 +95,7 @@ def gather(call: Call) -> Axes:
     tensor, indices = call.args["self"], call.args["index"]
     axes = call.axes(tensor)
     over = {call.dim(tensor)} | _bare(call, indices)
-    return Axes(tuple(call.made.shape), tuple(_held(call, axes, over)), axes.source)
+    return Axes(tuple(call.made.shape), tuple(_held(call, tensor, axes, over)), axes.source)
 
 
 def _bare(call: Call, indices: Tensor) -> set[int]:
@@ -114,7 +119,7 @@ def scatter(call: Call) -> Axes:
         if isinstance(one, Tensor) and one.dim() == tensor.dim():
             axes = call.axes(one)
             shape = tuple(1 if axis == dim else size for axis, size in enumerate(axes.shape))
-            operands.append((None, replace(axes, shape=shape, factors=tuple(_held(call, axes, over)))))
+            operands.append((None, replace(axes, shape=shape, factors=tuple(_held(call, one, axes, over)))))
     shape = tuple(1 if axis == dim else size for axis, size in enumerate(call.made.shape))
     made = broadcast(call, operands, shape)
     return replace(made, shape=tuple(call.made.shape))
@@ -125,7 +130,7 @@ def index_put(call: Call) -> Axes:
     tensor, values = call.args["self"], call.args["values"]
     axes, given = call.axes(tensor), call.axes(values)
     places, over = _places(tensor, call.args["indices"])
-    factors = _held(call, axes, over)
+    factors = _held(call, tensor, axes, over)
     new = max(places.values(), default=-1) + 1
     shift = max(new, values.dim()) - values.dim()
     back = {place: axis for axis, place in places.items()}
@@ -140,7 +145,7 @@ def index_put(call: Call) -> Axes:
         1 if axis in over or places[axis] - shift < 0 else values.shape[places[axis] - shift]
         for axis in range(tensor.dim())
     )
-    stretched = frozenset(back[axis + shift] for axis in given.stretched if axis + shift in back)
+    stretched = {back[axis + shift]: size for axis, size in given.stretched.items() if axis + shift in back}
     made = broadcast(
         call,
         [

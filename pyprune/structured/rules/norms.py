@@ -13,8 +13,12 @@ from pyprune.structured.rules.elementwise import broadcast, unfixed
 
 
 def batch_norm(call: Call) -> Result:
+    """Per channel: what it has for each is tied to the channel."""
     given = call.args["input"]
     axes = call.axes(given)
+    if call.args.get("training") or call.args.get("use_input_stats") or call.args.get("running_mean") is None:
+        # Of this input: over its axes but the channels'.
+        axes = _statistic(call, axes, [axis for axis in range(given.dim()) if axis != 1], keepdim=True, same=True)
     operands: list[tuple[Tensor | None, Axes]] = [(None, axes)]
     shape = tuple(size if dim == 1 else 1 for dim, size in enumerate(given.shape))
     for name in ("weight", "bias", "running_mean", "running_var"):
@@ -33,7 +37,7 @@ def layer_norm(call: Call) -> Result:
     axes = call.axes(given)
     count = len(call.args["normalized_shape"])
     over = range(given.dim() - count, given.dim())
-    made = _statistic(call, axes, over, keepdim=True, same=True)
+    made = _statistic(call, axes, over, keepdim=True, same=True, tensor=given)
     operands: list[tuple[Tensor | None, Axes]] = [(None, made)]
     for name in ("weight", "bias"):
         if isinstance(tensor := call.args.get(name), Tensor):
@@ -52,7 +56,20 @@ def _unfixed_along(factors: Iterable[Factor], over: Iterable[int]) -> list[Facto
     ]
 
 
-def _statistic(call: Call, axes: Axes, over: Iterable[int], *, keepdim: bool, same: bool = False) -> Axes:
+def _arrives(call: Call, axes: Axes, factor: Factor, tensor: Tensor) -> None:
+    """All along an axis is summed: what is removed must arrive as zeros."""
+    if call.values:
+        ones = torch.ones(1).expand(len(factor.coords))
+        fixed = (factor.fixed, np.ones(len(factor.fixed), bool))
+        coords = (factor.coords, factor.coords)
+        call.on_contraction(
+            Contraction(coords, tensor, factor.axes[0], ones, 0, fixed, (axes.source, "number"), call.name)
+        )
+
+
+def _statistic(
+    call: Call, axes: Axes, over: Iterable[int], *, keepdim: bool, same: bool = False, tensor: Tensor | None = None
+) -> Axes:
     """What is computed of all along some axes; ``same``: and laid over them again, as a softmax is."""
     over = set(over)
     kept: list[Factor] = []
@@ -61,6 +78,8 @@ def _statistic(call: Call, axes: Axes, over: Iterable[int], *, keepdim: bool, sa
         left: Factor | None = factor
         if len(mine) == len(factor.axes):
             call.coordinates.is_inexact(factor.coords, f"{call.name} is over all of them")
+            if tensor is not None and len(mine) == 1:
+                _arrives(call, axes, factor, tensor)
             # With several axes jointly there is no telling which of their units are meant.
             call.coordinates.hold(factor, factor.axes[1:], "")
             left = factor if same else None
@@ -95,7 +114,8 @@ def _dims(call: Call, tensor: Tensor) -> list[int]:
 def reduction(call: Call) -> Result:
     """mean, var, max and the like."""
     tensor = call.args["self"] if "self" in call.args else call.tensors()[0]
-    made = _statistic(call, call.axes(tensor), _dims(call, tensor), keepdim=bool(call.args.get("keepdim")))
+    keepdim = bool(call.args.get("keepdim"))
+    made = _statistic(call, call.axes(tensor), _dims(call, tensor), keepdim=keepdim, tensor=tensor)
     several = list(tensors_in([call.made]))
     return made if isinstance(call.made, Tensor) else [made] * len(several)
 
@@ -108,18 +128,10 @@ def summation(call: Call) -> Result:
     kept = []
     for factor in axes.factors:
         mine = [axis for axis in factor.axes if axis in over]
-        if len(mine) == len(factor.axes) == 1 and call.values:
-            ones = torch.ones(1).expand(tensor.shape[mine[0]])
-            call.on_contraction(
-                Contraction(
-                    (factor.coords, factor.coords), tensor, mine[0], ones, 0, (factor.fixed, np.ones(len(factor.fixed), bool)),
-                    (axes.source, "number"), call.name,
-                )
-            )  # fmt: skip
+        if len(mine) == len(factor.axes) == 1:
+            _arrives(call, axes, factor, tensor)
         elif mine:
             call.coordinates.hold(factor, mine if len(mine) < len(factor.axes) else factor.axes[1:], "")
-        if len(mine) == len(factor.axes) and not call.values:
-            continue
         if (left := factor.first(mine)) is not None:
             kept.append(left)
     return _reduced(Axes(axes.shape, tuple(kept), axes.source), over, bool(call.args.get("keepdim")))
@@ -128,7 +140,7 @@ def summation(call: Call) -> Result:
 def along_axis(call: Call) -> Result:
     """softmax, cumulative sums: computed along an axis, laid over it again."""
     tensor = call.args["self"] if "self" in call.args else call.tensors()[0]
-    made = _statistic(call, call.axes(tensor), [call.dim(tensor)], keepdim=True, same=True)
+    made = _statistic(call, call.axes(tensor), [call.dim(tensor)], keepdim=True, same=True, tensor=tensor)
     several = list(tensors_in([call.made]))
     return made if isinstance(call.made, Tensor) else [made] * len(several)
 

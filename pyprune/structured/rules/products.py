@@ -119,14 +119,17 @@ def matrices(call: Call, first: Tensor, second: Tensor, bias: Tensor | None = No
 
 
 def mm(call: Call) -> Axes:
+    """(n, k) times (k, m)."""
     return matrices(call, call.args["self"], call.args["mat2"])
 
 
 def addmm(call: Call) -> Axes:
+    """(n, k) times (k, m), plus a bias."""
     return matrices(call, call.args["mat1"], call.args["mat2"], call.args["self"])
 
 
 def mv(call: Call) -> Axes:
+    """(n, k) times (k,)."""
     matrix, vector = call.args["self"], call.args["vec"]
     contract(call, (matrix, 1), (vector, 0))
     rows = unfixed(_outputs(call, call.axes(matrix), (1,), {0: 0, 1: -1}))
@@ -134,22 +137,25 @@ def mv(call: Call) -> Axes:
 
 
 def addmv(call: Call) -> Axes:
+    """(n, k) times (k,), plus a vector."""
     product = mv(Call(**{**vars(call), "args": {"self": call.args["mat"], "vec": call.args["vec"]}}))
     bias = call.args["self"]
     return broadcast(call, [(None, product), (bias, call.axes(bias))], product.shape)
 
 
 def dot(call: Call) -> Axes:
+    """(k,) times (k,)."""
     contract(call, (call.args["self"], 0), (call.args["tensor"], 0))
     return Axes((), (), source_of({call.axes(tensor).source for tensor in call.tensors()}))
 
 
 def bmm(call: Call) -> Axes:
-    """(b, n, k) times (b, k, m). Where both sides have units along b, these are heads, and all in one goes together."""
+    """(b, n, k) times (b, k, m). Where both have units along b, these are heads: all in one goes together."""
     return _batched(call, call.args["self"], call.args["mat2"])
 
 
 def baddbmm(call: Call) -> Axes:
+    """A batched product, plus a bias."""
     product = _batched(call, call.args["batch1"], call.args["batch2"])
     bias = call.args["self"]
     return broadcast(call, [(None, product), (bias, call.axes(bias))], product.shape)
@@ -163,11 +169,11 @@ def _batched(call: Call, first: Tensor, second: Tensor) -> Axes:
         for batch in batches:
             assert batch is not None
             ties.hold(batch, [axis for axis in batch.axes if axis != 0], "")
-        heads = [batch.first([axis for axis in batch.axes if axis != 0]) for batch in batches if batch is not None]
-        assert heads[0] is not None
-        assert heads[1] is not None
-        ties.tie(heads[0].coords, heads[1].coords)
-        ties.heads.append(heads[0].coords)
+        each = [one.first([axis for axis in one.axes if axis != 0]) for one in batches if one is not None]
+        assert each[0] is not None
+        assert each[1] is not None
+        ties.tie(each[0].coords, each[1].coords)
+        ties.heads.append(each[0].coords)
     else:
         for batch, bare in ((batches[0], right), (batches[1], left)):
             if batch is not None and bare.source != "number":
@@ -183,6 +189,9 @@ def _batched(call: Call, first: Tensor, second: Tensor) -> Axes:
                 ties.stay(factor.coords, f"all heads share it in {call.name}")
     rows = _outputs(call, left, (2,), {0: 0, 1: 1, 2: -1})
     columns = _outputs(call, right, (1,), {0: 0, 2: 2, 1: -1})
+    if any(0 in factor.axes for factor in columns):
+        # All in a head goes together, so the batch axis says enough of it.
+        rows = [one.first([axis for axis in one.axes if axis]) or one if 0 in one.axes else one for one in rows]
     macs = first.shape[0] * first.shape[1] * first.shape[2] * second.shape[2]
     grow = [*rows, *columns]
     if left_k is not None and not inside[0]:
@@ -276,7 +285,7 @@ def attention(call: Call) -> Result:
     made_shape = tuple(output.shape)
     operands: list[tuple[Tensor | None, Axes]] = [(None, axes) for axes in per_head]
     if (mask := call.args.get("attn_mask", call.args.get("attn_bias"))) is not None:
-        along = [factor for factor in call.axes(mask).factors]
+        along = call.axes(mask).factors
         for factor in along:
             ties.hold(factor, [axis for axis in factor.axes if axis >= mask.dim() - 2], "a mask of attention")
         kept = tuple(
@@ -284,9 +293,11 @@ def attention(call: Call) -> Result:
             for factor in along
             if (left := factor.first([axis for axis in factor.axes if axis >= mask.dim() - 2])) is not None
         )
-        operands.append((None, Axes((*mask.shape[:-2], 1, 1), kept, call.axes(mask).source)))
-    heads = broadcast(call, operands, (*made_shape[:-2], 1, 1))
-    ties.heads += [factor.coords for factor in heads.factors]
+        known = call.axes(mask)
+        stretched = {axis: size for axis, size in known.stretched.items() if axis < mask.dim() - 2}
+        operands.append((None, Axes((*mask.shape[:-2], 1, 1), kept, known.source, stretched)))
+    tied = broadcast(call, operands, (*made_shape[:-2], 1, 1))
+    ties.heads += [factor.coords for factor in tied.factors]
     macs = math.prod(query.shape) * key.shape[-2] + math.prod(query.shape[:-1]) * key.shape[-2] * value.shape[-1]
     call.on_product(macs, list(per_head[0].factors))
     values = call.axes(value)
@@ -392,7 +403,7 @@ def _fixed_groups(weight: Tensor, channels: Factor | None, groups: int, transpos
     """Say which outputs do not depend on inputs: of groups that read nothing that does, or with no weights."""
     read = np.ones(groups, bool) if given.source == "inputs" else np.zeros(groups, bool)
     if channels is not None and len(channels.axes) == 1:
-        read = ~channels.fixed.reshape(groups, -1).all(1)
+        read = np.asarray(~channels.fixed.reshape(groups, -1).all(1))
     used = (weight.detach() != 0).view(groups, weight.shape[0] // groups, weight.shape[1], -1).any(-1).cpu().numpy()
     outputs = used.any(1) if transposed else used.any(2)
     return ~(outputs & read[:, None]).ravel()

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ def _hold(call: Call, factor: Factor, over: Iterable[int], why: str = "") -> Fac
 
 def same(call: Call) -> Axes:
     """What has the values of its first argument, in its shape."""
-    tensor, axes = _given(call)
+    _, axes = _given(call)
     if tuple(call.made.shape) != axes.shape:
         return view(call)
     return axes
@@ -57,9 +58,11 @@ def reshaped(call: Call, axes: Axes, shape: tuple[int, ...]) -> Axes:
             call.coordinates.stay(factor.coords, f"{call.name} joins several axes that have units")
             continue
         made.append(_laid(call, factor, axes.shape, shape, touched))
-    stretched = frozenset(
-        after[0] for before, after in runs if len(before) == len(after) == 1 and before[0] in axes.stretched
-    )
+    stretched = {
+        after[0]: axes.stretched[before[0]]
+        for before, after in runs
+        if len(before) == len(after) == 1 and before[0] in axes.stretched
+    }
     return Axes(shape, tuple(one for one in made if one is not None), axes.source, stretched)
 
 
@@ -161,16 +164,17 @@ def _placed(call: Call, places: Callable[[int], int | None]) -> Axes:
         moved = [places(axis) for axis in factor.axes]
         assert None not in moved
         factors.append(factor.moved(axis for axis in moved if axis is not None))
-    stretched = {places(axis) for axis in axes.stretched}
+    stretched = {places(axis): size for axis, size in axes.stretched.items()}
     return Axes(
         tuple(call.made.shape),
         tuple(factors),
         axes.source,
-        frozenset(axis for axis in stretched if axis is not None),
+        {axis: size for axis, size in stretched.items() if axis is not None},
     )
 
 
 def transpose(call: Call) -> Axes:
+    """Two axes change places."""
     tensor, _ = _given(call)
     if "dim0" in call.args:
         one, other = (int(call.args[name]) % max(1, tensor.dim()) for name in ("dim0", "dim1"))
@@ -182,18 +186,21 @@ def transpose(call: Call) -> Axes:
 
 
 def permute(call: Call) -> Axes:
+    """Axes in another order."""
     tensor, _ = _given(call)
     order = [int(dim) % tensor.dim() for dim in call.args["dims"]]
     return _placed(call, order.index)
 
 
 def unsqueeze(call: Call) -> Axes:
+    """A new axis of size 1."""
     tensor, _ = _given(call)
     dim = int(call.args["dim"]) % (tensor.dim() + 1)
     return _placed(call, lambda axis: axis + (axis >= dim))
 
 
 def squeeze(call: Call) -> Axes:
+    """Axes of size 1 go."""
     tensor, _ = _given(call)
     dims = call.args.get("dim")
     every = range(tensor.dim()) if dims is None else dims if isinstance(dims, (list, tuple)) else [dims]
@@ -204,6 +211,7 @@ def squeeze(call: Call) -> Axes:
 
 
 def expand(call: Call) -> Axes:
+    """Axes of size 1 become longer, all along the same memory."""
     tensor, axes = _given(call)
     more = call.made.dim() - tensor.dim()
     moved = _placed(call, lambda axis: axis + more)
@@ -212,19 +220,18 @@ def expand(call: Call) -> Axes:
         for axis, size in enumerate(call.made.shape)
         if size > 1 and (axis < more or axes.shape[axis - more] == 1)
     }
-    return replace(moved, stretched=moved.stretched | new)
+    return replace(moved, stretched={**dict.fromkeys(new), **moved.stretched})
 
 
 def repeat(call: Call) -> Axes:
+    """Copies one after the other."""
     tensor, axes = _given(call)
     counts = [int(count) for count in call.args["repeats"]]
     more = len(counts) - tensor.dim()
     factors = []
     for factor in axes.factors:
         times = [counts[axis + more] for axis in factor.axes]
-        factors.append(
-            factor.each(lambda array, times=times: np.tile(array, times)).moved(a + more for a in factor.axes)
-        )
+        factors.append(factor.each(partial(np.tile, reps=times)).moved(axis + more for axis in factor.axes))
     return Axes(tuple(call.made.shape), tuple(factors), axes.source)
 
 
@@ -238,23 +245,25 @@ def repeat_interleave(call: Call) -> Axes:
         if dim not in factor.axes:
             factors.append(factor)
         elif isinstance(times, int):
-            factors.append(factor.each(lambda array, at=factor.at(dim): array.repeat(times, at)))
+            factors.append(factor.each(partial(np.repeat, repeats=times, axis=factor.at(dim))))
         elif (left := _hold(call, factor, (dim,))) is not None:
             factors.append(left)
     return Axes(tuple(call.made.shape), tuple(factors), axes.source)
 
 
 def flip(call: Call) -> Axes:
+    """Entries in reverse."""
     tensor, axes = _given(call)
     dims = {int(dim) % tensor.dim() for dim in call.args["dims"]}
     factors = tuple(
-        factor.each(lambda array, at=[factor.at(axis) for axis in factor.axes if axis in dims]: np.flip(array, at))
+        factor.each(partial(np.flip, axis=[factor.at(axis) for axis in factor.axes if axis in dims]))
         for factor in axes.factors
     )
     return replace(axes, factors=factors)
 
 
 def roll(call: Call) -> Axes:
+    """Entries moved around the end, whose number stays."""
     tensor, axes = _given(call)
     dims = [int(dim) % tensor.dim() for dim in call.args["dims"]]
     factors = [
@@ -290,7 +299,7 @@ def split(call: Call) -> list[Axes]:
     starts = np.cumsum([0, *sizes])
     made = []
     for start, piece in zip(starts, pieces, strict=False):
-        factors = tuple(_slice(factor, dim, slice(start, start + piece.shape[dim])) for factor in axes.factors)
+        factors = _sliced(call, axes, dim, slice(start, start + piece.shape[dim]))
         made.append(replace(axes, shape=tuple(piece.shape), factors=factors))
     factor = axes.on(dim)
     if factor is not None:
@@ -303,11 +312,27 @@ def split(call: Call) -> list[Axes]:
     return made
 
 
-def _slice(factor: Factor, dim: int, part: slice) -> Factor:
-    if dim not in factor.axes:
-        return factor
-    index = tuple(part if axis == dim else slice(None) for axis in factor.axes)
-    return factor.each(lambda array: array[index])
+def _sliced(call: Call, axes: Axes, dim: int, part: slice) -> tuple[Factor, ...]:
+    """Factors of a part of an axis; a part of size 1 has no units along it any more."""
+    made = []
+    for factor in axes.factors:
+        if dim not in factor.axes:
+            made.append(factor)
+            continue
+        index = tuple(part if axis == dim else slice(None) for axis in factor.axes)
+        piece = factor.each(partial(_at, index=index))
+        if piece.coords.shape[factor.at(dim)] > 1:
+            made.append(piece)
+        if piece.coords.shape[factor.at(dim)] != 1:
+            continue
+        call.coordinates.hold(factor, (dim,), f"{call.name} takes one of them")
+        if (left := piece.first((dim,))) is not None:
+            made.append(left)
+    return tuple(made)
+
+
+def _at(array: Any, index: Any) -> Any:
+    return array[index]
 
 
 def take_slice(call: Call) -> Axes:
@@ -328,18 +353,20 @@ def take_slice(call: Call) -> Axes:
         elif part.step > 1:
             pieces = coords.reshape(length, size // length, *coords.shape[1:])
             call.coordinates.tie(pieces, pieces[:, :1])
-    factors = tuple(_slice(factor, dim, part) for factor in axes.factors)
-    return Axes(tuple(call.made.shape), factors, axes.source, axes.stretched)
+    factors = _sliced(call, axes, dim, part)
+    stretched = {axis: size if axis != dim else None for axis, size in axes.stretched.items()}
+    return Axes(tuple(call.made.shape), factors, axes.source, stretched)
 
 
 def select(call: Call) -> Axes:
-    """One entry of an axis: if it has units of its own, they stay; of an axis that was cut, all parts lose equally."""
+    """One entry of an axis. Units along it stay; of an axis that a view has cut, all parts lose equally."""
     tensor, axes = _given(call)
     dim = call.dim(tensor)
     return _taken(call, axes, dim, int(call.args["index"]), tuple(call.made.shape))
 
 
 def unbind(call: Call) -> list[Axes]:
+    """All entries of an axis, one by one."""
     tensor, axes = _given(call)
     dim = call.dim(tensor)
     pieces = list(tensors_in([call.made]))
@@ -354,10 +381,10 @@ def _taken(call: Call, axes: Axes, dim: int, index: int, shape: tuple[int, ...])
             call.coordinates.hold(factor, (dim,), f"{call.name} takes one of them")
             at = factor.at(dim)
             rest = tuple(axis for axis in factor.axes if axis != dim)
-            left = factor.each(lambda array, at=at: array.take(index, at)).moved(rest) if rest else None
+            left = factor.each(partial(np.take, indices=index, axis=at)).moved(rest) if rest else None
         if left is not None:
             factors.append(left.moved(axis - (axis > dim) for axis in left.axes))
-    stretched = frozenset(axis - (axis > dim) for axis in axes.stretched if axis != dim)
+    stretched = {axis - (axis > dim): size for axis, size in axes.stretched.items() if axis != dim}
     return Axes(shape, tuple(factors), axes.source, stretched)
 
 
@@ -369,7 +396,7 @@ def halves(call: Call) -> Axes:
     parts = [
         Axes(
             tuple(call.made.shape),
-            tuple(_slice(factor, dim, slice(start, start + half)) for factor in axes.factors),
+            _sliced(call, axes, dim, slice(start, start + half)),
             axes.source,
         )
         for start in (0, half)
@@ -435,6 +462,7 @@ def _bare_piece(axes: Axes, dim: int) -> Factor:
 
 
 def stack(call: Call) -> Axes:
+    """Tensors of one shape, along a new axis."""
     pieces = list(call.args["tensors"])
     made = broadcast(call, [(tensor, call.axes(tensor)) for tensor in pieces], tuple(pieces[0].shape))
     dim = int(call.args.get("dim", 0)) % call.made.dim()
@@ -469,12 +497,14 @@ def pad(call: Call) -> Axes:
 
 
 def pixel_shuffle(call: Call) -> Axes:
+    """Channels become positions of an image."""
     tensor, axes = _given(call)
     square = int(call.args["upscale_factor"]) ** 2
     return _channels(call, axes, tensor.dim() - 3, lambda one: _joined(call, one, square))
 
 
 def pixel_unshuffle(call: Call) -> Axes:
+    """Positions of an image become channels."""
     tensor, axes = _given(call)
     square = int(call.args["downscale_factor"]) ** 2
     return _channels(call, axes, tensor.dim() - 3, lambda one: one.each(lambda array: array.repeat(square)))
@@ -488,6 +518,7 @@ def im2col(call: Call) -> Axes:
 
 
 def col2im(call: Call) -> Axes:
+    """What `im2col` took apart, put together."""
     tensor, axes = _given(call)
     size = math.prod(call.args["kernel_size"])
     return _channels(call, axes, tensor.dim() - 2, lambda one: _joined(call, one, size))
@@ -496,7 +527,7 @@ def col2im(call: Call) -> Axes:
 def _joined(call: Call, factor: Factor, count: int) -> Factor:
     pieces = factor.coords.reshape(-1, count)
     call.coordinates.tie(pieces, pieces[:, :1])
-    return Factor(factor.axes, pieces[:, 0], factor.fixed.reshape(-1, count).all(1))
+    return Factor(factor.axes, pieces[:, 0], np.asarray(factor.fixed.reshape(-1, count).all(1)))
 
 
 def _channels(call: Call, axes: Axes, at: int, change: Callable[[Factor], Factor]) -> Axes:
@@ -512,6 +543,7 @@ def _channels(call: Call, axes: Axes, at: int, change: Callable[[Factor], Factor
 
 
 def channel_shuffle(call: Call) -> Axes:
+    """Channels of several groups, one of each in turn."""
     tensor, axes = _given(call)
     groups = int(call.args["groups"])
     cut = reshaped(call, axes, (tensor.shape[0], groups, tensor.shape[1] // groups, *tensor.shape[2:]))
@@ -546,6 +578,7 @@ def to_real(call: Call) -> Axes:
 
 
 def to_complex(call: Call) -> Axes:
+    """Pairs of numbers become complex ones."""
     tensor, axes = _given(call)
     factors = tuple(left for one in axes.factors if (left := _hold(call, one, (tensor.dim() - 1,))) is not None)
     return Axes(tuple(call.made.shape), factors, axes.source)

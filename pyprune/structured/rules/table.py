@@ -1,7 +1,7 @@
-"""The table of rules, by the names of ATen's operators without a trailing underscore.
+"""The table of rules, by the names of ATen's operators, without a trailing underscore.
 
-Whatever is tagged as pointwise by torch has the rule for that. What has none keeps the sizes of all that it touches, and
-is named.
+Whatever is tagged as pointwise by torch has the rule for that. What has none keeps the sizes of all that it touches,
+and is named.
 """
 
 from collections.abc import Callable
@@ -19,21 +19,22 @@ def _rules(rule: Rule, names: str) -> dict[str, Rule]:
 RULES: dict[str, Rule] = {
     **_rules(
         elementwise.pointwise,
-        "copy gelu silu hardswish hardsigmoid hardtanh leaky_relu elu celu selu mish softplus threshold masked_fill where lerp "
-        "addcmul addcdiv native_dropout dropout prelu _prelu_kernel rrelu rrelu_with_noise clamp floor_divide remainder "
-        "masked_scatter isnan isinf isfinite nan_to_num log_sigmoid_forward fake_quantize_per_tensor_affine_cachemask",
+        "copy gelu silu hardswish hardsigmoid hardtanh leaky_relu elu celu selu mish softplus threshold "
+        "masked_fill where lerp addcmul addcdiv native_dropout dropout prelu _prelu_kernel rrelu "
+        "rrelu_with_noise clamp floor_divide remainder masked_scatter isnan isinf isfinite nan_to_num "
+        "log_sigmoid_forward fake_quantize_per_tensor_affine_cachemask",
     ),
     **_rules(
         elementwise.numbers,
-        "zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty "
-        "empty_strided new_empty_strided zero fill scalar_tensor empty_permuted",
+        "zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full "
+        "new_empty empty_strided new_empty_strided zero fill scalar_tensor empty_permuted",
     ),
     **_rules(elementwise.ranges, "arange linspace logspace eye tril_indices triu_indices lift_fresh lift_fresh_copy"),
     **_rules(
         elementwise.none_of_them,
-        "nonzero argmax argmin is_nonzero equal _local_scalar_dense bernoulli rand randn randint rand_like randn_like "
-        "uniform normal bucketize searchsorted unique_consecutive _unique2 unique_dim bincount histc random "
-        "exponential randperm _assert_async _assert_scalar sym_size multinomial allclose isclose",
+        "nonzero argmax argmin is_nonzero equal _local_scalar_dense bernoulli rand randn randint rand_like "
+        "randn_like uniform normal bucketize searchsorted unique_consecutive _unique2 unique_dim bincount "
+        "histc random exponential randperm _assert_async _assert_scalar sym_size multinomial allclose isclose",
     ),
     **_rules(products.mm, "mm"),
     **_rules(products.addmm, "addmm _addmm_activation"),
@@ -46,8 +47,9 @@ RULES: dict[str, Rule] = {
     **_rules(products.convolution, "convolution _convolution convolution_overrideable"),
     **_rules(
         products.attention,
-        "scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
-        "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention",
+        "scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu "
+        "_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention "
+        "_scaled_dot_product_cudnn_attention",
     ),
     **_rules(
         norms.batch_norm,
@@ -64,14 +66,15 @@ RULES: dict[str, Rule] = {
     **_rules(norms.summation, "sum any linalg_vector_norm norm nansum count_nonzero"),
     **_rules(
         norms.along_axis,
-        "softmax _softmax _log_softmax _safe_softmax cumsum cumprod logcumsumexp cummax cummin _fft_r2c _fft_c2c _fft_c2r",
+        "softmax _softmax _log_softmax _safe_softmax cumsum cumprod logcumsumexp cummax cummin _fft_r2c "
+        "_fft_c2c _fft_c2r",
     ),
     **_rules(norms.held_axis, "sort topk argsort kthvalue"),
     **_rules(shapes.view, "view _unsafe_view reshape _reshape_alias _reshape_copy view_copy"),
     **_rules(
         shapes.same,
-        "clone detach alias _to_copy contiguous to _conj resolve_conj resolve_neg conj_physical _fw_primal positive "
-        "copy_to lift _neg_view alias_copy detach_copy _nested_tensor_from_mask pin_memory",
+        "clone detach alias _to_copy contiguous to _conj resolve_conj resolve_neg conj_physical _fw_primal "
+        "positive copy_to lift _neg_view alias_copy detach_copy _nested_tensor_from_mask pin_memory",
     ),
     **_rules(shapes.transpose, "t transpose swapaxes t_copy transpose_copy adjoint"),
     **_rules(shapes.permute, "permute permute_copy"),
@@ -84,7 +87,8 @@ RULES: dict[str, Rule] = {
     **_rules(shapes.roll, "roll"),
     **_rules(shapes.same_memory, "as_strided as_strided_copy"),
     **_rules(
-        shapes.split, "split split_with_sizes unsafe_split unsafe_split_with_sizes split_copy tensor_split chunk"
+        shapes.split,
+        "split split_with_sizes unsafe_split unsafe_split_with_sizes split_copy tensor_split chunk",
     ),
     **_rules(shapes.take_slice, "slice slice_copy narrow"),
     **_rules(shapes.select, "select select_copy"),
@@ -96,7 +100,7 @@ RULES: dict[str, Rule] = {
         shapes.pad,
         "constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d "
         "replication_pad2d replication_pad3d",
-    ),  # fmt: skip
+    ),
     **_rules(shapes.pixel_shuffle, "pixel_shuffle"),
     **_rules(shapes.pixel_unshuffle, "pixel_unshuffle"),
     **_rules(shapes.im2col, "im2col"),
@@ -107,12 +111,13 @@ RULES: dict[str, Rule] = {
     **_rules(shapes.to_complex, "view_as_complex"),
     **_rules(
         shapes.image,
-        "max_pool2d_with_indices max_pool3d_with_indices max_pool1d avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d "
-        "_adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d adaptive_avg_pool1d upsample_nearest1d "
-        "upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d "
-        "upsample_linear1d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d "
-        "_upsample_bilinear2d_aa _upsample_bicubic2d_aa grid_sampler_2d grid_sampler_3d fractional_max_pool2d "
-        "max_pool2d mkldnn_max_pool2d _adaptive_avg_pool2d_backward cudnn_grid_sampler max_unpool2d",
+        "max_pool2d_with_indices max_pool3d_with_indices max_pool1d avg_pool1d avg_pool2d avg_pool3d "
+        "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d "
+        "adaptive_avg_pool1d upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d "
+        "upsample_bicubic2d upsample_trilinear3d upsample_linear1d _upsample_nearest_exact1d "
+        "_upsample_nearest_exact2d _upsample_nearest_exact3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa "
+        "grid_sampler_2d grid_sampler_3d fractional_max_pool2d max_pool2d mkldnn_max_pool2d "
+        "_adaptive_avg_pool2d_backward cudnn_grid_sampler max_unpool2d",
     ),
     **_rules(indexing.embedding, "embedding"),
     **_rules(indexing.embedding_bag, "_embedding_bag _embedding_bag_forward_only"),
