@@ -31,8 +31,8 @@ def reconstruction_scores(
     """Score the units of coupled groups by what `reconstruct` cannot repair without them.
 
     Unit after unit goes, each time the one without which the layers that read the group, solved anew by least
-    squares, lose least of what they make. This is the criterion of channel pruning (He et al. 2017), by greedy elimination in
-    place of LASSO. Costs are relative to what a layer makes, and added over layers.
+    squares, lose least of what they make. This is the criterion of channel pruning (He et al. 2017), by greedy
+    elimination in place of LASSO. Costs are relative to what a layer makes, and added over layers.
 
     Args:
         model: the dense model; it is only run.
