@@ -2,8 +2,8 @@
 
 Of each model a share of all coupled units goes: channels of the digits CNN and of CREPE, a trained pitch tracker, and
 hidden units or heads of all-MiniLM-L6-v2, a trained sentence encoder. `shrink` removes them, `reconstruct` solves the
-layers that read them, and BatchNorm is measured anew: no labels, no training. The digits CNN is then fine-tuned, saved,
-and read by another process.
+layers that read them, and BatchNorm is measured anew: no labels, no training. The digits CNN is then fine-tuned,
+saved, and read by another process.
 
 Run it with ``make smaller`` (about half an hour on two cores; ``--only digits`` takes one minute). ``--plot PATH``
 draws the picture of the documentation.
@@ -211,7 +211,7 @@ def minilm() -> list[Row]:
 
 
 def documentation_sentences() -> list[str]:
-    """Return sentences from the docstrings of Python's standard library, shuffled: 160 to judge by, 200 to repair by."""
+    """Return sentences from the docstrings of Python's standard library, shuffled."""
     found: dict[str, None] = {}
     for path in sorted(Path(ast.__file__).parent.glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -240,16 +240,12 @@ def crepe() -> list[Row]:
 def show(rows: Sequence[Row]) -> None:
     title = "Smaller, repaired without labels or training"
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    for column in ("model", "removed", "cut", "repaired", "BatchNorm\nadapted", "parameters", "MACs", "MB", "ms"):
+    for column in ("model", "removed", "cut", "repaired", "adapted", "k floats", "MMACs", "MB", "ms"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for row in rows:
         scores = [f"{score:.3f}" for score in row.scores] if row.ratio else ["", "", f"{row.scores[0]:.3f}"]
-        sizes = (
-            f"{row.parameters:,}",
-            f"{row.macs / 1e6:,.1f} M",
-            f"{row.bytes / 1e6:.2f}",
-            f"{row.milliseconds:.1f}",
-        )
+        numbers = (row.parameters / 1e3, row.macs / 1e6, row.bytes / 1e6, row.milliseconds)
+        sizes = [f"{number:,.{1 if number < 100 else 0}f}" for number in numbers]
         table.add_row(row.name, f"{row.ratio:.0%}" if row.ratio else "dense", *scores, *sizes)
     console.print(table)
     console.print("Digits, CREPE: accuracy, and notes heard within 50 cents. MiniLM: cosine to the dense embedding.")
