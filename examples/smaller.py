@@ -203,8 +203,8 @@ def minilm() -> list[Row]:
 
     rows = []
     for name, chosen in (
-        ("MiniLM, hidden units", lambda group: "intermediate" in group.name),
-        ("MiniLM, heads", lambda group: group.what == "heads"),
+        ("MiniLM MLP", lambda group: "intermediate" in group.name),
+        ("MiniLM heads", lambda group: group.what == "heads"),
     ):
         rows += make_smaller(Case(name, model, unlabelled, judge, chosen, ratios=(0.3, 0.5)))[0]
     return rows

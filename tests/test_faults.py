@@ -287,6 +287,14 @@ CALLS = {
         lambda: {**dense(), "plan": plan_of_net()},
         lambda things: pyprune.rebuild(things["model"], things["plan"]),
     ),
+    "reconstruct": (
+        lambda: {**masked(), "dense": dense()["model"]},
+        lambda things: pyprune.reconstruct(things["dense"], things["model"], [BATCH]),
+    ),
+    "reconstruct without sums": (
+        lambda: {**masked(), "dense": dense()["model"]},
+        lambda things: pyprune.reconstruct(things["dense"], things["model"], [BATCH], memory=0),
+    ),
     "prune recurrent": (lambda: {"model": Recurrent()}, PRUNE),
     "prune by chance": (dense, of_model(pyprune.prune, Method(importance.random(0)), ratio=0.5)),
     "prune with gates": (dense, of_model(pyprune.prune, "UNSTRUCTURED_HARD_CONCRETE")),

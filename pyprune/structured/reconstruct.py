@@ -57,7 +57,7 @@ def reconstruct(
         layers: "cut" solves the layers that have lost inputs: channels before them went, or weights of their own.
             "all" solves all whose inputs or weights are not those of the dense model; they fit the batches better,
             and other inputs often worse.
-        damping: of the ridge towards the present weights. If None, each layer gets the one of 1e-4, 1e-3, ..., 1 by
+        damping: of the ridge towards the present weights. If None, each layer gets the one of 1e-4, 1e-3, ..., 10 by
             which the first three quarters of the batches predict the last best (1e-4 if there are fewer than four);
             conjugate gradients have 1e-4, and end when they predict these no better.
         num_batches: how many batches to use; all if None or if there are fewer.
@@ -91,6 +91,8 @@ def reconstruct(
     if damping is not None:
         damping = check_number("damping", damping, what="a number, 0 or more", least=0)
     memory = check_count("memory", memory, what="bytes, an integer, 0 or more")
+    if ignored_scope is not None and not isinstance(ignored_scope, IgnoredScope):
+        raise TypeError(f"ignored_scope is a {type(ignored_scope).__name__}; give a pyprune.IgnoredScope")
     dense, model = _unwrapped(dense), _unwrapped(model)
     for one in (dense, model):
         check_initialized(one)

@@ -14,7 +14,7 @@ from pyprune.structured.solved import Solved, relative, solved
 from pyprune.structured.unfolding import samples
 
 # What is tried where no damping was given.
-DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
 def solve_by_sums(
