@@ -669,8 +669,8 @@ ROWS: dict[str, Row] = {
 # called in its row, by another name.
 NOT_CALLED = """
     __version__ build_info one_gate_sample AcDcPruner Calibration IterativeResult KeepSparse ModelPruningStatistic
-    Plan PruneMode PruningRound Reconstructed Shrunk Recipe RecipePruner Schedule SensitivityResult SensitivityTarget StripFormat
-    TensorPruningStatistic as_schedule
+    Plan PruneMode PruningRound Reconstructed Shrunk Recipe RecipePruner Schedule SensitivityResult SensitivityTarget
+    StripFormat TensorPruningStatistic as_schedule
 """.split()  # noqa: SIM905
 
 

@@ -66,7 +66,7 @@ def reconstruct(
             conjugate gradients, with as many batches as this holds inputs and outputs of.
 
     Returns:
-        What became of each layer: `str` shows a table.
+        A `Reconstructed`, which says what became of each layer; `str` shows a table.
 
     Raises:
         TypeError, ValueError: for wrong arguments, a plan of another model, weights that both models share, inputs or

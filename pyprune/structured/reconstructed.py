@@ -12,7 +12,8 @@ class Reconstructed:
     """What `reconstruct` has done to the layers of a model; `str` and notebooks show a table.
 
     Attributes:
-        layers: those that were solved, in the order in which that was done.
+        layers: those that were solved, in that order. Each has a ``name``, its numbers of ``inputs``, ``outputs`` and
+            ``samples``, its error ``before`` and ``after``, relative to what it is to make, and the ``method``.
         skipped: weights that were left as they are, and why.
         others: layers that have lost no inputs, or, with ``layers="all"``, are as in the dense model.
     """

@@ -42,8 +42,8 @@ def reconstruction_scores(
         memory: bytes that the sums of a layer may take.
 
     Returns:
-        For each group a float64 tensor with a score per unit, higher = keep: what is lost, as a share of the sum of
-        squares of outputs, when this unit and all that score lower are gone.
+        A float64 tensor per group with a score for each unit (higher = keep), which is what is lost when this unit and
+        all that score lower are gone, as a share of the sum of squares of outputs.
 
     Raises:
         TypeError, ValueError: for wrong arguments, a group that no layer reads which can be seen (of what
