@@ -10,10 +10,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 PEERS := $(VENV)/peers
+ULTRALYTICS := $(VENV)/ultralytics
+ZOO := $(VENV)/zoo
 # A new folder of the package is known to an editable installation only after the next one.
 SOURCES := $(shell find csrc -type f) $(shell find pyprune -name __init__.py) CMakeLists.txt pyproject.toml
 
-.PHONY: demo demo-rb pitch minilm compare smaller sensitivity train-sparse sparse-transfer lightning transformers test test-slow test-cpp lint docs bench bench-full bench-report bench-cpp bench-cuda build-bench-cuda clean help
+.PHONY: demo demo-rb pitch minilm compare smaller sensitivity train-sparse sparse-transfer lightning transformers ultralytics test test-slow test-cpp lint docs zoo zoo-ultralytics bench bench-full bench-report bench-cpp bench-cuda build-bench-cuda clean help
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -57,6 +59,9 @@ lightning: $(VENV)/built  ## Prune a CNN by a recipe in a Lightning Trainer, and
 transformers: $(VENV)/built  ## Prune a small GPT-2 by a recipe in the Hugging Face Trainer, then sparse transfer
 	$(BIN)/python examples/train_transformers.py $(ARGS)
 
+ultralytics: $(ULTRALYTICS)/installed  ## Prune, shrink, train and export YOLOs on drawn images: the tests of the integration
+	OMP_WAIT_POLICY=passive $(ULTRALYTICS)/bin/python -m pytest tests/integrations/test_ultralytics.py $(ARGS)
+
 # On a busy machine threads that spin while they wait for each other took ten times as long as those that sleep.
 test: $(VENV)/built  ## Run the whole test suite
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(ARGS)
@@ -87,6 +92,12 @@ bench-full: $(PEERS)/installed  ## Measure everything, also beside NNCF itself, 
 
 bench-report: $(VENV)/built  ## Write the figures of README and docs, and pictures, from benchmarks/results/cpu.json
 	$(BIN)/python benchmarks/report.py --readme README.md --page docs/performance.md --plot benchmarks/results
+
+zoo-ultralytics: $(ULTRALYTICS)/installed  ## Shrink, train and export YOLOs of all families, and write docs/zoo-ultralytics.md
+	OMP_WAIT_POLICY=passive $(ULTRALYTICS)/bin/python benchmarks/zoo_ultralytics.py --page docs/zoo-ultralytics.md $(ARGS)
+
+zoo: $(ZOO)/installed  ## Shrink a hundred public architectures, and write docs/zoo.md: half an hour (ARGS="--only resnet50")
+	OMP_NUM_THREADS=1 PYTHONPATH=benchmarks $(ZOO)/bin/python -W ignore -m zoo $(ARGS)
 
 bench-cpp: $(VENV)/built  ## Measure the kernels without torch; needs Google Benchmark (libbenchmark-dev)
 	$(BIN)/cmake -S csrc -B build/bench -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPYPRUNE_BENCH=ON
@@ -132,8 +143,27 @@ $(VENV)/built: $(TORCH_STAMP) $(CUDA_STAMP) $(SOURCES)
 # Without openvino-telemetry NNCF reports nothing to anyone. Without NNCF its formulas in torch are measured.
 SITE := -c 'import site; print(site.getsitepackages()[0])'
 $(PEERS)/installed: $(VENV)/built
-	@echo "==> Installing NNCF in $(PEERS)"
+	@echo "==> Installing NNCF and Torch-Pruning in $(PEERS)"
 	$(BIN)/python -m venv $(PEERS)
 	echo "import site; site.addsitedir('$$($(BIN)/python $(SITE))')" >"$$($(PEERS)/bin/python $(SITE))/venv.pth"
+	@$(PEERS)/bin/python -m pip install --quiet --no-deps "torch-pruning==1.6.1" || echo "==> Torch-Pruning cannot be installed here, and is left out"
 	@if $(PEERS)/bin/python -m pip install --quiet --no-deps "nncf>=3,<4" psutil pydot safetensors tabulate; \
 	then touch $@; else echo "==> NNCF cannot be installed here; its formulas in torch stand in for it"; fi
+
+# Ultralytics needs torchvision, which goes with the torch that it is built for, and with no other.
+$(ULTRALYTICS)/installed: $(VENV)/built
+	@echo "==> Installing Ultralytics in $(ULTRALYTICS)"
+	$(BIN)/python -m venv $(ULTRALYTICS)
+	echo "import site; site.addsitedir('$$($(BIN)/python $(SITE))')" >"$$($(ULTRALYTICS)/bin/python $(SITE))/venv.pth"
+	$(ULTRALYTICS)/bin/python -m pip install --quiet torch==2.14.1 torchvision==0.29.1 "ultralytics>=8.4" onnx onnxruntime onnxslim
+
+# The zoo's torch is the one that torchvision is built for. Libraries whose architectures are only built come without
+# what they need to train or to load weights.
+$(ZOO)/installed: $(VENV)/built
+	@echo "==> Installing the libraries of the zoo in $(ZOO)"
+	$(BIN)/python -m venv $(ZOO)
+	echo "import site; site.addsitedir('$$($(BIN)/python $(SITE))')" >"$$($(ZOO)/bin/python $(SITE))/venv.pth"
+	$(ZOO)/bin/python -m pip install --quiet torch==2.14.1 torchvision==0.29.1 timm transformers torch_geometric diffusers scipy
+	$(ZOO)/bin/python -m pip install --quiet --no-deps segmentation-models-pytorch monai open_clip_torch ftfy wcwidth \
+		vit-pytorch einops pytorch-tabnet x-transformers einx frozendict loguru torch_einops_utils
+	@touch $@

@@ -32,6 +32,7 @@ nitpicky = True
 nitpick_ignore_regex = [("py:class", r"pyprune\.[\w.]+\._?[A-Z]\w*")]  # classes of the inside in signatures
 myst_heading_anchors = 3
 
+autodoc_mock_imports = ["ultralytics"]  # it needs torchvision
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 python_maximum_signature_line_length = 90

@@ -24,6 +24,9 @@ from pyprune.recipes.recipe import Recipe
 from pyprune.recipes.recipe_pruner import RecipePruner
 from pyprune.selection.prune import prune
 from pyprune.selection.thresholds import ratios_below
+from pyprune.structured.drop_blocks import drop_blocks
+from pyprune.structured.drop_experts import drop_experts
+from pyprune.structured.dropped import Dropped
 from pyprune.structured.groups import coupled_groups
 from pyprune.structured.plan import Plan, rebuild
 from pyprune.structured.reconstruct import reconstruct
@@ -54,6 +57,7 @@ __all__ = [
     "AcDcPruner",
     "Calibration",
     "Dataset",
+    "Dropped",
     "ExponentialMagnitudePruningScheduler",
     "ExponentialRBPruningScheduler",
     "HardConcreteGate",
@@ -92,6 +96,8 @@ __all__ = [
     "calibrate",
     "check_optimizer",
     "coupled_groups",
+    "drop_blocks",
+    "drop_experts",
     "gate_parameters",
     "get_config",
     "gmp",

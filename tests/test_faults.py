@@ -3,6 +3,7 @@
 import os
 import random
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from pyprune import Method, Pruner, granularity, importance, schedules, scope
 from pyprune.integrations.training import Training, start_of
 from pyprune.selection.prune import update_masks
 from tests.fault_injector import check
+from tests.structured.small_blocks import Experts, Residual
 
 # A file that was being written is closed when it is forgotten.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -265,6 +267,33 @@ def plan_of_net():
     return pyprune.shrink(with_dead_channel()()["model"], BATCH).plan
 
 
+def blocks(kind=""):
+    return put_on(nn.Sequential(*(Residual(i) for i in range(3))), kind)
+
+
+def experts(kind=""):
+    return put_on(nn.Sequential(Experts(), nn.Linear(4, 2)), kind)
+
+
+def put_on(model, kind):
+    if kind == "with masks":
+        pyprune.prune(model, LOCAL, ratio=0.5, examples_inputs=ROWS)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    if kind == "with an optimizer":
+        train_on(model, optimizer)
+    return {"model": model, "optimizer": optimizer}
+
+
+def train_on(model, optimizer):
+    model(ROWS).square().mean().backward()
+    optimizer.step()
+
+
+def drop(call):
+    return lambda things: call(things["model"], ROWS, optimizer=things["optimizer"])
+
+
+ROWS = torch.linspace(-1, 1, 12).reshape(3, 4)
 SHRINK = of_model(pyprune.shrink, BATCH)
 RIGHT = "UNSTRUCTURED_MAGNITUDE_GLOBAL"
 CALLS = {
@@ -295,6 +324,17 @@ CALLS = {
         lambda: {**masked(), "dense": dense()["model"]},
         lambda things: pyprune.reconstruct(things["dense"], things["model"], [BATCH], memory=0),
     ),
+    **{
+        f"drop_{what} {kind}": (lambda make=make, kind=kind: make(kind), drop(call))
+        for what, make, call in (
+            ("blocks", blocks, partial(pyprune.drop_blocks, count=1)),
+            ("experts", experts, partial(pyprune.drop_experts, count=1)),
+        )
+        for kind in ("of a dense model", "with masks", "with an optimizer")
+    },
+    "drop_blocks by error": (blocks, drop(partial(pyprune.drop_blocks, count=2, importance="output_error"))),
+    "rebuild without blocks": (blocks, of_model(pyprune.rebuild, {"version": 1, "blocks": {"1": None}})),
+    "rebuild without experts": (experts, of_model(pyprune.rebuild, {"version": 1, "experts": {"0": [1, 2]}})),
     "prune recurrent": (lambda: {"model": Recurrent()}, PRUNE),
     "prune by chance": (dense, of_model(pyprune.prune, Method(importance.random(0)), ratio=0.5)),
     "prune with gates": (dense, of_model(pyprune.prune, "UNSTRUCTURED_HARD_CONCRETE")),

@@ -35,6 +35,7 @@ from pyprune import (
     torch_prune,
 )
 from tests.conftest import Unchanged
+from tests.structured.small_blocks import Experts, Residual
 from tests.wrong_values import (
     COUNT,
     DICTS,
@@ -57,6 +58,7 @@ LOCAL, RB, HARD = "UNSTRUCTURED_MAGNITUDE_LOCAL", "UNSTRUCTURED_REGULARIZATION_B
 FOLDER = tempfile.TemporaryDirectory()
 MODULES = {"nn.Linear"}
 INPUTS = OPTIONAL | TENSORS | SEQUENCES | DICTS
+RATIO_DICTS = {"{'0': 0.25}", "{'nowhere': 0.25}"}
 DATA = {"range", "generator", "set", "[1]", "[0.25]", "[None]", "['0']", "(1, 2)", "(4, 4)", "endless", "np.zeros"}
 DATA |= {"[]", "()"} | TENSORS - {"tensor(0.25)"}  # batches that are no good are the model's to refuse
 # What each argument takes, wherever it occurs; a row may say otherwise.
@@ -99,6 +101,7 @@ TAKES: dict[str, set[str]] = {
     "device": OPTIONAL | {"a device", "meta"},
     "keep_probability": SHARE - {"0", "0.0"},
     "progress": FLAG,
+    "monotonic_fit": FLAG,
     "name": set(),
 }
 FLAGS = [
@@ -145,6 +148,14 @@ class Row:
 
 def net():
     return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+
+
+def blocks():
+    return nn.Sequential(*(Residual() for _ in range(3)))
+
+
+def experts():
+    return Experts(4)
 
 
 def masked():
@@ -214,6 +225,7 @@ def placed(function, **arguments):
 
 MADE = (importance.Importance, granularity.Granularity, scope.Scope, schedules.Schedule)
 PRUNER = {"schedule": FUNCTIONS, "optimizer": OPTIONAL}
+SEVERAL = OPTIONAL | {"[]", "()", "{}", "set", "generator"}
 GATE = {"shape": SEQUENCES, "gate_shape": OPTIONAL | {"(4, 4)"}}
 GATE["shape"] = {"(4, 4)", "()", "(1, 2)", "[]", "[1]", "range"}
 GATE["gate_shape"] = OPTIONAL | {"(4, 4)", "(1, 2)"}
@@ -306,6 +318,32 @@ ROWS: dict[str, Row] = {
             "memory": 2**20,
         },
         {"groups": {"[]", "()"}, "batches": DATA, "damping": NOT_NEGATIVE, "memory": FROM_0},
+    ),
+    "drop_blocks": Row(
+        pyprune.drop_blocks,
+        lambda: (
+            {"model": blocks(), "examples": torch.ones(2, 4), "names": None, "count": 1, "importance": "influence"}
+            | {"optimizer": None}
+        ),
+        {"names": OPTIONAL, "count": COUNT - {"5"}, "importance": FUNCTIONS, "optimizer": SEVERAL},
+    ),
+    "drop_blocks, names": Row(
+        pyprune.drop_blocks,
+        lambda: {"model": blocks(), "examples": torch.ones(2, 4), "names": ["1"], "count": None},
+        {"names": {"['0']"}, "count": OPTIONAL},
+    ),
+    "drop_experts": Row(
+        pyprune.drop_experts,
+        lambda: (
+            {"model": experts(), "examples": torch.ones(2, 4), "names": None, "count": None, "ratio": 0.25}
+            | {"importance": "use", "optimizer": None}
+        ),
+        {"names": OPTIONAL, "count": OPTIONAL, "ratio": SHARE, "importance": FUNCTIONS, "optimizer": SEVERAL},
+    ),
+    "drop_experts, count": Row(
+        pyprune.drop_experts,
+        lambda: {"model": experts(), "examples": torch.ones(2, 4), "count": 1},
+        {"count": {"1", "2", "np.int64(1)"}},
     ),
     "rebuild": Row(pyprune.rebuild, lambda: {"fresh_model": net(), "plan": pyprune.Plan()}),
     "strip": Row(
@@ -567,8 +605,36 @@ ROWS: dict[str, Row] = {
     ),
     "allocation_from_sensitivity": Row(
         pyprune.allocation_from_sensitivity,
-        lambda: {"result": analysis(), "target_ratio": 0.5, "rule": "least", "max_drop": None, "max_ratio": 0.95},
-        {"target_ratio": SHARE, "max_ratio": SHARE, "rule": set()},
+        lambda: {
+            "result": analysis(),
+            "target_ratio": 0.5,
+            "groups": None,
+            "round_to": 1,
+            "rule": "least",
+            "max_drop": None,
+            "max_ratio": 0.95,
+            "monotonic_fit": False,
+        },
+        {
+            "target_ratio": SHARE,
+            "max_ratio": SHARE,
+            "rule": set(),
+            "groups": OPTIONAL,
+            "round_to": {"1", "np.int64(1)"},
+        },
+    ),
+    "allocation_from_sensitivity of costs": Row(
+        pyprune.allocation_from_sensitivity,
+        lambda: {
+            "result": SensitivityResult(0.9, {"0.weight": SensitivityTarget(40, 4, {0.5: 0.8})}),
+            "target_macs": 0.9,
+            "target_params": None,
+            "groups": pyprune.coupled_groups(
+                nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), torch.ones(1, 4)
+            ),
+            "round_to": 1,
+        },
+        {"target_macs": {"1", "1.0", "np.int64(1)"}, "target_params": OPTIONAL},
     ),
     "magnitude": Row(importance.magnitude, same(p=1.0, normalize="l2"), {"p": POSITIVE}),
     "random": Row(importance.random, same(seed=0)),
@@ -602,6 +668,7 @@ ROWS: dict[str, Row] = {
     "constant": Row(schedules.constant, same(final=0.5, end=9, start=0, frequency=1)),
     "polynomial": Row(schedules.polynomial, of_curve(power=2.0), {"power": POSITIVE}),
     "multi_step": Row(schedules.multi_step, same(steps={0: 0.5}), {"steps": {"{0: 0.25}"}}),
+    "in_turn": Row(schedules.in_turn, same(ratios={"0": 0.5}, start=0, frequency=1), {"ratios": RATIO_DICTS}),
     "alternating": Row(schedules.alternating, same(final=0.5, end=4, frequency=1, start=0)),
     "schedules.custom": Row(
         schedules.custom, same(function=lambda step: 0.5, start=0, end=4, frequency=1), {"end": FROM_0 | OPTIONAL}
@@ -668,7 +735,8 @@ ROWS: dict[str, Row] = {
 # What calls return, and tables: their fields are not checked. AcDcPruner takes what `ac_dc` takes; one_gate_sample is
 # called in its row, by another name.
 NOT_CALLED = """
-    __version__ build_info one_gate_sample AcDcPruner Calibration IterativeResult KeepSparse ModelPruningStatistic
+    __version__ build_info one_gate_sample AcDcPruner Calibration Dropped IterativeResult KeepSparse
+    ModelPruningStatistic
     Plan PruneMode PruningRound Reconstructed Shrunk Recipe RecipePruner Schedule SensitivityResult SensitivityTarget
     StripFormat TensorPruningStatistic as_schedule
 """.split()  # noqa: SIM905
@@ -710,6 +778,8 @@ TAKES |= {
     "strip_format": set(),
     "state_dict": set(),
     "content": set(),
+    "groups": set(),
+    "round_to": COUNT,
 }
 
 

@@ -1,6 +1,7 @@
 """Masks and the checkpoints of trainers, which save and load the model by themselves."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from pyprune.checks import shown
-from pyprune.modules.attachments import MASKS
+from pyprune.modules.attachments import MASKS, dense_parameters
 from pyprune.modules.mask_states import check_state, load_states, state_of
 from pyprune.modules.masks import FollowingMask, Mask, changing_masks, masks_by_target
 from pyprune.modules.zeros import holds_in, settle_written
@@ -80,3 +81,44 @@ def load_masks(model: nn.Module, state: Mapping[str, Any]) -> None:
     for name, mask in masks.items():
         check_state(name, state[name], mask.mask.shape, mask.followers)
     load_states([(mask, state[name]) for name, mask in masks.items()])
+
+
+@contextmanager
+def filled_where_all_is_dropped(model: nn.Module, state: Mapping[str, Any]) -> Iterator[None]:
+    """Within it, weights of which the masks of a state leave nothing have a value.
+
+    A `Pruner` leaves out what is zero everywhere, and so would not have the masks that its state has. When it has
+    loaded them, the weights are zero again.
+
+    Example:
+        >>> layer = nn.Linear(2, 1)
+        >>> _ = nn.init.zeros_(layer.weight)
+        >>> with filled_where_all_is_dropped(layer, {"masks": {"weight": {"bits": torch.tensor([0])}}}):
+        ...     layer.weight.tolist()
+        [[1.0, 1.0]]
+    """
+    names = set(_all_dropped(state))
+    empty = [one for owner, one in dense_parameters(model) if owner.name in names and not one.detach().any()]
+    with torch.no_grad():
+        for parameter in empty:
+            parameter.fill_(1)
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for parameter in empty:
+                parameter.zero_()
+        raise
+
+
+def _all_dropped(state: object) -> Iterator[str]:
+    """Yield the weights that masks leave nothing of, in the state of a pruner, of several, or of masks alone."""
+    if not isinstance(state, Mapping):
+        return
+    masks, pruners = state.get("masks"), state.get("pruners")
+    for name, mask in masks.items() if isinstance(masks, Mapping) else ():
+        bits = mask.get("bits") if isinstance(mask, Mapping) else None
+        if isinstance(bits, torch.Tensor) and not bits.any():
+            yield name
+    for one in [state.get("pruning"), *(pruners if isinstance(pruners, (list, tuple)) else ())]:
+        yield from _all_dropped(one)

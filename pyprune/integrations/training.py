@@ -1,7 +1,7 @@
 """What the callbacks for trainers share."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,7 +9,12 @@ from torch import nn
 
 from pyprune import ops
 from pyprune.checks import check_bool, check_count, shown
-from pyprune.integrations.checkpoints import load_masks, masks_follow_loading, state_of_masks
+from pyprune.integrations.checkpoints import (
+    filled_where_all_is_dropped,
+    load_masks,
+    masks_follow_loading,
+    state_of_masks,
+)
 from pyprune.modules.evaluation import check_inputs
 from pyprune.modules.masks import masks_by_target
 from pyprune.modules.optimizer import innermost_of
@@ -58,30 +63,61 @@ class Training:
         start: makes what prunes.
         model, optimizer, steps_per_epoch: its arguments; of several optimizers it gets a list.
         resumed: what `state` was when the weights of the model were saved; None at the beginning.
+        follow_loading: whether masks become the zeros of what is loaded into the model (`masks_follow_loading`).
     """
 
     def __init__(
-        self, start: Start, model: nn.Module, optimizer: Any, steps_per_epoch: int, resumed: Mapping[str, Any] | None
+        self,
+        start: Start,
+        model: nn.Module,
+        optimizer: Any,
+        steps_per_epoch: int,
+        resumed: Mapping[str, Any] | None,
+        *,
+        follow_loading: bool = True,
     ) -> None:
         found = innermost_of(optimizer)  # without Accelerate's wrapper
         self.model = model
-        with Change(model, objects=found):
+        if resumed is not None and (not isinstance(resumed, Mapping) or set(resumed) != {"pruning", "masks"}):
+            raise ValueError(f"the state to resume from is {shown(resumed)}, and not that of this callback")
+        with filled_where_all_is_dropped(model, resumed or {}), Change(model, objects=found):
             self.pruning = start(model, found[0] if len(found) == 1 else found, steps_per_epoch)
             if not isinstance(self.pruning, (Pruner, RecipePruner, KeepSparse)):
                 raise TypeError(f"prune returned a {type(self.pruning).__name__}; it must return a Pruner")
             if resumed is not None:
-                if not isinstance(resumed, Mapping) or set(resumed) != {"pruning", "masks"}:
-                    raise ValueError(f"the state to resume from is {shown(resumed)}, and not that of this callback")
                 if isinstance(self.pruning, KeepSparse):
                     load_masks(model, resumed["masks"])
                 else:
                     self.pruning.load_state_dict(resumed["pruning"])
-            self._hooks = masks_follow_loading(model)
+            self._hooks = masks_follow_loading(model) if follow_loading else []
 
-    def step(self) -> None:
-        """Go on by one step of the optimizer."""
-        if not isinstance(self.pruning, KeepSparse):
-            self.pruning.step()
+    def step(self) -> bool:
+        """Go on by one step of the optimizer; return whether masks were computed anew."""
+        return not isinstance(self.pruning, KeepSparse) and self.pruning.step()
+
+    def steps(self, count: int) -> bool:
+        """Go on by several steps after one of the optimizer; return whether masks were computed anew.
+
+        What is measured in the training has one more batch, so there masks that are due in between are computed last.
+        """
+        if not self.measures():
+            return sum(self.step() for _ in range(count)) > 0
+        for pruner in self._pruners():
+            between = range(pruner.step_count + 1, pruner.step_count + count)
+            pruner._is_late |= any(map(pruner.schedule.is_due, between))
+            pruner.step_count += count - 1
+        if isinstance(self.pruning, RecipePruner):
+            self.pruning.step_count += count - 1
+        return self.step()
+
+    def measures(self) -> bool:
+        """Whether something is measured in the training, whose steps then end a batch of it."""
+        return any(pruner._watch is not None for pruner in self._pruners())
+
+    def _pruners(self) -> Sequence[Pruner]:
+        if isinstance(self.pruning, KeepSparse):
+            return ()
+        return self.pruning._pruners if isinstance(self.pruning, RecipePruner) else (self.pruning,)
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint of the model does not have."""

@@ -48,6 +48,19 @@ def weight_layouts(module: nn.Module) -> Mapping[str, Layout]:
     return {name: one for name, one in layouts.items() if module._parameters.get(name, "computed") is not None}
 
 
+def holds_constants(module: nn.Module) -> bool:
+    """Whether the weights in a module are constants and not learned: Ultralytics' integral over the bins of a box.
+
+    Example:
+        >>> DFL = type("DFL", (nn.Module,), {})
+        >>> integral = DFL()
+        >>> integral.conv = nn.Conv2d(16, 1, 1, bias=False).requires_grad_(False)
+        >>> holds_constants(integral), holds_constants(integral.conv)
+        (True, False)
+    """
+    return type(module).__name__ == "DFL" and not any(one.requires_grad for one in module.parameters())
+
+
 def is_quantised(module: nn.Module) -> bool:
     """Whether a layer is one of torch's own whose weights are quantised."""
     home = type(module).__module__

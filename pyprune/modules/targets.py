@@ -24,7 +24,7 @@ from pyprune.modules.attachments import (
 )
 from pyprune.modules.evaluation import check_initialized, check_inputs
 from pyprune.modules.ignored_scope import IgnoredScope, ignored_by
-from pyprune.modules.layers import is_quantised, weight_layouts
+from pyprune.modules.layers import holds_constants, is_quantised, weight_layouts
 from pyprune.modules.memory import overlapping, overlaps_itself
 from pyprune.modules.sharding import is_sharded, local_part
 from pyprune.modules.tracing import BOTH, one_layout, used_as_weights
@@ -80,8 +80,9 @@ def find_targets(
     They are the weights of Linear, Bilinear, Conv and ConvTranspose layers, Embedding, EmbeddingBag,
     MultiheadAttention (all projections), RNN, LSTM, GRU and their cells, subclasses included; layers of other
     libraries that look like them, and experts of transformers (`weight_layouts`); what carries a mask or gate
-    already; and, with ``examples_inputs``, what one forward pass takes as a weight (`used_as_weights`). Never biases
-    or norms; and what is zero everywhere only where the scope lets it compete: a warning names the others.
+    already; and, with ``examples_inputs``, what one forward pass takes as a weight (`used_as_weights`). Never biases,
+    norms or constants (`holds_constants`); and what is zero everywhere only where the scope lets it compete: a
+    warning names the others.
 
     Args:
         model: the model; what is attached to it does not change names or order of what is found.
@@ -158,11 +159,18 @@ class _Survey:
 def _survey(model: nn.Module, scope: IgnoredScope | None) -> _Survey:
     parameters = all_parameters(model)
     layers = layer_weights(model)
+    constants = {
+        f"{name}.{inside}".lstrip(".")
+        for name, module in dense_modules(model)
+        if holds_constants(module)
+        for inside, _ in module.named_parameters()
+    }
     if scope is None:
-        return _Survey(parameters, layers, lambda name: False)
+        return _Survey(parameters, layers, constants.__contains__)
     names = {owner.name for owner in layers}.union(owner.name for target in parameters for owner in target.owners)
     classes = {name: _class_names(module) for name, module in dense_modules(model)}
-    return _Survey(parameters, layers, ignored_by(scope, names, classes))
+    ignored = ignored_by(scope, names, classes)
+    return _Survey(parameters, layers, lambda name: name in constants or ignored(name))
 
 
 def _choose(model: nn.Module, survey: _Survey, examples_inputs: Any) -> list[Target]:

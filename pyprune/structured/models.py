@@ -46,6 +46,7 @@ def examples_of(examples: object) -> list[Any]:
         ValueError: if there is none, or one holds a NaN or infinity.
 
     Example:
+        >>> import torch
         >>> examples_of(torch.ones(1)), examples_of([{"x": torch.ones(1)}, (torch.ones(1),)])
         ([tensor([1.])], [{'x': tensor([1.])}, (tensor([1.]),)])
     """

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from pyprune.files import whole_file
 from pyprune.modules.undo import Change
 from pyprune.structured.compact import Kept, named_tensors, resizing, set_attribute, value_of
 from pyprune.structured.models import check_model
+from pyprune.structured.replay import replay
 
 _M = TypeVar("_M", bound=nn.Module)
 _VERSION = 1
@@ -76,13 +78,13 @@ class Plan:
 
 
 @torch.inference_mode(False)
-def rebuild(fresh_model: _M, plan: Plan) -> _M:
+def rebuild(fresh_model: _M, plan: Plan | Mapping[str, Any]) -> _M:
     """Make a dense model as small as the one that a plan is of, in place; then it takes that one's state_dict.
 
     Args:
         fresh_model: what the same code makes of the same arguments as the model that was shrunk; its values do not
             matter.
-        plan: of `shrink`; from a file with `Plan.load`.
+        plan: of `shrink`; from a file with `Plan.load`. Or of `drop_blocks` or `drop_experts`, which is a dict.
 
     Returns:
         ``fresh_model``, whose parameters have the small shapes, with the positions of its own values that are kept.
@@ -97,6 +99,9 @@ def rebuild(fresh_model: _M, plan: Plan) -> _M:
         >>> rebuild(nn.Linear(3, 2, bias=False), plan).weight.shape
         torch.Size([1, 3])
     """
+    if isinstance(plan, Mapping):
+        check_model(fresh_model, "rebuild", "fresh_model")
+        return replay(fresh_model, plan)
     if not isinstance(plan, Plan):
         raise TypeError(f"plan is {shown(plan)}; give a Plan, as of Plan.load(path) or shrink(...).plan")
     check_model(fresh_model, "rebuild", "fresh_model")

@@ -146,8 +146,8 @@ def _may_be_zero(one: Contraction, side: int) -> bool:
 
 def _zero(tensor: Tensor, axis: int) -> Flags:
     used = tensor.detach() != 0
-    for dim in sorted(set(range(tensor.dim())) - {axis}, reverse=True):
-        used = used.any(dim)
+    if rest := tuple(dim for dim in range(tensor.dim()) if dim != axis):
+        used = used.any(rest)
     return np.asarray(~used.cpu().numpy())
 
 

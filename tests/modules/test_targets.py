@@ -322,3 +322,27 @@ def test_a_model_that_returns_its_parameters_in_groups_is_pruned(mode):
     if mode is not LOCAL:
         pyprune.LagrangianLoss(model, 0.5)()
     pyprune.batch_norm_adaptation(pyprune.strip(model), [x])
+
+
+class DFL(nn.Module):
+    """As in Ultralytics: the expected value over the bins of a box."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(16, 1, 1, bias=False).requires_grad_(False)
+        self.conv.weight.data[:] = torch.arange(16.0).view(1, 16, 1, 1)
+
+    def forward(self, x):
+        return self.conv(x.softmax(1))
+
+
+@pytest.mark.parametrize("ignored", [None, IgnoredScope(types=["Linear"], validate=False)])
+@pytest.mark.parametrize("has_inputs", [False, True])
+def test_find_targets_leaves_constants_alone(ignored, has_inputs):
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), DFL())
+    inputs = torch.rand(1, 3, 4, 4) if has_inputs else None
+    assert [target.name for target in find_targets(model, ignored, inputs)] == ["0.weight"]
+    pyprune.prune(model, "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.5, ignored_scope=ignored, examples_inputs=inputs)
+    assert model[1].conv.weight.flatten().tolist() == list(range(16))
+    model[1].requires_grad_(True)  # one that is trained is a weight, whatever it is called
+    assert len(find_targets(nn.Sequential(nn.Conv2d(3, 16, 1), model[1]), ignored, inputs)) == 2

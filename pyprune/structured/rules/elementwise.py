@@ -132,10 +132,9 @@ def zero_entries(tensor: Tensor, factor: Factor, axes: Axes) -> Flags:
     """Say where a tensor is zero all along the axes that a factor does not have."""
     shift = len(axes.shape) - tensor.dim()
     own = [axis - shift for axis in factor.axes]
-    rest = [axis for axis in range(tensor.dim()) if axis not in own]
     used = tensor.detach() != 0
-    for axis in sorted(rest, reverse=True):
-        used = used.any(axis)
+    if rest := tuple(axis for axis in range(tensor.dim()) if axis not in own):
+        used = used.any(rest)
     order = sorted(own)
     return np.asarray(~used.cpu().numpy().transpose([order.index(axis) for axis in own]))
 

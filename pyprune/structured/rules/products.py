@@ -78,9 +78,8 @@ def _depends(call: Call, weight: Tensor, out_axis: int, in_axis: int, source: Ax
         keep = torch.from_numpy((~factor.fixed).nonzero()[0]).to(used.device)
         if used.shape[in_axis] == len(factor.fixed):
             used = used.index_select(in_axis, keep)
-    rest = [axis for axis in range(used.dim()) if axis != out_axis]
-    for axis in sorted(rest, reverse=True):
-        used = used.any(axis)
+    if rest := tuple(axis for axis in range(used.dim()) if axis != out_axis):
+        used = used.any(rest)
     return np.asarray(used.cpu().numpy())
 
 

@@ -1,0 +1,138 @@
+"""How much an expert matters: scores, of which the lowest go."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from pyprune.checks import check_number
+from pyprune.modules.evaluation import forward
+from pyprune.structured.experts import Mixture
+from pyprune.structured.passes import hooked
+
+# What an expert adds to a token counts if it is more than this share of the whole.
+_SMALL = 1e-6
+
+
+class _Tally:
+    """Of each expert of a mixture: how many tokens it got, and the sum of the norms of what it added to them."""
+
+    def __init__(self, mixture: Mixture) -> None:
+        self.mixture = mixture
+        self.tokens = 0
+        self.routed = torch.zeros(mixture.count, dtype=torch.float64)
+        self.added = torch.zeros(mixture.count, dtype=torch.float64)
+        self.is_done = False  # in this call of the block
+        self.is_inside = False  # calls in here are none of the model's
+
+    def note(self, expert: Tensor, norms: Tensor) -> None:
+        expert, norms = expert.flatten().cpu(), norms.flatten().double().cpu()
+        self.routed.index_add_(0, expert, torch.ones_like(norms))
+        self.added.index_add_(0, expert, norms)
+
+    def after_experts(self, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+        """Note what fused experts do that are told the experts of each token, and their weights."""
+        found = _routing([*args, *keywords.values()], self.mixture.count)
+        if found is None or self.is_done:
+            return
+        self.is_done = True
+        index, weights = found
+        self.tokens += len(index)
+        for slot in range(index.shape[1]):
+            one = {id(index): index[:, slot : slot + 1], id(weights): torch.ones_like(weights[:, :1])}
+            alone = module.forward(
+                *(one.get(id(x), x) for x in args), **{key: one.get(id(x), x) for key, x in keywords.items()}
+            )
+            norms = _tensor(alone).reshape(len(index), -1).norm(dim=-1) * weights[:, slot].abs()
+            is_expert = index[:, slot] < self.mixture.count  # other numbers are none
+            self.note(index[is_expert, slot], norms[is_expert])
+
+    def after_block(self, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+        """Note what the output of the block loses without each expert, if nothing said what that is."""
+        if self.is_done or self.is_inside:
+            self.is_done = False
+            return
+        self.is_inside = True
+        whole = _tensor(output)
+        whole_norms = whole.norm(dim=-1).flatten()
+        self.tokens += len(whole_norms)
+        for expert in range(self.mixture.count):
+            norms = (whole - _tensor(self._without(expert, args, keywords))).norm(dim=-1).flatten()
+            is_routed = norms > _SMALL * whole_norms
+            self.note(torch.full_like(norms[is_routed], expert, dtype=torch.int64), norms[is_routed])
+        self.is_inside = False
+
+    def _without(self, expert: int, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        one = self.mixture
+        if one.members:
+            handle = one.module.get_submodule(one.members[expert]).register_forward_hook(_zeros)
+            try:
+                return one.block.forward(*args, **keywords)
+            finally:
+                handle.remove()
+        tensors = {}
+        for part in one.fused:
+            tensor = part.tensor.detach().clone()
+            tensor[expert * part.rows : (expert + 1) * part.rows] = 0
+            tensors[part.name.removeprefix(one.block_name).lstrip(".")] = tensor
+        return functional_call(one.block, tensors, args, keywords)
+
+
+def _zeros(module: nn.Module, args: Any, output: Any) -> Any:
+    return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
+
+
+def _tensor(output: Any) -> Tensor:
+    found = output[0] if isinstance(output, tuple) and output else output
+    if not isinstance(found, Tensor):
+        raise TypeError(f"a block of experts returns a {type(found).__name__}, no tensor, so they have no scores")
+    return found.detach()
+
+
+def _routing(arguments: Sequence[Any], count: int) -> tuple[Tensor, Tensor] | None:
+    """Return the experts of each token and their weights, if they are among the arguments: (tokens, k) both."""
+    tensors = [one for one in arguments if isinstance(one, Tensor) and one.dim() == 2]
+    for index in tensors:
+        if index.dtype not in (torch.int64, torch.int32):
+            continue
+        for weights in tensors[::-1]:
+            if weights.is_floating_point() and weights.shape == index.shape:
+                return index, weights
+    return None
+
+
+def use_and_output(
+    model: nn.Module, examples: Iterable[Any], mixtures: Sequence[Mixture]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return of each expert the share of tokens that are routed to it, and the mean of what it adds to these.
+
+    What it adds is the norm of its output times its weight; 0 if no token is routed to it. Those of mixtures that the
+    examples do not reach, or that are not called as modules, are missing.
+
+    Paper: Lasby et al. 2025, "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression" (the second).
+    """
+    tallies = [_Tally(one) for one in mixtures]
+    after = [(one.mixture.module, one.after_experts) for one in tallies if one.mixture.fused]
+    after += [(one.mixture.block, one.after_block) for one in tallies]
+    with hooked(model, after=after):
+        for inputs in examples:
+            forward(model, inputs, "examples")
+    use: dict[str, float] = {}
+    output: dict[str, float] = {}
+    for one in [one for one in tallies if one.tokens]:
+        use |= zip(one.mixture.experts, (one.routed / one.tokens).tolist(), strict=True)
+        output |= zip(one.mixture.experts, (one.added / one.routed.clamp_min(1)).tolist(), strict=True)
+    return use, output
+
+
+def given_by(function: Callable[[str, nn.Module, int], object], mixtures: Iterable[Mixture]) -> dict[str, float]:
+    """Return what a function of the user makes of each expert: its name, the module it is in, and its number."""
+    return {
+        name: check_number(
+            f"the score that importance gave {name}", function(name, one.module, number), what="a finite number"
+        )
+        for one in mixtures
+        for number, name in enumerate(one.experts)
+    }
