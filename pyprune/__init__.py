@@ -30,6 +30,9 @@ from pyprune.structured.dropped import Dropped
 from pyprune.structured.groups import coupled_groups
 from pyprune.structured.plan import Plan
 from pyprune.structured.rebuild import rebuild
+from pyprune.structured.reconstruct import reconstruct
+from pyprune.structured.reconstructed import Reconstructed
+from pyprune.structured.reconstruction_scores import reconstruction_scores
 from pyprune.structured.remembered import plan_of
 from pyprune.structured.shrink import shrink
 from pyprune.structured.shrunk import Shrunk
@@ -77,6 +80,7 @@ __all__ = [
     "RBLoss",
     "Recipe",
     "RecipePruner",
+    "Reconstructed",
     "RigLPruner",
     "Schedule",
     "SensitivityResult",
@@ -114,6 +118,8 @@ __all__ = [
     "ratios_below",
     "reapply",
     "rebuild",
+    "reconstruct",
+    "reconstruction_scores",
     "schedules",
     "scope",
     "sensitivity",

@@ -328,6 +328,14 @@ CALLS = {
         lambda: {**dense(), "plan": plan_of_net()},
         lambda things: pyprune.rebuild(things["model"], things["plan"]),
     ),
+    "reconstruct": (
+        lambda: {**masked(), "dense": dense()["model"]},
+        lambda things: pyprune.reconstruct(things["dense"], things["model"], [BATCH]),
+    ),
+    "reconstruct without sums": (
+        lambda: {**masked(), "dense": dense()["model"]},
+        lambda things: pyprune.reconstruct(things["dense"], things["model"], [BATCH], memory=0),
+    ),
     **{
         f"drop_{what} {kind}": (lambda make=make, kind=kind: make(kind), drop(call))
         for what, make, call in (

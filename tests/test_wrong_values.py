@@ -310,6 +310,40 @@ ROWS: dict[str, Row] = {
         {"optimizer": OPTIONAL | {"[]", "()"}, "round_to": COUNT, "verify": NOT_NEGATIVE},
     ),
     "plan_of": Row(pyprune.plan_of, lambda: {"model": net()}),
+    "reconstruct": Row(
+        pyprune.reconstruct,
+        lambda: {
+            "dense": net(),
+            "model": pyprune.prune(net(), "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.5),
+            "batches": [torch.ones(2, 4)],
+            "plan": None,
+            "layers": "cut",
+            "damping": None,
+            "num_batches": None,
+            "ignored_scope": None,
+            "memory": 2**20,
+        },
+        {
+            "dense": MODULES,
+            "batches": DATA,
+            "plan": OPTIONAL,
+            "layers": set(),
+            "damping": NOT_NEGATIVE | OPTIONAL,
+            "memory": FROM_0,
+        },
+    ),
+    "reconstruction_scores": Row(
+        pyprune.reconstruction_scores,
+        lambda: {
+            "model": net(),
+            "groups": [],
+            "batches": [torch.ones(2, 4)],
+            "damping": 1e-4,
+            "num_batches": None,
+            "memory": 2**20,
+        },
+        {"groups": {"[]", "()"}, "batches": DATA, "damping": NOT_NEGATIVE, "memory": FROM_0},
+    ),
     "drop_blocks": Row(
         pyprune.drop_blocks,
         lambda: (
@@ -733,8 +767,8 @@ ROWS: dict[str, Row] = {
 NOT_CALLED = """
     __version__ build_info one_gate_sample AcDcPruner Calibration Dropped IterativeResult KeepSparse
     ModelPruningStatistic
-    Plan PruneMode PruningRound Shrunk Recipe RecipePruner Schedule SensitivityResult SensitivityTarget StripFormat
-    TensorPruningStatistic as_schedule
+    Plan PruneMode PruningRound Reconstructed Shrunk Recipe RecipePruner Schedule SensitivityResult SensitivityTarget
+    StripFormat TensorPruningStatistic as_schedule
 """.split()  # noqa: SIM905
 
 

@@ -83,11 +83,11 @@ class Before:
         for hold in zeroed:
             hold.changed_at = self._holds[hold].values["changed_at"]
             hold.masked_gradient = self._holds[hold].values["masked_gradient"]
+        for tensor, value in self._values:
+            tensor.copy_(value)
         for hold, before in self._holds.items():
             if not (hold.is_raw or before.was_written):
                 hold.saw()
-        for tensor, value in self._values:
-            tensor.copy_(value)
 
     def restore(self) -> None:
         """Bring it back; this may be done again, from wherever it was interrupted."""
