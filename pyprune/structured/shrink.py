@@ -17,6 +17,7 @@ from pyprune.structured import attributes
 from pyprune.structured.attachments_off import gated_weights, put_back, take_off
 from pyprune.structured.compact import cut_state, named_tensors, resizing, value_of
 from pyprune.structured.coordinates import Flags
+from pyprune.structured.dead_branches import dead_branches
 from pyprune.structured.groups import CoupledGroups, groups_of
 from pyprune.structured.models import check_model, examples_of
 from pyprune.structured.plan import Plan
@@ -124,6 +125,7 @@ def shrink(
                 for name, attribute, new in old
                 if (value := value_of(model, name, attribute)) != new
             ]
+            branches = dead_branches(model, inputs, choice.whole)
             after = (sum(one.numel() for one in parameters_of(model)), _bytes(model))
             remember(
                 model,
@@ -161,6 +163,7 @@ def shrink(
         renewed,
         choice.whole,
         inexact,
+        branches,
     )
 
 
