@@ -196,8 +196,8 @@ def update_masks(model: nn.Module, mode: PruneMode | str, ratio: float) -> None:
     if mode not in METHODS:
         raise ValueError(f"mode is {mode.value}; masks are computed by {', '.join(known.value for known in METHODS)}")
     amount = check_amount(METHODS[mode], Amount(ratio))
-    check_no_coupled(model, METHODS[mode], stay=False)
     targets = masked_targets(model)
+    check_no_coupled(model, METHODS[mode], stay=False)
     for target in targets:
         check_prunable(target)
     with Change(model), changing_masks(masks_in(model)):

@@ -147,8 +147,8 @@ class Pruner:
         self._spares: dict[Target, Tensor] = {}  # the masks before the last, to write the next ones to
         self._is_late = False  # masks were due, but there was nothing yet to choose them by
         check_follows(found, zero_dead_channels)
-        check_no_coupled(model, found, stay=not reintroduce)
         self._prunable = find_prunable(model, found, ignored_scope, examples_inputs)
+        check_no_coupled(model, found, stay=not reintroduce)
         self._coupled = self._prunable.coupled
         self._options = replace(self._options, left_out=self._prunable.left_out)
         self._targets = self._prunable.targets
