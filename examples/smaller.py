@@ -80,15 +80,15 @@ def magnitudes(group: Any) -> Tensor:
     return total
 
 
+def coupled(model: nn.Module, case: Case) -> list[Any]:
+    """Return the groups of a model that lose units."""
+    return [group for group in pyprune.coupled_groups(model, case.batches[0]) if case.chosen(group)]
+
+
 @torch.no_grad()
-def remove(model: nn.Module, case: Case, ratio: float) -> pyprune.Shrunk:
-    """Remove a share of the units of each group that the case names."""
-    groups = [group for group in pyprune.coupled_groups(model, case.batches[0]) if case.chosen(group)]
-    if case.by_least_squares:
-        scores = pyprune.reconstruction_scores(model, groups, case.batches)
-    else:
-        scores = [magnitudes(group) for group in groups]
-    for group, worth in zip(groups, scores, strict=True):
+def remove(model: nn.Module, case: Case, scores: Sequence[Tensor], ratio: float) -> pyprune.Shrunk:
+    """Remove a share of the units of each group, those with the lowest scores."""
+    for group, worth in zip(coupled(model, case), scores, strict=True):
         gone = worth.argsort()[: int(ratio * len(group))]
         for member in group.members:
             member.tensor.index_fill_(member.dim, torch.as_tensor(member.indices)[gone].flatten(), 0)
@@ -110,25 +110,30 @@ def milliseconds(models: Sequence[nn.Module], batch: Any) -> list[float]:
 def make_smaller(case: Case) -> tuple[list[Row], list[tuple[nn.Module, pyprune.Shrunk]]]:
     """Cut, shrink, repair and adapt at each ratio; return a row for the dense model and for each, and the models."""
     models, results = [], []
+    groups = coupled(case.model, case)
+    if case.by_least_squares:
+        scores = pyprune.reconstruction_scores(case.model, groups, case.batches)
+    else:
+        scores = [magnitudes(group) for group in groups]
     for ratio in case.ratios:
         model = copy.deepcopy(case.model)
-        shrunk = remove(model, case, ratio)
-        scores = [case.judge(model)]
+        shrunk = remove(model, case, scores, ratio)
+        quality = [case.judge(model)]
         repaired = pyprune.reconstruct(case.model, model, case.batches, shrunk)
-        scores.append(case.judge(model))
+        quality.append(case.judge(model))
         if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
             pyprune.batch_norm_adaptation(model, case.batches, reset=True)
-        scores.append(case.judge(model))
+        quality.append(case.judge(model))
         console.print(f"\n{case.name}, {ratio:.0%} removed\n{repaired}", highlight=False)
         models.append(model)
-        results.append((ratio, tuple(scores), shrunk))
+        results.append((ratio, tuple(quality), shrunk))
     times = milliseconds([case.model, *models], case.batches[0])
     shrunk = results[0][2]
     sizes = (shrunk.parameters[0], shrunk.macs[0], shrunk.bytes[0])
     rows = [Row(case.name, 0.0, (case.judge(case.model),) * 3, *sizes, times[0])]
-    for (ratio, scores, shrunk), taken in zip(results, times[1:], strict=True):
+    for (ratio, quality, shrunk), taken in zip(results, times[1:], strict=True):
         sizes = (shrunk.parameters[1], shrunk.macs[1], shrunk.bytes[1])
-        rows.append(Row(case.name, ratio, scores, *sizes, taken))
+        rows.append(Row(case.name, ratio, quality, *sizes, taken))
     return rows, [(model, shrunk) for model, (_, _, shrunk) in zip(models, results, strict=True)]
 
 

@@ -77,7 +77,7 @@ class _State:
         places = self.places[units]
         blocks = self.inverse[places[:, :, None], places[:, None, :]]
         rows = self.weight[places]
-        if blocks.shape[1] == 1:
+        if blocks.shape[1] == 1:  # as below, without a factorisation
             return rows.square().sum((1, 2)) / blocks[:, 0, 0]
         solved: Tensor = torch.linalg.solve(blocks, rows)
         return (rows * solved).sum((1, 2))
@@ -85,5 +85,5 @@ class _State:
     def remove(self, unit: int) -> None:
         there = self.places[unit]
         factor = torch.linalg.solve(self.inverse[there][:, there], self.inverse[there]).T
-        self.weight -= factor @ self.weight[there]
-        self.inverse -= factor @ self.inverse[there]
+        for tensor in (self.weight, self.inverse):
+            tensor.addmm_(factor, tensor[there], alpha=-1)
