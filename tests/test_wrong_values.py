@@ -55,6 +55,7 @@ from tests.wrong_values import (
 )
 
 LOCAL, RB, HARD = "UNSTRUCTURED_MAGNITUDE_LOCAL", "UNSTRUCTURED_REGULARIZATION_BASED", "UNSTRUCTURED_HARD_CONCRETE"
+COUPLED = Method(importance.magnitude(), granularity.coupled())
 FOLDER = tempfile.TemporaryDirectory()
 MODULES = {"nn.Linear"}
 INPUTS = OPTIONAL | TENSORS | SEQUENCES | DICTS
@@ -116,6 +117,8 @@ FLAGS = [
     "validate",
     "straight_through",
     "update_stale",
+    "heads",
+    "joint",
     "width",
     "progress",
     "strip",
@@ -248,6 +251,27 @@ ROWS: dict[str, Row] = {
     "prune, gates": Row(
         pyprune.prune, lambda: {"model": net(), "mode": RB, "same_on_all_ranks": False, "ignored_scope": None}
     ),
+    "prune, coupled": Row(
+        pyprune.prune,
+        lambda: {
+            "model": net(),
+            "mode": COUPLED,
+            "target_params": None,
+            "target_macs": 0.75,
+            "examples_inputs": torch.ones(2, 4),
+        },
+        {"mode": set(), "target_params": OPTIONAL, "target_macs": {"1", "1.0", "np.int64(1)"}},
+    ),
+    "prune, gates of units": Row(
+        pyprune.prune,
+        lambda: {
+            "model": net(),
+            "mode": RB,
+            "granularity": granularity.coupled(),
+            "examples_inputs": torch.ones(2, 4),
+        },
+        {"mode": set(), "granularity": OPTIONAL},
+    ),
     "prune, wanda": Row(
         pyprune.prune,
         lambda: {
@@ -285,6 +309,7 @@ ROWS: dict[str, Row] = {
         },
         {"optimizer": OPTIONAL | {"[]", "()"}, "round_to": COUNT, "verify": NOT_NEGATIVE},
     ),
+    "plan_of": Row(pyprune.plan_of, lambda: {"model": net()}),
     "reconstruct": Row(
         pyprune.reconstruct,
         lambda: {
@@ -643,7 +668,7 @@ ROWS: dict[str, Row] = {
     "snip_momentum": Row(
         importance.snip_momentum, same(decay=0.9, scale=1.0, normalize="l2"), {"decay": POSITIVE, "scale": POSITIVE}
     ),
-    "taylor": Row(importance.taylor, same(normalize="l2")),
+    "taylor": Row(importance.taylor, same(normalize="l2", joint=True)),
     "fisher": Row(importance.fisher, same(damp=0.0, normalize="l2"), {"damp": NOT_NEGATIVE}),
     "wanda": Row(importance.wanda, same(normalize="l2")),
     "apoz": Row(importance.apoz, same(activation=torch.relu)),
@@ -657,6 +682,11 @@ ROWS: dict[str, Row] = {
         granularity.head,
         same(num_heads=10, num_kv_heads=None, names=None, reduction="sum"),
         {"num_heads": COUNT, "num_kv_heads": COUNT | OPTIONAL, "names": OPTIONAL},
+    ),
+    "coupled": Row(
+        granularity.coupled,
+        same(heads=True, width=False, reduce="mean", normalize="mean", round_to=1, min_units=1, ratio_of="units"),
+        {"reduce": set(), "normalize": OPTIONAL, "round_to": COUNT, "min_units": COUNT, "ratio_of": set()},
     ),
     "n_of_m": Row(
         scope.n_of_m,

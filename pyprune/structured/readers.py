@@ -118,9 +118,7 @@ class Readers:
             folds[one.module] = Fold(one.module, dim, entries, labels[entries], one.values[entries])
         gone = is_read & ~blocked
         gone[NONE] = False
-        return Dead(
-            gone, ~is_read & ~blocked, folds, {label: text for label, text in why.items() if constants == "exact"}
-        )
+        return Dead(gone, folds, {label: text for label, text in why.items() if constants == "exact"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,13 +127,11 @@ class Dead:
 
     Args:
         units: which can go.
-        unread: which nothing reads; they can go if they are zero.
         folds: constants that readers get, by module.
         kept: why others stay.
     """
 
     units: Flags
-    unread: Flags
     folds: dict[str, Fold]
     kept: dict[int, str]
 

@@ -42,8 +42,8 @@ def reconstruction_scores(
         memory: bytes that the sums of a layer may take.
 
     Returns:
-        A float64 tensor per group with a score for each unit (higher = keep), which is what is lost when this unit and
-        all that score lower are gone, as a share of the sum of squares of outputs.
+        A float64 tensor per group with a score for each unit (higher = keep), which is what is lost when this unit
+        and all that score lower are gone, as a share of the sum of squares of outputs.
 
     Raises:
         TypeError, ValueError: for wrong arguments, a group that no layer reads which can be seen (of what
