@@ -34,6 +34,7 @@ def forward(model: nn.Module, inputs: Any, name: str = "examples_inputs") -> Any
     """
     args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
     keywords = inputs if isinstance(inputs, Mapping) else {}
+    torch.clear_autocast_cache()  # under autocast, casts of an earlier pass are of what the weights were then
     try:
         return model(*args, **keywords)
     except (TypeError, AttributeError) as error:

@@ -109,13 +109,25 @@ def give_data(tensor: Tensor, data: Tensor) -> None:
 
 def update_known(module: nn.Module, before: Mapping[int, Tensor]) -> None:
     """Let a layer that torch or transformers made say the sizes that its tensors have now."""
-    own = {name: one for name, one in (*module._parameters.items(), *module._buffers.items()) if one is not None}
+    own = _own_tensors(module)
     if not any(id(one) in before for one in own.values()):
         return
     for names, update in _KNOWN:
         if any(cls.__name__ in names for cls in type(module).__mro__):
             update(module, own, {name: before.get(id(one), one) for name, one in own.items()})
             return
+
+
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of a layer; if its weight is computed, what it is computed of has that name."""
+    own = {name: one for name, one in (*module._parameters.items(), *module._buffers.items()) if one is not None}
+    for name, parts in getattr(module, "parametrizations", {}).items():
+        of = [*parts.parameters(recurse=False), *parts.buffers(recurse=False)]
+        own[name] = max(of, key=lambda one: (one.dim(), one.numel()))
+    for name in ("weight_v", "weight_orig"):  # the older weight_norm and spectral_norm
+        if name in own:
+            own.setdefault("weight", own[name])
+    return own
 
 
 _Tensors = Mapping[str, Tensor]
@@ -235,6 +247,8 @@ def add_bias(module: nn.Module) -> nn.Parameter:
 def cut_state(optimizer: torch.optim.Optimizer, kept: Kept, shapes: Mapping[int, torch.Size]) -> list[str]:
     """Let the state of an optimizer fit parameters that are smaller; returns what did not, and is begun anew."""
     renewed = []
+    if getattr(optimizer, "_numel_cache", None) is not None:  # LBFGS counts its parameters once
+        vars(optimizer)["_numel_cache"] = None
     for parameter, state in optimizer.state.items():
         dims = kept.of(parameter)
         if not dims:

@@ -11,14 +11,13 @@ from torch.optim import Optimizer
 from pyprune.checks import check_choice, check_count, check_names
 from pyprune.console import listed
 from pyprune.modules.attachments import parameters_of
-from pyprune.modules.optimizer import innermost_of
 from pyprune.modules.undo import Before, Change, undoing
 from pyprune.modules.watching import unwatch
 from pyprune.structured.block_scores import given_by, influence, output_error
 from pyprune.structured.blocks import Block, bypassing, find_blocks, repeated
 from pyprune.structured.dropped import VERSION, Dropped, sizes_of
 from pyprune.structured.layer_lists import configs, is_list, take_out
-from pyprune.structured.optimizer_states import forget
+from pyprune.structured.optimizer_states import forget, optimizers_of
 from pyprune.structured.passes import SAME, Outputs, all_outputs, check_examples, check_removable, difference
 from pyprune.structured.reloading import unlike_its_config, warn_if_not_reloadable
 
@@ -80,7 +79,7 @@ def drop_blocks(
     """
     check_removable(model)
     inputs = check_examples(examples)
-    optimizers = innermost_of(optimizer)
+    optimizers = optimizers_of(model, optimizer)
     wanted = _wanted(names, count)
     if not callable(importance):
         check_choice("importance", importance, ("influence", "output_error"))

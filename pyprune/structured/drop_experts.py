@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from pyprune.checks import check_choice, check_count, check_names, check_number
 from pyprune.console import listed, warn
 from pyprune.modules.attachments import dense_parameters
-from pyprune.modules.optimizer import innermost_of
 from pyprune.modules.undo import Change
 from pyprune.modules.watching import unwatch
 from pyprune.structured.cuts import apply_cuts
@@ -21,7 +20,7 @@ from pyprune.structured.expert_removal import put_back, take_out_experts
 from pyprune.structured.expert_scores import given_by, use_and_output
 from pyprune.structured.experts import Mixture, find_mixtures
 from pyprune.structured.layer_lists import configs
-from pyprune.structured.optimizer_states import forget
+from pyprune.structured.optimizer_states import forget, optimizers_of
 from pyprune.structured.passes import SAME, Outputs, all_outputs, check_examples, check_removable, difference
 from pyprune.structured.reloading import unlike_its_config, warn_if_not_reloadable
 from pyprune.structured.routing import outputs_with_masked_routers
@@ -92,7 +91,7 @@ def drop_experts(
     """
     check_removable(model)
     inputs = check_examples(examples)
-    optimizers = innermost_of(optimizer)
+    optimizers = optimizers_of(model, optimizer)
     given = {key: value for key, value in (("names", names), ("count", count), ("ratio", ratio)) if value is not None}
     if len(given) != 1:
         raise ValueError("give names, the experts to drop, or count or ratio, how many of each mixture; one of them")

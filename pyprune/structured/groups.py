@@ -186,7 +186,7 @@ def coupled_groups(model: nn.Module, examples: Any) -> CoupledGroups:
         >>> group.units, [(member.name, member.dim) for member in group.members]
         (8, [('0.weight', 0), ('0.bias', 0), ('2.weight', 1)])
     """
-    check_model(model, "Look at")
+    check_model(model, "look at")
     inputs = examples_of(examples)
     with opened(model):
         return groups_of(model, trace(model, inputs))

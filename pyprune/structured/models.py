@@ -25,7 +25,7 @@ def check_model(model: nn.Module, what: str, name: str = "model") -> None:
         if wrapped is not None:
             place = f"{name or 'the model'} is a {type(module).__name__}"
             raise ValueError(
-                f"{place}, which wraps what is to become smaller. {what} the plain model first (it is at "
+                f"{place}, which wraps what is to become smaller; {what} the plain model first (it is at "
                 f".{wrapped}), then compile it, or put it in parallel"
             )
         if ".quantized" in type(module).__module__ or ".ao.nn" in type(module).__module__:

@@ -78,7 +78,6 @@ class Removal:
         self.expected = [[one.clone() for one in tensors_within(made)] for made in seen.outputs]
         self._failed_in = ""
         self._in_double: tuple[list[Any], list[list[Tensor]]] | None = None
-        self._needs_values = all(not one.is_meta for one in named_tensors(model).values())
         _check_expected(self.expected)
 
     def find(self, gone: list[Flags]) -> Found:
@@ -207,8 +206,6 @@ class Removal:
 
     def _differs(self, gone: Sequence[Flags], settings: Sequence[Setting]) -> tuple[float, str]:
         """How much outputs differ without some units (infinitely if the model fails), and what the problem is."""
-        if not self._needs_values:
-            return 0.0, ""
         difference, problem = self._attempt(gone, settings, self.inputs, self.expected)
         if self._most(gone) < difference < math.inf:  # another function, or rounding that the model makes much of?
             if self._in_double is None:

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from pyprune.structured.coordinates import Flags
 from pyprune.structured.dead_branches import dead_branches
 from pyprune.structured.groups import CoupledGroups, groups_of
 from pyprune.structured.models import check_model, examples_of
+from pyprune.structured.optimizer_states import optimizers_of
 from pyprune.structured.plan import Plan
 from pyprune.structured.pretrained import let_configs_say
 from pyprune.structured.readers import Constants, Dead, Readers
@@ -27,7 +28,7 @@ from pyprune.structured.remembered import plan_of, remember
 from pyprune.structured.removal import Removal
 from pyprune.structured.shrunk import Removed, Shrunk
 from pyprune.structured.sizes import places_in
-from pyprune.structured.trace import trace
+from pyprune.structured.trace import NOT_REACHED, trace
 
 
 @torch.inference_mode(False)
@@ -35,7 +36,7 @@ def shrink(
     model: nn.Module,
     examples: Any,
     *,
-    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+    optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None = None,
     round_to: int = 1,
     constants: Constants = "exact",
     verify: float = 1e-4,
@@ -53,7 +54,7 @@ def shrink(
         model: a plain model, in training or evaluation (it is looked at in evaluation).
         examples: what the model takes, as for `coupled_groups`. They say what is reached and are what the result is
             compared on; several in a list if the model takes other ways with other inputs.
-        optimizer: one, or several in a list, whose state is cut alike.
+        optimizer: one that trains the model, or several in a list, whose state is cut alike.
         round_to: keep a number of channels that is a multiple of this. Heads and groups of convolutions are not
             rounded.
         constants: "exact" keeps channels whose constant would have to meet zero padding, where no bias is the same,
@@ -92,7 +93,10 @@ def shrink(
     check_bool("update_stale", update_stale)
     if not isinstance(constants, str) or constants not in ("exact", "drop"):
         raise ValueError(f'constants is {shown(constants)}; give "exact" or "drop"')
-    optimizers = _optimizers(optimizer)
+    for name, tensor in named_tensors(model).items():
+        if tensor.is_meta:
+            raise ValueError(f"{name} is on the meta device and has no values; load them first")
+    optimizers = optimizers_of(model, optimizer)
     inputs = examples_of(examples)
     with Change(model, values=gated_weights(model)) as change:
         carried = take_off(model, change)
@@ -115,6 +119,7 @@ def shrink(
         names: dict[int, list[str]] = {}
         for name, tensor in named_tensors(model).items():
             names.setdefault(id(tensor), []).append(name)
+        unreached = {one.name for one in groups.stays if one.why == NOT_REACHED}
         shapes = {id(tensor): tensor.shape for tensor in named_tensors(model).values()}
         before = (sum(one.numel() for one in parameters_of(model)), _bytes(model))
         renewed: list[str] = []
@@ -144,6 +149,7 @@ def shrink(
                     renewed.extend(cut_state(one, kept, shapes))
 
             change.finish(finish)
+    torch.clear_autocast_cache()  # of weights that were larger
     return Shrunk(
         plan_of(model) or Plan(model=type(model).__name__),
         [
@@ -165,6 +171,7 @@ def shrink(
         inexact,
         branches,
         [*seen.unknown],
+        [name for name in dict(model.named_parameters()) if name in unreached],
     )
 
 
@@ -175,14 +182,6 @@ class _Choice:
     gone: list[Flags]
     kept: list[str]
     whole: list[str]
-
-
-def _optimizers(given: object) -> list[torch.optim.Optimizer]:
-    several: list[Any] = list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]
-    for one in several:
-        if not isinstance(one, torch.optim.Optimizer):
-            raise TypeError(f"optimizer is {shown(given)}; give a torch.optim.Optimizer, a list of them, or None")
-    return several
 
 
 def _choose(groups: CoupledGroups, dead: Dead, round_to: int, width: bool) -> _Choice:

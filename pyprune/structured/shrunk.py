@@ -46,6 +46,8 @@ class Shrunk:
         branches: residual blocks that put out what they are given, because their branch is dead:
             ``drop_blocks(model, examples, shrunk.branches)`` removes them.
         unknown: operations that no rule knows; what they touch stays.
+        unreached: parameters that the examples do not reach: they stay as they are, and no longer fit what has become
+            smaller before them. Give examples that reach them, if they are used.
         inexact: norms that cannot compute what they did, because their width was removed: the model is another one.
     """
 
@@ -65,6 +67,7 @@ class Shrunk:
     inexact: Sequence[str] = ()
     branches: Sequence[str] = ()
     unknown: Sequence[str] = ()
+    unreached: Sequence[str] = ()
 
     def __str__(self) -> str:
         from rich.table import Table
@@ -74,19 +77,25 @@ class Shrunk:
             table.columns[column].justify = "right"
         for what, (before, after) in (("parameters", self.parameters), ("MACs", self.macs), ("bytes", self.bytes)):
             table.add_row(what, f"{before:,}", f"{after:,}", f"{after / max(1, before):.1%}")
-        for one in self.removed:
-            table.add_row(
-                f"{one.what} of {one.name}", str(one.before), str(one.after), f"{one.after / one.before:.1%}"
-            )
+        for group in self.removed:
+            left = f"{group.after / group.before:.1%}"
+            table.add_row(f"{group.what} of {group.name}", str(group.before), str(group.after), left)
         lines = [as_text(table)]
         if not self.removed:
-            lines.append("nothing is dead, so nothing went")
+            lines.append(
+                "nothing went"
+                if self.held or self.kept
+                else "nothing that could go is dead; coupled_groups(model, examples) says what stays, and why"
+            )
         lines.append(f"outputs differ by {self.difference:.1e} of their largest value")
-        lines += [f"{one.groups} groups of {one.kind} stay: {one.why}" for one in self.held]
+        for one in self.held:
+            what, stay = ("group", "stays") if one.groups == 1 else ("groups", "stay")
+            lines.append(f"{one.groups} {what} of {one.kind} {stay}: {one.why}")
         for what, names in (
             ("stays", self.kept),
             ("all units are dead, and one stays", self.whole),
             ("not known, and what they touch stays", self.unknown),
+            ("not reached by the examples, and left as it is", self.unreached),
             ("does nothing, and drop_blocks can remove it", self.branches),
             ("not equal by construction, a norm over fewer", self.inexact),
             ("says an old size, and was not read", self.stale),

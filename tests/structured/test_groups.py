@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 from pyprune import coupled_groups
 from tests.structured.small_models import MODELS
@@ -36,3 +39,30 @@ def test_coupled_groups_tells_units_that_are_not_exact():
     groups = coupled_groups(model, examples)
     assert sorted(described(groups), key=str) == sorted(GOLDEN["layernorm_stream, width allowed"], key=str)
     assert [group.inexact for group in groups if not group.is_exact] == ["native_layer_norm is over all of them"]
+
+
+POSITIONS = {
+    "argmax": lambda scores: scores.argmax(-1),
+    "argmax of all": torch.argmax,
+    "argmin": lambda scores: scores.argmin(-1),
+    "one-hot": lambda scores: F.one_hot(scores.argmax(-1), 6),
+    "nonzero": lambda scores: (scores > 0).nonzero(),
+    "multinomial": lambda scores: torch.multinomial(scores.exp(), 1),
+}
+
+
+@pytest.mark.parametrize("name", sorted(POSITIONS))
+def test_coupled_groups_leaves_axes_of_which_positions_are_told(name):
+    """Without a class, the number of the next one is another."""
+
+    class Chooses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = nn.Linear(4, 8), nn.Linear(8, 6)
+
+        def forward(self, inputs):
+            return POSITIONS[name](self.other(self.one(inputs).relu()))
+
+    groups = coupled_groups(Chooses(), torch.randn(3, 4))
+    assert [group.name for group in groups] == ["one.weight"]
+    assert any(stay.name == "other.weight" and stay.dim == 0 and "along it" in stay.why for stay in groups.stays)

@@ -305,7 +305,7 @@ def test_a_model_without_dead_units_is_left_alone():
     model, x = shake(Residual()), torch.randn(2, 3, 8, 8)
     before = {name: one.clone() for name, one in model.state_dict().items()}
     shrunk = shrink(model, x)
-    assert "nothing is dead" in str(shrunk)
+    assert "nothing that could go is dead" in str(shrunk)
     assert not shrunk.removed
     assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
 
@@ -461,3 +461,135 @@ def test_a_plan_says_what_is_wrong_with_it():
         rebuild(nn.Linear(2, 2), Plan(tensors={"a": {0: [0]}}, shapes={"a": [2]}))
     with warnings.catch_warnings():
         assert rebuild(nn.Linear(2, 2), Plan()).weight.shape == (2, 2)
+
+
+@pytest.mark.parametrize("shift", [None, 0.0, -1.0, 0.5])
+def test_shrink_removes_channels_whose_scale_is_zero(shift):
+    """As slimming leaves them: the filters live, their BatchNorm makes a constant of them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten()).eval()
+    with torch.no_grad():
+        model[1].weight[:3] = 0
+        model[1].bias[:3] = shift or 0
+        model[1].bias[3:] = 0.1
+    if shift is None:
+        model[1].bias = None
+    images = torch.randn(2, 3, 7, 7)
+    expected = model(images)
+    shrink(model, images)
+    assert model[0].out_channels == 5
+    assert equal(model(images), expected)
+
+
+COMPUTED = {
+    "weight_norm": nn.utils.parametrizations.weight_norm,
+    "spectral_norm": nn.utils.parametrizations.spectral_norm,
+    "orthogonal": nn.utils.parametrizations.orthogonal,
+    "older_weight_norm": nn.utils.weight_norm,
+    "older_spectral_norm": nn.utils.spectral_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("groups", [1, 8])
+@pytest.mark.parametrize("name", sorted(COMPUTED))
+def test_shrink_knows_layers_whose_weight_is_computed(name, groups):
+    torch.manual_seed(0)
+    layer = nn.Conv1d(8, 8, 1, groups=groups)
+    model = nn.Sequential(nn.Conv1d(3, 8, 1), nn.ReLU(), COMPUTED[name](layer), nn.ReLU(), nn.Conv1d(8, 2, 1)).eval()
+    inputs = torch.randn(2, 3, 5)
+    with torch.no_grad():
+        model[4].weight[:, :3] = 0
+    expected = model(inputs)
+    shrunk = shrink(model, inputs)
+    assert equal(model(inputs), expected)
+    assert "Error" not in str(shrunk)
+    assert model[2].out_channels == model[2].bias.numel() == model(inputs).shape[1] + model[4].in_channels - 2
+    if "weight_norm" in name:
+        assert model[2].out_channels == 5
+
+
+def test_shrink_names_parameters_that_the_examples_do_not_reach():
+    class TwoHeads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.one, self.other = nn.Linear(4, 8), nn.Linear(8, 2), nn.Linear(8, 3)
+
+        def forward(self, inputs, other=False):
+            hidden = self.body(inputs).relu()
+            return self.other(hidden) if other else self.one(hidden)
+
+    model, inputs = TwoHeads(), torch.randn(2, 4)
+    both = [inputs, (inputs, True)]
+    assert not shrink(copy.deepcopy(model), both).unreached
+    zero_half(coupled_groups(model, inputs))
+    shrunk = shrink(model, inputs)
+    assert shrunk.unreached == ["other.weight", "other.bias"]
+    assert "not reached by the examples, and left as it is: other.weight, other.bias" in str(shrunk)
+
+
+def test_shrink_says_held_and_dead_apart():
+    class OfItsWidth(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, inputs):
+            hidden = self.one(inputs).relu()
+            return self.other(hidden) / hidden.shape[-1]
+
+    model, inputs = OfItsWidth(), torch.randn(2, 4)
+    zero_half(coupled_groups(model, inputs))
+    lines = str(shrink(model, inputs))
+    assert "1 group of OfItsWidth.one" in lines
+    assert "dead" not in lines
+
+
+REFUSED = {
+    "meta": (lambda: nn.Linear(4, 2, device="meta"), None, "weight is on the meta device"),
+    "another model's optimizer": (
+        lambda: nn.Linear(4, 2),
+        lambda: torch.optim.SGD([nn.Parameter(torch.ones(1))]),
+        "optimizer, a SGD, has no parameter of this Linear",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_shrink_refuses(name):
+    make, optimizer, message = REFUSED[name]
+    model = make()
+    with pytest.raises(ValueError, match=message):
+        shrink(model, torch.ones(1, 4, device=model.weight.device), optimizer=optimizer and optimizer())
+
+
+def test_shrink_lets_lbfgs_begin_anew():
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(6, 4)
+    optimizer = torch.optim.LBFGS(model.parameters())
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(inputs).square().sum()
+        loss.backward()
+        return loss
+
+    before = optimizer.step(closure).item()
+    zero_half(coupled_groups(model, inputs))
+    assert shrink(model, inputs, optimizer=optimizer).renewed
+    optimizer.step(closure)
+    assert closure().item() < before
+
+
+def test_shrink_under_autocast_sees_the_weights_as_they_are():
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(6, 4)
+    zero_half(coupled_groups(model, inputs))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model(inputs)  # casts of the weights are kept now, until autocast ends
+        assert not shrink(model, inputs).unreached
+        made = model(inputs)
+    assert model[0].out_features == 4
+    assert equal(made, expected, 1e-2)
+    made.sum().backward()
+    assert model[0].weight.grad.shape == (4, 4)

@@ -91,14 +91,14 @@ def _merged(call: Call, cluster: list[Factor]) -> Factor:
             continue
         inside = set(factor.axes) <= set(largest.axes)
         if inside and (largest.axes[0] in factor.axes or len(factor.axes) == len(largest.axes)):
-            call.coordinates.tie(_spread(factor.coords, factor, largest), largest.coords)
+            call.coordinates.tie(spread(factor.coords, factor, largest), largest.coords)
         else:  # a weight that all heads share, and the like
             call.coordinates.stay(factor.coords, f"all heads share it in {call.name}")
             call.coordinates.hold(largest, factor.axes, f"{call.name} along two axes")
     return largest
 
 
-def _spread(array: Any, factor: Factor, over: Factor) -> Any:
+def spread(array: Any, factor: Factor, over: Factor) -> Any:
     """Lay an array of one factor along the axes of a larger one, for broadcasting."""
     shared = [axis for axis in over.axes if axis in factor.axes]
     array = array.transpose([factor.at(axis) for axis in shared])
@@ -121,10 +121,9 @@ def _with_fixed(call: Call, factor: Factor, operands: list[tuple[Tensor | None, 
             fixed &= axes.source != "inputs"
             continue
         for one in own:
-            spread = _spread(one.fixed, one, factor)
-            fixed &= spread
+            fixed &= spread(one.fixed, one, factor)
             if call.name in _PRODUCTS and tensor is not None and one.fixed.any():
-                zero |= _spread(zero_entries(tensor, one, axes) & one.fixed, one, factor)
+                zero |= spread(zero_entries(tensor, one, axes) & one.fixed, one, factor)
     return replace(factor, fixed=fixed | zero)
 
 

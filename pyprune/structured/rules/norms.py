@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyprune.structured.coordinates import Axes, Factor
 from pyprune.structured.rules.call import Call, Contraction, Result, tensors_in
-from pyprune.structured.rules.elementwise import broadcast, unfixed
+from pyprune.structured.rules.elementwise import broadcast, none_of_them, spread, unfixed, zero_entries
 
 
 def batch_norm(call: Call) -> Result:
@@ -27,8 +27,26 @@ def batch_norm(call: Call) -> Result:
             factors = tuple(factor.moved((1,)) for factor in known.factors)
             # What is of no parameter (statistics that are buffers of no model) has a fixed size.
             operands.append((None, Axes(shape, factors, known.source)))
-    made = broadcast(call, operands, axes.shape)
+    made = _without_scale(call, broadcast(call, operands, axes.shape))
     return [made, *[Axes(tuple(tensor.shape)) for tensor in list(tensors_in([call.made]))[1:]]]
+
+
+def _without_scale(call: Call, made: Axes) -> Axes:
+    """Where the scale is zero, what comes out is the shift, whatever arrives."""
+    scale, shift = call.args.get("weight"), call.args.get("bias")
+    if not call.values or not isinstance(scale, Tensor):
+        return made
+    known = [call.axes(tensor).on(0) for tensor in (scale, shift) if isinstance(tensor, Tensor)]
+    fixed = np.logical_and.reduce([one.fixed for one in known if one is not None])
+    if known[0] is None or None in known or not fixed.any():
+        return made
+    fixed = fixed & zero_entries(scale, known[0], call.axes(scale))
+    of_channels = replace(known[0], axes=(1,))
+    factors = tuple(
+        replace(one, fixed=one.fixed | spread(fixed, of_channels, one)) if 1 in one.axes else one
+        for one in made.factors
+    )
+    return replace(made, factors=factors)
 
 
 def layer_norm(call: Call) -> Result:
@@ -155,6 +173,14 @@ def held_axis(call: Call) -> Result:
     factors = tuple(unfixed([left for factor in axes.factors if (left := factor.first({dim} & set(factor.axes)))]))
     each = [Axes(tuple(one.shape), factors if one.dim() == tensor.dim() else (), axes.source) for one in made]
     return each[0] if isinstance(call.made, Tensor) else each
+
+
+def positions(call: Call) -> Result:
+    """argmax and the like put out positions along an axis: another size would be other positions."""
+    tensor = call.args["self"]
+    over = [-1 % max(1, tensor.dim())] if call.name == "multinomial" else _dims(call, tensor)
+    _hold(call, call.axes(tensor), over)
+    return none_of_them(call)
 
 
 def _hold(call: Call, axes: Axes, over: Iterable[int], why: str = "") -> None:

@@ -149,8 +149,9 @@ def addmv(call: Call) -> Axes:
 
 def dot(call: Call) -> Axes:
     """(k,) times (k,)."""
-    contract(call, (call.args["self"], 0), (call.args["tensor"], 0))
-    return Axes((), (), source_of({call.axes(tensor).source for tensor in call.tensors()}))
+    one, other = call.tensors()
+    contract(call, (one, 0), (other, 0))
+    return Axes((), (), source_of({call.axes(tensor).source for tensor in (one, other)}))
 
 
 def bmm(call: Call) -> Axes:

@@ -32,9 +32,9 @@ RULES: dict[str, Rule] = {
     **_rules(elementwise.ranges, "arange linspace logspace eye tril_indices triu_indices lift_fresh lift_fresh_copy"),
     **_rules(
         elementwise.none_of_them,
-        "nonzero argmax argmin is_nonzero equal _local_scalar_dense bernoulli rand randn randint rand_like "
+        "is_nonzero equal _local_scalar_dense bernoulli rand randn randint rand_like "
         "randn_like uniform normal bucketize searchsorted unique_consecutive _unique2 unique_dim bincount "
-        "histc random exponential randperm _assert_async _assert_scalar sym_size multinomial allclose isclose",
+        "histc random exponential randperm _assert_async _assert_scalar sym_size allclose isclose",
     ),
     **_rules(products.mm, "mm"),
     **_rules(products.addmm, "addmm _addmm_activation"),
@@ -70,6 +70,7 @@ RULES: dict[str, Rule] = {
         "_fft_c2c _fft_c2r",
     ),
     **_rules(norms.held_axis, "sort topk argsort kthvalue"),
+    **_rules(norms.positions, "argmax argmin nonzero multinomial"),
     **_rules(shapes.view, "view _unsafe_view reshape _reshape_alias _reshape_copy view_copy"),
     **_rules(
         shapes.same,
