@@ -49,7 +49,8 @@ class Dropped:
             table.add_row(name, f"{self.scores[name]:.4g}" if name in self.scores else "", what)
         left = "{:,} parameters ({:,} bytes) of {:,} ({:,}) are left".format(*self.after, *self.before)
         renewed = f"\nstates of optimizers that begin anew: {', '.join(self.renewed)}" if self.renewed else ""
-        return f"{len(self.names)} {self.kind} dropped: {left}\n{as_text(table)}{renewed}"
+        what = self.kind if len(self.names) > 1 else self.kind.removesuffix("s")
+        return f"{len(self.names)} {what} dropped: {left}\n{as_text(table)}{renewed}"
 
     def _repr_html_(self) -> str:
         return as_html(str(self))

@@ -11,6 +11,7 @@ from pyprune.modules.attachments import dense_parameters
 from pyprune.structured.cuts import Cut, cut_of
 from pyprune.structured.experts import Mixture, Part, find_mixtures, is_count
 from pyprune.structured.layer_lists import configs
+from pyprune.structured.remembered import lose_entries
 
 
 def take_out_experts(model: nn.Module, gone: Mapping[Mixture, Sequence[int]]) -> list[tuple[Part, Cut]]:
@@ -35,6 +36,7 @@ def take_out_experts(model: nn.Module, gone: Mapping[Mixture, Sequence[int]]) ->
                 part.put(cut.small)
             else:
                 part.put(tensor.index_select(part.dim, torch.tensor(rows, device=tensor.device)))
+            lose_entries(part.module, part.attribute, part.dim, len(rows))
         if one.members:
             _shorten(one, kept)
         for _, module in one.modules:

@@ -4,6 +4,8 @@ It is a plain attribute, which copies and pickles with the module, and goes wher
 or to another place in a list.
 """
 
+from dataclasses import replace
+
 from torch import nn
 
 from pyprune.modules.attachments import check_module, wrapped_name
@@ -79,6 +81,25 @@ def remember(model: nn.Module, plan: Plan) -> None:
     for path in {module: path for path, module in reversed(modules.items())}.values():
         known = vars(modules[path])
         known[_PLACE] = known[_PLACE].then(parts[path]) if _PLACE in known else parts[path]
+
+
+def lose_entries(module: nn.Module, name: str, dim: int, left: int) -> None:
+    """Let what a module remembers be of a dense model without entries that `drop_experts` took of one of its tensors.
+
+    Example:
+        >>> linear = nn.Linear(2, 3)
+        >>> remember(linear, Plan({"weight": {1: [0, 2]}}, {"weight": [4, 5]}))
+        >>> lose_entries(linear, "weight", 0, 3)
+        >>> plan_of(linear).shapes
+        {'weight': [3, 5]}
+    """
+    plan = vars(module).get(_PLACE)
+    if plan is None or name not in plan.tensors:
+        return
+    dims = {other: kept for other, kept in plan.tensors[name].items() if other != dim}
+    shape = [left if other == dim else size for other, size in enumerate(plan.shapes[name])]
+    tensors, shapes = {**plan.tensors, name: dims}, {**plan.shapes, name: shape}
+    vars(module)[_PLACE] = replace(plan, tensors=tensors, shapes=shapes)
 
 
 def _join(path: str, name: str) -> str:

@@ -503,7 +503,7 @@ def test_replay_takes_names():
 def test_dropped_is_a_table():
     dropped = drop_blocks(Stack(2), X, count=1, importance=lambda name, block: float(name[-1]))
     text = str(dropped)
-    assert text.startswith("1 blocks dropped: 99 parameters (396 bytes) of 171 (684) are left\n")
+    assert text.startswith("1 block dropped: 99 parameters (396 bytes) of 171 (684) are left\n")
     assert [line.split("│")[1:3] for line in text.splitlines() if "layers" in line] == [
         [" layers.0 ", "     0 "],
         [" layers.1 ", "     1 "],

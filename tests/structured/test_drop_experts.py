@@ -492,3 +492,28 @@ def test_drop_experts_refuses_models_and_changes_nothing(case):
     with pytest.raises(ValueError, match=message):
         drop_experts(model, X, count=1)
     before.check()
+
+
+@pytest.mark.filterwarnings("ignore:this reaches")
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind is not Bare])  # that has no units
+def test_drop_experts_between_two_shrinks_leaves_a_plan_that_fits(kind):
+    torch.manual_seed(0)
+    model = Net(kind).eval()
+    dense = copy.deepcopy(model)
+
+    def shrink(ratio):
+        units = pyprune.Method(
+            pyprune.importance.magnitude(p=2), pyprune.granularity.coupled(round_to=2), pyprune.scope.tensor()
+        )
+        pyprune.prune(model, units, ratio=ratio, examples_inputs=X)
+        expected = model(X)
+        assert pyprune.shrink(model, X).removed
+        assert torch.allclose(model(X), expected, atol=1e-5)
+
+    shrink(0.25)
+    dropped = drop_experts(model, X, names=[one.experts[1] for one in find_mixtures(model)])
+    shrink(0.35)
+    plan = pyprune.Plan.from_json(pyprune.plan_of(model).to_json())
+    fresh = pyprune.rebuild(pyprune.rebuild(dense, dropped.plan), plan)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh(X), model(X))
