@@ -6,9 +6,11 @@ Arithmetic on them is remembered, so that ``3 * self.width`` still says where it
 
 import operator
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -129,7 +131,11 @@ def holders(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
             continue
         yield name, "", module
         for attribute, value in list(vars(module).items()):
-            is_config = hasattr(value, "to_dict") or (is_dataclass(value) and not isinstance(value, type))
+            is_config = (
+                hasattr(value, "to_dict")
+                or isinstance(value, (SimpleNamespace, Namespace))
+                or (is_dataclass(value) and not isinstance(value, type))
+            )
             if is_config and hasattr(value, "__dict__") and id(value) not in seen and not isinstance(value, Tensor):
                 seen.add(id(value))
                 yield name, f"{attribute}.", value

@@ -1,7 +1,10 @@
 """Shrunk models compute what the masked ones did, train on, and are rebuilt from a plan."""
 
+import argparse
 import copy
+import dataclasses
 import json
+import types
 import warnings
 
 import pytest
@@ -593,3 +596,38 @@ def test_shrink_under_autocast_sees_the_weights_as_they_are():
     assert equal(made, expected, 1e-2)
     made.sum().backward()
     assert model[0].weight.grad.shape == (4, 4)
+
+
+@dataclasses.dataclass
+class Sizes:
+    heads: int = 4
+
+
+@pytest.mark.parametrize("kind", [Sizes, types.SimpleNamespace, argparse.Namespace])
+def test_shrink_lets_a_shared_config_say_the_heads(kind):
+    class Attention(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.config = config
+            self.query, self.key, self.value, self.out = (nn.Linear(16, 16) for _ in range(4))
+
+        def heads(self, projected):
+            return projected.view(*projected.shape[:2], self.config.heads, 4).transpose(1, 2)
+
+        def forward(self, x):
+            projected = (self.heads(project(x)) for project in (self.query, self.key, self.value))
+            return x + self.out(F.scaled_dot_product_attention(*projected).transpose(1, 2).flatten(2))
+
+    torch.manual_seed(0)
+    sizes, inputs = kind(heads=4), torch.randn(2, 3, 16)
+    model = nn.Sequential(Attention(sizes), Attention(sizes), nn.Linear(16, 2))
+    zero_half(coupled_groups(model, inputs))
+    expected = model(inputs)
+    shrunk = shrink(model, inputs)
+    assert not shrunk.held
+    assert sizes.heads == 2
+    assert equal(model(inputs), expected)
+    sizes = kind(heads=4)
+    fresh = rebuild(nn.Sequential(Attention(sizes), Attention(sizes), nn.Linear(16, 2)), shrunk.plan)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh(inputs), model(inputs))
