@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pyprune.console import as_html, as_text, listed
 from pyprune.modules.unit_gates import opened
+from pyprune.modules.zeros import holds_in, settle_written
 from pyprune.structured.coordinates import NONE, Coords, Flags
 from pyprune.structured.models import check_model, examples_of
 from pyprune.structured.trace import Product, Trace, Traced, trace
@@ -188,6 +189,7 @@ def coupled_groups(model: nn.Module, examples: Any) -> CoupledGroups:
     """
     check_model(model, "look at")
     inputs = examples_of(examples)
+    settle_written(holds_in(model))  # what was written under masks, before it is seen
     with opened(model):
         return groups_of(model, trace(model, inputs))
 

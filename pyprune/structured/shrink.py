@@ -59,7 +59,8 @@ def shrink(
             rounded.
         constants: "exact" keeps channels whose constant would have to meet zero padding, where no bias is the same,
             "drop" removes them, and reports how much outputs change.
-        verify: how much outputs may differ, relative to the largest value of each.
+        verify: how much outputs may differ, relative to the largest value of each. With ``math.inf`` they may as they
+            like, as for a model that computes something else each time.
         width: also remove units under a norm over all of them (the width of a transformer), which must arrive there
             as zeros. An RMSNorm is given the weight and epsilon that make it compute the same. A LayerNorm cannot be:
             the model is another one by construction then, is not verified, and ``inexact`` names the norms.
@@ -88,7 +89,8 @@ def shrink(
     """
     check_model(model, "shrink")
     round_to = check_count("round_to", round_to, least=1, most=2**31, what="a number of channels, at least 1")
-    verify = check_number("verify", verify, least=0, what="a relative difference, at least 0")
+    if verify != math.inf:
+        verify = check_number("verify", verify, least=0, what="a relative difference, at least 0, or math.inf")
     check_bool("width", width)
     check_bool("update_stale", update_stale)
     if not isinstance(constants, str) or constants not in ("exact", "drop"):

@@ -1,5 +1,6 @@
 """Groups of small models, against what they are by hand (`GROUPS`: members, units, and what the first unit has)."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pyprune import coupled_groups
+from pyprune import Method, coupled_groups, granularity, importance, prune, scope
 from tests.structured.small_models import MODELS
 
 GOLDEN = json.loads(Path(__file__).with_name("golden_groups.json").read_text())
@@ -66,3 +67,24 @@ def test_coupled_groups_leaves_axes_of_which_positions_are_told(name):
     groups = coupled_groups(Chooses(), torch.randn(3, 4))
     assert [group.name for group in groups] == ["one.weight"]
     assert any(stay.name == "other.weight" and stay.dim == 0 and "along it" in stay.why for stay in groups.stays)
+
+
+WRITTEN = {
+    "copied": copy.deepcopy,
+    "loaded": lambda model: (
+        model.load_state_dict({key: one + 1 for key, one in model.state_dict().items()}) and model
+    ),
+    "written": lambda model: (nn.init.ones_(model[0].weight), model)[1],
+}
+
+
+@pytest.mark.parametrize("name", sorted(WRITTEN))
+@pytest.mark.parametrize("units", [granularity.coupled(), granularity.element()])
+def test_coupled_groups_looks_under_masks_that_were_written_over(name, units):
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 4)
+    expected = [group.units for group in coupled_groups(model, inputs)]
+    prune(model, Method(importance.magnitude(), units, scope.tensor()), ratio=0.5, examples_inputs=inputs)
+    model = WRITTEN[name](model)
+    assert [group.units for group in coupled_groups(model, inputs)] == expected
+    assert (model[0].weight == 0).sum() == 16

@@ -3,7 +3,9 @@
 import argparse
 import copy
 import dataclasses
+import itertools
 import json
+import math
 import types
 import warnings
 
@@ -631,3 +633,21 @@ def test_shrink_lets_a_shared_config_say_the_heads(kind):
     fresh = rebuild(nn.Sequential(Attention(sizes), Attention(sizes), nn.Linear(16, 2)), shrunk.plan)
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(fresh(inputs), model(inputs))
+
+
+def test_shrink_of_a_model_that_is_never_the_same_goes_unverified_if_told_to():
+    class Random(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other, self.calls = nn.Linear(4, 8), nn.Linear(8, 2), itertools.count(1)
+
+        def forward(self, inputs):
+            return self.other(self.one(inputs).relu()) * next(self.calls)
+
+    model, inputs = Random(), torch.randn(2, 4)
+    zero_half(coupled_groups(model, inputs))
+    with pytest.raises(ValueError, match="does not compute the same twice.*verify=math.inf"):
+        shrink(model, inputs)
+    assert model.one.out_features == 8
+    shrink(model, inputs, verify=math.inf)
+    assert model.one.out_features == 4
