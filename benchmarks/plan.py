@@ -15,6 +15,7 @@ import bench_mask_update
 import bench_masks
 import bench_rb_loss
 import bench_remaining
+import bench_shrink
 import bench_torch_prune
 import bench_training
 import bench_units
@@ -35,10 +36,12 @@ JOBS: dict[str, ModuleType] = {
     "training": bench_training,
     "capability": bench_capability,
     "growth": bench_growth,
+    "shrink": bench_shrink,
 }
 PEERS = ("none", "quick", "all")
 LISTS_JOBS = ("masks", "remaining", "fold", "count", "units")
 BOTH = tuple(DTYPES)
+SMALLER = ("resnet50", "mobilenet_v2", "minilm")
 ADVERSARIAL = ("equal", "two-values", "sorted", "heavy-tailed", "one-binade")
 
 
@@ -82,12 +85,14 @@ BENCH = [
     Slice(("training",), ("resnet18", "encoder")),
     Slice(("capability",), ("resnet50",)),
     Slice(("growth",), ("1M", "4M", "16M", "64M")),
+    Slice(("shrink",), SMALLER),
 ]
 QUICK = [
     Slice(("geometric_median",), ("tiny",)),
     Slice((*LISTS_JOBS, "torch_prune", "groups", "gates", "rb_loss", "mask_update", "capability"), ("resnet50",)),
     Slice(("training",), ("convnet",)),
     Slice(("growth",), ("1M", "4M", "16M")),
+    Slice(("shrink",), ("mobilenet_v2",)),
 ]
 # Not all combinations, which would take days: one axis is varied at a time, and peers run where they say something
 # new. What needs over 20 GB or many minutes is left out, and says so in its place.
@@ -109,4 +114,5 @@ FULL = [
     Slice(("training",), ("convnet", "transformer", "resnet18", "encoder"), peers="all"),
     Slice(("capability",), ("resnet50", "bert")),
     Slice(("growth",), tuple(SIZES), BOTH),
+    Slice(("shrink",), SMALLER, peers="all"),
 ]

@@ -22,12 +22,14 @@ NAMES = {
     "bert": "BERT-base",
     "llama": "Llama-like",
     "resnet18": "ResNet-18",
+    "mobilenet_v2": "MobileNetV2",
+    "minilm": "MiniLM's shape",
     "float32": "fp32",
     "bfloat16": "bf16",
 }
 OURS, THEIRS, FLOOR = "#0072B2", "#B8C4CE", "#D55E00"
 LEARNED = ("gates", "rb_loss")
-TRAINING = "training"
+TRAINING, SMALLER = "training", "shrink"
 FRESH = ("pyprune, fresh outputs", "floor in fresh memory")
 # What rows of the tables say.
 LABELS = {
@@ -86,11 +88,12 @@ def machine(report: dict[str, Any]) -> str:
 
 
 def goals_tables(report: dict[str, Any]) -> str:
-    """Show what was wanted and what was measured: of what works on masks, and of what learns them."""
+    """Show what was wanted and what was measured: of what works on masks, what learns them, what makes smaller."""
     judged = verdicts(report["results"])
     learned = [row for row in usual(report["results"]) if row["job"] in LEARNED]
-    chosen = [row for row in usual(report["results"]) if row["job"] not in (*LEARNED, TRAINING)]
-    return "\n\n".join(goals_table(rows, judged) for rows in (chosen, learned) if rows)
+    smaller = [row for row in usual(report["results"]) if row["job"] == SMALLER]
+    chosen = [row for row in usual(report["results"]) if row["job"] not in (*LEARNED, TRAINING, SMALLER)]
+    return "\n\n".join(goals_table(rows, judged) for rows in (chosen, learned, smaller) if rows)
 
 
 def goals_table(rows: list[Row], judged: list[Verdict]) -> str:
@@ -282,7 +285,7 @@ def is_peer(row: Row) -> bool:
 
 def draw_speed(report: dict[str, Any], path: Path) -> None:
     """Draw how many times longer than ours each peer takes, and where the floor is."""
-    rows = [row for row in usual(report["results"]) if row["job"] not in (TRAINING, "growth")]
+    rows = [row for row in usual(report["results"]) if row["job"] not in (TRAINING, SMALLER, "growth")]
     model, dtype = columns_of(rows)[0]
     rows = [row for row in rows if (row["model"], row["dtype"]) == (model, dtype)]
     beside = {row["group"] for row in rows if is_peer(row)}

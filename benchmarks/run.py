@@ -14,6 +14,7 @@ from typing import Any
 
 import nncf_peer
 import torch
+import torch_pruning_peer
 from goals import Verdict, verdicts
 from measure import Way, environment, interleave, machine_speeds, set_threads, table_of
 from plan import BENCH, FULL, JOBS, PEERS, QUICK, Slice
@@ -39,7 +40,9 @@ torch_prune     memory: of the state too, which is twice the weights
 gates           floor: reads weight and logit, writes; reads these and a gradient, writes two. One tensor: as many
                 gates as the model has weights; our outputs exist, unless it says fresh
 compiled        under torch.compile; the time to compile is left out
-Torch-Pruning is not here: it removes whole channels, and has no masks of single weights to compare with."""
+smaller         half of each group goes; x floor is beside a forward pass on as many threads, and of the result beside
+                the dense network, both on one thread. Torch-Pruning was told what it does not find: the last layer
+                and the heads"""
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -163,7 +166,7 @@ def main(words: list[str] | None = None) -> None:
     arguments = parse_arguments(words)
     start = time.perf_counter()
     console = Console() if Console().is_terminal else Console(width=150)
-    machine = environment() | {"nncf": nncf_peer.VERSION}
+    machine = environment() | {"nncf": nncf_peer.VERSION, "torch_pruning": torch_pruning_peer.VERSION}
     show_machine(machine, console)
     report: dict[str, Any] = {"environment": machine, "speeds": [], "results": []}
     cases: dict[tuple[str, Case], str] = {}

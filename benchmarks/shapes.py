@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from architectures import ARCHITECTURES
 from torch import Tensor, nn
 
 Shapes = list[tuple[int, ...]]
@@ -124,7 +125,7 @@ NETS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "resnet18": resnet18,
     "encoder": encoder,
 }
-MODELS = [*LISTS, *NETS]
+MODELS = list(dict.fromkeys([*LISTS, *NETS, *ARCHITECTURES]))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -159,7 +160,7 @@ class Case:
         """The shapes of what is pruned."""
         if self.model in LISTS:
             return LISTS[self.model]()
-        net, _ = NETS[self.model]()
+        net, _ = {**ARCHITECTURES, **NETS}[self.model]()
         return [tuple(parameter.shape) for parameter in net.parameters() if parameter.dim() > 1]
 
     @property

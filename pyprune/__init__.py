@@ -28,7 +28,12 @@ from pyprune.structured.drop_blocks import drop_blocks
 from pyprune.structured.drop_experts import drop_experts
 from pyprune.structured.dropped import Dropped
 from pyprune.structured.groups import coupled_groups
-from pyprune.structured.plan import Plan, rebuild
+from pyprune.structured.plan import Plan
+from pyprune.structured.rebuild import rebuild
+from pyprune.structured.reconstruct import reconstruct
+from pyprune.structured.reconstructed import Reconstructed
+from pyprune.structured.reconstruction_scores import reconstruction_scores
+from pyprune.structured.remembered import plan_of
 from pyprune.structured.shrink import shrink
 from pyprune.structured.shrunk import Shrunk
 from pyprune.training.ac_dc import AcDcPruner, ac_dc
@@ -75,6 +80,7 @@ __all__ = [
     "RBLoss",
     "Recipe",
     "RecipePruner",
+    "Reconstructed",
     "RigLPruner",
     "Schedule",
     "SensitivityResult",
@@ -106,11 +112,14 @@ __all__ = [
     "lottery_ticket",
     "one_gate_sample",
     "ops",
+    "plan_of",
     "prune",
     "pruning_statistic",
     "ratios_below",
     "reapply",
     "rebuild",
+    "reconstruct",
+    "reconstruction_scores",
     "schedules",
     "scope",
     "sensitivity",

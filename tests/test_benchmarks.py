@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import bench_shrink
 import bench_units
 import goals
 import peers
@@ -9,6 +10,7 @@ import pytest
 import report
 import run
 import torch
+from architectures import ARCHITECTURES
 from shapes import DISTRIBUTIONS, DTYPES, Case
 
 from pyprune import ops
@@ -136,6 +138,21 @@ def test_verdicts_find_cliffs_and_memory():
     _, cliff, memory = goals.verdicts(rows)
     assert (cliff.against, cliff.measured, cliff.reached) == ("worst weights", 4.0, False)
     assert (memory.against, memory.limit, memory.reached) == ("extra memory", 16.0, False)
+
+
+def test_verdicts_look_at_the_seconds_that_shrink_takes():
+    rows = [
+        row("pyprune", [5100.0], group=bench_shrink.SHRINK),
+        row("Torch-Pruning", [9e9], group=bench_shrink.SHRINK),
+    ]
+    (verdict,) = goals.verdicts(rows)
+    assert (verdict.measured, verdict.reached, verdict.text) == (5.1, False, "5.10 s, missed by 2%")
+
+
+@pytest.mark.parametrize(("name", "count"), [("resnet50", 25_557_032), ("mobilenet_v2", 3_504_872)])
+def test_architectures_are_those_of_their_names(name, count):
+    net, _ = ARCHITECTURES[name]()
+    assert sum(parameter.numel() for parameter in net.parameters()) == count
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.7])

@@ -296,6 +296,18 @@ def drop(call):
 ROWS = torch.linspace(-1, 1, 12).reshape(3, 4)
 SHRINK = of_model(pyprune.shrink, BATCH)
 RIGHT = "UNSTRUCTURED_MAGNITUDE_GLOBAL"
+COUPLED = Method(importance.magnitude(), granularity.coupled(), scope.tensor())
+UNITS = of_model(pyprune.prune, COUPLED, ratio=0.4, examples_inputs=BATCH)
+
+
+def gated_units():
+    return {
+        "model": pyprune.prune(
+            Net(), "UNSTRUCTURED_HARD_CONCRETE", granularity=granularity.coupled(), examples_inputs=BATCH
+        )
+    }
+
+
 CALLS = {
     "prune": (dense, PRUNE),
     "prune again": (masked, RATIO),
@@ -316,6 +328,14 @@ CALLS = {
         lambda: {**dense(), "plan": plan_of_net()},
         lambda things: pyprune.rebuild(things["model"], things["plan"]),
     ),
+    "reconstruct": (
+        lambda: {**masked(), "dense": dense()["model"]},
+        lambda things: pyprune.reconstruct(things["dense"], things["model"], [BATCH]),
+    ),
+    "reconstruct without sums": (
+        lambda: {**masked(), "dense": dense()["model"]},
+        lambda things: pyprune.reconstruct(things["dense"], things["model"], [BATCH], memory=0),
+    ),
     **{
         f"drop_{what} {kind}": (lambda make=make, kind=kind: make(kind), drop(call))
         for what, make, call in (
@@ -327,6 +347,22 @@ CALLS = {
     "drop_blocks by error": (blocks, drop(partial(pyprune.drop_blocks, count=2, importance="output_error"))),
     "rebuild without blocks": (blocks, of_model(pyprune.rebuild, {"version": 1, "blocks": {"1": None}})),
     "rebuild without experts": (experts, of_model(pyprune.rebuild, {"version": 1, "experts": {"0": [1, 2]}})),
+    "prune coupled": (dense, UNITS),
+    "prune coupled again": (lambda: masked(0.5, COUPLED, examples_inputs=BATCH), UNITS),
+    "prune coupled to a cost": (dense, of_model(pyprune.prune, COUPLED, target_macs=0.6, examples_inputs=BATCH)),
+    "prune with gates of units": (
+        dense,
+        of_model(
+            pyprune.prune, "UNSTRUCTURED_HARD_CONCRETE", granularity=granularity.coupled(), examples_inputs=BATCH
+        ),
+    ),
+    "strip gates of units": (gated_units, of_model(pyprune.strip)),
+    "shrink with gates of units": (gated_units, SHRINK),
+    "Pruner of units": made(by_schedule(COUPLED, examples_inputs=BATCH)),
+    "Pruner.step of units": (
+        pruning(by_schedule(COUPLED, examples_inputs=BATCH)),
+        lambda things: things["pruner"].step(),
+    ),
     "prune recurrent": (lambda: {"model": Recurrent()}, PRUNE),
     "prune by chance": (dense, of_model(pyprune.prune, Method(importance.random(0)), ratio=0.5)),
     "prune with gates": (dense, of_model(pyprune.prune, "UNSTRUCTURED_HARD_CONCRETE")),

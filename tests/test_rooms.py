@@ -44,6 +44,7 @@ BLIND = (
     "steps",
     "tracing",
     "undo",
+    "unit_gates",
     "watching",
     "zeros",
 )

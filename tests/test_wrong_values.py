@@ -55,9 +55,11 @@ from tests.wrong_values import (
 )
 
 LOCAL, RB, HARD = "UNSTRUCTURED_MAGNITUDE_LOCAL", "UNSTRUCTURED_REGULARIZATION_BASED", "UNSTRUCTURED_HARD_CONCRETE"
+COUPLED = Method(importance.magnitude(), granularity.coupled())
 FOLDER = tempfile.TemporaryDirectory()
 MODULES = {"nn.Linear"}
 INPUTS = OPTIONAL | TENSORS | SEQUENCES | DICTS
+RATIO_DICTS = {"{'0': 0.25}", "{'nowhere': 0.25}"}
 DATA = {"range", "generator", "set", "[1]", "[0.25]", "[None]", "['0']", "(1, 2)", "(4, 4)", "endless", "np.zeros"}
 DATA |= {"[]", "()"} | TENSORS - {"tensor(0.25)"}  # batches that are no good are the model's to refuse
 # What each argument takes, wherever it occurs; a row may say otherwise.
@@ -100,6 +102,7 @@ TAKES: dict[str, set[str]] = {
     "device": OPTIONAL | {"a device", "meta"},
     "keep_probability": SHARE - {"0", "0.0"},
     "progress": FLAG,
+    "monotonic_fit": FLAG,
     "name": set(),
 }
 FLAGS = [
@@ -114,6 +117,8 @@ FLAGS = [
     "validate",
     "straight_through",
     "update_stale",
+    "heads",
+    "joint",
     "width",
     "progress",
     "strip",
@@ -246,6 +251,27 @@ ROWS: dict[str, Row] = {
     "prune, gates": Row(
         pyprune.prune, lambda: {"model": net(), "mode": RB, "same_on_all_ranks": False, "ignored_scope": None}
     ),
+    "prune, coupled": Row(
+        pyprune.prune,
+        lambda: {
+            "model": net(),
+            "mode": COUPLED,
+            "target_params": None,
+            "target_macs": 0.75,
+            "examples_inputs": torch.ones(2, 4),
+        },
+        {"mode": set(), "target_params": OPTIONAL, "target_macs": {"1", "1.0", "np.int64(1)"}},
+    ),
+    "prune, gates of units": Row(
+        pyprune.prune,
+        lambda: {
+            "model": net(),
+            "mode": RB,
+            "granularity": granularity.coupled(),
+            "examples_inputs": torch.ones(2, 4),
+        },
+        {"mode": set(), "granularity": OPTIONAL},
+    ),
     "prune, wanda": Row(
         pyprune.prune,
         lambda: {
@@ -282,6 +308,41 @@ ROWS: dict[str, Row] = {
             "update_stale": False,
         },
         {"optimizer": OPTIONAL | {"[]", "()"}, "round_to": COUNT, "verify": NOT_NEGATIVE},
+    ),
+    "plan_of": Row(pyprune.plan_of, lambda: {"model": net()}),
+    "reconstruct": Row(
+        pyprune.reconstruct,
+        lambda: {
+            "dense": net(),
+            "model": pyprune.prune(net(), "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.5),
+            "batches": [torch.ones(2, 4)],
+            "plan": None,
+            "layers": "cut",
+            "damping": None,
+            "num_batches": None,
+            "ignored_scope": None,
+            "memory": 2**20,
+        },
+        {
+            "dense": MODULES,
+            "batches": DATA,
+            "plan": OPTIONAL,
+            "layers": set(),
+            "damping": NOT_NEGATIVE | OPTIONAL,
+            "memory": FROM_0,
+        },
+    ),
+    "reconstruction_scores": Row(
+        pyprune.reconstruction_scores,
+        lambda: {
+            "model": net(),
+            "groups": [],
+            "batches": [torch.ones(2, 4)],
+            "damping": 1e-4,
+            "num_batches": None,
+            "memory": 2**20,
+        },
+        {"groups": {"[]", "()"}, "batches": DATA, "damping": NOT_NEGATIVE, "memory": FROM_0},
     ),
     "drop_blocks": Row(
         pyprune.drop_blocks,
@@ -569,8 +630,36 @@ ROWS: dict[str, Row] = {
     ),
     "allocation_from_sensitivity": Row(
         pyprune.allocation_from_sensitivity,
-        lambda: {"result": analysis(), "target_ratio": 0.5, "rule": "least", "max_drop": None, "max_ratio": 0.95},
-        {"target_ratio": SHARE, "max_ratio": SHARE, "rule": set()},
+        lambda: {
+            "result": analysis(),
+            "target_ratio": 0.5,
+            "groups": None,
+            "round_to": 1,
+            "rule": "least",
+            "max_drop": None,
+            "max_ratio": 0.95,
+            "monotonic_fit": False,
+        },
+        {
+            "target_ratio": SHARE,
+            "max_ratio": SHARE,
+            "rule": set(),
+            "groups": OPTIONAL,
+            "round_to": {"1", "np.int64(1)"},
+        },
+    ),
+    "allocation_from_sensitivity of costs": Row(
+        pyprune.allocation_from_sensitivity,
+        lambda: {
+            "result": SensitivityResult(0.9, {"0.weight": SensitivityTarget(40, 4, {0.5: 0.8})}),
+            "target_macs": 0.9,
+            "target_params": None,
+            "groups": pyprune.coupled_groups(
+                nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), torch.ones(1, 4)
+            ),
+            "round_to": 1,
+        },
+        {"target_macs": {"1", "1.0", "np.int64(1)"}, "target_params": OPTIONAL},
     ),
     "magnitude": Row(importance.magnitude, same(p=1.0, normalize="l2"), {"p": POSITIVE}),
     "random": Row(importance.random, same(seed=0)),
@@ -579,7 +668,7 @@ ROWS: dict[str, Row] = {
     "snip_momentum": Row(
         importance.snip_momentum, same(decay=0.9, scale=1.0, normalize="l2"), {"decay": POSITIVE, "scale": POSITIVE}
     ),
-    "taylor": Row(importance.taylor, same(normalize="l2")),
+    "taylor": Row(importance.taylor, same(normalize="l2", joint=True)),
     "fisher": Row(importance.fisher, same(damp=0.0, normalize="l2"), {"damp": NOT_NEGATIVE}),
     "wanda": Row(importance.wanda, same(normalize="l2")),
     "apoz": Row(importance.apoz, same(activation=torch.relu)),
@@ -594,6 +683,11 @@ ROWS: dict[str, Row] = {
         same(num_heads=10, num_kv_heads=None, names=None, reduction="sum"),
         {"num_heads": COUNT, "num_kv_heads": COUNT | OPTIONAL, "names": OPTIONAL},
     ),
+    "coupled": Row(
+        granularity.coupled,
+        same(heads=True, width=False, reduce="mean", normalize="mean", round_to=1, min_units=1, ratio_of="units"),
+        {"reduce": set(), "normalize": OPTIONAL, "round_to": COUNT, "min_units": COUNT, "ratio_of": set()},
+    ),
     "n_of_m": Row(
         scope.n_of_m,
         same(keep=2, of=6, dim="in", among="tensor"),
@@ -604,6 +698,7 @@ ROWS: dict[str, Row] = {
     "constant": Row(schedules.constant, same(final=0.5, end=9, start=0, frequency=1)),
     "polynomial": Row(schedules.polynomial, of_curve(power=2.0), {"power": POSITIVE}),
     "multi_step": Row(schedules.multi_step, same(steps={0: 0.5}), {"steps": {"{0: 0.25}"}}),
+    "in_turn": Row(schedules.in_turn, same(ratios={"0": 0.5}, start=0, frequency=1), {"ratios": RATIO_DICTS}),
     "alternating": Row(schedules.alternating, same(final=0.5, end=4, frequency=1, start=0)),
     "schedules.custom": Row(
         schedules.custom, same(function=lambda step: 0.5, start=0, end=4, frequency=1), {"end": FROM_0 | OPTIONAL}
@@ -672,8 +767,8 @@ ROWS: dict[str, Row] = {
 NOT_CALLED = """
     __version__ build_info one_gate_sample AcDcPruner Calibration Dropped IterativeResult KeepSparse
     ModelPruningStatistic
-    Plan PruneMode PruningRound Shrunk Recipe RecipePruner Schedule SensitivityResult SensitivityTarget StripFormat
-    TensorPruningStatistic as_schedule
+    Plan PruneMode PruningRound Reconstructed Shrunk Recipe RecipePruner Schedule SensitivityResult SensitivityTarget
+    StripFormat TensorPruningStatistic as_schedule
 """.split()  # noqa: SIM905
 
 
@@ -713,6 +808,8 @@ TAKES |= {
     "strip_format": set(),
     "state_dict": set(),
     "content": set(),
+    "groups": set(),
+    "round_to": COUNT,
 }
 
 

@@ -19,6 +19,7 @@ from pyprune.calibration.calibrate import Calibration
 from pyprune.checks import check_bool, check_items, check_path
 from pyprune.console import tracked
 from pyprune.methods.allocation import Amount, check_ratio
+from pyprune.methods.coupled import counting
 from pyprune.methods.importance import magnitude
 from pyprune.methods.method import Method, PruneMode, check_amount
 from pyprune.methods.scope import tensor
@@ -31,6 +32,7 @@ from pyprune.modules.targets import Target
 from pyprune.modules.undo import Before, Change, undoing
 from pyprune.selection.attention import find_attention
 from pyprune.selection.choose_masks import choose_masks
+from pyprune.selection.coupled import CoupledUnits, check_no_coupled
 from pyprune.selection.prune import method_with_ratios, targets_with_statistics
 
 _RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -65,9 +67,9 @@ def sensitivity(
             same random numbers each time; buffers that it changes (as `batch_norm_adaptation` does) are given back,
             and so are modules, hooks and flags. It must not train the model.
         ratios: fractions of the units to remove, in [0, 1).
-        method: how units are chosen. All that compete are those of one target: a weight, or with heads the four
-            weights of an attention layer. Its scope matters only if it is ``row``, or N:M, whose ratios end at
-            1 - keep / of; not for gates.
+        method: how units are chosen. All that compete are those of one target: a weight, with heads the four
+            weights of an attention layer, with coupled units a group. Its scope matters only if it is ``row``, or
+            N:M, whose ratios end at 1 - keep / of; not for gates.
         ignored_scope, examples_inputs, calibration: as in `prune`.
         higher_is_better: False if the score is a loss or an error.
         early_stop: leave out the larger ratios of a target once its score has lost more than this.
@@ -108,19 +110,24 @@ def sensitivity(
         raise ValueError(f"save_to is {save_to}, whose folder does not exist; create it first")
     check_module(model)
     with Change(model), changing_masks(masks_in(model)):
-        statistics, _ = targets_with_statistics(model, chosen, ignored_scope, examples_inputs, calibration)
+        check_no_coupled(model, chosen, stay=False)
+        statistics, found = targets_with_statistics(model, chosen, ignored_scope, examples_inputs, calibration)
     # One target competes with itself alone, so all scopes but rows and N:M are the same.
     method = chosen if chosen.scope.name in ("row", "n_of_m") else replace(chosen, scope=tensor())
-    targets = _targets(method, list(statistics))
+    coupled = found.coupled
+    if coupled is not None:
+        method = replace(method, granularity=counting(method.granularity, "units"))
+    targets = _targets(method, list(statistics), coupled)
 
     def masks_of(name: str, ratio: float) -> dict[Target, NewMask]:
         with changing_masks(mask for target in targets[name] if isinstance(mask := target.attachment, Mask)):
-            choice = choose_masks(method, check_amount(method, Amount(ratio)), targets[name], statistics)
+            amount, units = check_amount(method, Amount(ratio)), None if coupled is None else coupled.only(name)
+            choice = choose_masks(method, amount, targets[name], statistics, coupled=units)
             choice.check()
         return choice.masks
 
     # What cannot be pruned is found now, not after hours.
-    sizes = {name: _unmeasured(method, masks_of(name, wanted[-1])) for name in targets}
+    sizes = {name: _unmeasured(method, masks_of(name, wanted[-1]), name, coupled) for name in targets}
     setting = {
         "method": _description(method),
         "targets": list(targets),
@@ -159,8 +166,10 @@ def _check_ratios(ratios: Iterable[float]) -> list[float]:
     return wanted
 
 
-def _targets(method: Method, targets: Sequence[Target]) -> dict[str, list[Target]]:
-    """Return what is pruned together: one weight, or those that a layer's heads lie in."""
+def _targets(method: Method, targets: Sequence[Target], coupled: CoupledUnits | None) -> dict[str, list[Target]]:
+    """Return what is pruned together: one weight, or those that a layer's heads, or a group's units, lie in."""
+    if coupled is not None:
+        return {units.name: coupled.only(units.name).targets for units in coupled.chosen}
     heads = method.granularity.heads
     if heads is None:
         return {target.name: [target] for target in targets}
@@ -168,7 +177,12 @@ def _targets(method: Method, targets: Sequence[Target]) -> dict[str, list[Target
     return {name: list(dict.fromkeys(target for target, _, _ in parts)) for name, parts in layers.items()}
 
 
-def _unmeasured(method: Method, masks: Mapping[Target, NewMask]) -> SensitivityTarget:
+def _unmeasured(
+    method: Method, masks: Mapping[Target, NewMask], name: str, coupled: CoupledUnits | None
+) -> SensitivityTarget:
+    if coupled is not None:
+        (one,) = coupled.only(name).chosen
+        return SensitivityTarget(round(one.group.parameters * len(one)), len(one), {})
     weights = sum(target.parameter.numel() for target in masks)
     heads, (first, *_) = method.granularity.heads, masks.values()
     if heads is not None:
@@ -226,7 +240,8 @@ def _saved(
 def _description(method: Method) -> str:
     cut, among = method.granularity, method.scope
     competing = f"{among.keep} of {among.of} along {among.dim}" if among.name == "n_of_m" else among.name
-    return f"{method.importance.name}, {cut.name} ({cut.reduction}, {cut.heads}), {competing}"
+    how = f"{cut.reduction}, {cut.heads}" if cut.coupled is None else str(cut.coupled)
+    return f"{method.importance.name}, {cut.name} ({how}), {competing}"
 
 
 def _checksum(values: Iterable[object]) -> int:

@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate, groupby, pairwise
 from typing import Literal
 
+from pyprune.analysis.group_costs import GroupCosts
 from pyprune.analysis.sensitivity_result import SensitivityResult
-from pyprune.checks import check_choice
+from pyprune.checks import check_bool, check_choice, check_count
 from pyprune.methods.allocation import check_ratio, limits
 from pyprune.methods.tolerance import check_drop
+from pyprune.structured.groups import CoupledGroups
 
 # (ratio, drop), rising in both; the first is (0, 0).
 Curve = Sequence[tuple[float, float]]
@@ -16,13 +18,18 @@ Curve = Sequence[tuple[float, float]]
 
 def allocation_from_sensitivity(
     result: SensitivityResult,
-    target_ratio: float,
+    target_ratio: float | None = None,
     *,
+    target_params: float | None = None,
+    target_macs: float | None = None,
+    groups: CoupledGroups | None = None,
+    round_to: int = 1,
     rule: Literal["least", "equal"] = "least",
     max_drop: float | None = None,
     max_ratio: float = 0.95,
+    monotonic_fit: bool = False,
 ) -> dict[str, float]:
-    """Share a ratio out among the targets by what pruning each of them costs.
+    """Share a ratio, or a cost that is to be left, out among the targets by what pruning each of them costs.
 
     Between measured ratios drops are interpolated; beyond the largest one that was measured nothing is assumed, and
     no target goes further. A ratio that does worse than a larger one of the same target does not stand in its way.
@@ -33,12 +40,20 @@ def allocation_from_sensitivity(
 
     Args:
         result: what `sensitivity` returned.
-        target_ratio: fraction of all weights of these targets to remove, in [0, 1).
+        target_ratio: fraction of all weights of these targets to remove, in [0, 1); or give one of the next two.
+        target_params, target_macs: of coupled units: the fraction of the whole model's parameters or
+            multiply-accumulates that is to be left, in (0, 1], counted as they are once the units are removed. It is
+            met from below, by about a unit.
+        groups: what `coupled_groups` found in the model that was analysed: what its units cost.
+        round_to: the number of channels that remain is rounded up to a multiple of this, as by
+            ``granularity.coupled(round_to=...)``; with ``groups``.
         rule: "least" makes the sum of the drops as small as it can be: where a weight costs least, it goes first.
             Small layers, by which little is won, are spared. "equal" looks for the smallest drop d at which the
             targets, each pruned by itself to the largest ratio whose drop is at most d, lose enough together.
         max_drop: what a target pruned by itself may cost, in units of the score; any drop if None.
         max_ratio: what a target loses at most.
+        monotonic_fit: first fit rising drops to those of each target, by least squares, where a measurement is noisy.
+            If not, a drop counts as the least of it and those at all larger ratios.
 
     Returns:
         A ratio for each target by its name, for ``prune(model, Method(..., scope=scope.tensor()), ratio=...)``. They
@@ -47,6 +62,8 @@ def allocation_from_sensitivity(
     Raises:
         TypeError, ValueError: for wrong arguments, and if the targets cannot lose as much within these limits; it
             says how much they can.
+
+    ``rule="equal"`` with ``target_macs`` is what AIMET calls greedy selection of compression ratios.
 
     Example:
         >>> from pyprune.analysis.sensitivity_result import SensitivityTarget
@@ -60,27 +77,66 @@ def allocation_from_sensitivity(
     if not result.targets:
         raise ValueError("result has no targets; run the analysis to its end")
     check_choice("rule", rule, ("least", "equal"))
-    wanted, cap = check_ratio(target_ratio, "target_ratio"), check_ratio(max_ratio, "max_ratio")
-    tolerated = check_drop("max_drop", max_drop)
-    curves = {name: _curve(result, name, cap, tolerated) for name in result.targets}
+    check_bool("monotonic_fit", monotonic_fit)
+    cap, tolerated = check_ratio(max_ratio, "max_ratio"), check_drop("max_drop", max_drop)
+    targets = {"target_ratio": target_ratio, "target_params": target_params, "target_macs": target_macs}
+    given = [name for name, value in targets.items() if value is not None]
+    if len(given) != 1:
+        raise ValueError(f"{' and '.join(given) or 'none'} of {', '.join(targets)} given; give one of them")
+    (what,) = given
+    share = _least_drops if rule == "least" else _equal_drops
+    curves = {name: _curve(result, name, cap, tolerated, monotonic_fit) for name in result.targets}
+    multiple = check_count("round_to", round_to, least=1)
+    if what != "target_ratio":
+        costs = GroupCosts(result, groups, what, targets[what], multiple)
+        most = costs.linear({name: curve[-1][0] for name, curve in curves.items()})
+        return costs.least(lambda goal: share(curves, costs.weights, goal), most, _limits(tolerated, cap))
+    if groups is not None or multiple > 1:
+        raise ValueError(
+            "groups and round_to are for target_params and target_macs; leave them out with target_ratio"
+        )
+    wanted = check_ratio(target_ratio, "target_ratio")
     weights = {name: target.weights for name, target in result.targets.items()}
     goal = wanted * sum(weights.values())
     most = sum(curve[-1][0] * weights[name] for name, curve in curves.items())
     # A rounding error must not put the very ratios that were measured out of reach.
     if most < goal * (1 - 1e-9):
-        raise ValueError(_out_of_reach(wanted, most / sum(weights.values()), tolerated, cap))
-    share = _least_drops if rule == "least" else _equal_drops
+        reachable = most / sum(weights.values())
+        raise ValueError(
+            f"target_ratio is {wanted:g}, but within {_limits(tolerated, cap)} the targets can lose {reachable:.4f} "
+            "of their weights; ask for less, or widen the limits (larger ratios take another sensitivity analysis)"
+        )
     return _whole_units(result, share(curves, weights, goal), curves, goal)
 
 
-def _curve(result: SensitivityResult, name: str, cap: float, max_drop: float | None) -> Curve:
+def _curve(result: SensitivityResult, name: str, cap: float, max_drop: float | None, is_fitted: bool) -> Curve:
     """Return ratios and what at least they cost: no ratio costs more than a larger one, and pruning is no gain."""
-    scores = result.targets[name].scores
-    points = [(0.0, 0.0), *((ratio, max(0.0, result.drop(name, ratio))) for ratio in scores if ratio > 0)]
+    drops = {ratio: result.drop(name, ratio) for ratio in result.targets[name].scores if ratio > 0}
+    if is_fitted:
+        drops = {ratio: drop for ratio, drop in drops.items() if math.isfinite(drop)}
+        drops = dict(zip(drops, rising(list(drops.values())), strict=True))
+    points = [(0.0, 0.0), *((ratio, max(0.0, drop)) for ratio, drop in drops.items())]
     costs = list(accumulate((drop for _, drop in reversed(points)), min))[::-1]
     curve = [(ratio, cost) for (ratio, _), cost in zip(points, costs, strict=True) if cost < math.inf]
     curve = _cut(curve, cap)
     return curve if max_drop is None else _cut(curve, _ratio_at(curve, max_drop))
+
+
+def rising(values: Sequence[float]) -> list[float]:
+    """Return the values nearest to these that do not fall, by the sum of squared differences: isotonic regression.
+
+    Example:
+        >>> rising([1.0, 3.0, 2.0, 4.0])
+        [1.0, 2.5, 2.5, 4.0]
+    """
+    runs: list[tuple[float, int]] = []  # a mean, and of how many
+    for value in values:
+        mean, size = value, 1
+        while runs and runs[-1][0] > mean:
+            before, count = runs.pop()
+            mean, size = (before * count + mean * size) / (count + size), count + size
+        runs.append((mean, size))
+    return [mean for mean, size in runs for _ in range(size)]
 
 
 def _cut(curve: Curve, most: float) -> list[tuple[float, float]]:
@@ -103,7 +159,7 @@ def _ratio_at(curve: Curve, drop: float) -> float:
     return ratio + (next_ratio - ratio) * (drop - cost) / (next_cost - cost)
 
 
-def _least_drops(curves: Mapping[str, Curve], weights: Mapping[str, int], goal: float) -> dict[str, float]:
+def _least_drops(curves: Mapping[str, Curve], weights: Mapping[str, float], goal: float) -> dict[str, float]:
     """Take pieces of the curves, those first whose weights cost least, until enough is taken."""
     pieces = [
         ((next_cost - cost) / (next_ratio - ratio) / weights[name], next_ratio - ratio, name)
@@ -137,7 +193,7 @@ def _slope(one: tuple[float, float], other: tuple[float, float]) -> float:
     return (other[1] - one[1]) / (other[0] - one[0])
 
 
-def _equal_drops(curves: Mapping[str, Curve], weights: Mapping[str, int], goal: float) -> dict[str, float]:
+def _equal_drops(curves: Mapping[str, Curve], weights: Mapping[str, float], goal: float) -> dict[str, float]:
     """Halve the interval of the drop that all targets may cost, until nothing lies between."""
 
     def ratios_at(drop: float) -> dict[str, float]:
@@ -180,11 +236,6 @@ def _whole_units(
     return {name: count / max(1, units[name]) for name, count in counts.items()}
 
 
-def _out_of_reach(wanted: float, reachable: float, max_drop: float | None, cap: float) -> str:
-    within = f"max_ratio {cap:g} and the largest ratios that were measured"
-    if max_drop is not None:
-        within = f"max_drop {max_drop:g}, {within}"
-    return (
-        f"target_ratio is {wanted:g}, but within {within} the targets can lose {reachable:.4f} of their weights; ask "
-        "for less, or widen the limits (larger ratios take another sensitivity analysis)"
-    )
+def _limits(max_drop: float | None, cap: float) -> str:
+    drop = "" if max_drop is None else f"max_drop {max_drop:g}, "
+    return f"{drop}max_ratio {cap:g} and the largest ratios that were measured"

@@ -1,4 +1,7 @@
-"""Prune in a Hugging Face ``Trainer``; needs transformers (``pip install "pyprune[transformers]"``)."""
+"""Prune in a Hugging Face ``Trainer``, save and load what was shrunk.
+
+Needs transformers (``pip install "pyprune[transformers]"``).
+"""
 
 import math
 import os
@@ -17,8 +20,11 @@ except ModuleNotFoundError as error:
 
 from pyprune.checks import check_path
 from pyprune.files import whole_file
+from pyprune.integrations.pretrained import from_pretrained, save_pretrained
 from pyprune.integrations.training import Start, Training, check_options, start_of
 from pyprune.recipes.recipe import Recipe
+
+__all__ = ["PruningCallback", "from_pretrained", "save_pretrained"]
 
 # Beside the model in a checkpoint.
 FILE = "pruning.pt"

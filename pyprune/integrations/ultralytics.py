@@ -30,6 +30,7 @@ from pyprune.checks import shown
 from pyprune.files import whole_file
 from pyprune.integrations.training import Start, Training, start_of
 from pyprune.integrations.ultralytics_shrunk import shrink as shrink
+from pyprune.integrations.ultralytics_shrunk import traceable
 from pyprune.integrations.ultralytics_shrunk import trainer_of as trainer_of
 from pyprune.modules.averages import masks_by_name, reapply
 from pyprune.modules.strip import strip
@@ -102,14 +103,11 @@ class _Pruning:
         # Another batch size may have been given to what resumes; epochs keep their meaning.
         self._steps_per_epoch = state["steps_per_epoch"] if state else _steps_per_epoch(trainer)
         resumed = {name: state[name] for name in ("pruning", "masks")} if state else None
-        self._training = Training(
-            self._start,
-            _pruned(trainer.model),
-            trainer.optimizer,
-            self._steps_per_epoch,
-            resumed,
-            follow_loading=False,
-        )
+        model = _pruned(trainer.model)
+        with traceable(model):  # for methods that look at a forward pass
+            self._training = Training(
+                self._start, model, trainer.optimizer, self._steps_per_epoch, resumed, follow_loading=False
+            )
         self._steps = state["steps"] if state else 0
         self._average, self._updates, self._state = trainer.ema, trainer.ema.updates, state
 

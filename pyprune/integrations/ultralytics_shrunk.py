@@ -10,6 +10,7 @@
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,8 @@ from ultralytics.nn.modules import block, conv
 
 from pyprune.checks import check_count, shown
 from pyprune.modules.averages import masks_by_name
+from pyprune.structured.plan import Plan
+from pyprune.structured.remembered import plan_of, remember
 from pyprune.structured.shrink import shrink as shrink_model
 from pyprune.structured.shrunk import Shrunk
 
@@ -79,11 +82,14 @@ def shrink(
         found = shrink_model(
             model, examples, optimizer=optimizer, round_to=round_to, constants=constants, verify=verify
         )
+    changes = []
     for name, attribute, value in _sizes(model):
         module = model.get_submodule(name)
-        if getattr(module, attribute) != value:
+        if (old := getattr(module, attribute)) != value:
             setattr(module, attribute, value)
-            found.plan.attributes.append([name, attribute, value])
+            changes.append([name, attribute, value, old])
+    remember(model, Plan(attributes=changes))
+    found = replace(found, plan=plan_of(model) or found.plan)
     if found.removed:
         model.yaml = {**model.yaml, "backbone": [[-1, 1, _NO_YAML, []]]}  # type: ignore[dict-item, assignment]
     if yolo is not model:

@@ -1,4 +1,4 @@
-"""What disappears as one: single elements, blocks, channels, convolution kernels, attention heads.
+"""What disappears as one: single elements, blocks, channels, convolution kernels, attention heads, coupled units.
 
 Each function returns the granularity of a `Method`. A *unit* is what it removes; the ratio counts units. Outputs and
 inputs are those of the layer, wherever its weight has them; where that cannot be told, `prune` raises. A channel of a
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pyprune.checks import check_choice, check_count, check_names, shown
+from pyprune.checks import check_bool, check_choice, check_count, check_names, shown
 from pyprune.methods.unit_groups import Reduction, Weight
 
 
@@ -22,12 +22,14 @@ class Granularity:
         block_of: returns the size of a unit of a weight along each of its dimensions, or raises ValueError.
         reduction: how scores of elements become the score of their unit.
         heads: for attention heads, how many there are.
+        coupled: for units that lie in several weights, which of them, and how they are scored and counted.
     """
 
     name: str
     block_of: Callable[[Weight], tuple[int, ...]]
     reduction: Reduction = "sum"
     heads: "Heads | None" = None
+    coupled: "Coupled | None" = None
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,22 @@ class Heads:
     num_heads: int
     num_kv_heads: int
     names: tuple[str, str, str, str] | None = None
+
+
+RatioOf = Literal["units", "parameters", "macs"]
+
+
+@dataclass(frozen=True)
+class Coupled:
+    """Coupled units, as `coupled` was told of them."""
+
+    heads: bool = True
+    width: bool = False
+    reduce: Reduction = "mean"
+    normalize: Reduction | None = "mean"
+    round_to: int = 1
+    min_units: int = 1
+    ratio_of: RatioOf = "units"
 
 
 def element() -> Granularity:
@@ -174,6 +192,68 @@ def head(
         raise AssertionError("heads are found with the attention layers of a model")
 
     return Granularity(f"head({num_heads}, {groups})", block_of, check_reduction(reduction), heads)
+
+
+def coupled(
+    heads: bool = True,
+    width: bool = False,
+    *,
+    reduce: Reduction = "mean",
+    normalize: Reduction | None = "mean",
+    round_to: int = 1,
+    min_units: int = 1,
+    ratio_of: RatioOf = "units",
+) -> Granularity:
+    """Remove what can only go together: channels with all that reads them, heads, groups of convolutions.
+
+    `pyprune.coupled_groups` finds the units and groups of them on ``examples_inputs``, which is needed. A mask drops
+    a unit from all weights that it lies in, and from biases and the parameters of norms, so that it stays dead in
+    training; running statistics are left as they are. What is dropped can be removed from the model.
+
+    The score of a unit is the ``reduce`` of its scores in each weight of two dimensions or more that it lies in. The
+    score in one weight is the sum over the unit's elements there (for `importance.wanda` the root of the sum of
+    squares), divided by the ``normalize`` of all units', so that a large weight does not outvote a small one.
+    Activations count in weights that read the unit (`importance.wanda`), or that make it (`importance.apoz`).
+
+    With `scope.tensor` the units of each group compete, with `scope.model` those of all groups of a kind: channels,
+    heads, or groups of convolutions. Something of each group is always left.
+
+    Args:
+        heads: whether heads of attention go.
+        width: whether units go without which the model is another one than with zeros in their place: the width of
+            a residual stream under LayerNorm, say. If not, a warning names them.
+        reduce: "mean", "sum" or "max", over the weights of a group.
+        normalize: what scores in a weight are divided by: "mean", "sum" or "max" over the units; or None.
+        round_to: the number of channels that remain is rounded up to a multiple of this; heads, and groups of
+            convolutions, are not rounded. So less may go than was asked for, never more.
+        min_units: how many units of each group are left at least.
+        ratio_of: what a ratio is the fraction of: "units"; or "parameters" or "macs" of the whole model, counted as
+            they are without the units: as few go as that takes. Then there is one ratio for all.
+
+    Raises:
+        TypeError, ValueError: for other values.
+
+    Papers: Fang et al. 2023, "DepGraph: Towards Any Structural Pruning"; Ma et al. 2023, "LLM-Pruner: On the
+    Structural Pruning of Large Language Models".
+
+    Example:
+        >>> coupled(heads=False).coupled.width
+        False
+    """
+    check_bool("heads", heads)
+    check_bool("width", width)
+    check_choice("reduce", reduce, ("mean", "sum", "max"))
+    if normalize is not None:
+        check_choice("normalize", normalize, ("mean", "sum", "max"))
+    round_to = check_count("round_to", round_to, least=1)
+    min_units = check_count("min_units", min_units, least=1)
+    check_choice("ratio_of", ratio_of, ("units", "parameters", "macs"))
+
+    def block_of(weight: Weight) -> tuple[int, ...]:
+        raise AssertionError("coupled units are found in a forward pass of the model")
+
+    units = Coupled(heads, width, reduce, normalize, round_to, min_units, ratio_of)
+    return Granularity("coupled", block_of, coupled=units)
 
 
 def check_reduction(reduction: Reduction) -> Reduction:

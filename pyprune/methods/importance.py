@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyprune import ops
-from pyprune.checks import check_choice, check_count, check_number, shown
+from pyprune.checks import check_bool, check_choice, check_count, check_number, shown
 from pyprune.methods.lamp import lamp_scores
 
 Normalization = Literal["none", "l2", "mean", "gaussian", "lamp"]
@@ -45,6 +45,7 @@ class Importance:
         normalize: what the scores of each weight are divided by.
         signed: whether scores can be negative.
         options: what the statistic depends on: the activation function, or the decay and the scale of momentum.
+        joint: whether scores of elements have signs, and the score of a unit is |their sum|.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Importance:
     normalize: Normalization = "none"
     signed: bool = False
     options: tuple[object, ...] = ()
+    joint: bool = False
 
 
 def magnitude(p: float = 1.0, normalize: Normalization = "none") -> Importance:
@@ -156,15 +158,32 @@ def snip_momentum(decay: float = 0.9, scale: float = 1.0, normalize: Normalizati
     )
 
 
-def taylor(normalize: Normalization = "none") -> Importance:
+def taylor(normalize: Normalization = "none", *, joint: bool = False) -> Importance:
     """Score (w g)^2, averaged over the batches; granularity sums it over a unit.
 
-    Paper: Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning".
+    With ``joint=True`` the score of a unit is |sum of w g| over its elements, with the gradient averaged over the
+    batches: what the loss would change by, to first order, if all went at once. For `granularity.coupled` the sum is
+    over all weights that the unit lies in.
+
+    Papers: Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning"; Ma et al. 2023, "LLM-Pruner: On
+    the Structural Pruning of Large Language Models" (joint).
 
     Example:
         >>> taylor().score(torch.tensor([2.0, -1.0]), torch.tensor([9.0, 1.0])).tolist()  # squares of g
         [36.0, 1.0]
+        >>> taylor(joint=True).score(torch.tensor([2.0, -1.0]), torch.tensor([3.0, 1.0])).tolist()
+        [6.0, -1.0]
     """
+    if check_bool("joint", joint):
+        return Importance(
+            "taylor(joint)",
+            lambda weight, g: _wide(weight) * g,
+            "elements",
+            "gradient",
+            None,
+            _check_normalization(normalize),
+            joint=True,
+        )
     return Importance(
         "taylor", _weighted_square, "elements", "squared gradient", None, _check_normalization(normalize)
     )

@@ -71,6 +71,13 @@ class Method:
                     f"{name} is {shown(value)}; give what a function of pyprune.{name} returns, called with ()"
                 )
         cut = self.granularity.name
+        if self.granularity.coupled is not None:
+            if self.scope.name in ("row", "n_of_m"):
+                raise ValueError(
+                    f"scope is {self.scope.name}, and coupled units lie in rows of several weights; give "
+                    "scope.tensor(), scope.model() or scope.group()"
+                )
+            return
         if self.importance.scores_of == "channels" and cut != 'channel("out")':
             raise ValueError(
                 f'{self.importance.name} scores output channels, but the granularity is {cut}; give channel("out")'
@@ -140,7 +147,18 @@ def check_amount(method: Method, amount: Amount) -> Amount:
             "a dict of ratios gives weights ratios of their own, so they do not compete; use scope.tensor()"
             + (', or among="tensor"' if scope == "n_of_m" else "")
         )
+    coupled = method.granularity.coupled
+    if by_weight and coupled is not None and coupled.ratio_of != "units":
+        raise ValueError(
+            f'ratio is a dict, but ratio_of="{coupled.ratio_of}" is about the whole model; give one number, or '
+            'ratio_of="units"'
+        )
     check_choice("allocation", amount.allocation, ("uniform", "erk", "er"))
+    if amount.allocation != "uniform" and coupled is not None:
+        raise ValueError(
+            f'allocation="{amount.allocation}" goes by the shapes of weights, and coupled units lie in several; '
+            "leave it out"
+        )
     if amount.allocation != "uniform" and (by_weight or scope not in ("tensor", "row")):
         raise ValueError(
             f'allocation="{amount.allocation}" makes one ratio into one for each weight: use '

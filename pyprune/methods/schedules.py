@@ -14,16 +14,17 @@ All raise TypeError or ValueError for what is out of range.
 
 import bisect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
-from pyprune.checks import check_count, check_number, shown
+from pyprune.checks import check_count, check_items, check_number, shown
 from pyprune.methods.allocation import check_ratio
 from pyprune.methods.name_rules import check_rules
 
 Ratio = float | dict[str, float]
 _MOST_PHASES = 100_000
+_PAIRS = 'a dict of ratios by name, or pairs of these, as [("fc1", 0.5), ("fc2", 0.8)]'
 # From the share of the way, in [0, 1], the initial and the final ratio to the ratio.
 Curve = Callable[[float, float, float], float]
 
@@ -245,6 +246,38 @@ def multi_step(steps: Mapping[int, float | Mapping[str, float]]) -> Schedule:
     }
     due = tuple(sorted(ratios))
     return Schedule("multi_step", ratios.__getitem__, due[0], due[-1], steps=due)
+
+
+def in_turn(
+    ratios: Mapping[str, float] | Iterable[tuple[str, float]], *, start: int = 0, frequency: int = 1
+) -> Schedule:
+    """Prune one name after the other: at ``start`` the first has its ratio, ``frequency`` steps later the second.
+
+    With `pyprune.iterative_prune` the model is trained after each of them.
+
+    Args:
+        ratios: of weights or groups, by name or pattern; in this order. Later ones of the same name replace earlier.
+        start, frequency: as above.
+
+    Example:
+        >>> schedule = in_turn([("fc1", 0.5), ("fc2", 0.8)])
+        >>> schedule(0), schedule(1)
+        ({'fc1': 0.5, 'fc2': 0.0}, {'fc1': 0.5, 'fc2': 0.8})
+    """
+    first, step = check_step(start, "start"), check_step(frequency, "frequency", least=1)
+    items = check_items("ratios", ratios.items() if isinstance(ratios, Mapping) else ratios, _PAIRS)
+    if any(not isinstance(item, (tuple, list)) or len(item) != 2 for item in items):
+        raise TypeError(f"ratios is {shown(ratios)}; give {_PAIRS}")
+    if not items:
+        raise ValueError(f"ratios is empty; give {_PAIRS}")
+    check_rules("ratios", [name for name, _ in items])
+    final = {name: check_ratio(ratio, f"ratios[{name!r}]") for name, ratio in items}
+    names = [*final]
+    planned: dict[int, Ratio] = {
+        first + turn * step: {**final, **dict.fromkeys(names[turn + 1 :], 0.0)} for turn in range(len(names))
+    }
+    due = tuple(planned)
+    return Schedule("in_turn", planned.__getitem__, due[0], due[-1], step, due)
 
 
 def alternating(final: float | Mapping[str, float], *, end: int, frequency: int, start: int = 0) -> Schedule:

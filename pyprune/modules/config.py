@@ -19,6 +19,7 @@ from pyprune.modules.mask_states import pack_bits, state_of, unpack_bits
 from pyprune.modules.masks import FollowingMask, Mask
 from pyprune.modules.targets import Target, all_parameters, attachments_of, check_prunable
 from pyprune.modules.undo import Change
+from pyprune.modules.unit_gates import UnitGates
 from pyprune.modules.watching import watch
 from pyprune.modules.zeros import hold_zeros, holds_in, settle_written
 
@@ -63,7 +64,14 @@ def get_config(model: nn.Module) -> dict[str, Any]:
                     continue
                 layout = attachment.layout
                 state |= {"follows": name, "outputs": layout.outputs, "groups": layout.groups}
+            elif not attachment.on_target:
+                state["on_target"] = False
             masks.append(entry | state | {"parks": attachment.parks})
+        elif isinstance(attachment, UnitGates):
+            raise TypeError(
+                f"{target.name} carries gates of coupled units, which a config cannot describe; build the model "
+                "anew, put gates on by the same call of prune, and load the state_dict"
+            )
         elif isinstance(attachment, StochasticGate):
             gates.append(entry | _describe(target, attachment))
     return {"version": VERSION, "masks": masks, "gates": gates}
@@ -198,7 +206,7 @@ def _mask(entry: Mapping[str, Any], following: Mask | None = None) -> Mask:
     unit, bits = entry.get("unit"), unpack_bits(entry["bits"], entry["shape"])
     if following is not None and not torch.equal(following.mask, bits):
         raise damaged(f"the mask of {entry['names'][0]} is not that of the dead channels of {entry['follows']}")
-    mask = following or Mask(bits, None if unit is None else tuple(unit))
+    mask = following or Mask(bits, None if unit is None else tuple(unit), on_target=entry.get("on_target", True))
     mask.parks = entry.get("parks", True)
     mask.parked = None if entry["parked"] is None else entry["parked"].clone()
     return mask

@@ -85,8 +85,9 @@ def _check_mask(entry: Entry, known: Set[str]) -> None:
         check_state(names, entry, entry["shape"])
     except ValueError as error:
         raise damaged(str(error)) from error
-    if not isinstance(entry.get("parks", True), bool):
-        raise damaged(f"parks of {names} is {shown(entry['parks'])}, no bool")
+    for flag in ("parks", "on_target"):
+        if not isinstance(entry.get(flag, True), bool):
+            raise damaged(f"{flag} of {names} is {shown(entry[flag])}, no bool")
     if "follows" in entry:
         follows, groups, outputs = entry["follows"], entry.get("groups"), entry.get("outputs")
         if not isinstance(follows, str) or not is_size(groups) or not (outputs is None or is_size(outputs)):

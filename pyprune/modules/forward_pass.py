@@ -44,6 +44,7 @@ from pyprune.modules.gated_classes import (
 from pyprune.modules.gates import StochasticGate, gates_of
 from pyprune.modules.sampling import Sampler
 from pyprune.modules.undo import Change
+from pyprune.modules.unit_gates import UnitGates
 
 _Module = TypeVar("_Module", bound=nn.Module)
 # They hold modules or parameters, and are not called.
@@ -88,7 +89,7 @@ def attach_and_share(model: nn.Module, attachments: Sequence[tuple[Sequence[Owne
         ValueError: if the model is in DistributedDataParallel already, which would not know the new logits.
     """
     adds_logits = any(
-        isinstance(attachment, StochasticGate) and shared_attachment(owners) is None
+        isinstance(attachment, (StochasticGate, UnitGates)) and shared_attachment(owners) is None
         for owners, attachment in attachments
     )
     if adds_logits and any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):

@@ -119,7 +119,9 @@ def begin(model: nn.Module, opener: nn.Module | None) -> list[Any]:
     """Open a pass for all gates of a model that are not in one, and return these."""
     seated: dict[Sampler, dict[torch.device, list[Any]]] = {}
     # Only gates are attachments and modules too; what they are is not known down here.
-    gates: list[Any] = [module for module in model.modules() if isinstance(module, Attachment)]
+    gates: list[Any] = [
+        module for module in model.modules() if isinstance(module, Attachment) and hasattr(module, "sampler")
+    ]
     if opener is not None and not gates and not torch.compiler.is_compiling():
         forget_passes(opener)  # its parts were stripped one by one
     gates = [gate for gate in gates if not gate.sampler.is_open]

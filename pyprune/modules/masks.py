@@ -22,12 +22,15 @@ class Mask(Hold):
 
     Args:
         mask: True = kept.
-        unit: how large what goes as one is along each dimension of the weight; None for single elements.
+        unit: how large what goes as one is along each dimension of the weight; None for single elements, and for
+            units that lie in several weights.
+        on_target: False for a bias or norm parameter, which goes with the weights of its unit and not by itself.
     """
 
-    def __init__(self, mask: Tensor, unit: tuple[int, ...] | None = None) -> None:
+    def __init__(self, mask: Tensor, unit: tuple[int, ...] | None = None, *, on_target: bool = True) -> None:
         super().__init__(mask)
         self.unit = unit
+        self.on_target = on_target
         # Copies of a model link to the copies.
         self.followers: list[FollowingMask] = []
 
@@ -51,10 +54,10 @@ class FollowingMask(Mask):
         shape: that of the parameter.
     """
 
-    on_target = False
+    on_target = False  # of pickles too, whose masks do not say so
 
     def __init__(self, source: Mask, layout: Layout, shape: Sequence[int]) -> None:
-        super().__init__(channels_alive(source.mask, layout).reshape(tuple(shape)))
+        super().__init__(channels_alive(source.mask, layout).reshape(tuple(shape)), on_target=False)
         # In a list: it is no submodule, and a copy of a model links to the copy.
         self._source = [source]
         self.layout = layout
@@ -138,11 +141,12 @@ def changing_masks(masks: Iterable[Mask]) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class NewMask:
-    """A mask to be, for all owners of one parameter; ``unit`` as in `Mask`."""
+    """A mask to be, for all owners of one parameter; ``unit`` and ``on_target`` as in `Mask`."""
 
     owners: Sequence[Owner]
     mask: Tensor
     unit: tuple[int, ...] | None = None
+    on_target: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +189,7 @@ def attach_masks(model: nn.Module, masks: Sequence[NewMask], followers: Iterable
                     "pyprune.strip before weights are resized"
                 )
             updates.append(new)
-        carried[new] = shared or Mask(new.mask, new.unit)
+        carried[new] = shared or Mask(new.mask, new.unit, on_target=new.on_target)
     following = [(new.owners, FollowingMask(carried[new.of], new.layout, new.shape)) for new in followers]
     attach([*((new.owners, mask) for new, mask in carried.items()), *following])
     for new in updates:

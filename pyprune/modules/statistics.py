@@ -21,6 +21,7 @@ from pyprune.modules.targets import (
     choose_targets,
     is_readable,
 )
+from pyprune.modules.unit_gates import UnitGates
 
 
 def pruning_statistic(
@@ -72,7 +73,7 @@ def pruning_statistic(
             counted[target] = target.parameter
         elif isinstance(target.attachment, Mask):
             counted[target] = target.attachment.mask
-        elif isinstance(target.attachment, StochasticGate):
+        elif isinstance(target.attachment, (StochasticGate, UnitGates)):
             counted[target] = target.attachment.values()
     zeros = _count(counted)
     macs, macs_of_each = (None, {}) if examples_inputs is None else macs_of(model, list(counted), examples_inputs)

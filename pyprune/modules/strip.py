@@ -15,10 +15,11 @@ from pyprune.checks import check_bool, shown
 from pyprune.console import listed, warn
 from pyprune.modules.attachments import Attachment, check_module, detach
 from pyprune.modules.forward_pass import unshare_samples
-from pyprune.modules.gates import HardConcreteGate, StochasticGate, check_gates
+from pyprune.modules.gates import HardConcreteGate, StochasticGate, check_gates, gates_of
 from pyprune.modules.masks import Mask
 from pyprune.modules.targets import Target, attachments_of, check_prunable
 from pyprune.modules.undo import Change
+from pyprune.modules.unit_gates import UnitGates
 from pyprune.modules.watching import unwatch
 from pyprune.modules.zeros import check_places, fold_all
 
@@ -112,15 +113,19 @@ def let_go(
     attachments = attachments_of(model)
     if expected_count and not any(isinstance(found, HardConcreteGate) for found in attachments.values()):
         raise ValueError(
-            "expected_count is for hard-concrete gates, and this model has none; masks and Bernoulli gates say "
-            "themselves what is zero"
+            "expected_count is for hard-concrete gates on elements or blocks, and this model has none; masks and "
+            "Bernoulli gates say themselves what is zero"
         )
     check_foldable(attachments)
     if do_copy:
         model = copy.deepcopy(model)
     attachments = attachments_of(model)
     masks = {target.parameter: found.mask for target, found in attachments.items() if isinstance(found, Mask)}
-    gates = {target.parameter: found for target, found in attachments.items() if isinstance(found, StochasticGate)}
+    gates = {
+        target.parameter: found
+        for target, found in attachments.items()
+        if isinstance(found, (StochasticGate, UnitGates))
+    }
     gated = {weight: _gated(weight, gate, expected_count) for weight, gate in gates.items()}
     with Change(model) as change:
         # The last comes off first, so that attaching again keeps the order. Weights change when all else is done.
@@ -128,7 +133,7 @@ def let_go(
             detach(target.owners[::-1])
         unshare_samples(model)
         unwatch(model)
-        change.finish(partial(_write, masks, gated, gates.values()))
+        change.finish(partial(_write, masks, gated, [one for gate in gates.values() for one in gates_of(gate)]))
     return model
 
 
@@ -139,7 +144,8 @@ def check_foldable(attachments: Mapping[Target, Attachment]) -> None:
     undecided = [
         target.name
         for target, found in attachments.items()
-        if isinstance(found, StochasticGate) and found.logits.isnan().any()
+        if isinstance(found, (StochasticGate, UnitGates))
+        and any(gate.logits.isnan().any() for gate in gates_of(found))
     ]
     if undecided:
         raise ValueError(
@@ -160,7 +166,7 @@ def _write(
 
 
 @torch.no_grad()
-def _gated(weight: Tensor, gate: StochasticGate, expected_count: bool) -> Tensor:
+def _gated(weight: Tensor, gate: StochasticGate | UnitGates, expected_count: bool) -> Tensor:
     """Return what a gate makes of its weight in evaluation."""
     if not (expected_count and isinstance(gate, HardConcreteGate)):
         return gate.deterministic(weight)

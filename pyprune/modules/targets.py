@@ -251,6 +251,24 @@ def layer_weights(model: nn.Module) -> list[Owner]:
     ]
 
 
+def check_coupled(model: nn.Module, targets: Sequence[Target]) -> None:
+    """Raise unless parameters that lose units together, biases and scales among them, can all carry masks.
+
+    Raises:
+        TypeError, ValueError: with the name of the parameter and what to do.
+    """
+    modules = {owner.module for target in targets for owner in target.owners}
+    for owner in layer_weights(model):
+        inside = {owner.module}
+        if owner.foreign_steps:
+            inside.add(owner.module.parametrizations[owner.attribute])  # type: ignore[index,arg-type]
+        if inside & modules:
+            _check_is_parameter(owner)
+    for target in targets:
+        check_prunable(target, advice=_ADVICE)
+    _check_apart(all_parameters(model), targets)
+
+
 def check_prunable(target: Target, *, advice: str = "", needs_values: bool = True) -> None:
     """Raise unless the kernels can read and write the parameter, and its owners can train with one mask or gate.
 
@@ -336,9 +354,14 @@ def _check_apart(parameters: Sequence[Target], targets: Sequence[Target]) -> Non
 
 def _check_arguments(model: object, ignored_scope: object, examples_inputs: object) -> None:
     check_module(model)
+    check_ignored_scope(ignored_scope)
+    check_inputs(examples_inputs)
+
+
+def check_ignored_scope(ignored_scope: object) -> None:
+    """Raise TypeError unless it is an `IgnoredScope` or None."""
     if ignored_scope is not None and not isinstance(ignored_scope, IgnoredScope):
         raise TypeError(f"ignored_scope is a {type(ignored_scope).__name__}; give a pyprune.IgnoredScope")
-    check_inputs(examples_inputs)
 
 
 def _class_names(module: nn.Module) -> list[str]:

@@ -83,11 +83,11 @@ class Before:
         for hold in zeroed:
             hold.changed_at = self._holds[hold].values["changed_at"]
             hold.masked_gradient = self._holds[hold].values["masked_gradient"]
+        for tensor, value in self._values:
+            tensor.copy_(value)
         for hold, before in self._holds.items():
             if not (hold.is_raw or before.was_written):
                 hold.saw()
-        for tensor, value in self._values:
-            tensor.copy_(value)
 
     def restore(self) -> None:
         """Bring it back; this may be done again, from wherever it was interrupted."""
@@ -276,7 +276,8 @@ def _make_raw(hold: Hold, parameter: nn.Parameter | None) -> None:
     """Put back what a hold has parked, whether it was zeroed already or not."""
     if parameter is None or not is_there(parameter):
         return
-    if hold.parked is not None and hold.parked.numel():
+    # A mask on a weight that was made smaller, and has all of its values again, has nothing to give back.
+    if hold.parked is not None and hold.parked.numel() and hold._mask.shape == parameter.shape:
         ops.unpark([parameter], [hold._mask], [hold.parked])
     vars(hold).update(parked=None, is_raw=True)
 

@@ -15,10 +15,9 @@ from pyprune.modules.attachments import check_module
 from pyprune.modules.mask_states import is_size
 from pyprune.modules.optimizer import innermost_of
 from pyprune.modules.strip import strip
-from pyprune.modules.targets import find_targets_and_zeros
 from pyprune.modules.undo import Change
 from pyprune.recipes.stages import Stage, steps_of
-from pyprune.selection.choose_masks import prunable_targets
+from pyprune.selection.find_prunable import find_prunable
 from pyprune.training.ac_dc import AcDcPruner
 from pyprune.training.keep_sparse import KeepSparse, keep_sparse
 from pyprune.training.pruner import Pruner
@@ -268,7 +267,7 @@ def _optimizer_of(stage: Stage, model: nn.Module, optimizers: Sequence[Optimizer
     assert stage.method is not None
     if len(optimizers) < 2:
         return next(iter(optimizers), None)
-    targets = prunable_targets(stage.method, *find_targets_and_zeros(model, stage.ignored_scope, inputs))
+    targets = find_prunable(model, stage.method, stage.ignored_scope, inputs).targets
     weights = {target.parameter for target in targets}
     found = [one for one in optimizers if any(weights.intersection(group["params"]) for group in one.param_groups)]
     if len(found) == 1:

@@ -17,7 +17,9 @@ from pyprune.modules.masks import Mask, NewMask, channels_alive
 from pyprune.modules.targets import Target
 from pyprune.modules.zero_weights import are_zero
 from pyprune.selection.attention import find_attention, names_of
+from pyprune.selection.choose_coupled import choose_coupled
 from pyprune.selection.choose_units import choose_units, ratios_of
+from pyprune.selection.coupled import CoupledUnits
 
 
 def prunable_targets(method: Method, targets: Sequence[Target], left_out: Sequence[str] = ()) -> list[Target]:
@@ -120,6 +122,7 @@ def choose_masks(
     *,
     into: Mapping[Target, Tensor] | None = None,
     unit_groups: Sequence[UnitGroup] | None = None,
+    coupled: CoupledUnits | None = None,
 ) -> Choice:
     """Choose new masks for targets by a method, from their weights and statistics; nothing is put on them yet.
 
@@ -129,7 +132,16 @@ def choose_masks(
         statistics: what the importance was measured from, of each target that it needs it for.
         into: bool tensors to write the masks to, laid out as the weights; new ones if None.
         unit_groups: what `unit_groups_of` returns for these, where it is known from before.
+        coupled: the units, if they are coupled; all its targets get new tensors.
     """
+    what = "weights" if method.importance.power is not None else f"scores by {method.importance.name}"
+    if coupled is not None:
+        found = choose_coupled(method, amount, coupled, statistics)
+        masks = {
+            target: NewMask(target.owners, mask, on_target=target.parameter.dim() > 1)
+            for target, mask in found.masks.items()
+        }
+        return Choice(masks, what, [(found.names, found.nonfinite)])
     if unit_groups is None:
         unit_groups = unit_groups_of(method, amount, targets, statistics)
     by_name = {target.name: target for target in targets}
@@ -146,13 +158,12 @@ def choose_masks(
             unit = None if method.granularity.name == "element" else member.block
             chosen[target] = NewMask(target.owners, mask, unit)
         nonfinite.append(([unit_group.name for unit_group in together], selected.nonfinite))
-    what = "weights" if method.importance.power is not None else f"scores by {method.importance.name}"
     return Choice(chosen, what, nonfinite)
 
 
 def units_of(method: Method, targets: Sequence[Target]) -> dict[str, tuple[int, ...] | None]:
-    """Return the size of what goes as one, by the name of the weight; None for single elements."""
-    if method.granularity.name == "element":
+    """Return the size of what goes as one, by the name of the weight; None for single elements, and coupled units."""
+    if method.granularity.name in ("element", "coupled"):
         return {target.name: None for target in targets}
     unit_groups = unit_groups_of(method, Amount(), targets, {})
     return {member.weight.name: member.block for unit_group in unit_groups for member in unit_group.members}

@@ -1,7 +1,8 @@
 """Put masks or gates on a model, and compute masks anew."""
 
+import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -9,15 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.calibration.calibrate import Calibration
-from pyprune.checks import check_bool, shown
-from pyprune.methods.allocation import Allocation, Amount, check_ratio
+from pyprune.checks import check_bool, check_number, shown
+from pyprune.methods.allocation import Allocation, Amount
+from pyprune.methods.coupled import counting
+from pyprune.methods.granularity import Granularity, RatioOf
 from pyprune.methods.importance import Importance
 from pyprune.methods.method import METHODS, Method, PruneMode, check_amount, check_mode
-from pyprune.modules.attachments import Attachment, check_module
-from pyprune.modules.coverage import warn_of_missed
+from pyprune.modules.attachments import check_module
 from pyprune.modules.dead_channels import new_followers
-from pyprune.modules.forward_pass import attach_and_share
-from pyprune.modules.gates import HardConcreteGate, StochasticGate
 from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.modules.last_layers import last_layers
 from pyprune.modules.masks import Mask, attach_masks, changing_masks, masks_by_target, masks_in
@@ -26,19 +26,15 @@ from pyprune.modules.targets import (
     Target,
     by_place,
     check_prunable,
-    find_targets,
-    find_targets_and_zeros,
     output_layers,
 )
 from pyprune.modules.undo import Change
-from pyprune.selection.choose_masks import choose_masks, left_out_by, prunable_targets
+from pyprune.selection.choose_masks import choose_masks
+from pyprune.selection.coupled import check_follows, check_no_coupled, check_scored
+from pyprune.selection.find_prunable import Prunable, check_kind, find_prunable, tell_missed
+from pyprune.selection.put_gates import put_gates, units_of_gates
 
 _M = TypeVar("_M", bound=nn.Module)
-
-_GATES = {
-    PruneMode.UNSTRUCTURED_REGULARIZATION_BASED: StochasticGate,
-    PruneMode.UNSTRUCTURED_HARD_CONCRETE: HardConcreteGate,
-}
 
 
 @torch.inference_mode(False)  # masks made under inference_mode could not be trained with
@@ -47,6 +43,9 @@ def prune(
     mode: PruneMode | str | Method,
     *,
     ratio: float | Mapping[str, float] | None = None,
+    target_params: float | None = None,
+    target_macs: float | None = None,
+    granularity: Granularity | None = None,
     ignored_scope: IgnoredScope | None = None,
     examples_inputs: Any = None,
     calibration: Calibration | None = None,
@@ -85,6 +84,8 @@ def prune(
             of such fractions by name or regular expression of weights or of modules above them, or by groups; what
             it does not name loses nothing. For N:M it is at most 1 - keep / of, which None stands for, and less
             leaves some groups whole. For gates a loss has it, and here it only warns.
+        granularity: for learned gates: `pyprune.granularity.coupled` puts one gate on each coupled unit, which all
+            its weights, biases and norms share, in place of one on each element; a `Method` has its own.
         ignored_scope: weights to leave out.
         examples_inputs: a tensor, a tuple of positional or a dict of keyword arguments for the model. If given,
             one forward pass also finds weights that are bare parameters, which dimensions of weights are inputs by
@@ -134,9 +135,13 @@ def prune(
     ):
         check_bool(flag, value)
     mode, method = method_of(mode)
+    if target_params is not None or target_macs is not None:
+        method, ratio = _with_target(method, ratio, target_params, target_macs)
     amount = Amount(ratio, allocation, min_ratio, max_ratio, from_remaining)
+    units = units_of_gates(mode, method, granularity)
     if method is None:
-        return _put_gates(model, mode, amount, ignored_scope, examples_inputs, same_on_all_ranks)
+        put_gates(model, PruneMode(mode), amount, units, ignored_scope, examples_inputs, same_on_all_ranks)
+        return model
     if same_on_all_ranks:
         warnings.warn(f"same_on_all_ranks does nothing in mode {mode}: masks have no noise", stacklevel=3)
     put_masks(
@@ -149,6 +154,24 @@ def prune(
         zero_dead_channels=zero_dead_channels,
     )
     return model
+
+
+def _with_target(
+    method: Method | None, ratio: object, params: float | None, macs: float | None
+) -> tuple[Method, float]:
+    """Return a method whose ratio is one of parameters or multiply-accumulates, and that ratio."""
+    name, target = ("target_params", params) if macs is None else ("target_macs", macs)
+    if ratio is not None or (params is not None and macs is not None):
+        raise ValueError("give one of ratio, target_params and target_macs: each says how much goes")
+    if method is None or method.granularity.coupled is None:
+        raise ValueError(
+            f"{name} counts what is left once units are removed as a whole; give a Method with "
+            "granularity.coupled(), or a ratio"
+        )
+    what = "the fraction of the model that is to be left, a number in (0, 1]"
+    left = check_number(name, target, what=what, least=math.nextafter(0.0, 1.0), most=1)
+    of: RatioOf = "parameters" if macs is None else "macs"
+    return replace(method, granularity=counting(method.granularity, of)), 1 - left
 
 
 @torch.inference_mode(False)
@@ -174,6 +197,7 @@ def update_masks(model: nn.Module, mode: PruneMode | str, ratio: float) -> None:
         raise ValueError(f"mode is {mode.value}; masks are computed by {', '.join(known.value for known in METHODS)}")
     amount = check_amount(METHODS[mode], Amount(ratio))
     targets = masked_targets(model)
+    check_no_coupled(model, METHODS[mode], stay=False)
     for target in targets:
         check_prunable(target)
     with Change(model), changing_masks(masks_in(model)):
@@ -231,11 +255,13 @@ def put_masks(
 ) -> None:
     """Do what `prune` says of masks."""
     amount = check_amount(method, amount)
+    check_follows(method, zero_dead_channels)
     check_module(model)
     with Change(model), changing_masks(masks_in(model)):
-        statistics, left_out = targets_with_statistics(model, method, ignored_scope, examples_inputs, calibration)
-        amount = replace(amount, left_out=left_out)
-        choice = choose_masks(method, amount, list(statistics), statistics)
+        check_no_coupled(model, method, stay=amount.has_bases)
+        statistics, found = targets_with_statistics(model, method, ignored_scope, examples_inputs, calibration)
+        amount = replace(amount, left_out=found.left_out)
+        choice = choose_masks(method, amount, list(statistics), statistics, coupled=found.coupled)
         choice.check()
         choice.tell(model, ends_of(model, method, examples_inputs))
         followers = new_followers(model, choice.masks, examples_inputs, ignored_scope) if zero_dead_channels else []
@@ -248,50 +274,29 @@ def targets_with_statistics(
     ignored_scope: IgnoredScope | None,
     examples_inputs: Any,
     calibration: Calibration | None,
-) -> tuple[dict[Target, Tensor | None], tuple[str, ...]]:
-    """Return the weights that a method prunes, with statistics of their scores; and the names left out as zero."""
-    found, left_out = find_targets_and_zeros(model, ignored_scope, examples_inputs)
-    targets = prunable_targets(method, found, left_out)
-    check_kind(targets, Mask)
-    statistics = statistics_of(model, method.importance, targets, calibration, examples_inputs, left_out)
-    tell_missed(model, method, ignored_scope, found, targets, statistics, has_inputs=examples_inputs is not None)
-    return {target: statistics[target] for target in targets if target in statistics}, left_out
-
-
-def tell_missed(
-    model: nn.Module,
-    method: Method,
-    ignored_scope: IgnoredScope | None,
-    found: Sequence[Target],
-    targets: Sequence[Target],
-    statistics: Mapping[Target, Tensor | None] | None,
-    *,
-    has_inputs: bool,
-) -> None:
-    """Warn of what a method does not reach: outside of its groups or heads, or without a score (if known)."""
-    # Tables have a warning of their own.
-    unscored = [t for t in targets if statistics is not None and t not in statistics and not t.layout.is_table]
-    because = {f"without a score by {method.importance.name}": unscored, **left_out_by(method, found, targets)}
-    warn_of_missed(model, ignored_scope, found, because, has_inputs=has_inputs)
+) -> tuple[dict[Target, Tensor | None], Prunable]:
+    """Return the parameters that a method prunes, with statistics of their scores; and what else was found."""
+    found = find_prunable(model, method, ignored_scope, examples_inputs)
+    check_kind(found.targets, Mask)
+    statistics = statistics_of(model, method.importance, found, calibration, examples_inputs)
+    has_inputs = examples_inputs is not None
+    tell_missed(model, method, ignored_scope, found, statistics, has_inputs=has_inputs)
+    return {target: statistics[target] for target in found.targets if target in statistics}, found
 
 
 def statistics_of(
-    model: nn.Module,
-    importance: Importance,
-    targets: Sequence[Target],
-    calibration: object,
-    inputs: Any,
-    left_out: Sequence[str] = (),
+    model: nn.Module, importance: Importance, prunable: Prunable, calibration: object, inputs: Any
 ) -> dict[Target, Tensor | None]:
-    """Return the statistic of each target that the importance can score."""
+    """Return the statistic of each target that the importance can score; of coupled units of all, if with None."""
     if importance.needs in ("none", "norm scale", "given") and calibration is not None:
         raise ValueError(f"importance {importance.name} takes no calibration; leave it out")
+    targets, coupled = prunable.targets, prunable.coupled
+    if importance.needs == "none" or (coupled is not None and importance.needs in ("norm scale", "given")):
+        return dict.fromkeys(targets)
     if importance.needs == "norm scale":
         return dict(_norm_scales(model, targets, inputs))
     if importance.needs == "given":
-        return dict(_given(importance, targets, left_out))
-    if importance.needs == "none":
-        return dict.fromkeys(targets)
+        return dict(_given(importance, targets, prunable.left_out))
     if not isinstance(calibration, Calibration):
         raise TypeError(
             f"importance {importance.name} needs statistics, and calibration is {shown(calibration)}; give "
@@ -303,6 +308,9 @@ def statistics_of(
             "with the same options; calibrate with this importance"
         )
     found = _by_name(calibration.tensors, targets)
+    if coupled is not None:
+        check_scored(coupled, importance, found)
+        return {target: found.get(target) for target in targets}
     # Tables were left out with a warning.
     missing = [target.name for target in targets if target not in found and not target.layout.is_table]
     if missing:
@@ -345,47 +353,3 @@ def _norm_scales(model: nn.Module, targets: Sequence[Target], inputs: Any) -> di
     if not scales:
         raise ValueError(f"no layer of {type(model).__name__} is followed by a BatchNorm with a scale")
     return scales
-
-
-def check_kind(targets: Iterable[Target], kind: type[Attachment]) -> None:
-    """Raise ValueError if a target carries an attachment of another kind."""
-    for target in targets:
-        if target.attachment is not None and type(target.attachment) is not kind:
-            raise ValueError(
-                f"{target.name} carries a {type(target.attachment).__name__}, this mode would put a {kind.__name__} "
-                "there; strip the model first, or name the weight in ignored_scope"
-            )
-
-
-# ---- gates ----
-
-
-def _put_gates(
-    model: _M,
-    name: str,
-    amount: Amount,
-    ignored_scope: IgnoredScope | None,
-    examples_inputs: Any,
-    same_on_all_ranks: bool,
-) -> _M:
-    kind = _GATES[PruneMode(name)]
-    if amount.ratio is not None:
-        check_ratio(amount.ratio)
-    targets = find_targets(model, ignored_scope, examples_inputs)
-    check_kind(targets, kind)
-    warn_of_missed(model, ignored_scope, targets, has_inputs=examples_inputs is not None)
-    # Masks that drop nothing are made, and what is not finite is found on the way.
-    choose_masks(METHODS[PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL], Amount(0.0), targets, {}).check()
-    if amount.ratio is not None:
-        warnings.warn(
-            f"ratio does nothing in mode {name}: the target belongs to RBLoss or LagrangianLoss", stacklevel=4
-        )
-    gates = [(target.owners, target.attachment or _new_gate(target, kind, same_on_all_ranks)) for target in targets]
-    with Change(model):
-        attach_and_share(model, gates)
-    return model
-
-
-def _new_gate(target: Target, kind: type[StochasticGate], same_on_all_ranks: bool) -> StochasticGate:
-    weight = target.parameter
-    return kind(weight.shape, same_on_all_ranks=same_on_all_ranks, device=weight.device)

@@ -91,10 +91,11 @@ def unit_scores(method: Method, unit_groups: Sequence[UnitGroup]) -> list[Tensor
         else:
             to_reduce.append(i)
             tensors += [_left(score, m.weight) for score, m in zip(found, unit_group.members, strict=True)]
-    reduced = reduce_units([unit_groups[i] for i in to_reduce], tensors, None, granularity.reduction)
+    how = "sum" if importance.joint else granularity.reduction
+    reduced = reduce_units([unit_groups[i] for i in to_reduce], tensors, None, how)
     for i, score in zip(to_reduce, reduced, strict=True):
         scores[i] = score
-    return [score for score in scores if score is not None]
+    return [score.abs() if importance.joint else score for score in scores if score is not None]
 
 
 def _left(scores: Tensor, weight: Weight) -> Tensor:

@@ -12,6 +12,7 @@ from pyprune.methods.method import Method, PruneMode
 from pyprune.modules.attachments import check_module
 from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.modules.masks import changing_masks, masks_in
+from pyprune.selection.choose_coupled import coupled_scores
 from pyprune.selection.choose_masks import unit_groups_of
 from pyprune.selection.prune import method_with_ratios, targets_with_statistics
 from pyprune.selection.scores import unit_scores
@@ -39,7 +40,7 @@ def ratios_below(
         threshold: what scores are compared with.
 
     Returns:
-        Ratios in [0, 1) by the names of the weights, of attention layers for heads.
+        Ratios in [0, 1) by the names of the weights, of attention layers for heads, of groups of coupled units.
 
     Raises:
         TypeError, ValueError: as `prune` does, for scores that are not finite, and for another threshold.
@@ -57,16 +58,20 @@ def ratios_below(
     chosen = method_with_ratios(method)
     threshold = check_number("threshold", threshold, what="a number")
     with changing_masks(masks_in(model)):
-        statistics, _ = targets_with_statistics(model, chosen, ignored_scope, examples_inputs, calibration)
-        groups = unit_groups_of(chosen, Amount(), list(statistics), statistics)
-        scores = unit_scores(chosen, groups)
-        bad = [group.name for group, score in zip(groups, scores, strict=True) if not score.isfinite().all()]
+        statistics, found = targets_with_statistics(model, chosen, ignored_scope, examples_inputs, calibration)
+        if found.coupled is not None:
+            names = [units.name for units in found.coupled.chosen]
+            scores = coupled_scores(chosen, Amount(), found.coupled.chosen, statistics)
+        else:
+            groups = unit_groups_of(chosen, Amount(), list(statistics), statistics)
+            names, scores = [group.name for group in groups], unit_scores(chosen, groups)
+        bad = [name for name, score in zip(names, scores, strict=True) if not score.isfinite().all()]
         if bad:
             raise ValueError(
                 f"NaN or infinite scores in {', '.join(bad)}. Repair them, or name them in ignored_scope"
             )
         return {
-            group.name: min(int((score < threshold).sum()), score.numel() - 1) / score.numel()
-            for group, score in zip(groups, scores, strict=True)
+            name: min(int((score < threshold).sum()), score.numel() - 1) / score.numel()
+            for name, score in zip(names, scores, strict=True)
             if score.numel()
         }

@@ -14,9 +14,12 @@ from pyprune.modules.masks import FollowingMask, Mask, NewFollower, NewMask, att
 from pyprune.modules.strip import check_foldable
 from pyprune.modules.targets import attachments_of
 from pyprune.modules.undo import Change
+from pyprune.modules.unit_gates import UnitGates
 from pyprune.modules.watching import unwatch
 from pyprune.modules.zeros import check_places, holds_in, settle_written
 from pyprune.structured.compact import Kept, cut
+
+GATES = (StochasticGate, UnitGates)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +31,7 @@ class Carried:
     mask: Tensor
     raw: Tensor
     unit: tuple[int, ...] | None
+    on_target: bool
     follows: nn.Parameter | None = None
     layout: Layout | None = None
 
@@ -42,7 +46,7 @@ def gated_weights(model: nn.Module) -> list[nn.Parameter]:
     check_places(model)
     attachments = attachments_of(model)
     check_foldable(attachments)
-    return [target.parameter for target, found in attachments.items() if isinstance(found, StochasticGate)]
+    return [target.parameter for target, found in attachments.items() if isinstance(found, GATES)]
 
 
 @torch.no_grad()
@@ -58,6 +62,7 @@ def take_off(model: nn.Module, change: Change) -> list[Carried]:
             found.mask,
             raw_weight(target),
             found.unit,
+            found.on_target,
             found.source.parameter if isinstance(found, FollowingMask) else None,
             found.layout if isinstance(found, FollowingMask) else None,
         )
@@ -67,7 +72,7 @@ def take_off(model: nn.Module, change: Change) -> list[Carried]:
     gated = {
         target.parameter: found.deterministic(target.parameter)
         for target, found in attachments.items()
-        if isinstance(found, StochasticGate)
+        if isinstance(found, GATES)
     }
     for target in reversed(attachments):
         detach(target.owners[::-1])
@@ -91,7 +96,7 @@ def put_back(model: nn.Module, carried: Sequence[Carried], kept: Kept, changed: 
         if one.follows is None and not bool(mask.all()):
             if id(one.parameter) not in changed:
                 one.parameter.copy_(cut(one.raw, kept.of(one.parameter)))
-            new[id(one.parameter)] = NewMask(one.owners, mask, one.unit)
+            new[id(one.parameter)] = NewMask(one.owners, mask, one.unit, one.on_target)
     for one in carried:
         source = new.get(id(one.follows))
         if source is not None and one.layout is not None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyprune.modules.attachments import parameters_of
 from pyprune.modules.undo import Change
+from pyprune.structured.sizes import holders
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,14 +57,20 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 def resizing(model: nn.Module, kept: Kept, change: Change, also: Iterable[Tensor] = ()) -> Iterator[None]:
     """Let tensors of a model have only what is kept, and modules know it; if the body fails, they have all again.
 
-    What the body gives ``also`` as their data is taken back, too. Attributes of modules are brought back by the
-    `Change` that is around this. Once that is finishing, nothing is taken back.
+    What the body gives ``also`` as their data is taken back, too, and attributes of objects that modules hold. Those
+    of modules are brought back by the `Change` that is around this. Once that is finishing, nothing is taken back.
     """
     tensors = {id(tensor): tensor for tensor in named_tensors(model).values() if kept.of(tensor)}
     before = [(tensor, tensor.data) for tensor in tensors.values()]
     others = [(tensor, tensor.data) for tensor in also]
+    # Objects that modules share, as a config; what is in a module itself, the `Change` knows.
+    shared = [(vars(holder), dict(vars(holder))) for _, prefix, holder in holders(model) if prefix]
 
     def undo() -> None:
+        for attributes, values in shared:
+            if attributes != values:
+                attributes.clear()
+                attributes.update(values)
         for tensor, data in (*others, *before):
             give_data(tensor, data)
 
@@ -207,9 +214,19 @@ def value_of(model: nn.Module, name: str, attribute: str) -> Any:
 def set_attribute(model: nn.Module, name: str, attribute: str, value: Any) -> None:
     """Give an attribute of a module another value; a list becomes what there was, a tuple or a list."""
     attributes, key = holder_of(model, name, attribute)
-    attributes[key] = tuple(value) if isinstance(attributes[key], tuple) else value
+    attributes[key] = tuple(value) if isinstance(attributes.get(key), tuple) else value
     if key == "axes_lengths" and f"_{key}" in attributes:  # a layer of einops keeps it twice
         attributes[f"_{key}"] = tuple(value.items())
+
+
+def add_bias(module: nn.Module) -> nn.Parameter:
+    """Give a layer a bias of zeros, as many as it has outputs."""
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    count = getattr(module, "out_channels", None) or getattr(module, "out_features", None) or weight.shape[-1]
+    bias = nn.Parameter(weight.new_zeros(count), requires_grad=weight.requires_grad)
+    module.register_parameter("bias", bias)
+    return bias
 
 
 # ---- optimizers ----

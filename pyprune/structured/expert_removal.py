@@ -8,7 +8,6 @@ from torch import nn
 
 from pyprune.console import listed
 from pyprune.modules.attachments import dense_parameters
-from pyprune.modules.gates import StochasticGate
 from pyprune.structured.cuts import Cut, cut_of
 from pyprune.structured.experts import Mixture, Part, find_mixtures, is_count
 from pyprune.structured.layer_lists import configs
@@ -52,7 +51,7 @@ def _check_alone(model: nn.Module, part: Part, parameter: nn.Parameter) -> None:
     places = {(owner.module, owner.attribute) for owner in owners}
     if len(places) > 1:
         raise ValueError(f"{part.name} is tied ({listed([owner.name for owner in owners])}); experts in it cannot go")
-    if any(isinstance(owner.attachment, StochasticGate) for owner in owners):
+    if any(isinstance(owner.attachment, nn.Module) for owner in owners):
         raise ValueError(f"{part.name} carries a gate, which cannot lose experts; call pyprune.strip first")
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.console import as_html, as_text, listed
+from pyprune.modules.unit_gates import opened
 from pyprune.structured.coordinates import NONE, Coords, Flags
 from pyprune.structured.models import check_model, examples_of
 from pyprune.structured.trace import Product, Trace, Traced, trace
@@ -173,7 +174,7 @@ def coupled_groups(model: nn.Module, examples: Any) -> CoupledGroups:
             model takes other ways with other inputs. What none of them reaches stays.
 
     Returns:
-        The groups, a sequence of `Group`; ``str()`` is a table, ``stays`` says what cannot be removed, and why.
+        The groups, a sequence of ``Group``; ``str()`` is a table, ``stays`` says what cannot be removed, and why.
 
     Raises:
         TypeError, ValueError: for examples that the model does not take, or have NaN in them, and models that are
@@ -186,7 +187,9 @@ def coupled_groups(model: nn.Module, examples: Any) -> CoupledGroups:
         (8, [('0.weight', 0), ('0.bias', 0), ('2.weight', 1)])
     """
     check_model(model, "Look at")
-    return groups_of(model, trace(model, examples_of(examples)))
+    inputs = examples_of(examples)
+    with opened(model):
+        return groups_of(model, trace(model, inputs))
 
 
 def groups_of(model: nn.Module, seen: Trace) -> CoupledGroups:

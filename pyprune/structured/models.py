@@ -38,31 +38,32 @@ def check_model(model: nn.Module, what: str, name: str = "model") -> None:
     check_initialized(model)
 
 
-def examples_of(examples: object) -> list[Any]:
-    """Return examples as a list of what `forward` takes.
+def examples_of(examples: object, name: str = "examples") -> list[Any]:
+    """Return examples as a list of what `forward` takes; ``name`` is that of the argument.
 
     Raises:
         TypeError: if there is no tensor in one of them.
         ValueError: if there is none, or one holds a NaN or infinity.
 
     Example:
+        >>> import torch
         >>> examples_of(torch.ones(1)), examples_of([{"x": torch.ones(1)}, (torch.ones(1),)])
         ([tensor([1.])], [{'x': tensor([1.])}, (tensor([1.]),)])
     """
     found = list(examples) if isinstance(examples, list) else [examples]
     if not found:
-        raise ValueError("examples is an empty list; give inputs for at least one forward pass")
+        raise ValueError(f"{name} is an empty list; give inputs for at least one forward pass")
     for one in found:
         tensors = list(tensors_within(one))
         if not tensors:
             raise TypeError(
-                f"examples has {shown(one)}, without a tensor in it; give a tensor, a tuple of positional arguments, "
+                f"{name} has {shown(one)}, without a tensor in it; give a tensor, a tuple of positional arguments, "
                 "a dict of keyword arguments, or a list of these"
             )
         for tensor in tensors:
             is_number = tensor.is_floating_point() and tensor.device.type != "meta" and tensor.numel()
             if is_number and not bool(tensor.isfinite().all()):
-                raise ValueError("examples have NaN or infinity in them; give inputs as the model gets them")
+                raise ValueError(f"{name} has NaN or infinity; give inputs as the model gets them")
     return found
 
 

@@ -1,36 +1,29 @@
 """What was removed from a model, as data: positions that are kept, and attributes with their new values."""
 
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from pyprune.checks import shown
+from pyprune.checks import check_path, shown
 from pyprune.files import whole_file
-from pyprune.modules.undo import Change
-from pyprune.structured.compact import Kept, named_tensors, resizing, set_attribute, value_of
-from pyprune.structured.models import check_model
-from pyprune.structured.replay import replay
 
-_M = TypeVar("_M", bound=nn.Module)
 _VERSION = 1
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How to make the dense model as small as the shrunk one is.
+    """How to make the dense model as small as the shrunk one is (`rebuild`).
 
     Args:
-        tensors: by the name of a parameter or buffer, and by dimension, the positions that are kept.
+        tensors: by the name of a parameter or buffer, and by dimension, the positions that are kept. What is tied has
+            all of its names.
         shapes: of these tensors in the dense model.
-        attributes: [name of a module, attribute, new value].
+        attributes: [name of a module, attribute, new value, value in the dense model, None if there is none].
         biases: parameters that the dense model does not have: they took over constants.
-        removed: modules that are gone, or replaced by an identity.
         model: the class of the model.
     """
 
@@ -38,7 +31,6 @@ class Plan:
     shapes: dict[str, list[int]] = field(default_factory=dict)
     attributes: list[list[Any]] = field(default_factory=list)
     biases: list[str] = field(default_factory=list)
-    removed: list[str] = field(default_factory=list)
     model: str = ""
 
     def to_json(self) -> str:
@@ -50,100 +42,184 @@ class Plan:
         """Make it of JSON.
 
         Raises:
-            ValueError: if that is no plan, or one of a newer version.
+            TypeError: if ``text`` is no string.
+            ValueError: if that is no plan, a damaged one, or one of a newer version.
+
+        Example:
+            >>> Plan.from_json(Plan({"weight": {0: [1]}}, {"weight": [2, 3]}).to_json()).tensors
+            {'weight': {0: [1]}}
         """
+        if not isinstance(text, str):
+            raise TypeError(f"text is {shown(text)}; give the string that Plan.to_json() returned")
         try:
-            values = json.loads(text)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"this is no plan of pyprune: {error}") from error
+            values = json.loads(text, object_pairs_hook=_without_doubles)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"text is no plan of pyprune: {error}") from error
         if not isinstance(values, dict) or "pyprune_plan" not in values:
-            raise ValueError("this is no plan of pyprune; give what Plan.to_json() returned, or Plan.save() wrote")
+            raise ValueError("text is no plan of pyprune; give what Plan.to_json() returned, or Plan.save() wrote")
         version = values.pop("pyprune_plan")
-        if version != _VERSION or set(values) - set(vars(Plan())):
-            raise ValueError(f"this plan has version {shown(version)}; this pyprune reads {_VERSION}. Update pyprune")
-        values["tensors"] = {
-            name: {int(dim): list(kept) for dim, kept in dims.items()} for name, dims in values["tensors"].items()
-        }
-        return Plan(**values)
+        if type(version) is not int or version != _VERSION:
+            raise ValueError(
+                f"the plan has version {shown(version)}, and this pyprune reads {_VERSION}; update pyprune"
+            )
+        unknown = set(values) - set(vars(Plan()))
+        if unknown:
+            raise ValueError(f"the plan is damaged, or of another pyprune: it has {shown(sorted(unknown)[0])}")
+        tensors = values.get("tensors", {})
+        if isinstance(tensors, dict):
+            values["tensors"] = {
+                name: {_dimension(dim): kept for dim, kept in dims.items()} if isinstance(dims, dict) else dims
+                for name, dims in tensors.items()
+            }
+        plan = Plan(**values)
+        check_plan(plan)
+        return plan
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it to a file, as a whole or not at all."""
+        check_path("path", path)
         with whole_file(path) as temporary:
-            Path(temporary).write_text(self.to_json())
+            Path(temporary).write_text(self.to_json(), encoding="utf-8")
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Plan":
-        """Read what `save` wrote."""
-        return Plan.from_json(Path(path).read_text())
+        """Read what `save` wrote.
+
+        Raises:
+            OSError: if there is no such file.
+            ValueError: if it has no plan in it, as for `from_json`.
+        """
+        check_path("path", path)
+        try:
+            return Plan.from_json(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
+
+    def then(self, other: "Plan") -> "Plan":
+        """Return the plan that does this one, and then another one, of the model as this one leaves it.
+
+        Raises:
+            ValueError: if the other one is of a model with other sizes.
+
+        Example:
+            >>> first = Plan({"weight": {0: [1, 2, 5]}}, {"weight": [6, 3]})
+            >>> first.then(Plan({"weight": {0: [0, 2], 1: [0]}}, {"weight": [3, 3]})).tensors
+            {'weight': {0: [1, 5], 1: [0]}}
+        """
+        tensors = {name: dict(dims) for name, dims in self.tensors.items()}
+        shapes = dict(self.shapes)
+        for name, dims in other.tensors.items():
+            if name in self.biases:  # it is made as large as its layer
+                continue
+            mine = tensors.setdefault(name, {})
+            shape = [len(mine.get(dim, range(size))) for dim, size in enumerate(shapes.get(name, other.shapes[name]))]
+            if shape != list(other.shapes[name]):
+                there = tuple(other.shapes[name])
+                raise ValueError(
+                    f"other is of another model: {name} has shape {there} there, and {tuple(shape)} here"
+                )
+            shapes.setdefault(name, list(shape))
+            for dim, kept in dims.items():
+                before = mine.get(dim)
+                mine[dim] = list(kept) if before is None else [before[place] for place in kept]
+        attributes = {(one[0], one[1]): list(one) for one in self.attributes}
+        for name, attribute, *values in other.attributes:
+            known = attributes.get((name, attribute))
+            attributes[name, attribute] = [name, attribute, values[0], *(known[3:] if known else values[1:])]
+        return Plan(
+            tensors,
+            shapes,
+            list(attributes.values()),
+            list(dict.fromkeys([*self.biases, *other.biases])),
+            self.model or other.model,
+        )
 
 
-@torch.inference_mode(False)
-def rebuild(fresh_model: _M, plan: Plan | Mapping[str, Any]) -> _M:
-    """Make a dense model as small as the one that a plan is of, in place; then it takes that one's state_dict.
+def check_plan(plan: Plan) -> None:
+    """Raise ValueError if a plan cannot be one of any model."""
+    for name, kind, what in (
+        ("tensors", dict, "a dict by names of tensors"),
+        ("shapes", dict, "a dict by names of tensors"),
+        ("attributes", list, "a list"),
+        ("biases", list, "a list of names"),
+        ("model", str, "the name of a class"),
+    ):
+        if not isinstance(getattr(plan, name), kind):
+            raise _damaged(f"{name} is {shown(getattr(plan, name))}, not {what}")
+    if set(plan.tensors) != set(plan.shapes):
+        odd = set(plan.tensors) ^ set(plan.shapes)
+        raise _damaged(f"{shown(min(odd, key=str))} is in only one of tensors and shapes")
+    for name, shape in plan.shapes.items():
+        if not isinstance(name, str) or not _are_counts(shape):
+            raise _damaged(f"the shape of {shown(name)} is {shown(shape)}")
+        _check_dimensions(name, plan.tensors[name], shape)
+    for setting in plan.attributes:
+        is_right = (
+            isinstance(setting, (list, tuple))
+            and len(setting) in (3, 4)
+            and all(isinstance(one, str) for one in setting[:2])
+            and kind_of(setting[2]) is not None
+            and all(one is None or kind_of(one) == kind_of(setting[2]) for one in setting[3:])
+        )
+        if not is_right:
+            raise _damaged(f"an attribute is {shown(setting)}, not [module, name, new value, old value]")
+    for name in plan.biases:
+        if not isinstance(name, str) or name.rpartition(".")[2] != "bias":
+            raise _damaged(f"a new bias is {shown(name)}")
 
-    Args:
-        fresh_model: what the same code makes of the same arguments as the model that was shrunk; its values do not
-            matter.
-        plan: of `shrink`; from a file with `Plan.load`. Or of `drop_blocks` or `drop_experts`, which is a dict.
 
-    Returns:
-        ``fresh_model``, whose parameters have the small shapes, with the positions of its own values that are kept.
+def _check_dimensions(name: str, dims: object, shape: list[int]) -> None:
+    if not isinstance(dims, dict):
+        raise _damaged(f"positions of {name} are {shown(dims)}")
+    for dim, kept in dims.items():
+        if type(dim) is not int or not 0 <= dim < len(shape):
+            raise _damaged(f"{name} has shape {tuple(shape)}, and no dimension {shown(dim)}")
+        if not _are_counts(kept) or not kept or max(kept) >= shape[dim] or sorted(set(kept)) != list(kept):
+            raise _damaged(f"positions of {name} along {dim} are {shown(kept)}, of 0 to {shape[dim] - 1}")
 
-    Raises:
-        TypeError: if ``plan`` is no `Plan`.
-        ValueError: if it is the plan of another model. Then nothing has changed.
+
+def kind_of(value: object) -> str | None:
+    """What kind of attribute a value is, among those that change: sizes, several of them, and an epsilon.
 
     Example:
-        >>> from pyprune import Plan, rebuild
-        >>> plan = Plan(tensors={"weight": {0: [1]}}, shapes={"weight": [2, 3]})
-        >>> rebuild(nn.Linear(3, 2, bias=False), plan).weight.shape
-        torch.Size([1, 3])
+        >>> kind_of(4), kind_of((2, -1)), kind_of({"h": 2}), kind_of(1e-6), kind_of(True)
+        ('size', 'sizes', 'sizes by name', 'number', None)
     """
-    if isinstance(plan, Mapping):
-        check_model(fresh_model, "rebuild", "fresh_model")
-        return replay(fresh_model, plan)
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan is {shown(plan)}; give a Plan, as of Plan.load(path) or shrink(...).plan")
-    check_model(fresh_model, "rebuild", "fresh_model")
-    tensors = named_tensors(fresh_model)
-    for name, shape in plan.shapes.items():
-        found = tensors.get(name)
-        if found is None:
-            raise ValueError(f"the plan is of another model: {type(fresh_model).__name__} has no {name}")
-        if list(found.shape) != list(shape):
-            raise ValueError(
-                f"the plan is of another model, or this one was shrunk already: {name} has shape "
-                f"{tuple(found.shape)}, and {tuple(shape)} in the plan"
-            )
-    for name, dims in plan.tensors.items():
-        for dim, kept in dims.items():
-            size = plan.shapes[name][dim]
-            if not kept or min(kept) < 0 or max(kept) >= size:
-                raise ValueError(f"the plan is damaged: positions of {name} along {dim} are not in 0 to {size - 1}")
-    for name, attribute, _ in plan.attributes:
-        try:
-            value_of(fresh_model, name, attribute)
-        except (AttributeError, KeyError) as error:
-            raise ValueError(f"the plan is of another model: {name} has no attribute {attribute}") from error
-    kept_by: dict[str, dict[int, Tensor]] = {
-        name: {dim: torch.tensor(kept) for dim, kept in dims.items()} for name, dims in plan.tensors.items()
-    }
-    left = Kept({id(tensors[name]): dims for name, dims in kept_by.items()})
-    with Change(fresh_model) as change, resizing(fresh_model, left, change):
-        for name, attribute, value in plan.attributes:
-            set_attribute(fresh_model, name, attribute, value)
-        for name in plan.biases:
-            module = fresh_model.get_submodule(name.rpartition(".")[0])
-            add_bias(module)
-        change.finish(lambda: None)  # from here on nothing is taken back
-    return fresh_model
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, (list, tuple)):
+        return "sizes" if all(kind_of(one) == "size" for one in value) else None
+    if isinstance(value, dict):
+        are_sizes = all(isinstance(key, str) and kind_of(one) == "size" for key, one in value.items())
+        return "sizes by name" if are_sizes else None
+    if isinstance(value, float):
+        return "number" if math.isfinite(value) else None
+    return "size" if isinstance(value, int) else None
 
 
-def add_bias(module: nn.Module) -> nn.Parameter:
-    """Give a layer a bias of zeros, as many as it has outputs."""
-    weight = module.weight
-    assert isinstance(weight, nn.Parameter)
-    count = getattr(module, "out_channels", None) or getattr(module, "out_features", None) or weight.shape[-1]
-    bias = nn.Parameter(weight.new_zeros(count), requires_grad=weight.requires_grad)
-    module.register_parameter("bias", bias)
-    return bias
+def is_same(one: Any, other: Any) -> bool:
+    """Whether two attributes are equal; JSON makes lists of tuples."""
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return list(one) == list(other)
+    return kind_of(one) == kind_of(other) and bool(one == other)
+
+
+def _are_counts(values: object) -> bool:
+    return isinstance(values, (list, tuple)) and all(type(one) is int and one >= 0 for one in values)
+
+
+def _damaged(problem: str) -> ValueError:
+    return ValueError(f"the plan is damaged: {problem}")
+
+
+def _dimension(text: str) -> int | str:
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 4 else text
+
+
+def _without_doubles(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in made:
+            raise ValueError(f"it has {shown(key)} twice")
+        made[key] = value
+    return made

@@ -59,7 +59,8 @@ class Readers:
         for zero in (left_zero, right_zero):
             if zero is not None:
                 free |= zero
-        given = 0 if one.sources[0] == "inputs" else 1
+        # The other side is the weight; a sum has a number there.
+        given = 1 if one.sources[1] == "inputs" or one.sources[0] == "number" else 0
         weight = 1 - given
         is_read = one.sources[weight] == "parameters"
         fixed = one.fixed[given] & is_read & ~free
@@ -118,9 +119,7 @@ class Readers:
             folds[one.module] = Fold(one.module, dim, entries, labels[entries], one.values[entries])
         gone = is_read & ~blocked
         gone[NONE] = False
-        return Dead(
-            gone, ~is_read & ~blocked, folds, {label: text for label, text in why.items() if constants == "exact"}
-        )
+        return Dead(gone, folds, {label: text for label, text in why.items() if constants == "exact"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,13 +128,11 @@ class Dead:
 
     Args:
         units: which can go.
-        unread: which nothing reads; they can go if they are zero.
         folds: constants that readers get, by module.
         kept: why others stay.
     """
 
     units: Flags
-    unread: Flags
     folds: dict[str, Fold]
     kept: dict[int, str]
 
@@ -153,7 +150,8 @@ def _zero(tensor: Tensor, axis: int) -> Flags:
 
 def _extent(tensor: Tensor, axis: int, chosen: Flags) -> tuple[np.ndarray[tuple[int], np.dtype[np.float64]], ...]:
     index = torch.from_numpy(np.flatnonzero(chosen)).to(tensor.device)
-    rows = tensor.detach().index_select(axis, index).movedim(axis, 0).flatten(1).double()
+    rows = tensor.detach().index_select(axis, index).movedim(axis, 0).double()
+    rows = rows.reshape(len(rows), -1)
     return rows.amin(1).cpu().numpy(), rows.amax(1).cpu().numpy()
 
 

@@ -17,12 +17,11 @@ from pyprune.modules.evaluation import evaluating, forward, untouched
 from pyprune.modules.undo import Change, undoing
 from pyprune.structured import attributes
 from pyprune.structured.attributes import Setting
-from pyprune.structured.compact import Kept, cut, named_tensors, resizing
+from pyprune.structured.compact import Kept, add_bias, cut, named_tensors, resizing
 from pyprune.structured.coordinates import Flags
 from pyprune.structured.groups import CoupledGroups
 from pyprune.structured.models import tensors_within
 from pyprune.structured.norms_of_width import Rescaled, rescaled_norms
-from pyprune.structured.plan import add_bias
 from pyprune.structured.readers import Dead
 from pyprune.structured.shrunk import Held
 from pyprune.structured.trace import Trace, without_cache

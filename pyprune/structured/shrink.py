@@ -2,13 +2,13 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pyprune.checks import check_bool, check_count, check_number, shown
 from pyprune.modules.attachments import parameters_of
@@ -17,10 +17,13 @@ from pyprune.structured import attributes
 from pyprune.structured.attachments_off import gated_weights, put_back, take_off
 from pyprune.structured.compact import cut_state, named_tensors, resizing, value_of
 from pyprune.structured.coordinates import Flags
+from pyprune.structured.dead_branches import dead_branches
 from pyprune.structured.groups import CoupledGroups, groups_of
 from pyprune.structured.models import check_model, examples_of
 from pyprune.structured.plan import Plan
+from pyprune.structured.pretrained import let_configs_say
 from pyprune.structured.readers import Constants, Dead, Readers
+from pyprune.structured.remembered import plan_of, remember
 from pyprune.structured.removal import Removal
 from pyprune.structured.shrunk import Removed, Shrunk
 from pyprune.structured.sizes import places_in
@@ -106,37 +109,43 @@ def shrink(
         old = [one for one in attributes.stale(model, kept, read) if one[:2] not in changed]
         norms, inexact = removal.norms(found.gone)
         settings = [*found.settings, *(old if update_stale else ())]
-        names = {id(module): name for name, module in model.named_modules()}
-        epsilons = [(names[id(one.module)], *pair) for one in norms for pair in one.epsilons.items()]
-        tensors = {id(one): (name, one) for name, one in reversed(named_tensors(model).items())}
-        shapes = {key: one.shape for key, (_, one) in tensors.items()}
+        modules = {id(module): name for name, module in model.named_modules()}
+        epsilons = [(modules[id(one.module)], *pair) for one in norms for pair in one.epsilons.items()]
+        changes = [[*setting, value_of(model, *setting[:2])] for setting in (*settings, *epsilons)]
+        names: dict[int, list[str]] = {}
+        for name, tensor in named_tensors(model).items():
+            names.setdefault(id(tensor), []).append(name)
+        shapes = {id(tensor): tensor.shape for tensor in named_tensors(model).values()}
         before = (sum(one.numel() for one in parameters_of(model)), _bytes(model))
         renewed: list[str] = []
         with resizing(model, kept, change, removal.biases):
             biases = removal.settle(found.gone, settings, norms)
-            put_back(model, carried, kept, {id(one.module.weight) for one in norms})
             stale = [
                 f"{attributes.shown_place(name, attribute)} ({value}, and now {new})"
                 for name, attribute, new in old
                 if (value := value_of(model, name, attribute)) != new
             ]
+            branches = dead_branches(model, inputs, choice.whole)
             after = (sum(one.numel() for one in parameters_of(model)), _bytes(model))
+            remember(
+                model,
+                Plan(
+                    {name: _lists(dims) for key, dims in kept.dims.items() for name in names[key]},
+                    {name: list(shapes[key]) for key in kept.dims for name in names[key]},
+                    changes,
+                    biases,
+                ),
+            )
+            let_configs_say(model, inputs)
+            put_back(model, carried, kept, {id(one.module.weight) for one in norms})
 
             def finish() -> None:
                 for one in optimizers:
                     renewed.extend(cut_state(one, kept, shapes))
 
             change.finish(finish)
-    plan = Plan(
-        {tensors[key][0]: {dim: one.tolist() for dim, one in dims.items()} for key, dims in kept.dims.items()},
-        {tensors[key][0]: list(shapes[key]) for key in kept.dims},
-        [list(setting) for setting in (*settings, *epsilons)],
-        biases,
-        [],
-        type(model).__name__,
-    )
     return Shrunk(
-        plan,
+        plan_of(model) or Plan(model=type(model).__name__),
         [
             Removed(group.name, group.what, group.units, int((~gone).sum()))
             for group, gone in zip(groups, found.gone, strict=True)
@@ -154,6 +163,8 @@ def shrink(
         renewed,
         choice.whole,
         inexact,
+        branches,
+        [*seen.unknown],
     )
 
 
@@ -178,10 +189,7 @@ def _choose(groups: CoupledGroups, dead: Dead, round_to: int, width: bool) -> _C
     gone, whole = [], []
     reasons: Counter[str] = Counter()
     for group in groups:
-        is_dead = dead.units[group.coords]
-        if (unread := dead.unread[group.coords]).any():
-            is_dead = is_dead | (unread & group.zero_units())
-        is_dead = is_dead.copy()
+        is_dead = dead.units[group.coords] | group.zero_units()
         if group.inexact and not width:
             if is_dead.any():
                 reasons[f"{int(is_dead.sum())} units of {group.name}: {group.inexact}"] += 1
@@ -197,6 +205,10 @@ def _choose(groups: CoupledGroups, dead: Dead, round_to: int, width: bool) -> _C
             is_dead[np.flatnonzero(is_dead)[:rest]] = False
         gone.append(is_dead)
     return _Choice(gone, list(reasons), whole)
+
+
+def _lists(dims: Mapping[int, Tensor]) -> dict[int, list[int]]:
+    return {dim: positions.tolist() for dim, positions in dims.items()}
 
 
 def _bytes(model: nn.Module) -> int:

@@ -23,8 +23,8 @@ from pyprune.modules.evaluation import check_callable, score_of
 from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.modules.snapshots import Snapshot, check_rewindable, restored_on_failure, rewind
 from pyprune.modules.statistics import pruning_statistic
-from pyprune.modules.targets import attachments_of, find_targets_and_zeros
-from pyprune.selection.choose_masks import prunable_targets
+from pyprune.modules.targets import attachments_of
+from pyprune.selection.find_prunable import find_prunable
 from pyprune.selection.prune import method_with_ratios, put_masks
 
 _MAGNITUDE = Method(magnitude())
@@ -303,7 +303,7 @@ def _check_model(
     model: nn.Module, method: Method, calibrate_fn: object, ignored_scope: IgnoredScope | None, examples_inputs: Any
 ) -> None:
     """Raise for what pruning would refuse, before a model is trained for hours."""
-    prunable_targets(method, *find_targets_and_zeros(model, ignored_scope, examples_inputs))
+    find_prunable(model, method, ignored_scope, examples_inputs)
     if needs_training(method.importance):
         if calibrate_fn is None:
             raise ValueError(

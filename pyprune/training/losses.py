@@ -22,6 +22,7 @@ from pyprune.modules.flops import flop_costs
 from pyprune.modules.gates import HardConcreteGate, StochasticGate, gates_of
 from pyprune.modules.mask_states import check_tensors
 from pyprune.modules.sharding import sum_of_parts
+from pyprune.modules.unit_gates import UnitGates
 from pyprune.training.gate_checks import GatePlaces, OptimizerWatch
 
 
@@ -188,6 +189,11 @@ class L0Loss(_GateLoss):
     def __init__(self, model: nn.Module, weight: float = 1.0, *, examples_inputs: Any = None) -> None:
         gates = _find_gates(model)
         price = _check_positive(weight, "weight")
+        if examples_inputs is not None and any(isinstance(module, UnitGates) for module in model.modules()):
+            raise ValueError(
+                "the model has gates of coupled units, whose FLOPs depend on each other; leave examples_inputs out, "
+                "and all units cost the same"
+            )
         super().__init__(model, gates if examples_inputs is None else flop_costs(model, gates, examples_inputs))
         self.weight = price
 

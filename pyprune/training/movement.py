@@ -92,6 +92,11 @@ class MovementPruner(Pruner):
         check_number("lr", lr, what="a learning rate, 0 or more", least=0)
         scope = tensor() if scope is None else scope
         method = Method(gradient(), element() if granularity is None else granularity, scope)
+        if method.granularity.coupled is not None:
+            raise ValueError(
+                "granularity is coupled, and movement learns scores of units of one weight, or of heads by "
+                "granularity.head; give another, or a Pruner with importance.taylor(joint=True)"
+            )
         self._check(scope, as_schedule(schedule), threshold, regularization)
         if score_optimizer is not None and not callable(score_optimizer):
             raise TypeError(f"score_optimizer is {shown(score_optimizer)}; give a function that makes one of tensors")

@@ -27,6 +27,7 @@ from pyprune.calibration.sums import without_tables
 from pyprune.calibration.training_statistics import TrainingGradients, TrainingSums, needs_gradients, needs_training
 from pyprune.checks import check_bool, shown
 from pyprune.methods.allocation import Allocation, Amount
+from pyprune.methods.importance import random
 from pyprune.methods.method import Method, PruneMode, check_amount
 from pyprune.methods.schedules import Ratio, Schedule, as_schedule, check_ratios, check_step, is_pruned
 from pyprune.methods.unit_groups import UnitGroup
@@ -37,18 +38,19 @@ from pyprune.modules.mask_states import check_state, loading, state_of
 from pyprune.modules.masks import Mask, NewMask, attach_masks, changing_masks, masks_in
 from pyprune.modules.optimizer import innermost
 from pyprune.modules.steps import mask_state
-from pyprune.modules.targets import Target, find_targets_and_zeros
+from pyprune.modules.targets import Target
 from pyprune.modules.undo import Change
 from pyprune.modules.zeros import holds_in, settle_written
 from pyprune.selection.choose_masks import (
     Choice,
     choose_masks,
-    prunable_targets,
     unit_groups_of,
     units_of,
 )
 from pyprune.selection.choose_units import ratios_of
-from pyprune.selection.prune import check_kind, ends_of, method_of, statistics_of, tell_missed
+from pyprune.selection.coupled import check_follows, check_no_coupled
+from pyprune.selection.find_prunable import check_kind, find_prunable, tell_missed
+from pyprune.selection.prune import ends_of, method_of, statistics_of
 
 
 class Pruner:
@@ -144,10 +146,14 @@ class Pruner:
         self._averages: list[weakref.ref[nn.Module]] = []
         self._spares: dict[Target, Tensor] = {}  # the masks before the last, to write the next ones to
         self._is_late = False  # masks were due, but there was nothing yet to choose them by
-        there, left_out = find_targets_and_zeros(model, ignored_scope, examples_inputs)
-        self._options = replace(self._options, left_out=left_out)
-        named = prunable_targets(found, there, left_out)
-        self._targets = without_tables(found.importance, named)
+        check_follows(found, zero_dead_channels)
+        self._prunable = find_prunable(model, found, ignored_scope, examples_inputs)
+        check_no_coupled(model, found, stay=not reintroduce)
+        self._coupled = self._prunable.coupled
+        self._options = replace(self._options, left_out=self._prunable.left_out)
+        self._targets = self._prunable.targets
+        if self._coupled is None:
+            self._targets = without_tables(found.importance, self._targets)
         check_kind(self._targets, Mask)
         self._check_optimizer()
         self._watch: TrainingSums | TrainingGradients | None = None
@@ -157,7 +163,7 @@ class Pruner:
             with changing_masks(masks_in(model)):
                 self._statistics = self._known_statistics(examples_inputs)
                 has_inputs = examples_inputs is not None
-                tell_missed(model, found, ignored_scope, there, named, self._statistics, has_inputs=has_inputs)
+                tell_missed(model, found, ignored_scope, self._prunable, self._statistics, has_inputs=has_inputs)
                 self._watch = self._make_watch()
                 self._ends = ends_of(model, found, examples_inputs)
                 self._check_all()
@@ -335,7 +341,7 @@ class Pruner:
         """Return what the importance needs, unless it is measured in training."""
         rule = self.method.importance
         if not needs_training(rule):
-            found = statistics_of(self.model, rule, self._targets, None, inputs, self._options.left_out)
+            found = statistics_of(self.model, rule, self._prunable, None, inputs)
             self._targets = [target for target in self._targets if target in found]
             return found
         if self.schedule.is_due(0) and is_pruned(self.schedule(0)):
@@ -347,8 +353,10 @@ class Pruner:
 
     def _check_all(self) -> None:
         """Raise now for what would be wrong with masks at the end of the schedule."""
-        schedule, statistics = self.schedule, self._statistics
-        if statistics is None and needs_gradients(self.method.importance):
+        schedule, method, statistics = self.schedule, self.method, self._statistics
+        if statistics is None and self._coupled is not None:
+            method, statistics = replace(method, importance=random()), {}  # how many go is what can be wrong
+        elif statistics is None and needs_gradients(method.importance):
             statistics = {target: torch.zeros_like(target.parameter) for target in self._targets}
         for step in schedule.steps or (schedule.start if schedule.end is None else schedule.end,):
             ratio = schedule(step)
@@ -356,21 +364,27 @@ class Pruner:
             if statistics is None:
                 ratios_of(self.method, amount, unit_groups_of(self.method, amount, self._targets, {}))
             elif is_pruned(ratio):
-                choice = choose_masks(self.method, amount, self._targets, statistics)
+                choice = choose_masks(method, amount, self._targets, statistics, coupled=self._coupled)
                 choice.check()
                 choice.tell(self.model, self._ends)
 
     def _attach(self, zero_dead_channels: bool, inputs: Any, ignored_scope: IgnoredScope | None) -> None:
         units = units_of(self.method, self._targets)
         masks = {
-            target: NewMask(target.owners, torch.ones_like(target.parameter, dtype=torch.bool), units[target.name])
+            target: NewMask(
+                target.owners,
+                torch.ones_like(target.parameter, dtype=torch.bool),
+                units[target.name],
+                on_target=self._coupled is None or target.parameter.dim() > 1,
+            )
             for target in self._targets
             if target.attachment is None
         }
         ratio = self.schedule(0)
         if self.schedule.is_due(0) and is_pruned(ratio):
             assert self._statistics is not None
-            choice = choose_masks(self.method, self._amount(ratio), self._targets, self._statistics)
+            amount = self._amount(ratio)
+            choice = choose_masks(self.method, amount, self._targets, self._statistics, coupled=self._coupled)
             choice.check()
             masks = choice.masks
         carried = {target: target.attachment for target in self._targets if target not in masks}
@@ -384,7 +398,11 @@ class Pruner:
     def _make_watch(self) -> TrainingSums | TrainingGradients | None:
         """Return what is to look at the training."""
         rule = self.method.importance
-        return TrainingSums(rule, self._targets, self.optimizer) if needs_training(rule) else None
+        return TrainingSums(rule, self._measured(), self.optimizer) if needs_training(rule) else None
+
+    def _measured(self) -> list[Target]:
+        """Return the weights by which units are scored."""
+        return self._targets if self._coupled is None else self._coupled.measured(self.method.importance)
 
     # ---- in training ----
 
@@ -428,19 +446,21 @@ class Pruner:
         self, amount: Amount, statistics: Mapping[Target, Tensor | None], masks: Mapping[Target, Mask]
     ) -> None:
         # Where the masks before the last were: new memory would take longer than the kernel.
+        is_new = amount.has_bases or self._coupled is not None
         choice = choose_masks(
             self.method,
             amount,
             self._targets,
             statistics,
-            into=None if amount.has_bases else {target: self._spare(target, mask) for target, mask in masks.items()},
+            into=None if is_new else {target: self._spare(target, mask) for target, mask in masks.items()},
             unit_groups=self._unit_groups(amount),
+            coupled=self._coupled,
         )
         self._unchecked = choice
         if _on_cpu(masks):
             self._check_last()
         for target, new in choice.masks.items():
-            if not amount.has_bases:
+            if not is_new:
                 self._spares[target] = masks[target].mask
             masks[target].mask, masks[target].unit = new.mask, new.unit
 
@@ -453,7 +473,7 @@ class Pruner:
 
     def _unit_groups(self, amount: Amount) -> list[UnitGroup] | None:
         """Return what competes, if it is the same tensors at every update: to cut them up takes its time."""
-        if amount.has_bases or self._statistics is None:
+        if amount.has_bases or self._statistics is None or self._coupled is not None:
             return None
         if self._same_unit_groups is None:
             self._same_unit_groups = unit_groups_of(self.method, amount, self._targets, self._statistics)

@@ -136,13 +136,15 @@ def test_add_pruning_goes_on_after_an_interruption(data, tmp_path, prune):
         yolo.train(**options(data, tmp_path))
     again = YOLO(tmp_path / "run/weights/last.pt")
     add_pruning(again, prune)
-    seen = {}
+    saved = torch.load(tmp_path / "run/weights/last.pt", weights_only=False)["ema"]
+    seen = []
     again.add_callback(
-        "on_train_start", lambda trainer: seen.update(model=sparsity(trainer.model), trainer=trainer.start_epoch)
+        "on_train_start", lambda trainer: seen.append((trainer.start_epoch, same_zeros(trainer.model, saved)))
     )
     after = watched(again)
     again.train(resume=True, batch=8)  # other batches do not change what an epoch is
-    assert seen == {"model": before[0], "trainer": 1}
+    assert seen == [(1, True)]
+    assert 0 < before[0] < after[1]
     assert list(after) == [1, 2, 3]
     assert after[1] == after[3] == pytest.approx(0.6, abs=1e-4)
 
@@ -186,6 +188,21 @@ def test_add_pruning_holds_the_zeros_of_a_pruned_model(data, tmp_path):
     assert all((found[name] >= one).all() for name, one in zero.items())
     assert sparsity(again.model) == pytest.approx(0.6, abs=1e-4)
     assert not torch.equal(before, next(again.model.parameters()))
+
+
+def test_add_pruning_shows_a_function_what_can_go(data, tmp_path):
+    found = []
+
+    def start(model, optimizer, steps):
+        found.extend(group.name for group in pyprune.coupled_groups(model, torch.rand(1, 3, 64, 64)))
+        return pyprune.gmp(model, 0.5, optimizer, end=steps, examples_inputs=torch.rand(1, 3, 64, 64))
+
+    yolo = YOLO("yolov8n.yaml")
+    add_pruning(yolo, start)
+    yolo.train(**options(data, tmp_path, epochs=1))
+    assert "model.15.cv2.conv.weight" in found  # a feature map that the model returns
+    assert not [hook for module in yolo.trainer.model.modules() for hook in module._forward_hooks.values()]
+    assert sparsity(yolo.model) == pytest.approx(0.5, abs=1e-3)
 
 
 def test_add_pruning_to_a_trainer(data, tmp_path):

@@ -14,6 +14,7 @@ from pyprune.methods.schedules import (
     constant,
     custom,
     exponential,
+    in_turn,
     multi_step,
     one_shot,
 )
@@ -127,6 +128,14 @@ def test_multi_step_holds_a_ratio_until_the_next_step(steps):
     assert [step for step in range(20) if schedule.is_due(step)] == [0, 5, 10]
 
 
+@pytest.mark.parametrize("pairs", [[("a", 0.5), ("b", 0.8)], {"a": 0.5, "b": 0.8}, [["a", 0.5], ["b", 0.8]]])
+def test_in_turn_prunes_one_name_after_the_other(pairs):
+    schedule = in_turn(pairs, start=2, frequency=3)
+    nothing, first, both = {"a": 0.0, "b": 0.0}, {"a": 0.5, "b": 0.0}, {"a": 0.5, "b": 0.8}
+    assert ratios_of(schedule, 7) == [nothing, nothing, first, first, first, both, both]
+    assert [step for step in range(9) if schedule.is_due(step)] == [2, 5]
+
+
 def test_multi_step_prunes_nothing_before_its_first_step():
     assert ratios_of(multi_step({2: 0.5}), 4) == [0, 0, 0.5, 0.5]
 
@@ -190,6 +199,11 @@ def test_exponential_removes_the_same_fraction_of_what_is_left():
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
+        (lambda: in_turn(["a", "b"]), TypeError, r"ratios is \['a', 'b'\]; give a dict of ratios by name, or pairs"),
+        (lambda: in_turn([]), ValueError, "ratios is empty"),
+        (lambda: in_turn(0.5), TypeError, "ratios is 0.5"),
+        (lambda: in_turn([(1, 0.5)]), TypeError, "ratios has 1 for a name"),
+        (lambda: in_turn([("a", 1)]), ValueError, r"ratios\['a'\] is 1"),
         (lambda: multi_step([0.3, 0.5]), TypeError, "give a dict from step to ratio"),
         (lambda: multi_step({}), ValueError, "steps is empty"),
         (lambda: multi_step({"0": 0.3, 1: 0.5}), TypeError, "a key of steps is '0'"),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pyprune import Method, Plan, coupled_groups, prune, rebuild, shrink
+from pyprune import Method, Plan, coupled_groups, drop_blocks, prune, rebuild, shrink
 from pyprune.methods import granularity, importance, scope
 from pyprune.modules.masks import masks_in
 from tests.structured.small_models import MODELS, FusedProjections, Residual
@@ -260,6 +260,44 @@ def test_shrink_leaves_one_unit_of_a_dead_group():
     shrunk = shrink(model, x)
     assert model.b.out_channels == 1
     assert list(shrunk.whole) == ["b.weight"]
+    assert equal(model(x), expected)
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.blocks, self.head = (
+            nn.Linear(4, 6),
+            nn.ModuleList(Block() for _ in range(3)),
+            nn.Linear(6, 2),
+        )
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 6, bias=False)
+
+    def forward(self, x):
+        return x + self.b(F.relu(self.a(x)))
+
+
+def test_shrink_offers_to_remove_blocks_that_do_nothing():
+    model, x = shake(Stack()), torch.randn(2, 4)
+    with torch.no_grad():
+        model.blocks[1].b.weight.zero_()
+    expected = model(x)
+    shrunk = shrink(model, x)
+    assert list(shrunk.branches) == ["blocks.1"]
+    assert "blocks.1" in str(shrunk)
+    drop_blocks(model, x, shrunk.branches)
+    assert len(model.blocks) == 2
     assert equal(model(x), expected)
 
 

@@ -185,6 +185,18 @@ def test_iterative_prune_prunes_heads_and_ratios_by_name(device):
     assert "by name" in str(result)
 
 
+def test_iterative_prune_trains_after_each_layer():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4), nn.Linear(4, 2))
+    seen = []
+
+    def finetune(model):
+        shake(model)
+        seen.append([int((model[i].weight == 0).sum()) for i in range(3)])
+
+    run(model, schedules.in_turn([("1", 0.5), ("0.weight", 0.25)]), finetune=finetune)
+    assert seen == [[0, 16, 0], [8, 16, 0]]
+
+
 def test_iterative_prune_of_tied_weights_counts_once(transformer):
     result = run(transformer.model, (0.5,), LOCAL, lambda model: None)
     assert torch.equal(transformer.model.embed.weight, transformer.model.decoder.weight)

@@ -156,7 +156,11 @@ def _untracked(made: Any) -> Result:
 
 
 def numbers(call: Call) -> Axes:
-    """Tensors that are filled with one number, in whatever shape."""
+    """Tensors that are filled with one number, in whatever shape; what is made like another has its units."""
+    if call.name.endswith("_like") and tuple(call.args["self"].shape) == tuple(call.made.shape):
+        axes = call.axes(call.args["self"])
+        factors = tuple(replace(one, fixed=np.ones(one.coords.shape, bool)) for one in axes.factors)
+        return Axes(axes.shape, factors, "number", axes.stretched)
     return Axes(tuple(call.made.shape), (), "number")
 
 

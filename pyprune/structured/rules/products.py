@@ -29,7 +29,12 @@ def contract(
             call.coordinates.read(factor.coords)
     if left_factor is None or right_factor is None:
         for factor, axis, bare in ((left_factor, first_axis, right), (right_factor, second_axis, left)):
-            if factor is not None and bare.source != "number":
+            if factor is None:
+                continue
+            other_axis = second_axis if factor is left_factor else first_axis
+            if bare.stretched.get(other_axis) is not None:  # zeros, as many as an attribute says
+                call.on_size(bare.stretched[other_axis], factor, axis)
+            else:
                 call.coordinates.hold(factor, (axis,), "it reads what cannot be removed")
         return
     if len(left_factor.axes) == len(right_factor.axes) == 1:
@@ -310,6 +315,10 @@ def attention(call: Call) -> Result:
         else:
             moved = replace(moved, fixed=np.zeros(moved.coords.shape, bool))
         factors.append(moved)
+    queries = per_head[0].on(dim - 3)
+    if queries is not None and not any(dim - 3 in factor.axes for factor in factors):
+        # One head of keys and values serves all queries.
+        factors = unfixed([queries])
     made = Axes(made_shape, tuple(factors), "inputs")
     return [made, *(Axes(tuple(tensor.shape)) for tensor in rest)] if rest else made
 
