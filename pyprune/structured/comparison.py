@@ -27,7 +27,7 @@ def looking(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def indouble(model: nn.Module) -> Iterator[None]:
+def in_double(model: nn.Module) -> Iterator[None]:
     """Let all real tensors of a model be in float64 for the time."""
     tensors = {id(one): one for one in named_tensors(model).values() if one.is_floating_point()}
     before = [(tensor, tensor.data) for tensor in tensors.values()]
