@@ -174,7 +174,7 @@ def coupled_groups(model: nn.Module, examples: Any) -> CoupledGroups:
             model takes other ways with other inputs. What none of them reaches stays.
 
     Returns:
-        The groups, a sequence of `Group`; ``str()`` is a table, ``stays`` says what cannot be removed, and why.
+        The groups, a sequence of ``Group``; ``str()`` is a table, ``stays`` says what cannot be removed, and why.
 
     Raises:
         TypeError, ValueError: for examples that the model does not take, or have NaN in them, and models that are
