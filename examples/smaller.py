@@ -59,7 +59,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """What became of a model: scores as cut, repaired, and adapted; parameters, bytes, and MACs and ms of an input."""
+    """What became of a model: scores as cut, repaired, adapted; parameters, bytes; MACs and ms of one input."""
 
     name: str
     ratio: float
