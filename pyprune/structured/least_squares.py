@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 # Floating-point operations that are well spent on solving outputs with masks of their own one by one.
-_EXACT = 1e12
+_EXACT = 1e11
 
 
 class Sums:
@@ -142,7 +142,7 @@ def _masked_step(gram: Tensor, right: Tensor, mask: Tensor, damping: float) -> T
     def product(step: Tensor) -> Tensor:
         return kept * (gram @ step + ridge * step)
 
-    return conjugate_gradients(product, kept * right, diagonal + ridge, tolerance=1e-8, iterations=1000)[0]
+    return conjugate_gradients(product, kept * right, diagonal + ridge, tolerance=1e-6, iterations=200)[0]
 
 
 def conjugate_gradients(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyprune.structured.coordinates import NONE, Coords, Flags
 from pyprune.structured.rules.call import Contraction
-from pyprune.structured.trace import Reading, Trace, Traced
+from pyprune.structured.seen import Reading, Trace, Traced
 
 Constants = Literal["exact", "drop"]
 
@@ -59,7 +59,8 @@ class Readers:
         for zero in (left_zero, right_zero):
             if zero is not None:
                 free |= zero
-        given = 0 if one.sources[0] == "inputs" else 1
+        # The other side is the weight; a sum has a number there.
+        given = 1 if one.sources[1] == "inputs" or one.sources[0] == "number" else 0
         weight = 1 - given
         is_read = one.sources[weight] == "parameters"
         fixed = one.fixed[given] & is_read & ~free
@@ -149,7 +150,8 @@ def _zero(tensor: Tensor, axis: int) -> Flags:
 
 def _extent(tensor: Tensor, axis: int, chosen: Flags) -> tuple[np.ndarray[tuple[int], np.dtype[np.float64]], ...]:
     index = torch.from_numpy(np.flatnonzero(chosen)).to(tensor.device)
-    rows = tensor.detach().index_select(axis, index).movedim(axis, 0).flatten(1).double()
+    rows = tensor.detach().index_select(axis, index).movedim(axis, 0).double()
+    rows = rows.reshape(len(rows), -1)
     return rows.amin(1).cpu().numpy(), rows.amax(1).cpu().numpy()
 
 

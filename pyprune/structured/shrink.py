@@ -164,6 +164,7 @@ def shrink(
         choice.whole,
         inexact,
         branches,
+        [*seen.unknown],
     )
 
 

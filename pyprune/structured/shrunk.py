@@ -45,6 +45,7 @@ class Shrunk:
         whole: groups that were dead as a whole, of which one unit was left.
         branches: residual blocks that put out what they are given, because their branch is dead:
             ``drop_blocks(model, examples, shrunk.branches)`` removes them.
+        unknown: operations that no rule knows; what they touch stays.
         inexact: norms that cannot compute what they did, because their width was removed: the model is another one.
     """
 
@@ -63,6 +64,7 @@ class Shrunk:
     whole: Sequence[str] = ()
     inexact: Sequence[str] = ()
     branches: Sequence[str] = ()
+    unknown: Sequence[str] = ()
 
     def __str__(self) -> str:
         from rich.table import Table
@@ -84,6 +86,7 @@ class Shrunk:
         for what, names in (
             ("stays", self.kept),
             ("all units are dead, and one stays", self.whole),
+            ("not known, and what they touch stays", self.unknown),
             ("does nothing, and drop_blocks can remove it", self.branches),
             ("not equal by construction, a norm over fewer", self.inexact),
             ("says an old size, and was not read", self.stale),

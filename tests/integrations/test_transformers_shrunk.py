@@ -12,7 +12,7 @@ from torch import nn
 
 transformers = pytest.importorskip("transformers", reason="pip install 'pyprune[transformers]'")
 
-from pyprune import plan_of, rebuild, shrink  # noqa: E402
+from pyprune import coupled_groups, plan_of, rebuild, shrink  # noqa: E402
 from pyprune.integrations.transformers import from_pretrained, save_pretrained  # noqa: E402
 from tests.structured.dead_units import kill, shake  # noqa: E402
 
@@ -213,6 +213,21 @@ def test_save_pretrained_of_a_model_whose_layers_disagree(name, tmp_path):
     fresh = rebuild(type(model)(type(model.config)(**MODELS[name][0])), plan_of(again)).eval()
     fresh.load_state_dict(again.state_dict())
     assert torch.equal(output(fresh, examples), output(again, examples))
+
+
+@pytest.mark.parametrize(("name", "is_plain"), [("LlamaForCausalLM", True), ("Qwen3ForCausalLM", False)])
+def test_width_under_rms_norms_changes_their_epsilon_too(name, is_plain, tmp_path):
+    model, examples = made(name)
+    width = next(group for group in coupled_groups(model, examples) if not group.is_exact)
+    with torch.no_grad():
+        for member in width.members:
+            member.tensor.index_fill_(member.dim, torch.from_numpy(member.indices[:16].ravel()), 0)
+    shrink(model, examples, width=True)
+    save_pretrained(model, tmp_path)
+    # In Qwen3 the norms of heads have the same epsilon, and keep it.
+    assert (tmp_path / PLAN).exists() is not is_plain
+    assert says(tmp_path, {"hidden_size": 48, "rms_norm_eps": 1e-6 * 64 / 48} if is_plain else {"hidden_size": 64})
+    check_same(model, from_pretrained(type(model), tmp_path), examples)
 
 
 def test_config_goes_back_when_layers_disagree_later(tmp_path):
