@@ -15,7 +15,7 @@ from pyprune.modules.evaluation import forward
 from pyprune.modules.undo import Change
 from pyprune.structured import attributes
 from pyprune.structured.attributes import Setting
-from pyprune.structured.compact import Kept, add_bias, cut, named_tensors, resizing
+from pyprune.structured.compact import Kept, add_bias, cut, resizing
 from pyprune.structured.comparison import (
     check_expected,
     class_that_failed,
@@ -82,12 +82,7 @@ class Removal:
         self.expected = [[one.clone() for one in tensors_within(made)] for made in seen.outputs]
         self._failed_in = ""
         self._in_double: tuple[list[Any], list[list[Tensor]]] | None = None
-<<<<<<< HEAD
-        _check_expected(self.expected)
-=======
-        self._needs_values = all(not one.is_meta for one in named_tensors(model).values())
         check_expected(self.expected)
->>>>>>> main
 
     def find(self, gone: list[Flags]) -> Found:
         """Find what of this can go: all of it, or all but the kinds of groups without which the model fails."""
@@ -299,53 +294,3 @@ def _others(size: int, removed: Any) -> Tensor:
     keep = np.ones(size, bool)
     keep[removed] = False
     return torch.from_numpy(np.flatnonzero(keep))
-<<<<<<< HEAD
-
-
-def _check_expected(outputs: Sequence[Sequence[Tensor]]) -> None:
-    for tensors in outputs:
-        if not tensors:
-            raise ValueError("the model puts out no tensor for these examples; there is nothing to compare it by")
-        for tensor in tensors:
-            if tensor.is_floating_point() and bool(tensor.isnan().any()):
-                raise ValueError("the model puts out NaN for these examples; nothing can be verified with them")
-
-
-def _difference(expected: Sequence[Tensor], made: Sequence[Tensor]) -> float:
-    """The largest difference, relative to the largest value of each output."""
-    if [one.shape for one in expected] != [one.shape for one in made]:
-        return math.inf
-    worst = 0.0
-    numbers = [(a, b) for a, b in zip(expected, made, strict=True) if a.is_floating_point() or a.is_complex()]
-    if not numbers:
-        return 0.0 if all(torch.equal(a, b) for a, b in zip(expected, made, strict=True)) else math.inf
-    for a, b in numbers:
-        if not a.numel():
-            continue
-        # Equal infinities (masked logits) do not differ.
-        same = a == b
-        most = torch.where(a.isfinite(), a.abs(), 0).max().item()
-        gap = torch.where(same, 0, (a - b).abs()).max().item()
-        if gap:
-            worst = max(worst, gap / most if most else math.inf) if not math.isnan(gap) else math.inf
-    return worst
-
-
-def _where(error: BaseException) -> str:
-    """The line of the user's code that failed."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not frame.filename.startswith(_NOT_THEIRS):
-            return f" ({Path(frame.filename).name}, line {frame.lineno}: {frame.line})"
-    return ""
-
-
-def _class_that_failed(error: BaseException) -> str:
-    """The class of the innermost module of a user in whose code an error arose."""
-    found = ""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        module = frame.f_locals.get("self")
-        if isinstance(module, nn.Module) and not type(module).__module__.startswith("torch."):
-            found = type(module).__name__
-    return found
-=======
->>>>>>> main
