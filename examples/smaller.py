@@ -281,7 +281,7 @@ def show(rows: Sequence[Row]) -> None:
     for row in rows:
         scores = [f"{score:.3f}" for score in row.scores] if row.ratio else ["", "", f"{row.scores[0]:.3f}"]
         numbers = (row.parameters / 1e3, row.macs / 1e6, row.bytes / 1e6, row.milliseconds)
-        sizes = [f"{number:,.{1 if number < 100 else 0}f}" for number in numbers]
+        sizes = [f"{number:,.{0 if number >= 100 else 1 if number >= 1 else 2}f}" for number in numbers]
         table.add_row(row.name, f"{row.ratio:.0%}" if row.ratio else "dense", *scores, *sizes)
     console.print(table)
     console.print("Digits, CREPE: accuracy, and notes heard within 50 cents. MiniLM: cosine to the dense embedding.")
@@ -296,7 +296,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     for axes, name in zip(figure.subplots(1, len(names), sharey=True, squeeze=False)[0], names, strict=True):
         some = [row for row in rows if row.name == name]
         left = [100 * row.macs / some[0].macs for row in some]
-        axes.plot(left, [row.scores[-1] for row in some], "-o", color=ours, linewidth=2.2, label="repaired")
+        axes.plot(left, [row.scores[1] for row in some], "-o", color=ours, linewidth=2.2, label="repaired")
         axes.plot(left, [row.scores[0] for row in some], "--o", color=grey, linewidth=1.5, label="cut")
         axes.set(xlabel="MACs left, %", title=name, ylim=(0, 1.05))
         axes.invert_xaxis()
