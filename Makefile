@@ -96,7 +96,7 @@ bench-report: $(VENV)/built  ## Write the figures of README and docs, and pictur
 zoo-ultralytics: $(ULTRALYTICS)/installed  ## Shrink, train and export YOLOs of all families, and write docs/zoo-ultralytics.md
 	OMP_WAIT_POLICY=passive $(ULTRALYTICS)/bin/python benchmarks/zoo_ultralytics.py --page docs/zoo-ultralytics.md $(ARGS)
 
-zoo: $(ZOO)/installed  ## Shrink a hundred public architectures, and write docs/zoo.md: half an hour (ARGS="--only resnet50")
+zoo: $(ZOO)/installed  ## Shrink 138 public architectures, and write docs/zoo.md: a quarter of an hour (ARGS="--only resnet50")
 	OMP_NUM_THREADS=1 PYTHONPATH=benchmarks $(ZOO)/bin/python -W ignore -m zoo $(ARGS)
 
 bench-cpp: $(VENV)/built  ## Measure the kernels without torch; needs Google Benchmark (libbenchmark-dev)

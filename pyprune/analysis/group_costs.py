@@ -8,6 +8,7 @@ import numpy as np
 
 from pyprune.analysis.sensitivity_result import SensitivityResult
 from pyprune.checks import check_number, shown
+from pyprune.methods.coupled import rounded
 from pyprune.structured.groups import CoupledGroups, Group
 
 _HALVINGS = 50
@@ -105,10 +106,7 @@ class GroupCosts:
             for name, ratio in ratios.items()
         }
 
-    def _multiple(self, name: str) -> int:
-        return self._round_to if self._by_name[name][0].what == "channels" else 1
-
     def _rounded(self, name: str, removed: int) -> int:
-        """So many or fewer, so that a multiple remains."""
-        size, multiple = len(self._by_name[name][0]), self._multiple(name)
-        return max(0, size - -(-(size - removed) // multiple) * multiple)
+        """So many or fewer, so that a multiple of channels remains."""
+        group = self._by_name[name][0]
+        return rounded(len(group), removed, self._round_to) if group.what == "channels" else removed

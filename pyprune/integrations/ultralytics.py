@@ -13,6 +13,7 @@ How models are made smaller and trained then is in ``ultralytics_shrunk.py``.
 import math
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,8 +30,8 @@ except ModuleNotFoundError as error:
 from pyprune.checks import shown
 from pyprune.files import whole_file
 from pyprune.integrations.training import Start, Training, start_of
+from pyprune.integrations.ultralytics_shrunk import drawn_image, traceable
 from pyprune.integrations.ultralytics_shrunk import shrink as shrink
-from pyprune.integrations.ultralytics_shrunk import traceable
 from pyprune.integrations.ultralytics_shrunk import trainer_of as trainer_of
 from pyprune.modules.averages import masks_by_name, reapply
 from pyprune.modules.strip import strip
@@ -54,7 +55,7 @@ def add_pruning(yolo: Any, prune: Recipe | str | os.PathLike[str] | Start, *, ex
         yolo: what has Ultralytics' ``add_callback``: a ``YOLO``, or one of its trainers.
         prune: a `Recipe` or the path of one; `pyprune.keep_sparse`, to hold the zeros that the model has; or a
             function that takes (model, optimizer, steps_per_epoch) and returns a `Pruner`.
-        examples_inputs: as in `prune`, for a recipe or `keep_sparse`.
+        examples_inputs: as in `prune`, for a recipe or `keep_sparse`. A recipe of coupled channels draws an image.
 
     Raises:
         TypeError, ValueError: for another ``prune``, for what has no callbacks or has a pruning already, and when
@@ -69,10 +70,14 @@ def add_pruning(yolo: Any, prune: Recipe | str | os.PathLike[str] | Start, *, ex
     callbacks = getattr(yolo, "callbacks", None)
     if not isinstance(callbacks, Mapping) or not callable(getattr(yolo, "add_callback", None)):
         raise TypeError(f"yolo is {shown(yolo)}; give a YOLO, or a trainer of Ultralytics")
+    if isinstance(prune, (str, os.PathLike)):
+        prune = Recipe.from_file(prune)
     start = start_of(prune, examples_inputs)
+    methods = [stage.method for stage in prune.stages] if isinstance(prune, Recipe) else []
+    is_coupled = any(method is not None and method.granularity.coupled is not None for method in methods)
     if any(isinstance(getattr(one, "__self__", None), _Pruning) for added in callbacks.values() for one in added):
         raise ValueError("there is a pruning already; call yolo.reset_callbacks() before you add another")
-    pruning = _Pruning(start)
+    pruning = _Pruning(start, draws=is_coupled and examples_inputs is None)
     for callback in (
         pruning.on_train_start,
         pruning.on_train_epoch_start,
@@ -87,8 +92,9 @@ def add_pruning(yolo: Any, prune: Recipe | str | os.PathLike[str] | Start, *, ex
 class _Pruning:
     """The callbacks for one trainer after the other; before it begins, it can be pickled for other ranks."""
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, start: Start, *, draws: bool) -> None:
         self._start = start
+        self._draws = draws  # an image, to see what is coupled
         self._training: Training | None = None
         self._steps_per_epoch = self._steps = self._batches = self._updates = 0
         self._average: object = None
@@ -104,9 +110,10 @@ class _Pruning:
         self._steps_per_epoch = state["steps_per_epoch"] if state else _steps_per_epoch(trainer)
         resumed = {name: state[name] for name in ("pruning", "masks")} if state else None
         model = _pruned(trainer.model)
+        start = partial(self._start, examples_inputs=drawn_image(model)) if self._draws else self._start
         with traceable(model):  # for methods that look at a forward pass
             self._training = Training(
-                self._start, model, trainer.optimizer, self._steps_per_epoch, resumed, follow_loading=False
+                start, model, trainer.optimizer, self._steps_per_epoch, resumed, follow_loading=False
             )
         self._steps = state["steps"] if state else 0
         self._average, self._updates, self._state = trainer.ema, trainer.ema.updates, state

@@ -73,11 +73,7 @@ def shrink(
     model = _model_of(yolo)
     if examples is None:
         check_count("imgsz", imgsz, least=32)
-        first = next(model.parameters())
-        channels = model.yaml.get("channels", 3)  # type: ignore[union-attr, operator]
-        # Smooth, as images are: what a network makes of noise may be anything.
-        drawn = torch.rand(1, channels, 8, 8, generator=torch.Generator().manual_seed(0))
-        examples = nn.functional.interpolate(drawn, (imgsz, imgsz), mode="bilinear").to(first)
+        examples = drawn_image(model, imgsz)
     with traceable(model):
         found = shrink_model(
             model, examples, optimizer=optimizer, round_to=round_to, constants=constants, verify=verify
@@ -138,6 +134,13 @@ def trainer_of(yolo: Any) -> type[Any]:
 
     Trainer.__name__ = Trainer.__qualname__ = base.__name__
     return Trainer
+
+
+def drawn_image(model: Any, size: int = 128) -> torch.Tensor:
+    """Return an image as a model takes it, (1, channels, size, size)."""
+    # Smooth, as images are: what a network makes of noise may be anything.
+    drawn = torch.rand(1, model.yaml.get("channels", 3), 8, 8, generator=torch.Generator().manual_seed(0))
+    return nn.functional.interpolate(drawn, (size, size), mode="bilinear").to(next(model.parameters()))
 
 
 @contextmanager

@@ -7,7 +7,8 @@ from torch import nn
 
 from pyprune.structured.compact import Kept, named_tensors, set_attribute, value_of
 from pyprune.structured.coordinates import Coords
-from pyprune.structured.sizes import Expression, Place, SizeUse, evaluate, holders, integers, places_in
+from pyprune.structured.size_uses import SizeUse
+from pyprune.structured.sizes import Expression, Place, evaluate, holders, integers, places_in
 
 # A number among the attributes of a module, or of an object that it holds.
 Setting = tuple[str, str, Any]

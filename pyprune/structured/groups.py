@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -13,8 +13,10 @@ from pyprune.console import as_html, as_text, listed
 from pyprune.modules.unit_gates import opened
 from pyprune.modules.zeros import holds_in, settle_written
 from pyprune.structured.coordinates import NONE, Coords, Flags
+from pyprune.structured.costs import Costs
 from pyprune.structured.models import check_model, examples_of
-from pyprune.structured.trace import Product, Trace, Traced, trace
+from pyprune.structured.seen import Trace, Traced
+from pyprune.structured.trace import trace
 
 What = Literal["channels", "heads", "groups"]
 
@@ -112,7 +114,7 @@ class CoupledGroups(Sequence[Group]):
         parameters, macs: of the whole model, the latter in the forward passes of the examples.
     """
 
-    def __init__(self, groups: list[Group], stays: list[Stay], seen: Trace, costs: "_Costs") -> None:
+    def __init__(self, groups: list[Group], stays: list[Stay], seen: Trace, costs: Costs) -> None:
         self._groups = groups
         self.stays = stays
         self.unknown = dict(seen.unknown)
@@ -126,11 +128,11 @@ class CoupledGroups(Sequence[Group]):
 
     def parameters(self, kept: Sequence[Flags] | None = None) -> int:
         """Floats in the model's parameters, if only these units of each group are kept."""
-        return self._costs.parameters(self._groups, kept)
+        return self._costs.parameters(kept)
 
     def macs(self, kept: Sequence[Flags] | None = None) -> int:
         """Multiply-accumulates of the examples' forward passes, if only these units of each group are kept."""
-        return self._costs.macs(self._groups, kept)
+        return self._costs.macs(kept)
 
     def __str__(self) -> str:
         from rich.table import Table
@@ -235,8 +237,10 @@ def groups_of(model: nn.Module, seen: Trace) -> CoupledGroups:
         what: What = "heads" if first in heads else "groups" if first in grouped else "channels"
         inexact = next((why_inexact[label] for label in labels if label in why_inexact), "")
         groups.append(Group(members, what, 0.0, 0.0, inexact, _kind(members, classes), order))
-    costs = _Costs(seen, groups, units)
-    groups = [costs.with_costs(groups, index) for index in range(len(groups))]
+    costs = Costs(seen, [group.coords for group in groups], units)
+    for index, group in enumerate(groups):
+        parameters, macs = costs.of_one(index, len(group))
+        groups[index] = replace(group, parameters=parameters, macs=macs)
     in_groups = np.zeros(ties.count, bool)
     for group in groups:
         in_groups[group.coords] = True
@@ -300,86 +304,3 @@ def _kind(members: Sequence[Member], classes: dict[str, str]) -> str:
     parent, _, child = owner.rpartition(".")
     child = "" if child.isdigit() else f".{child}"
     return f"{classes.get(parent, '')}{child} ({classes.get(owner, '')}.{leaf}, {first.dim})"
-
-
-class _Costs:
-    """Parameters and multiply-accumulates, as they are when only some units are kept."""
-
-    def __init__(self, seen: Trace, groups: Sequence[Group], units: Coords) -> None:
-        group_of = np.full(len(units), -1)
-        rank_of = np.zeros(len(units), np.int64)
-        for index, group in enumerate(groups):
-            group_of[group.coords] = index
-            rank_of[group.coords] = np.arange(len(group.coords))
-        self._tensors = [
-            (
-                one.tensor.numel(),
-                [_Shares(units[coords], group_of, rank_of) for coords in one.coords if coords is not None],
-            )
-            for one in seen.tensors
-            if isinstance(one.tensor, nn.Parameter)
-        ]
-        # Products of one shape are counted together.
-        products: dict[tuple[bytes, ...], tuple[int, Product]] = {}
-        for product in seen.products:
-            key = tuple(coords.tobytes() for coords in product.factors)
-            count = products[key][0] if key in products else 0
-            products[key] = (count + product.macs, product)
-        self._products = [
-            (macs, [_Shares(units[coords.ravel()], group_of, rank_of) for coords in product.factors])
-            for macs, product in products.values()
-        ]
-
-    def parameters(self, groups: Sequence[Group], kept: Sequence[Flags] | None) -> int:
-        return round(_total(self._tensors, kept))
-
-    def macs(self, groups: Sequence[Group], kept: Sequence[Flags] | None) -> int:
-        return round(_total(self._products, kept))
-
-    def with_costs(self, groups: Sequence[Group], index: int) -> Group:
-        """A group that knows what one of its units costs, on the average."""
-        group = groups[index]
-        parameters = _share_of(self._tensors, index, len(group))
-        macs = _share_of(self._products, index, len(group))
-        return Group(group.members, group.what, parameters, macs, group.inexact, group.kind, group.coords)
-
-
-class _Shares:
-    """How the entries of an axis spread over groups and their units."""
-
-    def __init__(self, labels: Coords, group_of: Coords, rank_of: Coords) -> None:
-        self.size = len(labels)
-        own = group_of[labels]
-        self.parts = {
-            int(index): np.bincount(rank_of[labels[own == index]]) for index in np.unique(own[own >= 0]).tolist()
-        }
-
-    def left(self, kept: Sequence[Flags] | None) -> float:
-        """Which share of the entries is left."""
-        if kept is None or not self.size:
-            return 1.0
-        gone = 0
-        for index, counts in self.parts.items():
-            gone += int(counts[~kept[index][: len(counts)]].sum())
-        return 1 - gone / self.size
-
-
-def _total(costs: Iterable[tuple[int, list[_Shares]]], kept: Sequence[Flags] | None) -> float:
-    total = 0.0
-    for cost, shares in costs:
-        left = 1.0
-        for share in shares:
-            left *= share.left(kept)
-        total += cost * left
-    return total
-
-
-def _share_of(costs: Iterable[tuple[int, list[_Shares]]], index: int, units: int) -> float:
-    total = 0.0
-    for cost, shares in costs:
-        left = 1.0
-        for share in shares:
-            if index in share.parts:
-                left *= 1 - int(share.parts[index].sum()) / units / share.size
-        total += cost * (1 - left)
-    return total

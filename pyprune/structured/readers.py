@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyprune.structured.coordinates import NONE, Coords, Flags
 from pyprune.structured.rules.call import Contraction
-from pyprune.structured.trace import Reading, Trace, Traced
+from pyprune.structured.seen import Reading, Trace, Traced
 
 Constants = Literal["exact", "drop"]
 

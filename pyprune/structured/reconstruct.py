@@ -42,8 +42,8 @@ def reconstruct(
     Layer after layer, in the order of the forward pass, weight W and bias b become those with the least
     ``||X W + b - Y||^2 + damping * mean(diag(X'X)) * ||W - V||^2``, where X is what the layer gets in the pruned
     model, repaired up to there, Y what it makes in the dense one, and V its present weight. That needs no labels, but
-    inputs like those that the model is for: a few hundred. A layer without a bias gets none; `batch_norm_adaptation`
-    afterwards does the rest where a BatchNorm follows.
+    inputs like those that the model is for: a few hundred. A layer without a bias gets none. Where BatchNorm follows,
+    `batch_norm_adaptation` afterwards helps if little was lost; where much was, it makes what is missing louder.
 
     Zeros under masks stay, and take no part. Zeros that nothing holds fill up: put `keep_sparse` on before.
 

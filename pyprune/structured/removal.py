@@ -1,11 +1,9 @@
 """Try a removal, compare what the model computes, and find out what cannot go."""
 
 import math
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,21 +11,27 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from pyprune.modules.evaluation import evaluating, forward, untouched
-from pyprune.modules.undo import Change, undoing
+from pyprune.modules.evaluation import forward
+from pyprune.modules.undo import Change
 from pyprune.structured import attributes
 from pyprune.structured.attributes import Setting
-from pyprune.structured.compact import Kept, add_bias, cut, named_tensors, resizing
+from pyprune.structured.compact import Kept, add_bias, cut, resizing
+from pyprune.structured.comparison import (
+    check_expected,
+    class_that_failed,
+    difference_of,
+    in_double,
+    line_of,
+    looking,
+    to_double,
+)
 from pyprune.structured.coordinates import Flags
 from pyprune.structured.groups import CoupledGroups
 from pyprune.structured.models import tensors_within
 from pyprune.structured.norms_of_width import Rescaled, rescaled_norms
 from pyprune.structured.readers import Dead
+from pyprune.structured.seen import Trace
 from pyprune.structured.shrunk import Held
-from pyprune.structured.trace import Trace, without_cache
-
-# Frames of these are no user's.
-_NOT_THEIRS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class Removal:
         self.expected = [[one.clone() for one in tensors_within(made)] for made in seen.outputs]
         self._failed_in = ""
         self._in_double: tuple[list[Any], list[list[Tensor]]] | None = None
-        _check_expected(self.expected)
+        check_expected(self.expected)
 
     def find(self, gone: list[Flags]) -> Found:
         """Find what of this can go: all of it, or all but the kinds of groups without which the model fails."""
@@ -236,7 +240,7 @@ class Removal:
 
     def _outputs_in_double(self) -> tuple[list[Any], list[list[Tensor]]]:
         """Inputs and outputs in float64; nothing if the model does not take that."""
-        inputs = [tree_map(_double, one) for one in self.inputs]
+        inputs = [tree_map(to_double, one) for one in self.inputs]
         try:
             with in_double(self.model), looking(self.model):
                 return inputs, [list(tensors_within(forward(self.model, one, "examples"))) for one in inputs]
@@ -250,10 +254,10 @@ class Removal:
             with looking(self.model):
                 for one, expected in zip(inputs, wanted, strict=True):
                     made = list(tensors_within(forward(self.model, one, "examples")))
-                    worst = max(worst, _difference(expected, made))
+                    worst = max(worst, difference_of(expected, made))
         except Exception as error:  # whatever a stranger's forward does when sizes do not fit
-            self._failed_in = _class_that_failed(error)
-            return math.inf, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}{_where(error)}"
+            self._failed_in = class_that_failed(error)
+            return math.inf, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}{line_of(error)}"
         return worst, f"outputs differ by {worst:.1e} of their largest value"
 
     # ---- constants ----
@@ -286,81 +290,7 @@ class Removal:
         return new
 
 
-@contextmanager
-def looking(model: nn.Module) -> Iterator[None]:
-    """Run a model in evaluation, and leave it as it is."""
-    with evaluating(model), untouched(model), without_cache(model):
-        yield
-
-
-@contextmanager
-def in_double(model: nn.Module) -> Iterator[None]:
-    """Let all real tensors of a model be in float64 for the time."""
-    tensors = {id(one): one for one in named_tensors(model).values() if one.is_floating_point()}
-    before = [(tensor, tensor.data) for tensor in tensors.values()]
-
-    def undo() -> None:
-        for tensor, data in before:
-            tensor.data = data
-
-    with undoing(undo):
-        for tensor, data in before:
-            tensor.data = data.double()
-        yield
-
-
-def _double(leaf: Any) -> Any:
-    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
-
 def _others(size: int, removed: Any) -> Tensor:
     keep = np.ones(size, bool)
     keep[removed] = False
     return torch.from_numpy(np.flatnonzero(keep))
-
-
-def _check_expected(outputs: Sequence[Sequence[Tensor]]) -> None:
-    for tensors in outputs:
-        if not tensors:
-            raise ValueError("the model puts out no tensor for these examples; there is nothing to compare it by")
-        for tensor in tensors:
-            if tensor.is_floating_point() and bool(tensor.isnan().any()):
-                raise ValueError("the model puts out NaN for these examples; nothing can be verified with them")
-
-
-def _difference(expected: Sequence[Tensor], made: Sequence[Tensor]) -> float:
-    """The largest difference, relative to the largest value of each output."""
-    if [one.shape for one in expected] != [one.shape for one in made]:
-        return math.inf
-    worst = 0.0
-    numbers = [(a, b) for a, b in zip(expected, made, strict=True) if a.is_floating_point() or a.is_complex()]
-    if not numbers:
-        return 0.0 if all(torch.equal(a, b) for a, b in zip(expected, made, strict=True)) else math.inf
-    for a, b in numbers:
-        if not a.numel():
-            continue
-        # Equal infinities (masked logits) do not differ.
-        same = a == b
-        most = torch.where(a.isfinite(), a.abs(), 0).max().item()
-        gap = torch.where(same, 0, (a - b).abs()).max().item()
-        if gap:
-            worst = max(worst, gap / most if most else math.inf) if not math.isnan(gap) else math.inf
-    return worst
-
-
-def _where(error: BaseException) -> str:
-    """The line of the user's code that failed."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not frame.filename.startswith(_NOT_THEIRS):
-            return f" ({Path(frame.filename).name}, line {frame.lineno}: {frame.line})"
-    return ""
-
-
-def _class_that_failed(error: BaseException) -> str:
-    """The class of the innermost module of a user in whose code an error arose."""
-    found = ""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        module = frame.f_locals.get("self")
-        if isinstance(module, nn.Module) and not type(module).__module__.startswith("torch."):
-            found = type(module).__name__
-    return found

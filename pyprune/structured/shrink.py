@@ -28,7 +28,8 @@ from pyprune.structured.remembered import plan_of, remember
 from pyprune.structured.removal import Removal
 from pyprune.structured.shrunk import Removed, Shrunk
 from pyprune.structured.sizes import places_in
-from pyprune.structured.trace import NOT_REACHED, trace
+from pyprune.structured.trace import trace
+from pyprune.structured.tracer import NOT_REACHED
 
 
 @torch.inference_mode(False)

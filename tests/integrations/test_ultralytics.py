@@ -339,6 +339,22 @@ def test_a_shrunk_model_is_pruned_further_and_exported_with_the_same_boxes(tmp_p
     assert distance < 1e-2
 
 
+def test_coupled_channels_are_pruned_while_a_model_trains_and_then_go(data, tmp_path):
+    recipe = "stages: [prune: {final: 0.5, end: 1, frequency: 0.5, scope: tensor, granularity: coupled}]"
+    yolo = YOLO("yolov8n.yaml")
+    add_pruning(yolo, Recipe.from_string(recipe))
+    watched(yolo)
+    yolo.train(**options(data, tmp_path, epochs=2))
+    yolo = YOLO(tmp_path / "run/weights/best.pt")
+    images = torch.rand(2, 3, 64, 64)
+    before = predictions(yolo.model, images)
+    shrunk = shrink(yolo)
+    assert not shrunk.held
+    assert shrunk.parameters[1] < 0.27 * shrunk.parameters[0]
+    for found, wanted in zip(predictions(yolo.model, images), before, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=1e-5)
+
+
 def test_shrink_and_trainer_of_refuse_what_they_cannot_do(data, tmp_path):
     yolo = YOLO("yolov8n.yaml")
     for wrong in (3, torch.nn.Linear(2, 2)):

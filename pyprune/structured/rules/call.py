@@ -77,3 +77,18 @@ def tensors_in(values: Iterable[Any]) -> Iterable[Tensor]:
             yield value
         elif isinstance(value, (list, tuple)):
             yield from tensors_in(value)
+
+
+def given_to(call: Call) -> tuple[Tensor, Axes]:
+    """The tensor that an operation is of, and its axes."""
+    tensor = call.args["self"] if "self" in call.args else call.tensors()[0]
+    return tensor, call.axes(tensor)
+
+
+def held(call: Call, factor: Factor, over: Iterable[int], why: str = "") -> Factor | None:
+    """Keep the sizes of axes of a factor; returns what is left of it."""
+    over = [axis for axis in factor.axes if axis in set(over)]
+    if not over:
+        return factor
+    call.coordinates.hold(factor, over, why or f"{call.name} along it")
+    return factor.first(over)

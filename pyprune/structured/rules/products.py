@@ -1,6 +1,5 @@
 """Products: what is multiplied and summed is tied; rows and columns come out."""
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyprune.structured.coordinates import Axes, Factor, Flags
-from pyprune.structured.rules.call import Call, Contraction, Result, tensors_in
+from pyprune.structured.rules.call import Call, Contraction
 from pyprune.structured.rules.elementwise import broadcast, source_of, unfixed, zero_entries
 
 
@@ -72,7 +71,7 @@ def _outputs(call: Call, axes: Axes, gone: Iterable[int], places: dict[int, int]
     return made
 
 
-def _depends(call: Call, weight: Tensor, out_axis: int, in_axis: int, source: Axes, in_axis_of_source: int) -> Flags:
+def depends(call: Call, weight: Tensor, out_axis: int, in_axis: int, source: Axes, in_axis_of_source: int) -> Flags:
     """Say which outputs of a product depend on inputs: those that read one which does."""
     size = weight.shape[out_axis]
     factor = source.on(in_axis_of_source)
@@ -95,7 +94,7 @@ def _product(call: Call, factors: list[Factor], weight: Tensor, out: int, in_: i
     last = call.made.dim() - 1
     for index, factor in enumerate(factors):
         if factor.axes == (last,):
-            fixed = ~_depends(call, weight, out, in_, source, at)
+            fixed = ~depends(call, weight, out, in_, source, at)
             factors[index] = replace(factor, fixed=fixed)
 
 
@@ -115,7 +114,7 @@ def matrices(call: Call, first: Tensor, second: Tensor, bias: Tensor | None = No
             _product(call, columns, second, 1, 0, left, 1)
         elif left.source != "inputs":
             rows = [
-                replace(factor, fixed=~_depends(call, first, 0, 1, right, 0)) if factor.axes == (0,) else factor
+                replace(factor, fixed=~depends(call, first, 0, 1, right, 0)) if factor.axes == (0,) else factor
                 for factor in rows
             ]
     product = Axes(tuple(call.made.shape), (*rows, *columns), source_of({left.source, right.source}))
@@ -263,156 +262,7 @@ def grouped_mm(call: Call) -> Axes:
         first.shape[-2] * first.shape[-1] * second.shape[-1], [*columns, *([read] if read is not None else [])]
     )
     if call.values and second.dim() == 3:
-        columns = [replace(factor, fixed=~_depends(call, second, 2, 1, left, first.dim() - 1)) for factor in columns]
+        columns = [replace(factor, fixed=~depends(call, second, 2, 1, left, first.dim() - 1)) for factor in columns]
     bias = call.args.get("bias")
     product = Axes(tuple(call.made.shape), (*rows, *columns), source_of({left.source, right.source}))
     return product if bias is None else broadcast(call, [(None, product), (bias, call.axes(bias))], product.shape)
-
-
-def attention(call: Call) -> Result:
-    """softmax(q k') v. Units are heads; the size of one stays, because the scale depends on it."""
-    query, key, value = (call.args[name] for name in ("query", "key", "value"))
-    ties = call.coordinates
-    dim = query.dim()
-    per_head = []
-    for tensor in (query, key, value):
-        axes = call.axes(tensor)
-        heads = []
-        for factor in axes.factors:
-            inner = [axis for axis in factor.axes if axis >= dim - 2]
-            ties.hold(factor, inner, "the size of a head stays: the scale depends on it")
-            if (left := factor.first(inner)) is not None:
-                heads.append(left)
-        per_head.append(Axes((*axes.shape[:-2], 1, 1), tuple(heads), axes.source))
-    most = query.shape[-3] if dim > 2 else 1
-    per_head = [_repeated_heads(axes, most, dim - 3) for axes in per_head]
-    output, *rest = tensors_in([call.made])
-    made_shape = tuple(output.shape)
-    operands: list[tuple[Tensor | None, Axes]] = [(None, axes) for axes in per_head]
-    if (mask := call.args.get("attn_mask", call.args.get("attn_bias"))) is not None:
-        along = call.axes(mask).factors
-        for factor in along:
-            ties.hold(factor, [axis for axis in factor.axes if axis >= mask.dim() - 2], "a mask of attention")
-        kept = tuple(
-            left
-            for factor in along
-            if (left := factor.first([axis for axis in factor.axes if axis >= mask.dim() - 2])) is not None
-        )
-        known = call.axes(mask)
-        stretched = {axis: size for axis, size in known.stretched.items() if axis < mask.dim() - 2}
-        operands.append((None, Axes((*mask.shape[:-2], 1, 1), kept, known.source, stretched)))
-    tied = broadcast(call, operands, (*made_shape[:-2], 1, 1))
-    ties.heads += [factor.coords for factor in tied.factors]
-    macs = math.prod(query.shape) * key.shape[-2] + math.prod(query.shape[:-1]) * key.shape[-2] * value.shape[-1]
-    call.on_product(macs, list(per_head[0].factors))
-    values = call.axes(value)
-    factors = []
-    for factor in values.factors:
-        moved = _repeated_factor(factor, most, dim - 3)
-        if call.values and factor.fixed.any():
-            zero = zero_entries(value, factor, values) & factor.fixed
-            zero = np.broadcast_to(zero.all(tuple(range(1, zero.ndim)), keepdims=True), zero.shape)
-            moved = replace(moved, fixed=_repeated_factor(replace(factor, fixed=zero), most, dim - 3).fixed)
-        else:
-            moved = replace(moved, fixed=np.zeros(moved.coords.shape, bool))
-        factors.append(moved)
-    queries = per_head[0].on(dim - 3)
-    if queries is not None and not any(dim - 3 in factor.axes for factor in factors):
-        # One head of keys and values serves all queries.
-        factors = unfixed([queries])
-    made = Axes(made_shape, tuple(factors), "inputs")
-    return [made, *(Axes(tuple(tensor.shape)) for tensor in rest)] if rest else made
-
-
-def _repeated_heads(axes: Axes, count: int, axis: int) -> Axes:
-    factors = tuple(_repeated_factor(factor, count, axis) for factor in axes.factors)
-    shape = tuple(count if dim == axis and size > 1 else size for dim, size in enumerate(axes.shape))
-    return replace(axes, factors=factors, shape=shape)
-
-
-def _repeated_factor(factor: Factor, count: int, axis: int) -> Factor:
-    """Grouped queries: each head of keys and values serves several of queries."""
-    if axis not in factor.axes:
-        return factor
-    dim = factor.at(axis)
-    return factor.each(lambda array: array.repeat(count // array.shape[dim], dim))
-
-
-def convolution(call: Call) -> Axes:
-    """Of 1 to 3 dimensions, transposed or not, in groups or not."""
-    given, weight, bias = (call.args[name] for name in ("input", "weight", "bias"))
-    transposed, groups = bool(call.args["transposed"]), int(call.args["groups"])
-    axes, kernel = call.axes(given), call.axes(weight)
-    ties = call.coordinates
-    for axis in range(2, weight.dim()):
-        if (factor := kernel.on(axis)) is not None:
-            ties.hold(factor, (axis,), "positions of a kernel")
-        if (factor := axes.on(axis)) is not None:
-            ties.hold(factor, (axis,), "positions of an image")
-    out_axis, in_axis = (1, 0) if transposed else (0, 1)
-    channels = axes.on(1)
-    columns: list[Factor] = []
-    spatial = math.prod(call.made.shape[2:]) if not transposed else math.prod(given.shape[2:])
-    macs = given.shape[0] * spatial * weight.numel()
-    if groups == 1:
-        padded = transposed or any(call.args["padding"])
-        contract(call, (given, 1), (weight, in_axis), padded=padded)
-        if (factor := kernel.on(out_axis)) is not None:
-            columns.append(factor.first([axis for axis in factor.axes if axis != out_axis]).moved((1,)))  # type: ignore[union-attr]
-        call.on_product(macs, [*columns, *(one for one in (kernel.on(in_axis) or channels,) if one is not None)])
-        if call.values:
-            columns = [replace(one, fixed=~_depends(call, weight, out_axis, in_axis, axes, 1)) for one in columns]
-    else:
-        columns = _groups(call, channels, kernel, groups, transposed)
-        call.on_product(macs, columns)
-        if call.values and columns:
-            columns = [replace(columns[0], fixed=_fixed_groups(weight, channels, groups, transposed, axes))]
-    batch = [factor for factor in axes.factors if factor.axes == (0,)]
-    for factor in axes.factors:
-        if len(factor.axes) > 1:
-            ties.hold(factor, [axis for axis in factor.axes if axis != 1], "")
-    source = source_of({axes.source, kernel.source})
-    made = Axes(tuple(call.made.shape), (*batch, *columns), source)
-    if bias is None:
-        return made
-    known = call.axes(bias)
-    along = tuple(factor.moved((1,)) for factor in known.factors)
-    shape = tuple(size if dim == 1 else 1 for dim, size in enumerate(made.shape))
-    return broadcast(call, [(None, made), (None, Axes(shape, along, known.source))], made.shape)
-
-
-def _groups(call: Call, channels: Factor | None, kernel: Axes, groups: int, transposed: bool) -> list[Factor]:
-    """Tie all inputs and outputs of each group of a convolution; returns the factor of its outputs."""
-    ties = call.coordinates
-    first, second = kernel.on(0), kernel.on(1)
-    if second is not None:
-        ties.hold(second, (1,), "channels within groups of a convolution")
-    if first is None or channels is None or len(channels.axes) > 1:
-        for factor in (first, channels):
-            if factor is not None:
-                ties.stay(factor.coords, "groups of a convolution that reads what cannot be removed")
-        if first is None or transposed:
-            return []
-        return [first.moved((1,))]
-    own = first.coords.reshape(groups, -1)
-    read = channels.coords.reshape(groups, -1)
-    ties.tie(own, own[:, :1])
-    ties.tie(read, read[:, :1])
-    ties.tie(own[:, 0], read[:, 0])
-    if own.shape[1] > 1 or read.shape[1] > 1:
-        ties.groups.append(own)
-    if not transposed:
-        return [first.moved((1,))]
-    each = call.made.shape[1] // groups
-    coords = np.repeat(own[:, 0], each)
-    return [Factor((1,), coords, np.zeros(len(coords), bool))]
-
-
-def _fixed_groups(weight: Tensor, channels: Factor | None, groups: int, transposed: bool, given: Axes) -> Flags:
-    """Say which outputs do not depend on inputs: of groups that read nothing that does, or with no weights."""
-    read = np.ones(groups, bool) if given.source == "inputs" else np.zeros(groups, bool)
-    if channels is not None and len(channels.axes) == 1:
-        read = np.asarray(~channels.fixed.reshape(groups, -1).all(1))
-    used = (weight.detach() != 0).view(groups, weight.shape[0] // groups, weight.shape[1], -1).any(-1).cpu().numpy()
-    outputs = used.any(1) if transposed else used.any(2)
-    return ~(outputs & read[:, None]).ravel()

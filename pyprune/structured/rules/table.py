@@ -6,7 +6,18 @@ and is named.
 
 from collections.abc import Callable
 
-from pyprune.structured.rules import elementwise, indexing, norms, products, shapes
+from pyprune.structured.rules import (
+    attention,
+    convolutions,
+    elementwise,
+    images,
+    indexing,
+    moves,
+    norms,
+    pieces,
+    products,
+    views,
+)
 from pyprune.structured.rules.call import Call, Result
 
 Rule = Callable[[Call], Result]
@@ -44,9 +55,9 @@ RULES: dict[str, Rule] = {
     **_rules(products.bmm, "bmm"),
     **_rules(products.baddbmm, "baddbmm"),
     **_rules(products.grouped_mm, "_grouped_mm"),
-    **_rules(products.convolution, "convolution _convolution convolution_overrideable"),
+    **_rules(convolutions.convolution, "convolution _convolution convolution_overrideable"),
     **_rules(
-        products.attention,
+        attention.attention,
         "scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu "
         "_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention "
         "_scaled_dot_product_cudnn_attention",
@@ -71,47 +82,47 @@ RULES: dict[str, Rule] = {
     ),
     **_rules(norms.held_axis, "sort topk argsort kthvalue"),
     **_rules(norms.positions, "argmax argmin nonzero multinomial"),
-    **_rules(shapes.view, "view _unsafe_view reshape _reshape_alias _reshape_copy view_copy"),
+    **_rules(views.view, "view _unsafe_view reshape _reshape_alias _reshape_copy view_copy"),
     **_rules(
-        shapes.same,
+        views.same,
         "clone detach alias _to_copy contiguous to _conj resolve_conj resolve_neg conj_physical _fw_primal "
         "positive copy_to lift _neg_view alias_copy detach_copy _nested_tensor_from_mask pin_memory",
     ),
-    **_rules(shapes.transpose, "t transpose swapaxes t_copy transpose_copy adjoint"),
-    **_rules(shapes.permute, "permute permute_copy"),
-    **_rules(shapes.unsqueeze, "unsqueeze unsqueeze_copy"),
-    **_rules(shapes.squeeze, "squeeze squeeze_copy"),
-    **_rules(shapes.expand, "expand expand_copy"),
-    **_rules(shapes.repeat, "repeat"),
-    **_rules(shapes.repeat_interleave, "repeat_interleave"),
-    **_rules(shapes.flip, "flip"),
-    **_rules(shapes.roll, "roll"),
-    **_rules(shapes.same_memory, "as_strided as_strided_copy"),
+    **_rules(moves.transpose, "t transpose swapaxes t_copy transpose_copy adjoint"),
+    **_rules(moves.permute, "permute permute_copy"),
+    **_rules(moves.unsqueeze, "unsqueeze unsqueeze_copy"),
+    **_rules(moves.squeeze, "squeeze squeeze_copy"),
+    **_rules(moves.expand, "expand expand_copy"),
+    **_rules(moves.repeat, "repeat"),
+    **_rules(moves.repeat_interleave, "repeat_interleave"),
+    **_rules(moves.flip, "flip"),
+    **_rules(moves.roll, "roll"),
+    **_rules(moves.same_memory, "as_strided as_strided_copy"),
     **_rules(
-        shapes.split,
+        pieces.split,
         "split split_with_sizes unsafe_split unsafe_split_with_sizes split_copy tensor_split chunk",
     ),
-    **_rules(shapes.take_slice, "slice slice_copy narrow"),
-    **_rules(shapes.select, "select select_copy"),
-    **_rules(shapes.unbind, "unbind unbind_copy"),
-    **_rules(shapes.halves, "glu"),
-    **_rules(shapes.concatenate, "cat concat"),
-    **_rules(shapes.stack, "stack"),
+    **_rules(pieces.take_slice, "slice slice_copy narrow"),
+    **_rules(pieces.select, "select select_copy"),
+    **_rules(pieces.unbind, "unbind unbind_copy"),
+    **_rules(pieces.halves, "glu"),
+    **_rules(pieces.concatenate, "cat concat"),
+    **_rules(pieces.stack, "stack"),
     **_rules(
-        shapes.pad,
+        pieces.pad,
         "constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d "
         "replication_pad2d replication_pad3d",
     ),
-    **_rules(shapes.pixel_shuffle, "pixel_shuffle"),
-    **_rules(shapes.pixel_unshuffle, "pixel_unshuffle"),
-    **_rules(shapes.im2col, "im2col"),
-    **_rules(shapes.col2im, "col2im"),
-    **_rules(shapes.channel_shuffle, "channel_shuffle native_channel_shuffle"),
-    **_rules(shapes.unfold_axis, "unfold unfold_copy"),
-    **_rules(shapes.to_real, "view_as_real"),
-    **_rules(shapes.to_complex, "view_as_complex"),
+    **_rules(images.pixel_shuffle, "pixel_shuffle"),
+    **_rules(images.pixel_unshuffle, "pixel_unshuffle"),
+    **_rules(images.im2col, "im2col"),
+    **_rules(images.col2im, "col2im"),
+    **_rules(images.channel_shuffle, "channel_shuffle native_channel_shuffle"),
+    **_rules(views.unfold_axis, "unfold unfold_copy"),
+    **_rules(images.to_real, "view_as_real"),
+    **_rules(images.to_complex, "view_as_complex"),
     **_rules(
-        shapes.image,
+        images.image,
         "max_pool2d_with_indices max_pool3d_with_indices max_pool1d avg_pool1d avg_pool2d avg_pool3d "
         "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d "
         "adaptive_avg_pool1d upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d "
