@@ -151,8 +151,6 @@ class Tracer:
             result = rule(call)
             _check(made, result)
         except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            if DEBUG:
-                raise
             self.trace.unknown[f"{name} ({type(error).__name__}: {error})"] = 1
             result = unknown(call)
         self.learn(made, result)
@@ -176,9 +174,6 @@ class Tracer:
                 for coords in one.coords:
                     if coords is not None:
                         self.trace.coordinates.stay(coords, NOT_REACHED)
-
-
-DEBUG = False
 
 
 def _check(made: Any, result: Axes | list[Axes]) -> None:
