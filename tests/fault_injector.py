@@ -89,7 +89,7 @@ def look(things: Things) -> dict[str, Any]:
             seen[name] = {file.name: file.read_bytes() for file in sorted(thing.rglob("*")) if file.is_file()}
         elif hasattr(thing, "_state"):  # not state_dict(), which looks for what was written
             seen[name] = plain(thing._state())
-        elif hasattr(thing, "_pruners"):
+        elif hasattr(thing, "_pruners") and hasattr(thing, "step_count"):
             seen[name] = thing.step_count, [plain(pruner._state()) for pruner in thing._pruners]
         elif hasattr(thing, "epoch"):
             seen[name] = plain(thing.state_dict())
