@@ -8,7 +8,9 @@ import json
 import math
 import types
 import warnings
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ from pyprune.modules.masks import masks_in
 from tests.structured.small_models import MODELS, FusedProjections, Residual
 from tests.structured.zeroing import shake, zero_half
 
+GOLDEN = json.loads(Path(__file__).with_name("golden_constants.json").read_text())
 CHANNELS = Method(importance.magnitude(p=2), granularity.channel("out"), scope.tensor())
 
 
@@ -101,6 +104,24 @@ def test_shrink_puts_constants_into_biases(act, padding, what, left, kept, train
     assert equal(model.train(training)(x), expected)
     assert len(first.weight) == left
     assert list(shrunk.kept) == kept
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_shrink_gives_biases_these_values(name):
+    golden, rng = GOLDEN[name], np.random.default_rng(0)
+    has_norm, padding = name.startswith("relu"), int(name.endswith("zero padding"))
+    first, second = nn.Conv2d(3, 8, 3, bias=not has_norm), nn.Conv2d(8, 4, 3, padding=padding)
+    norm, act = (nn.BatchNorm2d(8), nn.ReLU()) if has_norm else (nn.Identity(), nn.Sigmoid())
+    model = nn.Sequential(first, norm, act, second).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.from_numpy(0.1 * rng.standard_normal(tuple(parameter.shape))))
+        first.weight[[1, 4, 6]] = 0
+        (norm if has_norm else first).bias[[1, 4, 6]] = torch.tensor([0.5, -0.5, 0.25])
+    assert second.bias.tolist() == pytest.approx(golden["before"], abs=1e-5)
+    shrunk = shrink(model, torch.randn(1, 3, 10, 10))
+    assert second.bias.tolist() == pytest.approx(golden["after"], abs=1e-5)
+    assert (len(first.weight), list(shrunk.kept)) == (golden["left"], golden["kept"])
 
 
 def test_shrink_drops_constants_at_the_border_on_request():
