@@ -260,7 +260,11 @@ ROWS: dict[str, Row] = {
             "target_macs": 0.75,
             "examples_inputs": torch.ones(2, 4),
         },
-        {"mode": set(), "target_params": OPTIONAL, "target_macs": {"1", "1.0", "np.int64(1)"}},
+        {
+            "mode": {"a Method"},
+            "target_params": OPTIONAL,
+            "target_macs": OPTIONAL | {"1", "1.0", "np.int64(1)", "0.25", "np.float32(0.25)", "1/4"},
+        },
     ),
     "prune, gates of units": Row(
         pyprune.prune,
@@ -307,7 +311,7 @@ ROWS: dict[str, Row] = {
             "width": False,
             "update_stale": False,
         },
-        {"optimizer": OPTIONAL | {"[]", "()"}, "round_to": COUNT, "verify": NOT_NEGATIVE},
+        {"optimizer": OPTIONAL | {"[]", "()", "{}"}, "round_to": COUNT, "verify": NOT_NEGATIVE | {"inf"}},
     ),
     "plan_of": Row(pyprune.plan_of, lambda: {"model": net()}),
     "reconstruct": Row(

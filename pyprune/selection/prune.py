@@ -1,6 +1,5 @@
 """Put masks or gates on a model, and compute masks anew."""
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -169,7 +168,7 @@ def _with_target(
             "granularity.coupled(), or a ratio"
         )
     what = "the fraction of the model that is to be left, a number in (0, 1]"
-    left = check_number(name, target, what=what, least=math.nextafter(0.0, 1.0), most=1)
+    left = check_number(name, target, what=what, least=2.0**-53, most=1)  # 1 - less is 1
     of: RatioOf = "parameters" if macs is None else "macs"
     return replace(method, granularity=counting(method.granularity, of)), 1 - left
 

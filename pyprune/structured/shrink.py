@@ -90,7 +90,7 @@ def shrink(
     """
     check_model(model, "shrink")
     round_to = check_count("round_to", round_to, least=1, most=2**31, what="a number of channels, at least 1")
-    if verify != math.inf:
+    if not (isinstance(verify, float) and verify == math.inf):
         verify = check_number("verify", verify, least=0, what="a relative difference, at least 0, or math.inf")
     check_bool("width", width)
     check_bool("update_stale", update_stale)
