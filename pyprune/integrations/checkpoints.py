@@ -99,15 +99,21 @@ def filled_where_all_is_dropped(model: nn.Module, state: Mapping[str, Any]) -> I
     """
     names = set(_all_dropped(state))
     empty = [one for owner, one in dense_parameters(model) if owner.name in names and not one.detach().any()]
-    with torch.no_grad():
+
+    def empty_again() -> None:
         for parameter in empty:
-            parameter.fill_(1)
+            parameter.data.zero_()
+
+    # By `.data`, so that gradients need not be switched off, and on again whatever happens.
     try:
+        for parameter in empty:
+            parameter.data.fill_(1)
         yield
     except BaseException:
-        with torch.no_grad():
-            for parameter in empty:
-                parameter.zero_()
+        try:
+            empty_again()
+        finally:
+            empty_again()
         raise
 
 
