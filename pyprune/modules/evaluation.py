@@ -198,6 +198,18 @@ def recurrence_unfused() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def layers_apart(model: nn.Module) -> Iterator[None]:
+    """Keep torch from kernels that run several layers of a model as one: of recurrent ones, and of transformers."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    # Convolutions are slower without these.
+    is_recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    with undoing(lambda: torch.backends.mha.set_fastpath_enabled(enabled)):
+        torch.backends.mha.set_fastpath_enabled(False)
+        with recurrence_unfused() if is_recurrent else nullcontext():
+            yield
+
+
 def score_of(model: nn.Module, eval_fn: Callable[[nn.Module], object]) -> float:
     """Return the score that a function gives a model in evaluation; all but the model's values is given back.
 

@@ -13,7 +13,6 @@ from pyprune.modules.gates import StochasticGate, check_gates
 from pyprune.modules.masks import FollowingMask, Mask, NewFollower, NewMask, attach_masks, raw_weight
 from pyprune.modules.strip import check_foldable
 from pyprune.modules.targets import attachments_of
-from pyprune.modules.undo import Change
 from pyprune.modules.unit_gates import UnitGates
 from pyprune.modules.watching import unwatch
 from pyprune.modules.zeros import check_places, holds_in, settle_written
@@ -50,9 +49,8 @@ def gated_weights(model: nn.Module) -> list[nn.Parameter]:
 
 
 @torch.no_grad()
-def take_off(model: nn.Module, change: Change) -> list[Carried]:
+def take_off(model: nn.Module) -> list[Carried]:
     """Fold gates into weights, and take masks off, within a `Change` that knows the values of gated weights."""
-    assert isinstance(change, Change)
     settle_written(holds_in(model))
     attachments = attachments_of(model)
     carried = [

@@ -83,6 +83,7 @@ class Coordinates:
     def __init__(self) -> None:
         self.count = 1
         self._ties: list[tuple[Coords, Coords]] = []
+        self._units: Coords | None = None  # of these ties
         # Coordinates that stay, and why; others that can go, but not so that the model computes the same.
         self.stays: list[tuple[Coords, str]] = []
         self.inexact: list[tuple[Coords, str]] = []
@@ -113,6 +114,7 @@ class Coordinates:
             one, other = one[~lone], other[~lone]
         if len(one):
             self._ties.append((one, other))
+            self._units = None
 
     def stay(self, coords: Coords, why: str) -> None:
         """These stay."""
@@ -152,6 +154,8 @@ class Coordinates:
 
         What a view has cut, and nothing has tied in all directions but one, is tied along its smaller dimensions.
         """
+        if self._units is not None and len(self._units) == self.count:
+            return self._units
         units = self._tied(np.arange(self.count))
         while True:
             before = len(self._ties)
@@ -160,6 +164,7 @@ class Coordinates:
                 for dim in sorted(_loose(coords), key=lambda dim: coords.shape[dim])[:-1]:
                     self.tie(coords, coords.take([0], dim))
             if len(self._ties) == before:
+                self._units = units
                 return units
             units = self._tied(units)
 

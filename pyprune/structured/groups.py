@@ -202,9 +202,9 @@ def groups_of(model: nn.Module, seen: Trace) -> CoupledGroups:
     units = ties.units()
     why_stays = _reasons(units, ties.stays)
     why_inexact = _reasons(units, ties.inexact)
-    heads = np.unique(np.concatenate([units[coords.ravel()] for coords in ties.heads])) if ties.heads else np.empty(0)
-    grouped = (
-        np.unique(np.concatenate([units[coords.ravel()] for coords in ties.groups])) if ties.groups else np.empty(0)
+    heads, grouped = (
+        {label for coords in several for label in units[coords.ravel()].tolist()}
+        for several in (ties.heads, ties.groups)
     )
     stays = np.zeros(ties.count, bool)
     stays[NONE] = True
@@ -215,14 +215,12 @@ def groups_of(model: nn.Module, seen: Trace) -> CoupledGroups:
         for dim, coords in enumerate(one.coords)
         if coords is not None
     ]
-    by_signature = _signatures(axes, stays, ties.count)
+    by_signature = _signatures(axes, stays)
     classes = {name: type(module).__name__ for name, module in model.named_modules()}
     in_order = [_sorted(own) for _, _, own in axes]
     groups: list[Group] = []
-    single: set[int] = set()
     for signature, labels in by_signature.items():
-        if len(labels) == 1:
-            single.add(labels[0])
+        if len(labels) == 1:  # something must be left
             continue
         order = np.asarray(labels)
         members = tuple(
@@ -263,17 +261,13 @@ def _reasons(units: Coords, given: Iterable[tuple[Coords, str]]) -> dict[int, st
     return reasons
 
 
-def _signatures(
-    axes: list[tuple[Traced, int, Coords]], stays: np.ndarray[Any, np.dtype[np.bool_]], count: int
-) -> dict[tuple[tuple[int, int], ...], list[int]]:
+def _signatures(axes: list[tuple[Traced, int, Coords]], stays: Flags) -> dict[tuple[tuple[int, int], ...], list[int]]:
     """Sort units by the axes they lie in, and with how many entries."""
     parts = []
     for index, (_, _, own) in enumerate(axes):
         labels, counts = np.unique(own[~stays[own]], return_counts=True)
         parts.append(np.stack([labels, np.full(len(labels), index), counts], 1))
-    if not parts:
-        return {}
-    rows = np.concatenate(parts)
+    rows = np.concatenate(parts) if parts else np.empty((0, 3))
     if not len(rows):
         return {}
     rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]

@@ -38,6 +38,13 @@ def check_model(model: nn.Module, what: str, name: str = "model") -> None:
     check_initialized(model)
 
 
+def check_values(model: nn.Module) -> None:
+    """Raise ValueError if a parameter or buffer is on the meta device."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(f"{name} is on the meta device and has no values; load them first")
+
+
 def examples_of(examples: object, name: str = "examples") -> list[Any]:
     """Return examples as a list of what `forward` takes; ``name`` is that of the argument.
 

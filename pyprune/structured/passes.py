@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_flatten_with_path
 from pyprune.calibration.batches import Dataset, batches_of
 from pyprune.checks import shown
 from pyprune.console import listed
-from pyprune.modules.evaluation import evaluating, forward, recurrence_unfused, untouched
+from pyprune.modules.evaluation import evaluating, forward, layers_apart, untouched
 from pyprune.modules.undo import Before, undoing
-from pyprune.structured.models import check_model, examples_of
+from pyprune.structured.models import check_model, check_values, examples_of
 
 # Outputs that differ by less, relative to their norm, are the same.
 SAME = 1e-4
@@ -28,9 +28,8 @@ def check_removable(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if module._compiled_call_impl is not None:
             raise ValueError(f"{name} is compiled; prune the model before, then compile it")
+    check_values(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_meta:
-            raise ValueError(f"{name} is on the meta device and has no values; load them first")
         is_number = tensor.is_floating_point() or tensor.is_complex() or not isinstance(tensor, nn.Parameter)
         if is_traceable_wrapper_subclass(tensor) or not is_number:
             kind = f"{type(tensor).__name__}, {tensor.dtype}"
@@ -62,15 +61,7 @@ def hooked(model: nn.Module, before: Hooks = (), after: Hooks = ()) -> Iterator[
     Kernels that run several layers as one are off, so that passes with and without hooks are the same.
     """
     was = Before(model, with_attributes=False)
-    fast = torch.backends.mha.get_fastpath_enabled()
-    with (
-        undoing(lambda: torch.backends.mha.set_fastpath_enabled(fast)),
-        undoing(was.restore),
-        evaluating(model),
-        untouched(model),
-        recurrence_unfused(),
-    ):
-        torch.backends.mha.set_fastpath_enabled(False)
+    with undoing(was.restore), evaluating(model), untouched(model), layers_apart(model):
         for module, hook in before:
             module.register_forward_pre_hook(hook, with_kwargs=True)
         for module, hook in after:

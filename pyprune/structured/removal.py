@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -86,9 +86,9 @@ class Removal:
 
     def find(self, gone: list[Flags]) -> Found:
         """Find what of this can go: all of it, or all but the kinds of groups without which the model fails."""
-        attempt = self._try(gone)
-        if attempt is not None:
-            return Found(gone, *attempt)
+        found = self._try(gone)
+        if found is not None:
+            return found
         kinds: dict[str, list[int]] = {}
         for index, group in enumerate(self.groups):
             if gone[index].any():
@@ -101,18 +101,17 @@ class Removal:
                 "to go without"
             )
         none = [np.zeros_like(one) for one in gone]
-        chosen, held, last = none, [], self._try(none)
-        if last is None:
+        found, held = self._try(none), []
+        if found is None:
             return self.find(none)
         for kind, members in kinds.items():
-            more = [gone[index] if index in members else one for index, one in enumerate(chosen)]
+            more = [gone[index] if index in members else one for index, one in enumerate(found.gone)]
             attempt = self._try(more)
             if attempt is None:
                 held.append(Held(kind, len(members), self._problem))
             else:
-                chosen, last = more, attempt
-        settings, guessed, _, difference = last
-        return Found(chosen, settings, guessed, held, difference)
+                found = attempt
+        return replace(found, held=held)
 
     def kept(self, gone: Sequence[Flags]) -> Kept:
         """Positions of each tensor that are left without some units."""
@@ -139,6 +138,8 @@ class Removal:
         names = dict.fromkeys(
             name for coords, name in self.seen.coordinates.inexact_in if not alive[self.units[coords]].all()
         )
+        if not names:
+            return [], []
         return rescaled_norms([(name, self.model.get_submodule(name)) for name in names], self.kept(gone))
 
     def settle(self, gone: Sequence[Flags], settings: Sequence[Setting], norms: Sequence[Rescaled]) -> list[str]:
@@ -153,12 +154,12 @@ class Removal:
 
     # ---- attempts ----
 
-    def _try(self, gone: list[Flags]) -> tuple[list[Setting], list[Setting], list[Held], float] | None:
-        """Attributes that let the model compute the same without some units; None if it does not."""
+    def _try(self, gone: list[Flags]) -> Found | None:
+        """Find attributes that let the model compute the same without some units; None if there are none."""
         settings = self._settings(gone)
         difference, self._problem = self._differs(gone, settings)
         if self._is_right(difference, gone):
-            return settings, [], [], difference
+            return Found(gone, settings, difference=difference)
         problem = self._problem
         guesses = self._guess(gone, settings)
         if guesses is None:
@@ -170,7 +171,7 @@ class Removal:
                 del guesses[kind]
         guessed = [one for several in guesses.values() for one in several]
         difference, _ = self._differs(gone, [*settings, *guessed])
-        return [*settings, *guessed], guessed, [], difference
+        return Found(gone, [*settings, *guessed], guessed, difference=difference)
 
     def _guess(self, gone: list[Flags], settings: Sequence[Setting]) -> dict[tuple[str, str], list[Setting]] | None:
         """Guess attributes by their values: in classes whose forward fails, one after the other, or all at once."""

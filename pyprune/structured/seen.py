@@ -38,7 +38,6 @@ class Reading:
 
     contraction: Contraction
     module: str
-    example: int
 
 
 @dataclass(eq=False)

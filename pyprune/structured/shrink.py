@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyprune.checks import check_bool, check_count, check_number, shown
-from pyprune.modules.attachments import parameters_of
+from pyprune.checks import check_bool, check_choice, check_count, check_number
 from pyprune.modules.undo import Change
 from pyprune.structured import attributes
 from pyprune.structured.attachments_off import gated_weights, put_back, take_off
 from pyprune.structured.compact import cut_state, named_tensors, resizing, value_of
 from pyprune.structured.coordinates import Flags
 from pyprune.structured.dead_branches import dead_branches
+from pyprune.structured.dropped import sizes_of
 from pyprune.structured.groups import CoupledGroups, groups_of
-from pyprune.structured.models import check_model, examples_of
+from pyprune.structured.models import check_model, check_values, examples_of
 from pyprune.structured.optimizer_states import optimizers_of
 from pyprune.structured.plan import Plan
 from pyprune.structured.pretrained import let_configs_say
@@ -94,15 +94,12 @@ def shrink(
         verify = check_number("verify", verify, least=0, what="a relative difference, at least 0, or math.inf")
     check_bool("width", width)
     check_bool("update_stale", update_stale)
-    if not isinstance(constants, str) or constants not in ("exact", "drop"):
-        raise ValueError(f'constants is {shown(constants)}; give "exact" or "drop"')
-    for name, tensor in named_tensors(model).items():
-        if tensor.is_meta:
-            raise ValueError(f"{name} is on the meta device and has no values; load them first")
+    check_choice("constants", constants, ("exact", "drop"))
+    check_values(model)
     optimizers = optimizers_of(model, optimizer)
     inputs = examples_of(examples)
     with Change(model, values=gated_weights(model)) as change:
-        carried = take_off(model, change)
+        carried = take_off(model)
         readers = Readers()
         seen = trace(model, inputs, readers.see)
         groups = groups_of(model, seen)
@@ -119,12 +116,10 @@ def shrink(
         modules = {id(module): name for name, module in model.named_modules()}
         epsilons = [(modules[id(one.module)], *pair) for one in norms for pair in one.epsilons.items()]
         changes = [[*setting, value_of(model, *setting[:2])] for setting in (*settings, *epsilons)]
-        names: dict[int, list[str]] = {}
-        for name, tensor in named_tensors(model).items():
-            names.setdefault(id(tensor), []).append(name)
+        tensors = named_tensors(model)
         unreached = {one.name for one in groups.stays if one.why == NOT_REACHED}
-        shapes = {id(tensor): tensor.shape for tensor in named_tensors(model).values()}
-        before = (sum(one.numel() for one in parameters_of(model)), _bytes(model))
+        shapes = {id(tensor): tensor.shape for tensor in tensors.values()}
+        before = sizes_of(model)
         renewed: list[str] = []
         with resizing(model, kept, change, removal.biases):
             biases = removal.settle(found.gone, settings, norms)
@@ -134,12 +129,12 @@ def shrink(
                 if (value := value_of(model, name, attribute)) != new
             ]
             branches = dead_branches(model, inputs, choice.whole)
-            after = (sum(one.numel() for one in parameters_of(model)), _bytes(model))
+            after = sizes_of(model)
             remember(
                 model,
                 Plan(
-                    {name: _lists(dims) for key, dims in kept.dims.items() for name in names[key]},
-                    {name: list(shapes[key]) for key in kept.dims for name in names[key]},
+                    {name: _lists(kept.of(one)) for name, one in tensors.items() if kept.of(one)},
+                    {name: list(shapes[id(one)]) for name, one in tensors.items() if kept.of(one)},
                     changes,
                     biases,
                 ),
@@ -211,7 +206,3 @@ def _choose(groups: CoupledGroups, dead: Dead, round_to: int, width: bool) -> _C
 
 def _lists(dims: Mapping[int, Tensor]) -> dict[int, list[int]]:
     return {dim: positions.tolist() for dim, positions in dims.items()}
-
-
-def _bytes(model: nn.Module) -> int:
-    return sum(one.numel() * one.element_size() for one in {id(t): t for t in named_tensors(model).values()}.values())

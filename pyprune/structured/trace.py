@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyprune.modules.evaluation import evaluating, forward, recurrence_unfused, untouched, using
+from pyprune.modules.evaluation import evaluating, forward, layers_apart, untouched, using
 from pyprune.modules.undo import Before, undoing
 from pyprune.structured.models import tensors_within
 from pyprune.structured.seen import Reading, Trace
@@ -40,16 +40,13 @@ def trace(
     with undoing(before.restore), undoing(stack.close):
         stack.enter_context(evaluating(model))
         stack.enter_context(untouched(model))
-        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-            stack.enter_context(recurrence_unfused())  # convolutions are slower then
+        stack.enter_context(layers_apart(model))
         if "torch._dynamo" in sys.modules:  # to import it takes seconds, and nothing is compiled without it
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_without_fast_paths())
         stack.enter_context(without_cache(model))
         stack.enter_context(sizes_known(model))
         tracer.watch_modules()
-        for index, example in enumerate(examples):
-            tracer.example = index
+        for example in examples:
             with using(Calls(tracer)), using(Operators(tracer)):
                 made = forward(model, example, "examples")
             for tensor in tensors_within(made):
@@ -58,14 +55,6 @@ def trace(
             tracer.trace.outputs.append(made)
         tracer.finish()
     return tracer.trace
-
-
-@contextmanager
-def _without_fast_paths() -> Iterator[None]:
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    with undoing(lambda: torch.backends.mha.set_fastpath_enabled(enabled)):
-        torch.backends.mha.set_fastpath_enabled(False)
-        yield
 
 
 @contextmanager

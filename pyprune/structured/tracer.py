@@ -32,7 +32,6 @@ class Tracer:
         self.model = model
         self.on_reading = on_reading
         self.paused = False
-        self.example = 0
         self.modules: list[str] = []
         coordinates = Coordinates()
         self._known: Any = WeakIdKeyDictionary()
@@ -157,7 +156,7 @@ class Tracer:
 
     def _on_contraction(self, contraction: Contraction) -> None:
         if self.on_reading is not None:
-            self.on_reading(Reading(contraction, self.modules[-1] if self.modules else "", self.example))
+            self.on_reading(Reading(contraction, self.modules[-1] if self.modules else ""))
 
     def _on_product(self, macs: int, factors: list[Factor]) -> None:
         self.trace.products.append(Product(macs, tuple(factor.coords for factor in factors)))
