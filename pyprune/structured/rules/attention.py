@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from pyprune.structured.coordinates import Axes, Factor
-from pyprune.structured.rules.call import Call, Result, tensors_in
+from pyprune.structured.rules.call import Call, Result, all_held, tensors_in, with_rest
 from pyprune.structured.rules.elementwise import broadcast, unfixed, zero_entries
 
 
@@ -19,28 +19,15 @@ def attention(call: Call) -> Result:
     per_head = []
     for tensor in (query, key, value):
         axes = call.axes(tensor)
-        heads = []
-        for factor in axes.factors:
-            inner = [axis for axis in factor.axes if axis >= dim - 2]
-            ties.hold(factor, inner, "the size of a head stays: the scale depends on it")
-            if (left := factor.first(inner)) is not None:
-                heads.append(left)
-        per_head.append(Axes((*axes.shape[:-2], 1, 1), tuple(heads), axes.source))
+        heads = all_held(call, axes, (dim - 2, dim - 1), "the size of a head stays: the scale depends on it")
+        per_head.append(Axes((*axes.shape[:-2], 1, 1), heads, axes.source))
     most = query.shape[-3] if dim > 2 else 1
     per_head = [_repeated_heads(axes, most, dim - 3) for axes in per_head]
-    output, *rest = tensors_in([call.made])
-    made_shape = tuple(output.shape)
+    made_shape = tuple(next(iter(tensors_in([call.made]))).shape)
     operands: list[tuple[Tensor | None, Axes]] = [(None, axes) for axes in per_head]
     if (mask := call.args.get("attn_mask", call.args.get("attn_bias"))) is not None:
-        along = call.axes(mask).factors
-        for factor in along:
-            ties.hold(factor, [axis for axis in factor.axes if axis >= mask.dim() - 2], "a mask of attention")
-        kept = tuple(
-            left
-            for factor in along
-            if (left := factor.first([axis for axis in factor.axes if axis >= mask.dim() - 2])) is not None
-        )
         known = call.axes(mask)
+        kept = all_held(call, known, (mask.dim() - 2, mask.dim() - 1), "a mask of attention")
         stretched = {axis: size for axis, size in known.stretched.items() if axis < mask.dim() - 2}
         operands.append((None, Axes((*mask.shape[:-2], 1, 1), kept, known.source, stretched)))
     tied = broadcast(call, operands, (*made_shape[:-2], 1, 1))
@@ -62,8 +49,7 @@ def attention(call: Call) -> Result:
     if queries is not None and not any(dim - 3 in factor.axes for factor in factors):
         # One head of keys and values serves all queries.
         factors = unfixed([queries])
-    made = Axes(made_shape, tuple(factors), "inputs")
-    return [made, *(Axes(tuple(tensor.shape)) for tensor in rest)] if rest else made
+    return with_rest(call, Axes(made_shape, tuple(factors), "inputs"))
 
 
 def _repeated_heads(axes: Axes, count: int, axis: int) -> Axes:

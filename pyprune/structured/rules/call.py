@@ -92,3 +92,16 @@ def held(call: Call, factor: Factor, over: Iterable[int], why: str = "") -> Fact
         return factor
     call.coordinates.hold(factor, over, why or f"{call.name} along it")
     return factor.first(over)
+
+
+def all_held(call: Call, axes: Axes, over: Iterable[int], why: str = "") -> tuple[Factor, ...]:
+    """Keep the sizes of axes of a tensor; returns what is left of its factors."""
+    over = set(over)
+    kept = (held(call, factor, over, why) for factor in axes.factors)
+    return tuple(factor for factor in kept if factor is not None)
+
+
+def with_rest(call: Call, made: Axes) -> Result:
+    """What an operation returned first has these axes; what else it returned has no units."""
+    rest = list(tensors_in([call.made]))[1:]
+    return made if isinstance(call.made, Tensor) else [made, *(Axes(tuple(tensor.shape)) for tensor in rest)]

@@ -1,5 +1,6 @@
 """Operations that broadcast: what overlaps is tied elementwise."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -106,7 +107,7 @@ def spread(array: Any, factor: Factor, over: Factor) -> Any:
     return array.reshape([sizes.get(axis, 1) for axis in over.axes])
 
 
-_PRODUCTS = {"mul", "mul_", "div", "div_"}
+_PRODUCTS = {"mul", "div"}
 
 
 def _with_fixed(call: Call, factor: Factor, operands: list[tuple[Tensor | None, Axes]]) -> Factor:
@@ -138,7 +139,7 @@ def zero_entries(tensor: Tensor, factor: Factor, axes: Axes) -> Flags:
     return np.asarray(~used.cpu().numpy().transpose([order.index(axis) for axis in own]))
 
 
-def unfixed(factors: list[Factor]) -> list[Factor]:
+def unfixed(factors: Iterable[Factor]) -> list[Factor]:
     """The same, with entries that may depend on inputs."""
     return [replace(factor, fixed=np.zeros(factor.coords.shape, bool)) for factor in factors]
 

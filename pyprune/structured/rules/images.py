@@ -5,10 +5,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-from torch import Tensor
 
 from pyprune.structured.coordinates import Axes, Factor
-from pyprune.structured.rules.call import Call, Result, given_to, held, tensors_in
+from pyprune.structured.rules.call import Call, Result, all_held, given_to, held, tensors_in, with_rest
 from pyprune.structured.rules.views import reshaped
 
 
@@ -77,14 +76,8 @@ def image(call: Call) -> Result:
     axes = call.axes(tensor)
     positions = len(call.args.get("kernel_size") or call.args.get("output_size") or range(tensor.dim() - 2))
     first = max(0, tensor.dim() - max(1, positions))
-    factors = tuple(
-        left
-        for one in axes.factors
-        if (left := held(call, one, [axis for axis in one.axes if axis >= first])) is not None
-    )
-    made = list(tensors_in([call.made]))
-    several = [Axes(tuple(one.shape), factors if index == 0 else (), axes.source) for index, one in enumerate(made)]
-    return several[0] if isinstance(call.made, Tensor) else several
+    factors = all_held(call, axes, range(first, tensor.dim()))
+    return with_rest(call, Axes(tuple(next(iter(tensors_in([call.made]))).shape), factors, axes.source))
 
 
 def to_real(call: Call) -> Axes:
@@ -96,5 +89,4 @@ def to_real(call: Call) -> Axes:
 def to_complex(call: Call) -> Axes:
     """Pairs of numbers become complex ones."""
     tensor, axes = given_to(call)
-    factors = tuple(left for one in axes.factors if (left := held(call, one, (tensor.dim() - 1,))) is not None)
-    return Axes(tuple(call.made.shape), factors, axes.source)
+    return Axes(tuple(call.made.shape), all_held(call, axes, (tensor.dim() - 1,)), axes.source)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyprune.structured.coordinates import Axes, Factor, Source
-from pyprune.structured.rules.call import Call
+from pyprune.structured.rules.call import Call, Result, all_held, with_rest
 from pyprune.structured.rules.elementwise import broadcast, zero_entries
 
 _MASKS = (torch.bool, torch.uint8)
@@ -14,15 +14,12 @@ _MASKS = (torch.bool, torch.uint8)
 
 def _held(call: Call, tensor: Tensor, axes: Axes, over: set[int]) -> list[Factor]:
     """Keep the sizes of axes; returns what is left of the factors: fixed is what is zero, whatever is picked."""
-    kept = []
-    for factor in axes.factors:
-        mine = [axis for axis in factor.axes if axis in over]
-        call.coordinates.hold(factor, mine, f"{call.name} picks among them")
-        if (left := factor.first(mine)) is not None:
-            if call.values and left.fixed.any():
-                left = replace(left, fixed=zero_entries(tensor, left, axes) & left.fixed)
-            kept.append(left)
-    return kept
+    return [
+        replace(left, fixed=zero_entries(tensor, left, axes) & left.fixed)
+        if call.values and left.fixed.any()
+        else left
+        for left in all_held(call, axes, over, f"{call.name} picks among them")
+    ]
 
 
 def embedding(call: Call) -> Axes:
@@ -34,12 +31,11 @@ def embedding(call: Call) -> Axes:
     return Axes(tuple(call.made.shape), factors, "inputs")
 
 
-def embedding_bag(call: Call) -> list[Axes]:
+def embedding_bag(call: Call) -> Result:
     """Sums of rows of a table."""
     weight = call.args["weight"]
     factors = tuple(factor.moved((1,)) for factor in _held(call, weight, call.axes(weight), {0}))
-    first, *rest = call.made
-    return [Axes(tuple(first.shape), factors), *[Axes(tuple(tensor.shape)) for tensor in rest]]
+    return with_rest(call, Axes(tuple(call.made[0].shape), factors))
 
 
 def index(call: Call) -> Axes:

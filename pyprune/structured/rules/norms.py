@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyprune.structured.coordinates import Axes, Factor
-from pyprune.structured.rules.call import Call, Contraction, Result, tensors_in
+from pyprune.structured.rules.call import Call, Contraction, Result, all_held, given_to, tensors_in, with_rest
 from pyprune.structured.rules.elementwise import broadcast, none_of_them, spread, unfixed, zero_entries
 
 
@@ -27,8 +27,7 @@ def batch_norm(call: Call) -> Result:
             factors = tuple(factor.moved((1,)) for factor in known.factors)
             # What is of no parameter (statistics that are buffers of no model) has a fixed size.
             operands.append((None, Axes(shape, factors, known.source)))
-    made = _without_scale(call, broadcast(call, operands, axes.shape))
-    return [made, *[Axes(tuple(tensor.shape)) for tensor in list(tensors_in([call.made]))[1:]]]
+    return with_rest(call, _without_scale(call, broadcast(call, operands, axes.shape)))
 
 
 def _without_scale(call: Call, made: Axes) -> Axes:
@@ -62,8 +61,7 @@ def layer_norm(call: Call) -> Result:
             operands.append((None, call.axes(tensor)))
     made = broadcast(call, operands, axes.shape)
     made = replace(made, factors=tuple(_unfixed_along(made.factors, over)))
-    rest = list(tensors_in([call.made]))[1:]
-    return [made, *[Axes(tuple(tensor.shape)) for tensor in rest]] if rest else made
+    return with_rest(call, made)
 
 
 def _unfixed_along(factors: Iterable[Factor], over: Iterable[int]) -> list[Factor]:
@@ -131,9 +129,9 @@ def _dims(call: Call, tensor: Tensor) -> list[int]:
 
 def reduction(call: Call) -> Result:
     """mean, var, max and the like."""
-    tensor = call.args["self"] if "self" in call.args else call.tensors()[0]
+    tensor, axes = given_to(call)
     keepdim = bool(call.args.get("keepdim"))
-    made = _statistic(call, call.axes(tensor), _dims(call, tensor), keepdim=keepdim, tensor=tensor)
+    made = _statistic(call, axes, _dims(call, tensor), keepdim=keepdim, tensor=tensor)
     several = list(tensors_in([call.made]))
     return made if isinstance(call.made, Tensor) else [made] * len(several)
 
@@ -157,20 +155,17 @@ def summation(call: Call) -> Result:
 
 def along_axis(call: Call) -> Result:
     """softmax, cumulative sums: computed along an axis, laid over it again."""
-    tensor = call.args["self"] if "self" in call.args else call.tensors()[0]
-    made = _statistic(call, call.axes(tensor), [call.dim(tensor)], keepdim=True, same=True, tensor=tensor)
+    tensor, axes = given_to(call)
+    made = _statistic(call, axes, [call.dim(tensor)], keepdim=True, same=True, tensor=tensor)
     several = list(tensors_in([call.made]))
     return made if isinstance(call.made, Tensor) else [made] * len(several)
 
 
 def held_axis(call: Call) -> Result:
     """sort, topk and the like: the size of the axis stays."""
-    tensor = call.args["self"] if "self" in call.args else call.tensors()[0]
-    axes = call.axes(tensor)
-    dim = call.dim(tensor, default=-1)
-    _hold(call, axes, (dim,))
+    tensor, axes = given_to(call)
+    factors = tuple(unfixed(all_held(call, axes, {call.dim(tensor, default=-1)})))
     made = list(tensors_in([call.made]))
-    factors = tuple(unfixed([left for factor in axes.factors if (left := factor.first({dim} & set(factor.axes)))]))
     each = [Axes(tuple(one.shape), factors if one.dim() == tensor.dim() else (), axes.source) for one in made]
     return each[0] if isinstance(call.made, Tensor) else each
 
@@ -179,14 +174,8 @@ def positions(call: Call) -> Result:
     """argmax and the like put out positions along an axis: another size would be other positions."""
     tensor = call.args["self"]
     over = [-1 % max(1, tensor.dim())] if call.name == "multinomial" else _dims(call, tensor)
-    _hold(call, call.axes(tensor), over)
+    all_held(call, call.axes(tensor), over)
     return none_of_them(call)
-
-
-def _hold(call: Call, axes: Axes, over: Iterable[int], why: str = "") -> None:
-    over = set(over)
-    for factor in axes.factors:
-        call.coordinates.hold(factor, [axis for axis in factor.axes if axis in over], why or f"{call.name} along it")
 
 
 def group_norm(call: Call) -> Result:
@@ -211,8 +200,7 @@ def group_norm(call: Call) -> Result:
         whole = channels.fixed.reshape(groups, -1).all(1).repeat(len(channels.fixed) // groups)
         factors = tuple(replace(one, fixed=one.fixed & whole) if one.axes == (1,) else one for one in made.factors)
         made = replace(made, factors=factors)
-    rest = list(tensors_in([call.made]))[1:]
-    return [made, *[Axes(tuple(tensor.shape)) for tensor in rest]]
+    return with_rest(call, made)
 
 
 def weight_norm(call: Call) -> Result:
@@ -222,5 +210,4 @@ def weight_norm(call: Call) -> Result:
     dim = int(call.args.get("dim", 0)) % direction.dim()
     made = _statistic(call, axes, [axis for axis in range(direction.dim()) if axis != dim], keepdim=True, same=True)
     made = broadcast(call, [(None, made), (length, call.axes(length))], axes.shape)
-    rest = list(tensors_in([call.made]))[1:]
-    return [made, *[Axes(tuple(tensor.shape)) for tensor in rest]] if rest else made
+    return with_rest(call, made)

@@ -87,15 +87,9 @@ def depends(call: Call, weight: Tensor, out_axis: int, in_axis: int, source: Axe
     return np.asarray(used.cpu().numpy())
 
 
-def _product(call: Call, factors: list[Factor], weight: Tensor, out: int, in_: int, source: Axes, at: int) -> None:
-    """Say of the outputs of a weight which are fixed. Its factor is the one with the last axis of what is made."""
-    if not call.values:
-        return
-    last = call.made.dim() - 1
-    for index, factor in enumerate(factors):
-        if factor.axes == (last,):
-            fixed = ~depends(call, weight, out, in_, source, at)
-            factors[index] = replace(factor, fixed=fixed)
+def _fixed_along(axis: int, factors: list[Factor], fixed: Flags) -> list[Factor]:
+    """Say which entries along an axis are fixed."""
+    return [replace(factor, fixed=fixed) if factor.axes == (axis,) else factor for factor in factors]
 
 
 def matrices(call: Call, first: Tensor, second: Tensor, bias: Tensor | None = None) -> Axes:
@@ -111,13 +105,14 @@ def matrices(call: Call, first: Tensor, second: Tensor, bias: Tensor | None = No
     rows, columns = unfixed(rows), unfixed(columns)
     if call.values:
         if right.source != "inputs":
-            _product(call, columns, second, 1, 0, left, 1)
+            columns = _fixed_along(1, columns, ~depends(call, second, 1, 0, left, 1))
         elif left.source != "inputs":
-            rows = [
-                replace(factor, fixed=~depends(call, first, 0, 1, right, 0)) if factor.axes == (0,) else factor
-                for factor in rows
-            ]
+            rows = _fixed_along(0, rows, ~depends(call, first, 0, 1, right, 0))
     product = Axes(tuple(call.made.shape), (*rows, *columns), source_of({left.source, right.source}))
+    return _plus(call, product, bias)
+
+
+def _plus(call: Call, product: Axes, bias: Tensor | None) -> Axes:
     return product if bias is None else broadcast(call, [(None, product), (bias, call.axes(bias))], product.shape)
 
 
@@ -142,8 +137,7 @@ def mv(call: Call) -> Axes:
 def addmv(call: Call) -> Axes:
     """(n, k) times (k,), plus a vector."""
     product = mv(Call(**{**vars(call), "args": {"self": call.args["mat"], "vec": call.args["vec"]}}))
-    bias = call.args["self"]
-    return broadcast(call, [(None, product), (bias, call.axes(bias))], product.shape)
+    return _plus(call, product, call.args["self"])
 
 
 def dot(call: Call) -> Axes:
@@ -161,8 +155,7 @@ def bmm(call: Call) -> Axes:
 def baddbmm(call: Call) -> Axes:
     """A batched product, plus a bias."""
     product = _batched(call, call.args["batch1"], call.args["batch2"])
-    bias = call.args["self"]
-    return broadcast(call, [(None, product), (bias, call.axes(bias))], product.shape)
+    return _plus(call, product, call.args["self"])
 
 
 def _batched(call: Call, first: Tensor, second: Tensor) -> Axes:
@@ -234,10 +227,7 @@ def _zero_heads(call: Call, value: Tensor, axes: Axes) -> Callable[[Factor], Fla
     if factor is None or not factor.fixed.any():
         return None
     zero = zero_entries(value, factor, axes) & factor.fixed
-    heads = zero.reshape(len(zero), -1) if factor.at(0) == 0 else np.moveaxis(zero, factor.at(0), 0).reshape(
-        value.shape[0], -1
-    )  # fmt: skip
-    dead = heads.all(1)
+    dead = np.moveaxis(zero, factor.at(0), 0).reshape(value.shape[0], -1).all(1)
 
     def fixed(made: Factor) -> Flags:
         shape = [-1 if axis == 0 else 1 for axis in made.axes]
@@ -263,6 +253,5 @@ def grouped_mm(call: Call) -> Axes:
     )
     if call.values and second.dim() == 3:
         columns = [replace(factor, fixed=~depends(call, second, 2, 1, left, first.dim() - 1)) for factor in columns]
-    bias = call.args.get("bias")
     product = Axes(tuple(call.made.shape), (*rows, *columns), source_of({left.source, right.source}))
-    return product if bias is None else broadcast(call, [(None, product), (bias, call.axes(bias))], product.shape)
+    return _plus(call, product, call.args.get("bias"))

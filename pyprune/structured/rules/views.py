@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from pyprune.structured.coordinates import Axes, Factor
-from pyprune.structured.rules.call import Call, given_to, held
+from pyprune.structured.rules.call import Call, all_held, given_to
 
 
 def same(call: Call) -> Axes:
@@ -127,5 +127,4 @@ def unfold_axis(call: Call) -> Axes:
     """Windows along an axis."""
     tensor, axes = given_to(call)
     dim = call.dim(tensor, "dimension")
-    factors = tuple(left for one in axes.factors if (left := held(call, one, (dim,))) is not None)
-    return Axes(tuple(call.made.shape), factors, axes.source)
+    return Axes(tuple(call.made.shape), all_held(call, axes, (dim,)), axes.source)
