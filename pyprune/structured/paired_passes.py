@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pyprune.modules.evaluation import evaluating, forward, untouched
 from pyprune.modules.undo import Before, undoing
 from pyprune.structured.paired_layers import Reader, geometry
+from pyprune.structured.passes import first_argument
 from pyprune.structured.unfolding import call, channel_dim, matrix_of
 
 Hook = Callable[[Any, Any, Any], None]
@@ -91,15 +92,11 @@ class Job:
             made[reader].append(reader.wanted(output).clone())  # what comes after may write into it
 
         def give(leg: int, args: Any, kwargs: Any, output: Tensor) -> None:
-            take(leg, _input(args, kwargs), [made[reader].pop(0) for reader in self.legs[leg]])
+            take(leg, first_argument(args, kwargs), [made[reader].pop(0) for reader in self.legs[leg]])
 
         hooks = [(reader.dense, partial(keep, reader)) for reader in made]
         run(dense, batch, hooks, sum(count * len(leg) for count, leg in zip(expected, self.legs, strict=True)))
         run(model, batch, [(leg[0].layer, partial(give, i)) for i, leg in enumerate(self.legs)], sum(expected))
-
-
-def _input(args: Any, kwargs: Any) -> Any:
-    return args[0] if args else next(iter(kwargs.values()), None)
 
 
 @dataclass
@@ -181,7 +178,7 @@ def look_at_both(
 def _note(
     reader: Reader, seen: _Seen, which: str, batch: int, order: Iterator[int], args: Any, kwargs: Any, output: Any
 ) -> None:
-    x = _input(args, kwargs)
+    x = first_argument(args, kwargs)
     if not isinstance(x, Tensor) or not isinstance(output, Tensor) or not x.is_floating_point():
         seen.problem = "what goes in or comes out is no tensor of real numbers"
         return

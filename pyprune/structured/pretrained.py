@@ -38,8 +38,7 @@ def let_configs_say(model: nn.Module, inputs: Sequence[Any]) -> None:
     for name, part in pretrained_parts(model):
         if plan_of(part) is None:
             continue
-        is_meta = any(one.is_meta for one in part.parameters())
-        entries = None if is_meta else find_entries(part, computes_the_same(model, inputs, name))
+        entries = find_entries(part, computes_the_same(model, inputs, name))
         if entries:
             config: Any = part.config
             changes = []

@@ -1,6 +1,6 @@
 """Run a model on examples, and see below autograd what operations tie: units, and what stays and why.
 
-The rules are in `pyprune.structured.rules`, what gives them tensors in `pyprune.structured.tracer`.
+The rules are in `pyprune.structured.rules`, what gives them tensors in `tracer` and `modes`.
 """
 
 import sys
@@ -14,9 +14,10 @@ from torch import nn
 from pyprune.modules.evaluation import evaluating, forward, layers_apart, untouched, using
 from pyprune.modules.undo import Before, undoing
 from pyprune.structured.models import tensors_within
+from pyprune.structured.modes import Calls, Operators
 from pyprune.structured.seen import Reading, Trace
 from pyprune.structured.sizes import sizes_known
-from pyprune.structured.tracer import Calls, Operators, Tracer
+from pyprune.structured.tracer import Tracer
 
 OUTPUT = "an output of the model"
 
