@@ -224,9 +224,9 @@ class _ObjectBefore:
             object.__setattr__(self.thing, "__class__", self.cls)  # past a __setattr__ of the user
         there = vars(self.thing)
         others = {} if self.names is None else {key: there[key] for key in there if key not in self.names}
-        _refill(there, self.values | others)
+        refill(there, self.values | others)
         for table, content in self.tables:
-            _refill(table, content)
+            refill(table, content)
 
 
 class _ParameterBefore:
@@ -246,7 +246,7 @@ class _ParameterBefore:
         for name, hooks in self.hooks.items():
             table = getattr(self.parameter, name)
             if table is not None:
-                _refill(table, hooks)
+                refill(table, hooks)
 
 
 # What torch gives every module.
@@ -255,7 +255,7 @@ _TABLES = (dict, OrderedDict, list, deque, set, MasksOfModule)
 _HOOKS_OF_PARAMETERS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
-def _refill(table: Any, content: Any) -> None:
+def refill(table: Any, content: Any) -> None:
     """Let a dict, list or set have a content again; one that has it is not touched."""
     if isinstance(table, dict):
         is_same = list(map(id, table)) == list(map(id, content)) and all(table[key] is content[key] for key in table)
@@ -264,6 +264,15 @@ def _refill(table: Any, content: Any) -> None:
     else:
         is_same = table == content
     if is_same:
+        return
+    if isinstance(table, dict):
+        # Nothing that is to be there is ever missing: an interruption here finds a module that can be looked at.
+        table.update(content)
+        for key in [key for key in table if key not in content]:
+            del table[key]
+        if list(map(id, table)) != list(map(id, content)):
+            for key in content:
+                table[key] = table.pop(key)
         return
     table.clear()
     if isinstance(table, (list, deque)):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.modules.attachments import parameters_of
-from pyprune.modules.undo import Change
+from pyprune.modules.undo import Change, refill
 from pyprune.structured.sizes import holders
 
 
@@ -68,29 +68,29 @@ def resizing(model: nn.Module, kept: Kept, change: Change, also: Iterable[Tensor
 
     def undo() -> None:
         for attributes, values in shared:
-            if attributes != values:
-                attributes.clear()
-                attributes.update(values)
+            refill(attributes, values)
         for tensor, data in (*others, *before):
             give_data(tensor, data)
 
     try:
-        with torch.no_grad():
-            for tensor, data in before:
-                give_data(tensor, kept.cut(data, tensor))
-        if before:  # gradients of one step are of one model
-            for parameter in parameters_of(model):
-                parameter.grad = None
-        dense = {id(tensor): data for tensor, data in before}
-        for module in model.modules():
-            update_known(module, dense)
-        yield
-    except BaseException:
+        try:
+            with torch.no_grad():
+                for tensor, data in before:
+                    give_data(tensor, kept.cut(data, tensor))
+            if before:  # gradients of one step are of one model
+                for parameter in parameters_of(model):
+                    parameter.grad = None
+            dense = {id(tensor): data for tensor, data in before}
+            for module in model.modules():
+                update_known(module, dense)
+            yield
+        except BaseException:
+            if not change.is_finishing:
+                undo()
+            raise
+    except BaseException:  # also if that was interrupted, wherever it was
         if not change.is_finishing:
-            try:
-                undo()
-            finally:
-                undo()
+            undo()
         raise
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from pyprune.modules.undo import undoing
+from pyprune.modules.undo import refill, undoing
 from pyprune.structured.configs import (
     computes_the_same,
     find_entries,
@@ -116,8 +116,7 @@ def _dense_config(model: nn.Module, plan: Plan) -> Iterator[None]:
 
     def undo() -> None:
         for attributes, values in reversed(before):
-            attributes.clear()
-            attributes.update(values)
+            refill(attributes, values)
 
     with undoing(undo):
         before.append((vars(config), dict(vars(config))))

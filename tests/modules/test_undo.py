@@ -7,7 +7,7 @@ import pyprune
 from pyprune import Method, importance, scope
 from pyprune.modules.holding import HOOKS, look_at_torch
 from pyprune.modules.masks import changing_masks, masks_in
-from pyprune.modules.undo import Before, Change, undoing
+from pyprune.modules.undo import Before, Change, refill, undoing
 from tests.fault_injector import Fault, count_lines, differences, look
 
 LOCAL = Method(importance.magnitude(), scope=scope.tensor())
@@ -206,3 +206,18 @@ def test_a_first_prune_that_is_interrupted_leaves_no_hooks_with_torch(monkeypatc
     assert held
     monkeypatch.undo()
     look_at_torch()
+
+
+@pytest.mark.parametrize("now", [{}, {"a": 1}, {"b": 2, "a": 1}, {"a": 0, "b": 2, "c": 3}, {"c": 3, "b": 2, "a": 1}])
+def test_refill_gives_a_dict_its_content_and_order_and_never_lacks_a_key(now):
+    class Watched(dict):
+        missing = False
+
+        def clear(self):
+            Watched.missing = True
+            super().clear()
+
+    table, content = Watched(now), {"a": 1, "b": 2}
+    refill(table, content)
+    assert list(table.items()) == list(content.items())
+    assert not Watched.missing
