@@ -24,6 +24,7 @@ FLOORS = {
     "structured": 5,
     "selection": 6,
     "analysis": 7,
+    "oneshot": 7,
     "torch_prune": 7,
     "training": 7,
     "recipes": 8,

@@ -1,0 +1,73 @@
+"""What solvers of one-shot pruning take and return, in pure tensors."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pyprune.methods.scope import Scope
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """What a solver made of a weight.
+
+    Args:
+        weight: (rows, columns), float32, or float64 if the weight was that; zero where the mask drops.
+        mask: bool of the same shape, True = kept.
+        damping: what was added to the Gram's diagonal, as a share of its mean; larger than asked for if it had to be.
+    """
+
+    weight: Tensor
+    mask: Tensor
+    damping: float
+
+
+class Solver(Protocol):
+    """A rule for the weights that are kept: those with which a layer's outputs stay closest to what they were.
+
+    It sees one matrix, weight V, whose outputs are X V^T, and the Gram H = X^T X of its inputs.
+    """
+
+    @property
+    def name(self) -> str:
+        """Its name in tables."""
+
+    @property
+    def chooses(self) -> bool:
+        """Whether it chooses the mask by itself; otherwise it takes one and only solves for what is kept."""
+
+    def solve(
+        self, weight: Tensor, gram: Tensor, *, scope: Scope | None, ratio: float | None, mask: Tensor | None
+    ) -> Solution:
+        """Solve one matrix.
+
+        Args:
+            weight: (rows, columns), of any float dtype; it is left as it is.
+            gram: (columns, columns), symmetric, float32 or float64, without damping; it is left as it is.
+            scope: what competes; None if the solver does not choose.
+            ratio: the fraction of the elements to remove, those that ``mask`` drops among them; None for all that
+                N:M removes.
+            mask: elements that are False stay zero.
+        """
+
+
+def relative_error(before: Tensor, after: Tensor, gram: Tensor) -> float:
+    """Return the share of a layer's output that a change of its weight loses: tr((V-W) H (V-W)^T) / tr(W H W^T).
+
+    0 where the inputs are all zero.
+
+    Example:
+        >>> relative_error(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 2.0]]), torch.eye(2))
+        0.2
+    """
+    wide = gram.dtype if gram.dtype == torch.float64 else torch.promote_types(before.dtype, torch.float32)
+    before, gram = before.to(wide), gram.to(wide)
+    missing = after.to(wide) - before
+
+    def squares(matrix: Tensor) -> float:
+        return float(((matrix @ gram) * matrix).sum(dtype=torch.float64))
+
+    whole = squares(before)
+    return max(0.0, squares(missing)) / whole if whole > 0 else 0.0
