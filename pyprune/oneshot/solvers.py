@@ -2,5 +2,6 @@
 
 from pyprune.oneshot.admm import admm
 from pyprune.oneshot.least_squares import least_squares
+from pyprune.oneshot.swaps import swaps
 
-__all__ = ["admm", "least_squares"]
+__all__ = ["admm", "least_squares", "swaps"]
