@@ -19,6 +19,7 @@ from pyprune.modules.optimizer import check_optimizer, gate_parameters, weight_p
 from pyprune.modules.statistics import pruning_statistic
 from pyprune.modules.statistics_result import ModelPruningStatistic, TensorPruningStatistic
 from pyprune.modules.strip import StripFormat, strip
+from pyprune.oneshot import allocations
 from pyprune.ops.build_info import build_info
 from pyprune.recipes.recipe import Recipe
 from pyprune.recipes.recipe_pruner import RecipePruner
@@ -92,6 +93,7 @@ __all__ = [
     "__version__",
     "ac_dc",
     "allocation_from_sensitivity",
+    "allocations",
     "attach_gate",
     "batch_norm_adaptation",
     "build_info",
