@@ -19,7 +19,7 @@ from pyprune.modules.optimizer import check_optimizer, gate_parameters, weight_p
 from pyprune.modules.statistics import pruning_statistic
 from pyprune.modules.statistics_result import ModelPruningStatistic, TensorPruningStatistic
 from pyprune.modules.strip import StripFormat, strip
-from pyprune.oneshot import allocations
+from pyprune.oneshot import allocations, solvers
 from pyprune.ops.build_info import build_info
 from pyprune.recipes.recipe import Recipe
 from pyprune.recipes.recipe_pruner import RecipePruner
@@ -128,6 +128,7 @@ __all__ = [
     "shrink",
     "slimming_loss",
     "snip",
+    "solvers",
     "strip",
     "torch_prune",
     "upgrade_checkpoint",
