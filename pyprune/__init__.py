@@ -25,9 +25,11 @@ from pyprune.recipes.recipe import Recipe
 from pyprune.recipes.recipe_pruner import RecipePruner
 from pyprune.selection.prune import prune
 from pyprune.selection.thresholds import ratios_below
+from pyprune.structured.block_scores import block_scores
 from pyprune.structured.drop_blocks import drop_blocks
 from pyprune.structured.drop_experts import drop_experts
 from pyprune.structured.dropped import Dropped
+from pyprune.structured.expert_scores import expert_scores
 from pyprune.structured.groups import coupled_groups
 from pyprune.structured.plan import Plan
 from pyprune.structured.rebuild import rebuild
@@ -96,12 +98,14 @@ __all__ = [
     "allocations",
     "attach_gate",
     "batch_norm_adaptation",
+    "block_scores",
     "build_info",
     "calibrate",
     "check_optimizer",
     "coupled_groups",
     "drop_blocks",
     "drop_experts",
+    "expert_scores",
     "gate_parameters",
     "get_config",
     "gmp",

@@ -112,9 +112,7 @@ def test_fit_takes_whole_batches_until_a_step_has_its_samples(samples, batches):
             seen.append(number)
         return case.run(number)
 
-    reconstruct(steps=4, batch=samples).fit(
-        run, case.wanted.__getitem__, 4, case.block.parameters(), case.masks
-    )
+    reconstruct(steps=4, batch=samples).fit(run, case.wanted.__getitem__, 4, case.block.parameters(), case.masks)
     assert len(seen) == 4 * batches
     assert sorted(seen[:4]) == [0, 1, 2, 3]  # each once before any comes again
 
