@@ -55,9 +55,7 @@ class Padding:
         self._of_recurrent = {parameter for module in recurrent for parameter in module.parameters()}
         self.real: list[Tensor] = []  # (examples, positions), bool; nothing if nothing is padded
         self.unknown: dict[nn.Parameter, None] = {}  # whose rows are kept because it cannot be said which are real
-        self._whole: dict[
-            int, tuple[Tensor, Tensor]
-        ] = {}  # by columns: the last rows of all positions, which are real
+        self._whole: dict[int, tuple[Tensor, Tensor]] = {}  # by columns: the last rows of all positions, which are real
         self._picked: Tensor | None = None  # which are real of the rows that were picked last
 
     def begin(self, batch: Any) -> None:

@@ -104,9 +104,9 @@ def owl(m: float = 3.0, spread: float = 0.08) -> BlockAllocation:
 def alpha_pruning(epsilon: float = 0.2) -> BlockAllocation:
     """Let blocks whose weights have heavier tails lose less, which are those that training has shaped more; no data.
 
-    alpha is the exponent of the power law that the larger half of the eigenvalues of W^T W follows, by Hill's estimate,
-    the mean over the weights of a block. The smallest alpha becomes 1 - epsilon and the largest 1 + epsilon, linearly,
-    and these are scaled to the ratio. Takes the singular values of every weight: seconds for one of 4096 by 4096.
+    alpha is the exponent of the power law that the larger half of the eigenvalues of W^T W follows, by Hill's
+    estimate, the mean over the weights of a block. The smallest alpha becomes 1 - epsilon and the largest
+    1 + epsilon, linearly, and these are scaled to the ratio. It takes the singular values of every weight.
 
     Args:
         epsilon: in (0, 1).
@@ -114,8 +114,8 @@ def alpha_pruning(epsilon: float = 0.2) -> BlockAllocation:
     Raises:
         TypeError, ValueError: for another number.
 
-    Paper: Lu et al. 2024, "AlphaPruning: Using Heavy-Tailed Self Regularization Theory for Improved Layer-wise Pruning
-    of Large Language Models".
+    Paper: Lu et al. 2024, "AlphaPruning: Using Heavy-Tailed Self Regularization Theory for Improved Layer-wise
+    Pruning of Large Language Models".
 
     Example:
         >>> alpha_pruning(0.5).shares([3.0, 2.0, 4.0], 0.7)
@@ -141,8 +141,8 @@ def ratios(
 ) -> dict[str, float]:
     """Return a ratio for each weight of a model's blocks, with which all together lose exactly the one that is given.
 
-    Weights of one block lose the same, up to rounding. Of n elements floor(ratio * n + 0.5) go, within `scope.tensor`;
-    within rows and N:M, whose counts are rounded by themselves, about as many.
+    Weights of one block lose the same, up to rounding. Of n elements floor(ratio * n + 0.5) go, within
+    `scope.tensor`; within rows and N:M, whose counts are rounded by themselves, about as many.
 
     Args:
         model: the dense model.
@@ -155,8 +155,8 @@ def ratios(
         ignored_scope: weights to leave out.
 
     Returns:
-        What ``prune(model, Method(..., scope=scope.tensor()), ratio=...)`` takes. Weights outside of blocks are not in
-        it, and lose nothing.
+        What ``prune(model, Method(..., scope=scope.tensor()), ratio=...)`` takes. Weights outside of blocks are not
+        in it, and lose nothing.
 
     Raises:
         TypeError, ValueError: for wrong arguments, if there are no such blocks, no weights in them, no statistics of
@@ -254,8 +254,8 @@ def _alpha(weights: Sequence[Weight]) -> float:
         _check_finite(float(weight.values.double().abs().sum()), [weight])
         if weight.values.dim() > 1 and not weight.layout.is_clear:
             raise ValueError(
-                f"which dimensions of {weight.name} count outputs and inputs cannot be told: {weight.layout.problem}. "
-                "Name it in ignored_scope"
+                f"which dimensions of {weight.name} count outputs and inputs cannot be told: "
+                f"{weight.layout.problem}. Name it in ignored_scope"
             )
         found += [tail_exponent(matrix) for matrix in as_matrices(weight.values, weight.layout)]
     known = [one for one in found if one is not None]

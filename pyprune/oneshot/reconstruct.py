@@ -55,7 +55,7 @@ class Reconstruction:
         *,
         padding: Padding | None = None,
     ) -> Fit:
-        """Train a block by its outputs; it ends as it was if that makes them no better, if it fails or is interrupted.
+        """Train a block by its outputs; it ends as it was if these get no better, or if it fails or is interrupted.
 
         Only the parameters that are given change; their ``grad`` and ``requires_grad`` are as before, and torch's
         random numbers too. Half-precision ones are trained by float32 copies. Of an output that is not one tensor

@@ -9,7 +9,7 @@ from torch import Tensor
 def tail_exponent(matrix: Tensor) -> float | None:
     """Return the exponent of the power law that the larger half of the eigenvalues of W^T W follows: Hill's estimate.
 
-    alpha = 1 + k / sum(log(eigenvalue / the smallest of the k)). A small one means heavy tails, as training makes them.
+    alpha = 1 + k / sum(log(eigenvalue / the smallest of the k)). A small one means heavy tails, which training makes.
     Eigenvalues that are 0 (by the rank of the matrix) do not count; None if those of the larger half do not differ.
 
     Args:
