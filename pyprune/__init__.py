@@ -19,6 +19,8 @@ from pyprune.modules.optimizer import check_optimizer, gate_parameters, weight_p
 from pyprune.modules.statistics import pruning_statistic
 from pyprune.modules.statistics_result import ModelPruningStatistic, TensorPruningStatistic
 from pyprune.modules.strip import StripFormat, strip
+from pyprune.oneshot.one_shot_result import OneShotResult, PrunedWeight
+from pyprune.oneshot.prune_one_shot import prune_one_shot
 from pyprune.ops.build_info import build_info
 from pyprune.recipes.recipe import Recipe
 from pyprune.recipes.recipe_pruner import RecipePruner
@@ -73,8 +75,10 @@ __all__ = [
     "MovementPruner",
     "MultiStepMagnitudePruningScheduler",
     "MultiStepRBPruningScheduler",
+    "OneShotResult",
     "Plan",
     "PruneMode",
+    "PrunedWeight",
     "Pruner",
     "PruningRound",
     "RBLoss",
@@ -114,6 +118,7 @@ __all__ = [
     "ops",
     "plan_of",
     "prune",
+    "prune_one_shot",
     "pruning_statistic",
     "ratios_below",
     "reapply",

@@ -81,8 +81,8 @@ def _named(modules: dict[str, nn.Module], names: Sequence[str]) -> list[Block]:
         for inner in block.module.modules():
             if inner in places and _has_weights(inner):
                 raise ValueError(
-                    f"blocks names {places[inner]} and {block.name}, which share a module; a block is one part of the "
-                    "model, called once in a pass"
+                    f"blocks names {places[inner]} and {block.name}, which share a module; a block is one part of "
+                    "the model, called once in a pass"
                 )
             places[inner] = block.name
     return weighted
@@ -90,8 +90,7 @@ def _named(modules: dict[str, nn.Module], names: Sequence[str]) -> list[Block]:
 
 def _outermost(lists: list[list[Block]]) -> list[Block]:
     """Return the members of the lists that lie in no member of another; those with parts go before single layers."""
-    composite = [members for members in lists if all(any(True for _ in one.module.children()) for one in members)]
-    lists = composite or lists
+    lists = [members for members in lists if all(map(_has_parts, members))] or lists
     inner = {part for members in lists for one in members for part in one.module.modules() if part is not one.module}
     found: dict[nn.Module, Block] = {}
     for members in lists:
@@ -126,6 +125,10 @@ def _members(modules: dict[str, nn.Module], name: str) -> Iterator[Block]:
 def _list_of(modules: dict[str, nn.Module], name: str) -> str:
     above = name.rpartition(".")[0]
     return above if isinstance(modules.get(above), nn.ModuleList) else name
+
+
+def _has_parts(block: Block) -> bool:
+    return any(True for _ in block.module.children())
 
 
 def _has_weights(module: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """Passes of a model that run one of its blocks: those before it give what they gave, those after are not reached.
 
-The model is called as its user calls it, so masks, positions, caches and whatever else its blocks take are made by its
-own code; nothing is traced.
+The model is called as its user calls it, so masks, positions, caches and whatever else its blocks take are made by
+its own code; nothing is traced.
 """
 
 import hashlib
@@ -109,9 +109,9 @@ class Walk:
                 self.blocks = blocks
                 return
         raise ValueError(
-            f"{type(self.model).__name__} cannot be pruned block by block: with the blocks before it replaced by what "
-            f"they gave, {problem}. Some block takes more from others than what these give (shared keys and values, "
-            "state that is kept), or results are not the same twice; prune it with pyprune.calibrate and pyprune.prune"
+            f"{type(self.model).__name__} cannot be pruned block by block: with the blocks before it replaced by "
+            f"what they gave, {problem}. Some block takes more from others than that (shared keys and values, state "
+            "that is kept), or results are not the same twice; use pyprune.calibrate and pyprune.prune"
         )
 
     def _difference(self, blocks: Sequence[Block], expected: Sequence[str]) -> str:
@@ -145,7 +145,7 @@ class Walk:
                 forward(self.model, self.batch, _WHAT)
             except _Stop:
                 return given[0]
-        raise ValueError(f"batch {number} of data does not reach {block.name}; give batches that do, or name other blocks")
+        raise ValueError(f"batch {number} of data does not reach {block.name}; give batches that do, or other blocks")
 
     def padding(self, given: Tensor) -> Tensor | None:
         """Return which positions of an input are no padding, (batch, positions), if the batch says so."""
@@ -209,7 +209,7 @@ def _digest(output: Any) -> str:
         if isinstance(leaf, Tensor):
             data = leaf.detach().cpu().contiguous()
             digest.update(f"{data.dtype}{tuple(data.shape)}".encode())
-            digest.update(data.reshape(-1).view(torch.uint8).numpy())
+            digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
