@@ -19,6 +19,7 @@ from pyprune.modules.optimizer import check_optimizer, gate_parameters, weight_p
 from pyprune.modules.statistics import pruning_statistic
 from pyprune.modules.statistics_result import ModelPruningStatistic, TensorPruningStatistic
 from pyprune.modules.strip import StripFormat, strip
+from pyprune.oneshot import solvers
 from pyprune.oneshot.one_shot_result import OneShotResult, PrunedWeight
 from pyprune.oneshot.prune_one_shot import prune_one_shot
 from pyprune.ops.build_info import build_info
@@ -131,6 +132,7 @@ __all__ = [
     "shrink",
     "slimming_loss",
     "snip",
+    "solvers",
     "strip",
     "torch_prune",
     "upgrade_checkpoint",

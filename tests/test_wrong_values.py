@@ -675,6 +675,7 @@ ROWS: dict[str, Row] = {
     "taylor": Row(importance.taylor, same(normalize="l2", joint=True)),
     "fisher": Row(importance.fisher, same(damp=0.0, normalize="l2"), {"damp": NOT_NEGATIVE}),
     "wanda": Row(importance.wanda, same(normalize="l2")),
+    "ria": Row(importance.ria, same(power=0.5, normalize="l2"), {"power": NOT_NEGATIVE}),
     "apoz": Row(importance.apoz, same(activation=torch.relu)),
     "mean_activation": Row(importance.mean_activation, same(activation=torch.relu)),
     "custom": Row(importance.custom, same(function=torch.abs, name="x"), {"name": TEXT}),
