@@ -57,13 +57,13 @@ def calibrate(
     For gradients ``loss_fn`` runs the model; the gradient is that of the weight in use, so it is not zero where a
     mask drops a weight. Activations need no loss; they are seen where a weight is multiplied with them, whoever
     does that (attention, ``F.linear(x, layer.weight)``, experts). Embeddings that are only looked up have no inputs:
-    they are left out, by `prune` too, and a warning names them. Positions that are padding, by the batch's
-    ``attention_mask`` (or ``src_key_padding_mask`` and the like of torch's transformers), do not count as activations:
-    padded or not, a text gives the same statistic. Where it cannot be told which rows of an input are padding, all
-    count, and a warning names the weights. What gradients count is for the loss to say. What is measured is the model as it is, with the
-    masks that it carries: calibrate before pruning if masks are to be chosen from raw weights. All modules run in
-    evaluation mode. Training flags, ``requires_grad``, ``grad``, buffers and torch's random numbers are as before in
-    the end.
+    they are left out, by `prune` too, and a warning names them. Positions that are padding by the batch's
+    ``attention_mask``, or the ``src_key_padding_mask`` and the like of torch's transformers, do not count: padded or
+    not, a text gives the same statistic. Where it cannot be told which rows of an input are padding, all count, and a
+    warning names the weights. What counts for gradients is for the loss to say. What is measured is the model as it
+    is, with the masks that it carries: calibrate before pruning if masks are to be chosen from raw weights. All
+    modules run in evaluation mode. Training flags, ``requires_grad``, ``grad``, buffers and torch's random numbers are
+    as before in the end.
 
     Args:
         model: the model, on the device of the data.
