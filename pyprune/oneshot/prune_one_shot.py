@@ -21,11 +21,11 @@ from pyprune.modules.masks import Mask
 from pyprune.modules.targets import Target, find_targets_and_zeros
 from pyprune.modules.undo import Change
 from pyprune.oneshot.find_blocks import Block, find_blocks
-from pyprune.oneshot.linear_grams import InputGrams
+from pyprune.oneshot.input_grams import InputGrams
 from pyprune.oneshot.one_shot_result import OneShotResult, PrunedWeight
 from pyprune.oneshot.rule import Rule, rule_of
 from pyprune.oneshot.solution import Solver
-from pyprune.oneshot.solve_block import check_inputs, solve_block, write_block
+from pyprune.oneshot.solve_block import solve_block, write_block
 from pyprune.oneshot.stored import InMemory
 from pyprune.oneshot.walk import Walk
 from pyprune.selection.find_prunable import Prunable, check_kind
@@ -71,7 +71,6 @@ def prune_one_shot(
                     walk.run(place, keep=not (propagate and some))
                 if some:
                     inputs = grams.results()
-                    check_inputs(inputs)
                     solved = solve_block(block.name, rule, inputs, ratios, statistics)
                     write_block(model, solved)
                     if propagate:

@@ -1,7 +1,7 @@
 """The weights of a block chosen and solved, and written into it."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,22 +13,26 @@ from pyprune.methods.allocation import Amount
 from pyprune.methods.method import Method
 from pyprune.modules.masks import Mask, NewMask, attach_masks, changing_masks, raw_weight
 from pyprune.modules.targets import Target
-from pyprune.oneshot.linear_grams import WeightInput, as_matrices, as_weight
+from pyprune.oneshot.matrices import as_matrices, as_weight, from_matrices, matrices
 from pyprune.oneshot.one_shot_result import PrunedWeight
 from pyprune.oneshot.rule import Rule
 from pyprune.oneshot.solution import output_size, relative_error
+from pyprune.oneshot.weight_input import InputPart, WeightInput
 from pyprune.selection.choose_masks import choose_masks
+
+_Place = tuple[Tensor | slice, Tensor | slice]
 
 
 @dataclass(frozen=True, eq=False)
 class Solved:
     """What a weight is to become: its new values (None if they stay) and its mask, and what is said of it."""
 
-    weight: Tensor | None
+    values: Tensor | None
     mask: Tensor
     said: PrunedWeight
 
 
+@torch.no_grad()
 def solve_block(
     block: str,
     rule: Rule,
@@ -41,32 +45,56 @@ def solve_block(
     Args:
         block: its name.
         rule: how.
-        inputs: what went into each weight.
+        inputs: what each weight multiplied.
         ratios: how much goes of each.
         given: scores, of an importance that has them.
 
     Raises:
-        ValueError: for inputs or scores that are NaN or infinite.
+        ValueError: for inputs, scores or solutions that are NaN or infinite.
     """
+    _check(inputs)
     masks: dict[Target, Tensor] = {}
-    spent = dict.fromkeys(inputs, 0.0)
+    spent = 0.0
     if rule.method is not None:
         began = time.perf_counter()
         masks = _chosen(rule.method, rule.amount, inputs, ratios, given)
-        spent = dict.fromkeys(inputs, (time.perf_counter() - began) / len(inputs))
+        spent = (time.perf_counter() - began) / len(inputs)
     solved = {}
     for target, into in inputs.items():
         began = time.perf_counter()
         carried = target.attachment
         mask = masks.get(target, carried.mask if isinstance(carried, Mask) else None)
         values, mask, damping = _solved(rule, target, into, ratios[target], mask)
-        seconds = spent[target] + time.perf_counter() - began
+        seconds = spent + time.perf_counter() - began
         errors = _errors(target, into, values, mask)
         removed = int(ops.count_zeros([mask]))
         tokens = tuple(into.tokens.tolist())
         said = PrunedWeight(block, target.name, removed, mask.numel(), *errors, damping, tokens, seconds)
         solved[target] = Solved(values, mask, said)
     return solved
+
+
+def write_block(model: nn.Module, solved: Mapping[Target, Solved]) -> None:
+    """Write what a block is to become into it; call it within a `Change` of the model and these weights."""
+    carried = [target.attachment for target in solved]
+    with changing_masks([mask for mask in carried if isinstance(mask, Mask)]), torch.no_grad():
+        for target, one in solved.items():
+            if one.values is not None:
+                # What is dropped keeps its value, which is parked beside the mask.
+                target.parameter.copy_(torch.where(one.mask, one.values, target.parameter))
+        attach_masks(model, [NewMask(target.owners, one.mask) for target, one in solved.items()])
+
+
+def _check(inputs: Mapping[Target, WeightInput]) -> None:
+    bad = [t.name for t, into in inputs.items() if not all(bool(part.gram.isfinite().all()) for part in into.parts)]
+    if bad:
+        raise ValueError(
+            f"what goes into {listed(bad)} is NaN or infinite, or its squares are; check the batches of data, and the "
+            "dtype of the model"
+        )
+
+
+# ---- masks by a method ----
 
 
 def _chosen(
@@ -89,83 +117,81 @@ def _chosen(
 
 
 def _norms(target: Target, into: WeightInput) -> Tensor:
-    """Return the norm of the input that each element multiplies; where there were no inputs all are the same."""
-    squares = into.gram.diagonal(dim1=-2, dim2=-1)
-    squares = torch.where((into.tokens == 0)[:, None], 1.0, squares)
-    outputs = as_matrices(target, target.parameter).shape[1]
-    return as_weight(target, squares.sqrt()[:, None].expand(-1, outputs, -1))
+    """Return the norm of the input that each element multiplies; of experts without tokens all are the same."""
+    norms = torch.zeros_like(matrices(target), dtype=into.parts[0].gram.dtype)
+    for group, one in enumerate(norms):
+        for part in into.parts:
+            place = _place(part)
+            one[place] = _gram(part, group).diagonal().sqrt().expand_as(one[place])
+    return from_matrices(norms, target.layout, target.parameter.shape)
+
+
+# ---- new values ----
 
 
 def _solved(
     rule: Rule, target: Target, into: WeightInput, ratio: float | None, mask: Tensor | None
 ) -> tuple[Tensor | None, Tensor, float | None]:
     """Return the new values of a weight, None if they stay; its mask; and the damping."""
-    all_kept = torch.ones_like(target.parameter, dtype=torch.bool)
-    if rule.solver is None or (ratio == 0 and (mask is None or bool(mask.all()))):
-        return None, all_kept if mask is None else mask, None
-    weights = as_matrices(target, raw_weight(target))
-    bases = None if mask is None else as_matrices(target, mask)
-    solutions = [
-        rule.solver.solve(
-            weight,
-            gram,
+    there = torch.ones_like(target.parameter, dtype=torch.bool) if mask is None else mask
+    if rule.solver is None or (ratio == 0 and bool(there.all())):
+        return None, there, None
+    values = matrices(target)
+    kept = as_matrices(there, target.layout).clone()
+    damping = 0.0
+    for part, group, place in _pieces(into, len(values)):
+        solution = rule.solver.solve(
+            values[group][place],
+            _gram(part, group),
             scope=rule.scope,
             ratio=ratio if rule.solver.chooses else None,  # otherwise the mask says it
-            mask=None if bases is None else bases[group],
+            mask=None if mask is None else kept[group][place],
         )
-        for group, (weight, gram) in enumerate(zip(weights, _grams(into), strict=True))
-    ]
-    values = as_weight(target, torch.stack([one.weight for one in solutions])).to(target.parameter.dtype)
-    if not bool(values.isfinite().all()):
+        values[group][place] = solution.weight.to(values.dtype)
+        kept[group][place] = solution.mask
+        damping = max(damping, solution.damping)
+    weight = as_weight(target, values)
+    if not bool(weight.isfinite().all()):
         raise ValueError(f"solver {rule.solver.name} gives NaN or infinity for {target.name}; give it more damping")
-    kept = as_weight(target, torch.stack([one.mask for one in solutions]))
-    return values, kept, max(one.damping for one in solutions)
-
-
-def _grams(into: WeightInput) -> list[Tensor]:
-    """Return the Gram of each group; of one without inputs the identity, by which all weights count by magnitude."""
-    columns = into.gram.shape[-1]
-    counted = zip(into.gram, into.tokens.tolist(), strict=True)
-    return [gram if tokens else torch.eye(columns, dtype=gram.dtype, device=gram.device) for gram, tokens in counted]
+    return weight, as_weight(target, kept), damping
 
 
 def _errors(target: Target, into: WeightInput, values: Tensor | None, mask: Tensor) -> tuple[float, float]:
     """Return what is lost of the outputs by the mask alone, and by what becomes of the weight."""
     dense = raw_weight(target)
-    masked = torch.where(mask, dense, 0)
-    after = masked if values is None else values
-    before = as_matrices(target, dense)
-    found = []
-    for tensor in (masked,) if after is masked else (masked, after):
-        lost = whole = 0.0
-        for one, other, gram in zip(before, as_matrices(target, tensor), _grams(into), strict=True):
-            size = output_size(one, gram)
-            whole += size
-            lost += size * relative_error(one, other, gram)
-        found.append(lost / whole if whole else 0.0)
-    return found[0], found[-1]
+    versions = [torch.where(mask, dense, 0)]
+    if values is not None:
+        versions.append(torch.where(mask, values, 0))
+    before, *after = (as_matrices(one, target.layout) for one in (dense, *versions))
+    whole, lost = 0.0, [0.0] * len(after)
+    for part, group, place in _pieces(into, len(before)):
+        gram = _gram(part, group)
+        size = output_size(before[group][place], gram)
+        whole += size
+        for i, one in enumerate(after):
+            lost[i] += size * relative_error(before[group][place], one[group][place], gram)
+    errors = [one / whole if whole else 0.0 for one in lost]
+    return errors[0], errors[-1]
 
 
-def check_inputs(inputs: Mapping[Target, WeightInput]) -> None:
-    """Raise ValueError if inputs were NaN or infinite.
-
-    Raises:
-        ValueError: with the names of the weights.
-    """
-    bad = [target.name for target, into in inputs.items() if not bool(into.gram.isfinite().all())]
-    if bad:
-        raise ValueError(
-            f"what goes into {listed(bad)} is NaN or infinite, or its squares are; check the batches of data, and "
-            "the model's dtype"
-        )
+# ---- parts of weights ----
 
 
-def write_block(model: nn.Module, solved: Mapping[Target, Solved]) -> None:
-    """Write what a block is to become into it; call it within a `Change` of the model and these weights."""
-    masks = [target.attachment for target in solved]
-    with changing_masks([mask for mask in masks if isinstance(mask, Mask)]), torch.no_grad():
-        for target, one in solved.items():
-            if one.weight is not None:
-                # What is dropped keeps its value, which is parked beside the mask.
-                target.parameter.copy_(torch.where(one.mask, one.weight, target.parameter))
-        attach_masks(model, [NewMask(target.owners, one.mask) for target, one in solved.items()])
+def _pieces(into: WeightInput, groups: int) -> Iterator[tuple[InputPart, int, _Place]]:
+    """Yield the parts of each group of a weight that are solved by themselves."""
+    for part in into.parts:
+        for group in range(groups):
+            yield part, group, _place(part)
+
+
+def _place(part: InputPart) -> _Place:
+    everything = slice(None)
+    if part.rows is None:
+        return everything, everything if part.columns is None else part.columns
+    return (part.rows, everything) if part.columns is None else (part.rows[:, None], part.columns)
+
+
+def _gram(part: InputPart, group: int) -> Tensor:
+    """Return a Gram; where there were no tokens the identity, by which all weights count by magnitude."""
+    gram = part.gram[group]
+    return gram if int(part.tokens[group]) else torch.eye(len(gram), dtype=gram.dtype, device=gram.device)

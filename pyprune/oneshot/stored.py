@@ -14,7 +14,7 @@ class Stored(Protocol):
         """Take what a block gave for a batch."""
 
     def get(self, key: str, batch: int) -> Any:
-        """Return a copy of what was put before the last `turn`."""
+        """Return what was put before the last `turn`; it is not to be written to."""
 
     def turn(self) -> None:
         """Let what was put take the place of what was there."""
@@ -40,7 +40,7 @@ class InMemory:
         self._new[key, batch] = packed(output)
 
     def get(self, key: str, batch: int) -> Any:
-        """Return a copy of what was put before the last `turn`."""
+        """Return what was put before the last `turn`; it is not to be written to."""
         return unpacked(self._there[key, batch])
 
     def turn(self) -> None:
@@ -59,7 +59,7 @@ def packed(output: Any) -> tuple[Any, list[str]]:
 
 
 def unpacked(stored: tuple[Any, list[str]]) -> Any:
-    """Return the output again, in new tensors, because models write into them."""
+    """Return the output again, where it was."""
     output, devices = stored
     remaining = iter([device for device in devices if device])
-    return tree_map_only(Tensor, lambda tensor: tensor.to(next(remaining), copy=True), output)
+    return tree_map_only(Tensor, lambda tensor: tensor.to(next(remaining)), output)

@@ -5,7 +5,6 @@ its own code; nothing is traced.
 """
 
 import hashlib
-import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from pyprune.calibration.padding import Padding
 from pyprune.console import listed
 from pyprune.modules.evaluation import forward
 from pyprune.modules.undo import undoing
@@ -42,6 +42,7 @@ class Walk:
         must_be_called: whether a block that the first batch does not reach is an error.
 
     Attributes:
+        padding: says of the batch in the last pass which positions count.
         blocks: those that the first batch reaches, in the order of the pass.
         idle: names of the others.
 
@@ -70,17 +71,27 @@ class Walk:
         self.model = model
         self.batches = batches
         self.stored = stored
-        self.batch: Any = None
+        self.padding = Padding(model)
         self.blocks, self.idle = _in_order(model, batches[0], blocks, must_be_called)
 
-    def run(self, place: int, *, keep: bool) -> None:
-        """Run a block on all batches; ``keep`` what it gives for the blocks behind it."""
+    def run(self, place: int, *, into: Stored | None = None, over: Stored | None = None) -> None:
+        """Run a block on all batches.
+
+        Args:
+            place: which block.
+            into: what is to keep its outputs.
+            over: what has those of the blocks before it; what was given at the beginning if None.
+        """
         for number in range(len(self.batches)):
-            output = self._pass(self.blocks, place, number, self.stored)
-            if keep:
-                self.stored.put(self.blocks[place].of, number, output)
-        if keep:
-            self.stored.turn()
+            output = self.output(place, number, over)
+            if into is not None:
+                into.put(self.blocks[place].of, number, output)
+        if into is not None:
+            into.turn()
+
+    def output(self, place: int, number: int, over: Stored | None = None) -> Any:
+        """Return what a block gives for a batch."""
+        return self._pass(self.blocks, place, number, self.stored if over is None else over)
 
     def check(self) -> None:
         """Raise ValueError unless each block gives for the first batch what it gives in a pass of the whole model.
@@ -129,7 +140,8 @@ class Walk:
 
     def _pass(self, blocks: Sequence[Block], place: int, number: int, stored: Stored) -> Any:
         """Run a block on a batch, and return what it gives."""
-        block, self.batch = blocks[place], self.batches[number]
+        block, batch = blocks[place], self.batches[number]
+        self.padding.begin(batch)
         plain = block.module.forward
         given: list[Any] = []
 
@@ -137,22 +149,28 @@ class Walk:
             given.append(plain(*args, **keywords))
             raise _Stop
 
+        kept: dict[str, Any] = {}
+
         def stub(of: str) -> Callable[..., Any]:
-            return lambda *args, **keywords: stored.get(of, number)
+            def run(*args: Any, **keywords: Any) -> Any:
+                if of not in kept:
+                    kept[of] = stored.get(of, number)
+                return tree_map_only(Tensor, Tensor.clone, kept[of])  # models write into what they get
+
+            return run
 
         with _replaced({**{one.module: stub(one.of) for one in blocks[:place]}, block.module: last}):
             try:
-                forward(self.model, self.batch, _WHAT)
+                forward(self.model, batch, _WHAT)
             except _Stop:
                 return given[0]
         raise ValueError(f"batch {number} of data does not reach {block.name}; give batches that do, or other blocks")
 
-    def padding(self, given: Tensor) -> Tensor | None:
-        """Return which positions of an input are no padding, (batch, positions), if the batch says so."""
-        mask = _attention_mask(self.model, self.batch)
-        if mask is None or mask.dim() != 2 or given.dim() < 3 or given.shape[:2] != mask.shape:
-            return None
-        return mask.to(given.device) != 0
+    def positions(self, output: Tensor) -> Tensor | None:
+        """Return which positions of an output of the last pass are no padding, (batch, positions), if all is said."""
+        found = [real for real in self.padding.real if output.dim() > 2 and output.shape[:2] == real.shape]
+        same = bool(found) and all(torch.equal(found[0], one) for one in found)
+        return found[0].to(output.device) if same else None
 
 
 def _in_order(
@@ -211,13 +229,3 @@ def _digest(output: Any) -> str:
             digest.update(f"{data.dtype}{tuple(data.shape)}".encode())
             digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _attention_mask(model: nn.Module, batch: Any) -> Tensor | None:
-    if isinstance(batch, tuple):
-        try:
-            batch = inspect.signature(model.forward).bind(*batch).arguments
-        except (TypeError, ValueError):  # what has no signature
-            return None
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask if isinstance(mask, Tensor) else None
