@@ -2,6 +2,7 @@
 
 from pyprune.oneshot.admm import admm
 from pyprune.oneshot.least_squares import least_squares
+from pyprune.oneshot.reconstruct import reconstruct
 from pyprune.oneshot.swaps import swaps
 
-__all__ = ["admm", "least_squares", "swaps"]
+__all__ = ["admm", "least_squares", "reconstruct", "swaps"]

@@ -92,5 +92,3 @@ def test_prune_by_ria_takes_blocks_and_coupled_units():
     coupled = Method(importance.ria(), granularity.coupled())
     pyprune.prune(model, coupled, ratio=0.5, calibration=calibration, examples_inputs=torch.randn(1, 8))
     assert int((model[0].weight != 0).any(1).sum()) == 4
-
-
