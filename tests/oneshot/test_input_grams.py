@@ -163,7 +163,7 @@ def test_rows_with_inputs_of_their_own_are_parts():
     torch.testing.assert_close(found.parts[0].gram[0], 2 * gram(X[0]))
     torch.testing.assert_close(found.parts[1].gram[0], gram(X[0]) + gram(X[1]))
     with pytest.raises(ValueError, match="rows have inputs of their own"):
-        found.gram
+        _ = found.gram
 
 
 def test_columns_that_are_used_apart_are_parts():
