@@ -28,10 +28,12 @@ from pyprune import (
     SensitivityResult,
     SensitivityTarget,
     StochasticGate,
+    allocations,
     granularity,
     importance,
     schedules,
     scope,
+    solvers,
     torch_prune,
 )
 from tests.conftest import Unchanged
@@ -374,6 +376,39 @@ ROWS: dict[str, Row] = {
         lambda: {"model": experts(), "examples": torch.ones(2, 4), "count": 1},
         {"count": {"1", "2", "np.int64(1)"}},
     ),
+    "block_scores": Row(
+        pyprune.block_scores,
+        lambda: {"model": blocks(), "examples": torch.ones(2, 4), "importance": "influence"},
+        {"importance": set()},
+    ),
+    "expert_scores": Row(
+        pyprune.expert_scores,
+        lambda: {"model": experts(), "examples": torch.ones(2, 4), "importance": "use"},
+        {"importance": set()},
+    ),
+    "allocations.ratios": Row(
+        allocations.ratios,
+        lambda: {
+            "model": net(),
+            "allocation": allocations.progression(),
+            "ratio": 0.25,
+            "blocks": ["0", "2"],
+            "calibration": None,
+            "max_ratio": 0.5,
+            "ignored_scope": None,
+        },
+        {"ratio": SHARE, "max_ratio": SHARE | {"1", "1.0", "np.int64(1)"}, "blocks": OPTIONAL | {"['0']"}},
+    ),
+    "progression": Row(
+        allocations.progression, same(beta=0.1), {"beta": SHARE | {"1", "1.0", "np.int64(1)", "-1", "-0.25"}}
+    ),
+    "owl": Row(allocations.owl, same(m=3.0, spread=0.08), {"m": POSITIVE, "spread": SHARE - {"0", "0.0"}}),
+    "alpha_pruning": Row(allocations.alpha_pruning, same(epsilon=0.2), {"epsilon": SHARE - {"0", "0.0"}}),
+    "solvers.reconstruct": Row(
+        solvers.reconstruct,
+        same(steps=60, lr=3e-4, batch=8, seed=0),
+        {"steps": COUNT, "lr": POSITIVE, "batch": COUNT},
+    ),
     "rebuild": Row(pyprune.rebuild, lambda: {"fresh_model": net(), "plan": pyprune.Plan()}),
     "strip": Row(
         pyprune.strip,
@@ -675,6 +710,7 @@ ROWS: dict[str, Row] = {
     "taylor": Row(importance.taylor, same(normalize="l2", joint=True)),
     "fisher": Row(importance.fisher, same(damp=0.0, normalize="l2"), {"damp": NOT_NEGATIVE}),
     "wanda": Row(importance.wanda, same(normalize="l2")),
+    "ria": Row(importance.ria, same(power=0.5, normalize="l2"), {"power": NOT_NEGATIVE}),
     "apoz": Row(importance.apoz, same(activation=torch.relu)),
     "mean_activation": Row(importance.mean_activation, same(activation=torch.relu)),
     "custom": Row(importance.custom, same(function=torch.abs, name="x"), {"name": TEXT}),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pyprune.calibration.batches import Dataset, batches_of
+from pyprune.calibration.padding import Padding
 from pyprune.calibration.sums import GradientSums, warn_of_tables
 from pyprune.calibration.use_sums import UseSums
 from pyprune.checks import shown
@@ -56,10 +57,13 @@ def calibrate(
     For gradients ``loss_fn`` runs the model; the gradient is that of the weight in use, so it is not zero where a
     mask drops a weight. Activations need no loss; they are seen where a weight is multiplied with them, whoever
     does that (attention, ``F.linear(x, layer.weight)``, experts). Embeddings that are only looked up have no inputs:
-    they are left out, by `prune` too, and a warning names them. What is measured is the model as it is, with the
-    masks that it carries: calibrate before pruning if masks are to be chosen from raw weights. All modules run in
-    evaluation mode. Training flags, ``requires_grad``, ``grad``, buffers and torch's random numbers are as before in
-    the end.
+    they are left out, by `prune` too, and a warning names them. Positions that are padding by the batch's
+    ``attention_mask``, or the ``src_key_padding_mask`` and the like of torch's transformers, do not count: padded or
+    not, a text gives the same statistic. Where it cannot be told which rows of an input are padding, all count, and a
+    warning names the weights. What counts for gradients is for the loss to say. What is measured is the model as it
+    is, with the masks that it carries: calibrate before pruning if masks are to be chosen from raw weights. All
+    modules run in evaluation mode. Training flags, ``requires_grad``, ``grad``, buffers and torch's random numbers are
+    as before in the end.
 
     Args:
         model: the model, on the device of the data.
@@ -104,13 +108,19 @@ def calibrate(
         gradients = BatchGradients(sums, targets)
         gathered: BatchGradients | UseSums = gradients
         results: Callable[[int], Mapping[Target, Tensor]] = sums.results
-        run: Callable[[nn.Module, Any], Any] = partial(gradients.run, loss_fn)
+        run: Callable[[nn.Module, Any], None] = partial(gradients.run, loss_fn)
     elif loss_fn is not None:
         raise ValueError(f"importance {rule.name} needs activations, and no loss_fn; leave it out")
     else:
-        gathered = UseSums(rule, targets)
+        padding = Padding(model)
+        gathered = UseSums(rule, targets, padding)
         results = gathered.results
-        run = partial(forward, name="a batch of dataset")
+
+        def run_padded(model: nn.Module, batch: Any) -> None:
+            padding.begin(batch)
+            forward(model, batch, "a batch of dataset")
+
+        run = run_padded
     count = 0
     with Change(model), untouched(model), evaluating(model), gathered.watching(model):
         for batch in batches:
@@ -132,6 +142,8 @@ def _check_importance(importance: Importance | Method) -> Importance:
         raise TypeError(f"importance is a {type(rule).__name__}; give one of pyprune.importance, or a Method")
     if rule.needs in ("none", "given"):
         raise ValueError(f"importance {rule.name} needs no calibration; call prune without it")
+    if rule.needs == "gram":
+        raise ValueError(f"importance {rule.name} is for solvers; give it to pyprune.prune_one_shot")
     if rule.needs == "norm scale":
         raise ValueError(f"importance {rule.name} needs no data; give examples_inputs to prune instead")
     return rule

@@ -59,3 +59,43 @@ def channels_shape(shape: tuple[int, ...], layout: Layout, side: Side) -> tuple[
     dim = layout.outputs if side == "out" else layout.inputs
     assert dim is not None
     return layout.groups, shape[dim] if dim else shape[0] // layout.groups
+
+
+def as_matrices(tensor: Tensor, layout: Layout) -> Tensor:
+    """Return a weight as matrices: (groups, outputs of one, inputs of one times positions of a kernel).
+
+    A vector is a matrix of one output. The layout must be clear.
+
+    Example:
+        >>> import torch
+        >>> tuple(as_matrices(torch.empty(8, 3, 5), Layout(1, 0, groups=4)).shape)
+        (4, 3, 10)
+    """
+    if tensor.dim() < 2:
+        return tensor.reshape(1, 1, -1)
+    return groups_first(tensor, layout).permute(_matrix_dims(tensor.dim(), layout)).flatten(2)
+
+
+def from_matrices(matrices: Tensor, like: Tensor, layout: Layout) -> Tensor:
+    """Return what `as_matrices` made matrices of, in the shape of ``like``.
+
+    Example:
+        >>> import torch
+        >>> weight, layout = torch.rand(8, 3, 5), Layout(1, 0, groups=4)
+        >>> from_matrices(as_matrices(weight, layout), weight, layout).equal(weight)
+        True
+    """
+    if like.dim() < 2:
+        return matrices.reshape(like.shape)
+    dims = _matrix_dims(like.dim(), layout)
+    shape = groups_first(like, layout).shape
+    back = [dims.index(dim) for dim in range(len(dims))]
+    return matrices.reshape([shape[dim] for dim in dims]).permute(back).reshape(like.shape)
+
+
+def _matrix_dims(dims: int, layout: Layout) -> list[int]:
+    """Return the order in which dimensions, groups first, are groups, outputs, inputs and the rest."""
+    assert layout.outputs is not None
+    assert layout.inputs is not None
+    first = [0, layout.outputs + 1, layout.inputs + 1]
+    return first + [dim for dim in range(dims + 1) if dim not in first]

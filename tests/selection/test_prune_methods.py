@@ -52,6 +52,7 @@ RULES = {
     "taylor": importance.taylor(normalize="mean"),
     "fisher": importance.fisher(damp=1e-3),
     "wanda": importance.wanda(),
+    "ria": importance.ria(),
     "custom": importance.custom(torch.sin),
     "geometric_median": importance.geometric_median(),
     "batch_norm_scale": importance.batch_norm_scale(),
