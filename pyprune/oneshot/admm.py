@@ -119,20 +119,22 @@ def search(
     iterations: int,
 ) -> Found | None:
     """Search weights and mask for a Gram with a diagonal of 1; None if it is not positive definite."""
+    mask = choose(wanted, scope, ratio, base)
+    first, before = mask, mask.clone()
+    kept = int(mask.sum())
+    if kept in (0, mask.numel()):
+        return Found(wanted * mask, mask, [], 0)
     inverse = _inverse(gram, rho)
     if inverse is None:
         return None
     outputs = wanted @ gram
-    mask = choose(wanted, scope, ratio, base)
-    first, before, other = mask, mask.clone(), torch.empty_like(mask)
-    kept = int(mask.sum())
     split = wanted * mask  # D
     dual = torch.zeros_like(wanted)  # U
     total, right = torch.empty_like(wanted), torch.empty_like(wanted)
     rhos: list[float] = []
     has_grown = False
     count = 0
-    mask = other
+    mask = mask.clone()
     while count < iterations:
         count += 1
         torch.sub(split, dual, out=right)
