@@ -20,6 +20,7 @@ from pyprune.modules.statistics import pruning_statistic
 from pyprune.modules.statistics_result import ModelPruningStatistic, TensorPruningStatistic
 from pyprune.modules.strip import StripFormat, strip
 from pyprune.oneshot import allocations, solvers
+from pyprune.oneshot.prune_with_gradients import prune_with_gradients
 from pyprune.ops.build_info import build_info
 from pyprune.recipes.recipe import Recipe
 from pyprune.recipes.recipe_pruner import RecipePruner
@@ -120,6 +121,7 @@ __all__ = [
     "ops",
     "plan_of",
     "prune",
+    "prune_with_gradients",
     "pruning_statistic",
     "ratios_below",
     "reapply",

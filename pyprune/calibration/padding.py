@@ -1,8 +1,8 @@
 """Padding: which rows of what weights multiply are of positions that only fill a batch up, and say nothing.
 
-A batch says it by its masks. A tensor whose rows are as many as a mask has positions has these rows, in the order of its
-dimensions. Rows that a router picked are found by their values among those of the last tensor of all positions, and what
-is computed of them keeps their order.
+A batch says it by its masks. A tensor whose rows are as many as a mask has positions has these rows, in the order of
+its dimensions. Rows that a router picked are found by their values among those of the last tensor of all positions,
+and what is computed of them keeps their order.
 """
 
 import inspect
@@ -55,7 +55,9 @@ class Padding:
         self._of_recurrent = {parameter for module in recurrent for parameter in module.parameters()}
         self.real: list[Tensor] = []  # (examples, positions), bool; nothing if nothing is padded
         self.unknown: dict[nn.Parameter, None] = {}  # whose rows are kept because it cannot be said which are real
-        self._whole: dict[int, tuple[Tensor, Tensor]] = {}  # by columns: the last rows of all positions, which are real
+        self._whole: dict[
+            int, tuple[Tensor, Tensor]
+        ] = {}  # by columns: the last rows of all positions, which are real
         self._picked: Tensor | None = None  # which are real of the rows that were picked last
 
     def begin(self, batch: Any) -> None:
@@ -108,8 +110,8 @@ class Padding:
         names = [target.name for target in targets if target.parameter in self.unknown]
         if names:
             warn(
-                f"batches are padded, and which rows of the inputs of {listed(names)} are padding cannot be told from "
-                "their number, so all rows count there; give batches without padding"
+                f"batches are padded, and which rows of the inputs of {listed(names)} are padding cannot be told "
+                "from their number, so all rows count there; give batches without padding"
             )
 
     def _by_shape(
