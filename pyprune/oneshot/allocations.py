@@ -186,7 +186,7 @@ def ratios(
 def _targets_of_blocks(
     model: nn.Module, blocks: str | Sequence[str] | None, ignored_scope: IgnoredScope | None
 ) -> list[list[Target]]:
-    """Return the weights of each block, each once; a tied one counts for the first that has it. Tables are no such."""
+    """Return the weights of each block but tables, each once: a tied one counts for the first that has it."""
     left = [target for target in find_targets(model, ignored_scope) if not target.layout.is_table]
     found: list[list[Target]] = []
     for block in find_blocks(model, blocks):
