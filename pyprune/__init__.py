@@ -20,6 +20,8 @@ from pyprune.modules.statistics import pruning_statistic
 from pyprune.modules.statistics_result import ModelPruningStatistic, TensorPruningStatistic
 from pyprune.modules.strip import StripFormat, strip
 from pyprune.oneshot import allocations, solvers
+from pyprune.oneshot.one_shot_result import OneShotResult, PrunedWeight
+from pyprune.oneshot.prune_one_shot import prune_one_shot
 from pyprune.oneshot.prune_with_gradients import prune_with_gradients
 from pyprune.ops.build_info import build_info
 from pyprune.recipes.recipe import Recipe
@@ -77,8 +79,10 @@ __all__ = [
     "MovementPruner",
     "MultiStepMagnitudePruningScheduler",
     "MultiStepRBPruningScheduler",
+    "OneShotResult",
     "Plan",
     "PruneMode",
+    "PrunedWeight",
     "Pruner",
     "PruningRound",
     "RBLoss",
@@ -121,6 +125,7 @@ __all__ = [
     "ops",
     "plan_of",
     "prune",
+    "prune_one_shot",
     "prune_with_gradients",
     "pruning_statistic",
     "ratios_below",

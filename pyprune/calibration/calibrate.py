@@ -142,6 +142,8 @@ def _check_importance(importance: Importance | Method) -> Importance:
         raise TypeError(f"importance is a {type(rule).__name__}; give one of pyprune.importance, or a Method")
     if rule.needs in ("none", "given"):
         raise ValueError(f"importance {rule.name} needs no calibration; call prune without it")
+    if rule.needs == "gram":
+        raise ValueError(f"importance {rule.name} is for solvers; give it to pyprune.prune_one_shot")
     if rule.needs == "norm scale":
         raise ValueError(f"importance {rule.name} needs no data; give examples_inputs to prune instead")
     return rule

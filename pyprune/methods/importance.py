@@ -29,6 +29,7 @@ Statistic = Literal[
     "mean output",
     "norm scale",
     "given",
+    "gram",
 ]
 
 
@@ -42,7 +43,7 @@ class Importance:
         scores_of: "elements" (scores shaped like the weight, which granularity reduces), "matrices" (the same, but
             the weight comes as matrices of outputs by inputs), "channels" (one per output channel), "rows" (takes
             the units as rows of a matrix, returns one per row) or "names" (noise).
-        needs: the statistic that `calibrate` has to gather.
+        needs: the statistic that `calibrate` has to gather; "gram" is for solvers of `prune_one_shot` alone.
         power: p if the score is ``|w|^p``, which the kernels compute themselves.
         normalize: what the scores of each weight are divided by.
         signed: whether scores can be negative.
@@ -228,6 +229,24 @@ def wanda(normalize: Normalization = "none") -> Importance:
         needs="input norm",
         normalize=_check_normalization(normalize),
     )
+
+
+def obs() -> Importance:
+    """Score w^2 / (H^-1)_jj, the error that is left when other weights make up for w: what solvers choose by.
+
+    H is the damped Gram of what goes into the layer. It is for `prune_one_shot` with a solver; other calls refuse it.
+
+    Paper: Hassibi and Stork 1993, "Second order derivatives for network pruning: Optimal Brain Surgeon".
+
+    Example:
+        >>> obs().name
+        'obs'
+    """
+
+    def score(weight: Tensor, statistic: Tensor) -> Tensor:
+        raise ValueError("importance obs is the own one of solvers; give it to pyprune.prune_one_shot with a solver")
+
+    return Importance("obs", score, needs="gram")
 
 
 def ria(power: float = 0.5, normalize: Normalization = "none") -> Importance:

@@ -71,8 +71,16 @@ def relative_error(before: Tensor, after: Tensor, gram: Tensor) -> float:
     before, gram = before.to(wide), gram.to(wide)
     missing = after.to(wide) - before
 
-    def squares(matrix: Tensor) -> float:
-        return float(((matrix @ gram) * matrix).sum(dtype=torch.float64))
+    whole = output_size(before, gram)
+    return max(0.0, output_size(missing, gram)) / whole if whole > 0 else 0.0
 
-    whole = squares(before)
-    return max(0.0, squares(missing)) / whole if whole > 0 else 0.0
+
+def output_size(weight: Tensor, gram: Tensor) -> float:
+    """Return the sum of the squares of a layer's outputs, tr(W H W^T).
+
+    Example:
+        >>> output_size(torch.tensor([[1.0, 2.0]]), torch.eye(2))
+        5.0
+    """
+    wide = weight.to(gram.dtype)
+    return float(((wide @ gram) * wide).sum(dtype=torch.float64))
