@@ -55,9 +55,13 @@ struct Bits {
   std::vector<int64_t> in_chunk, before, in_tensor;
 };
 
+// What is unpacked usually stays, so that malloc has nothing to hand out again.
+constexpr int64_t kWorthHugePages = int64_t{1} << 22;
+
 Tensor new_tensor(const Tensor& like, int64_t count, std::optional<torch::headeronly::ScalarType> dtype) {
   Tensor tensor = torch::stable::new_empty(like, {&count, 1}, dtype);
-  prefer_huge_pages(tensor.mutable_data_ptr(), count * static_cast<int64_t>(tensor.element_size()));
+  prefer_huge_pages(tensor.mutable_data_ptr(), count * static_cast<int64_t>(tensor.element_size()),
+                    kWorthHugePages);
   return tensor;
 }
 
