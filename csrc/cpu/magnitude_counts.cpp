@@ -31,21 +31,22 @@ Tensor magnitude_counts(const Tensor weight, int64_t low, int64_t shift, int64_t
   std::vector<std::vector<uint32_t>> tables(thread_count());
   const auto run = PYPRUNE_KERNEL(magnitude_counts_run);
   share_tasks(pieces, view.numel, [&](int64_t piece, int64_t worker) {
-    sums[worker].resize(bins);
+    sums[worker].resize(bins + 1);
     tables[worker].assign(2 * bins, 0);
     Room room;
     const int64_t end = std::min(view.numel, (piece + 1) * kPiece);
     for (int64_t start = piece * kPiece; start < end; start += kChunk) {
       const int64_t count = std::min(kChunk, end - start);
-      run(view.in_a_row(start, count, room), view.dtype, count, intervals, tables[worker].data());
+      const void* elements = view.in_a_row(start, count, room);
+      sums[worker][bins] += run(elements, view.dtype, count, intervals, tables[worker].data());
     }
     for (int64_t bin = 0; bin < bins; ++bin) {
       sums[worker][bin] += int64_t{tables[worker][bin]} + tables[worker][bins + bin];
     }
   });
-  Tensor result = torch::stable::empty({bins}, torch::headeronly::ScalarType::Long);
+  Tensor result = torch::stable::empty({bins + 1}, torch::headeronly::ScalarType::Long);
   int64_t* out = static_cast<int64_t*>(result.mutable_data_ptr());
-  std::fill(out, out + bins, 0);
+  std::fill(out, out + bins + 1, 0);
   for (const std::vector<int64_t>& sum : sums) {
     for (size_t bin = 0; bin < sum.size(); ++bin) {
       out[bin] += sum[bin];

@@ -3,6 +3,8 @@
 from pyprune.ops._blocks import unit_shape
 from pyprune.ops._library import CUDA_KERNELS_LOADED, CUDA_PROBLEM, WEIGHT_DTYPES, check_bases
 from pyprune.ops.count_zeros import count_zeros
+from pyprune.ops.cut import Cut, cut, find_cut
+from pyprune.ops.drop import below, drop
 from pyprune.ops.expand import expand
 from pyprune.ops.fold import fold
 from pyprune.ops.gate import bernoulli_gate, check_gate_shape, check_hard_concrete, hard_concrete_gate
@@ -21,14 +23,19 @@ from pyprune.ops.unit_scores import unit_scores
 __all__ = [
     "CUDA_KERNELS_LOADED",
     "CUDA_PROBLEM",
+    "Cut",
     "PACK_DTYPES",
     "WEIGHT_DTYPES",
+    "below",
     "bernoulli_gate",
     "check_bases",
     "check_gate_shape",
     "check_hard_concrete",
     "count_zeros",
+    "cut",
+    "drop",
     "expand",
+    "find_cut",
     "fold",
     "gate_noise",
     "gate_penalty",

@@ -1,5 +1,5 @@
 // How many elements have magnitude bits in each of many equal intervals: table[(bits - low) >> shift] for those that
-// fall into it. Reads each element once; what falls next to each other twice in a row goes to two tables, because a
+// fall into it; returns how many are below all. Reads each element once; what falls next to each other twice in a row goes to two tables, because a
 // counter that was just written takes long to be read again.
 #pragma once
 
@@ -21,6 +21,6 @@ struct Intervals {
 
 // `tables` are two of intervals.bins counters, which must not overflow: at most 2^32 - 1 elements in all.
 #define PYPRUNE_DECLARE_MAGNITUDE_COUNTS \
-  void magnitude_counts_run(const void* x, Dtype dtype, int64_t count, Intervals intervals, uint32_t* tables);
+  int64_t magnitude_counts_run(const void* x, Dtype dtype, int64_t count, Intervals intervals, uint32_t* tables);
 
 PYPRUNE_FOR_EACH_CAPABILITY(PYPRUNE_DECLARE_MAGNITUDE_COUNTS)
