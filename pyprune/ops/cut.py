@@ -82,16 +82,16 @@ def find_cut(
         read: returns a tensor by its number, the same at each call.
         dtypes: of the tensors.
         removed: how many elements go in all; not more than there are.
-        scales: what scores are multiplied with, one for each tensor.
+        scales: what scores are multiplied with, one for each tensor, which is there once the tensor was read.
     """
     wide = torch.float64 in dtypes
-    keys = [Keys(dtype, None if scales is None else scales[i], wide) for i, dtype in enumerate(dtypes)]
     low, high = -1, largest_key(wide)  # the key is above low, and up to high
     nonfinite: list[int] = []
     while True:
         counters, below = _Counters(), 0
-        for i, key in enumerate(keys):
+        for i, dtype in enumerate(dtypes):
             tensor = read(i)
+            key = Keys(dtype, None if scales is None else scales[i], wide)
             first, last, bits = 0, 2**key.magnitude_bits - 1, _FIRST_BITS
             if high != largest_key(wide):
                 first, last, bits = key.bits_up_to(low) + 1, key.bits_up_to(high), _LATER_BITS

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -10,7 +11,9 @@ from pyprune.checks import shown
 from pyprune.ops._keys import Keys
 from pyprune.ops._library import WEIGHT_DTYPES, check_scales, check_tensors
 from pyprune.ops._memory import check_memory
+from pyprune.ops.count_zeros import count_zeros
 from pyprune.ops.cut import Cut
+from pyprune.ops.fold import fold
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PIECE = 1 << 18  # elements, of which all that is needed on the way stays in cache
@@ -32,8 +35,9 @@ def drop(weights: Sequence[Tensor], cut: Cut, *, scales: Tensor | None = None) -
         TypeError, ValueError: for other tensors than `cut` takes, or such that share memory.
 
     Example:
+        >>> from pyprune import ops
         >>> weights = [torch.tensor([3.0, -1.0]), torch.tensor([2.0, 1.0, 0.5])]
-        >>> drop(weights, pyprune.ops.cut(weights, removed=2)).ties
+        >>> drop(weights, ops.cut(weights, removed=2)).ties
         0
         >>> [weight.tolist() for weight in weights]
         [[3.0, 0.0], [2.0, 1.0, 0.0]]
@@ -46,37 +50,39 @@ def drop(weights: Sequence[Tensor], cut: Cut, *, scales: Tensor | None = None) -
     check_memory({"weights": weights})
     factors = [None] * len(weights) if scales is None else scales.tolist()
     for weight, factor in zip(weights, factors, strict=True):
-        if weight.is_contiguous():
-            for piece in weight.view(-1).split(_PIECE):
-                gone, cut = below(piece, cut, factor)
-                piece.masked_fill_(gone, 0)
-        else:
-            gone, cut = below(weight, cut, factor)
-            weight.masked_fill_(gone, 0)
+        pieces = weight.detach().view(-1).split(_PIECE) if weight.is_contiguous() else [weight.detach()]
+        for piece in pieces:
+            mask, cut = kept_by(cut, piece, factor)
+            fold([piece], [mask])
     torch.autograd.graph.increment_version(list(weights))
     return cut
 
 
-def below(tensor: Tensor, cut: Cut, scale: float | None = None) -> tuple[Tensor, Cut]:
-    """Return which elements of a weight, or scores, go by a cut, and the cut for those that follow.
+def kept_by(cut: Cut, tensor: Tensor, scale: float | None = None) -> tuple[Tensor, Cut]:
+    """Return the mask of a weight, or of scores, by a cut, and the cut for those that follow.
 
     Example:
-        >>> gone, _ = below(torch.tensor([1.0, 3.0, 1.0]), Cut(0x3F800000, ties=1))
-        >>> gone.tolist()
-        [True, False, False]
+        >>> mask, _ = kept_by(Cut(0x3F800000, ties=1), torch.tensor([1.0, 3.0, 1.0]))
+        >>> mask.tolist()
+        [False, True, True]
     """
     keys = Keys(tensor.dtype, scale, cut.wide)
     integers = _INTEGERS[tensor.element_size()]
     flat = tensor.detach().reshape(-1)
     bits = flat.view(integers) & torch.iinfo(integers).max
-    equal = keys.bits_up_to(cut.key)
-    under = keys.bits_up_to(cut.key - 1)
-    gone = bits <= (equal if cut.ties else under)
-    if cut.ties and under < equal:
-        tied = (bits > under) & gone
-        count = int(tied.sum())
-        if count > cut.ties:
-            gone[tied.nonzero()[cut.ties :, 0]] = False
-            count = cut.ties
-        cut = replace(cut, ties=cut.ties - count)
-    return gone.view(tensor.shape), cut
+    under, equal = _bounds(keys, cut.key)
+    if not cut.ties or under == equal:
+        return (bits > under).view(tensor.shape), cut
+    stays, may_stay = bits > equal, bits > under
+    gone, fewest = count_zeros([stays, may_stay]).tolist()
+    if gone - fewest > cut.ties:
+        stays |= may_stay
+        stays[(may_stay & (bits <= equal)).nonzero()[: cut.ties, 0]] = False
+        gone = fewest + cut.ties
+    return stays.view(tensor.shape), replace(cut, ties=cut.ties - (gone - fewest))
+
+
+@lru_cache(maxsize=8)
+def _bounds(keys: Keys, key: int) -> tuple[int, int]:
+    """Return up to which bits magnitudes go for sure, and up to which they may; a weight comes in many pieces."""
+    return (keys.bits_up_to(key - 1), keys.bits_up_to(key)) if key >= 0 else (-1, -1)
