@@ -2,7 +2,7 @@
 
 import sys
 
-from pyprune.cli.main import main
+from pyprune_command.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

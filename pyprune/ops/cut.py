@@ -85,6 +85,16 @@ def find_cut(
         scales: what scores are multiplied with, one for each tensor, which is there once the tensor was read.
     """
     wide = torch.float64 in dtypes
+
+    def up_to(bound: int) -> int:
+        """Count the scores whose key is not above a bound."""
+        counted = 0
+        for i, dtype in enumerate(dtypes):
+            tensor = read(i)
+            last = Keys(dtype, None if scales is None else scales[i], wide).bits_up_to(bound)
+            counted += magnitude_counts(tensor, last + 1, 0, 1)[1]
+        return counted
+
     low, high = -1, largest_key(wide)  # the key is above low, and up to high
     nonfinite: list[int] = []
     while True:
@@ -113,7 +123,14 @@ def find_cut(
         found_high = min(found_high, high)
         if counters.are_exact(found_low, found_high):
             return Cut(found_low, removed - below - counters.below(found_low), wide, tuple(nonfinite))
+        width = high - low
         low, high = found_low - 1, found_high
+        if high - low > width // 2:
+            # Scores that leave the range of floats crowd at its ends, whatever their magnitudes.
+            middle = low + (high - low) // 2
+            low, high = (low, middle) if up_to(middle) >= removed else (middle, high)
+        if high - low == 1:
+            return Cut(high, removed - up_to(low), wide, tuple(nonfinite))
 
 
 class _Counters:

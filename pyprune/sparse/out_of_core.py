@@ -92,7 +92,7 @@ class Choice:
         values = weight.read()
         if self._cut is None:
             mask = self._mask(number, values)
-            for piece, part in zip(values.view(-1).split(_PIECE), mask.view(-1).split(_PIECE), strict=True):
+            for piece, part in zip(values.view(-1).split(_PIECE), mask.reshape(-1).split(_PIECE), strict=True):
                 yield ops.mask_weight(piece, part)
             return
         if number != self._next:

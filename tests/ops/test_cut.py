@@ -50,7 +50,18 @@ def test_cut_takes_norms_for_scales(device):
     check(weights, ops.inverse_norms(weights), 3000)
 
 
-@pytest.mark.parametrize("most", [4, 64, 1024])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [5e-324, 1e-300, 1e300, 4.49e307])
+def test_cut_of_scores_that_leave_the_range(device, dtype, scale):
+    weights = weights_of("mostly zeros", (dtype,), device) + weights_of("zeros", (dtype,), device)
+    scales = torch.full((len(weights),), 1.0, dtype=torch.float64, device=device)
+    scales[::2] = scale
+    total = sum(weight.numel() for weight in weights)
+    for share in COUNTS:
+        check(weights, scales, round(share * total))
+
+
+@pytest.mark.parametrize("most", [16, 64, 1024])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cut_with_few_counters_reads_more_often_and_finds_the_same(monkeypatch, dtype, most):
     weights = weights_of("normal", (dtype,), "cpu")

@@ -1,16 +1,37 @@
-"""The arguments of each command. Nothing here needs torch: what runs is imported when it runs."""
+"""The arguments of each command."""
 
 import argparse
-import importlib
 import re
-from collections.abc import Callable
 from typing import Any
 
-from pyprune.cli.output import Output
+_DESCRIPTION = """\
+Prune, measure and compress checkpoints without the code of their model.
 
+IN is a safetensors file, a folder with one, or a folder of shards with their index. OUT is of the same kind, and must
+not exist yet; configs, tokenizers and other files of a folder are copied."""
+_EPILOG = """\
+exit codes: 0 done, 1 wrong input (or checkpoints that differ, or are damaged), 2 wrong usage, 130 interrupted.
+`pyprune COMMAND --help` says more."""
+_IN = "a safetensors file, a folder with one, or a folder of shards with their index"
+_OUT = "a file if IN is one, otherwise a folder; nothing may be there"
 Commands = Any  # argparse keeps the type to itself
-Run = Callable[[argparse.Namespace, Output], int]
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return what reads the arguments; ``module`` of what it returns is that of `pyprune.cli` which does the rest.
+
+    Example:
+        >>> parser().parse_args(["stats", "model.safetensors"]).module
+        'stats'
+    """
+    whole = argparse.ArgumentParser(
+        prog="pyprune", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = whole.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in _COMMANDS:
+        add(commands)
+    return whole
 
 
 def fraction(text: str) -> float:
@@ -83,16 +104,11 @@ def unit(text: str) -> str | tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _lazily(module: str) -> Run:
-    """Return a command whose module, and torch with it, is imported when it runs."""
-    return lambda args, output: int(importlib.import_module(f"pyprune.cli.{module}").run(args, output))
-
-
-def _command(commands: Commands, name: str, about: str, run: str, **more: Any) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=about.split(".")[0].split(":")[0], description=about, **more)
+def _command(commands: Commands, name: str, about: str, module: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=about.split(".")[0].split(":")[0], description=about)
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.set_defaults(run=_lazily(run))
+    parser.set_defaults(module=module)
     assert isinstance(parser, argparse.ArgumentParser)
     return parser
 
@@ -101,7 +117,7 @@ def _stats(commands: Commands) -> None:
     parser = _command(
         commands, "stats", "Count zeros, and say which patterns hold and how small the file could be.", "stats"
     )
-    parser.add_argument("input", metavar="IN")
+    parser.add_argument("input", metavar="IN", help=_IN)
 
 
 def _prune(commands: Commands) -> None:
@@ -112,8 +128,8 @@ def _prune(commands: Commands) -> None:
         "included. What the defaults do: all weights compete by |w| / ||W||, the norm of their tensor.",
         "prune",
     )
-    parser.add_argument("input", metavar="IN")
-    parser.add_argument("output", metavar="OUT", nargs="?", help="left out only with --dry-run")
+    parser.add_argument("input", metavar="IN", help=_IN)
+    parser.add_argument("output", metavar="OUT", nargs="?", help=f"{_OUT}; left out only with --dry-run")
     how = parser.add_argument_group("what goes")
     how.add_argument("-r", "--ratio", type=fraction, help="the share of the weights that goes; all groups of --n-of-m")
     how.add_argument(
@@ -163,16 +179,16 @@ def _compress(commands: Commands) -> None:
     parser = _command(
         commands, "compress", "Pack tensors with zeros: one bit for each element, and the values that are kept.", "convert"
     )
-    parser.add_argument("input", metavar="IN")
-    parser.add_argument("output", metavar="OUT")
+    parser.add_argument("input", metavar="IN", help=_IN)
+    parser.add_argument("output", metavar="OUT", help=_OUT)
     _packing(parser, compress=False)
     parser.set_defaults(command="compress")
 
 
 def _expand(commands: Commands) -> None:
     parser = _command(commands, "expand", "Write the dense checkpoint that a packed one stands for.", "convert")
-    parser.add_argument("input", metavar="IN")
-    parser.add_argument("output", metavar="OUT")
+    parser.add_argument("input", metavar="IN", help=_IN)
+    parser.add_argument("output", metavar="OUT", help=_OUT)
     parser.set_defaults(command="expand")
 
 
@@ -188,14 +204,14 @@ def _verify(commands: Commands) -> None:
     parser = _command(
         commands, "verify", "Check every byte: headers, lengths, counts, checksums, index. Exit code 1 if any is wrong.", "verify"
     )
-    parser.add_argument("input", metavar="IN")
+    parser.add_argument("input", metavar="IN", help=_IN)
 
 
 def _bench(commands: Commands) -> None:
     parser = _command(
         commands, "bench", "Time the linear layers of a checkpoint on this machine: dense products, zeros included.", "bench"
     )
-    parser.add_argument("input", metavar="IN")
+    parser.add_argument("input", metavar="IN", help=_IN)
     parser.add_argument("--batch", type=count, default=1, help="rows of the input; default 1")
     parser.add_argument("--threads", type=count, help="of torch; default what it chooses")
     parser.add_argument("--seconds", type=float, default=0.3, help="for each shape; default 0.3")
@@ -205,4 +221,4 @@ def _info(commands: Commands) -> None:
     _command(commands, "info", "Say how pyprune was built, and what it runs on.", "info")
 
 
-COMMANDS = (_stats, _prune, _compress, _expand, _diff, _verify, _bench, _info)
+_COMMANDS = (_stats, _prune, _compress, _expand, _diff, _verify, _bench, _info)
