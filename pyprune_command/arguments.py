@@ -76,6 +76,14 @@ def count(text: str) -> int:
     return value
 
 
+def seconds(text: str) -> float:
+    """Return a time above 0, up to an hour."""
+    value = float(text)
+    if not 0 < value <= 3600:
+        raise argparse.ArgumentTypeError(f"{text} is no time; give seconds, as in 0.3")
+    return value
+
+
 def kept_of(text: str) -> tuple[int, int]:
     """Return how many are kept of how many.
 
@@ -214,7 +222,7 @@ def _bench(commands: Commands) -> None:
     parser.add_argument("input", metavar="IN", help=_IN)
     parser.add_argument("--batch", type=count, default=1, help="rows of the input; default 1")
     parser.add_argument("--threads", type=count, help="of torch; default what it chooses")
-    parser.add_argument("--seconds", type=float, default=0.3, help="for each shape; default 0.3")
+    parser.add_argument("--seconds", type=seconds, default=0.3, help="for each shape; default 0.3")
 
 
 def _info(commands: Commands) -> None:

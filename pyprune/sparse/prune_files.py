@@ -12,6 +12,7 @@ from torch import Tensor
 from pyprune import ops
 from pyprune.methods.allocation import Amount
 from pyprune.methods.method import Method, check_amount
+from pyprune.sparse.codec import zstd
 from pyprune.sparse.checkpoint import Checkpoint, in_order
 from pyprune.sparse.convert import dense, others
 from pyprune.sparse.dense_file import write_dense
@@ -96,6 +97,10 @@ def prune_files(
         >>> pruned.zeros
         {'fc.weight': 3686}
     """
+    if compress is not None and compress.codec is not None:
+        if compress.layout != "pyprune":
+            raise ValueError(f'layout "{compress.layout}" has no codec; leave it out, or give layout="pyprune"')
+        zstd()
     amount = check_amount(method, Amount(ratio, allocation, min_ratio, max_ratio))  # type: ignore[arg-type]
     with Checkpoint(source) as checkpoint:
         if target is not None:
