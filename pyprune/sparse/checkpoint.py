@@ -44,6 +44,7 @@ class Checkpoint:
 
     Example:
         >>> import tempfile
+        >>> import pyprune
         >>> folder = tempfile.mkdtemp()
         >>> _ = pyprune.save_sparse({"w": torch.eye(64)}, Path(folder, "model.safetensors"))
         >>> with Checkpoint(folder) as checkpoint:

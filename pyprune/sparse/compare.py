@@ -41,6 +41,7 @@ def compare(
 
     Example:
         >>> import tempfile
+        >>> import pyprune
         >>> paths = [tempfile.mkdtemp() + "/m.safetensors" for _ in range(2)]
         >>> _ = pyprune.save_sparse({"w": torch.ones(4)}, paths[0])
         >>> _ = pyprune.save_sparse({"w": torch.tensor([1.0, 0.0, 1.0, 1.0])}, paths[1])

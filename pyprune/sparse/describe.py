@@ -55,6 +55,7 @@ def describe(checkpoint: Checkpoint, seen: Callable[[str], object] = lambda name
 
     Example:
         >>> import tempfile
+        >>> import pyprune
         >>> path = tempfile.mkdtemp() + "/m.safetensors"
         >>> _ = pyprune.save_sparse({"w": torch.tensor([[0.0, 1.0, -0.0, 2.0]])}, path, min_zeros=1)
         >>> with Checkpoint(path) as checkpoint:

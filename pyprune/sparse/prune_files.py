@@ -90,6 +90,7 @@ def prune_files(
 
     Example:
         >>> import tempfile
+        >>> import pyprune
         >>> from pyprune import importance
         >>> path = Path(tempfile.mkdtemp(), "dense.safetensors")
         >>> _ = pyprune.save_sparse({"fc.weight": torch.randn(64, 64)}, path)
