@@ -139,7 +139,9 @@ def _prune(commands: Commands) -> None:
     parser.add_argument("input", metavar="IN", help=_IN)
     parser.add_argument("output", metavar="OUT", nargs="?", help=f"{_OUT}; left out only with --dry-run")
     how = parser.add_argument_group("what goes")
-    how.add_argument("-r", "--ratio", type=fraction, help="the share of the weights that goes; all groups of --n-of-m")
+    how.add_argument(
+        "-r", "--ratio", type=fraction, help="the share of the weights that goes; all groups of --n-of-m"
+    )
     how.add_argument(
         "--method", choices=("magnitude", "lamp", "random", "wanda", "scores"), default="magnitude",
         help="lamp: magnitude, normalised by LAMP; wanda: |w| times the norm of its input (--norms); default magnitude",
@@ -156,18 +158,32 @@ def _prune(commands: Commands) -> None:
         "--unit", type=unit, default="element", help="what goes as one: element, row, column, kernel, or 4x1 outputs "
         "by inputs",
     )  # fmt: skip
-    how.add_argument("--allocation", choices=("uniform", "erk", "er"), default="uniform", help="of scope tensor or row")
+    how.add_argument(
+        "--allocation", choices=("uniform", "erk", "er"), default="uniform", help="of scope tensor or row"
+    )
     how.add_argument("--min-ratio", type=share, default=0.0, metavar="R", help="what each tensor loses at least")
     how.add_argument("--max-ratio", type=share, default=1.0, metavar="R", help="what each tensor loses at most")
-    how.add_argument("--norms", metavar="FILE", help="safetensors with the norm of each input, by the names of weights")
-    how.add_argument("--scores", metavar="FILE", help="safetensors with a score of each weight, of which the lowest go")
+    how.add_argument(
+        "--norms", metavar="FILE", help="safetensors with the norm of each input, by the names of weights"
+    )
+    how.add_argument(
+        "--scores", metavar="FILE", help="safetensors with a score of each weight, of which the lowest go"
+    )
     how.add_argument("--seed", type=int, default=0, help="of --method random")
-    which = parser.add_argument_group("which tensors", "patterns are regular expressions that match a name's beginning")
+    which = parser.add_argument_group(
+        "which tensors", "patterns are regular expressions that match a name's beginning"
+    )
     which.add_argument("--include", metavar="RE", action="append", default=[], help="only these, whatever they are")
     which.add_argument("--exclude", metavar="RE", action="append", default=[])
-    which.add_argument("--min-size", type=count, default=1, metavar="N", help="leave tensors alone that have fewer elements")
     which.add_argument(
-        "--inputs-first", metavar="RE", action="append", default=[], help="weights that are (inputs, outputs), as of GPT-2"
+        "--min-size", type=count, default=1, metavar="N", help="leave tensors alone that have fewer elements"
+    )
+    which.add_argument(
+        "--inputs-first",
+        metavar="RE",
+        action="append",
+        default=[],
+        help="weights that are (inputs, outputs), as of GPT-2",
     )
     _packing(parser.add_argument_group("what is written"), compress=True)
     parser.add_argument("--max-memory", type=size, metavar="SIZE", help="an error if more is needed, as in 512M")
@@ -177,7 +193,9 @@ def _prune(commands: Commands) -> None:
 
 def _packing(group: Any, *, compress: bool) -> None:
     if compress:
-        group.add_argument("--compress", action="store_true", help="pack tensors with zeros, as `pyprune compress` does")
+        group.add_argument(
+            "--compress", action="store_true", help="pack tensors with zeros, as `pyprune compress` does"
+        )
     group.add_argument("--codec", choices=("none", "zstd"), default="none", help="zstd: exponents and masks, too")
     group.add_argument("--layout", choices=("pyprune", "compressed-tensors"), default="pyprune")
     group.add_argument("--keep-negative-zero", action="store_true", help="store -0.0 as it is, as a value")
@@ -185,7 +203,10 @@ def _packing(group: Any, *, compress: bool) -> None:
 
 def _compress(commands: Commands) -> None:
     parser = _command(
-        commands, "compress", "Pack tensors with zeros: one bit for each element, and the values that are kept.", "convert"
+        commands,
+        "compress",
+        "Pack tensors with zeros: one bit for each element, and the values that are kept.",
+        "convert",
     )
     parser.add_argument("input", metavar="IN", help=_IN)
     parser.add_argument("output", metavar="OUT", help=_OUT)
@@ -202,7 +223,10 @@ def _expand(commands: Commands) -> None:
 
 def _diff(commands: Commands) -> None:
     parser = _command(
-        commands, "diff", "Compare two checkpoints: zeros gained and lost, values changed. Exit code 1 if they differ.", "diff"
+        commands,
+        "diff",
+        "Compare two checkpoints: zeros gained and lost, values changed. Exit code 1 if they differ.",
+        "diff",
     )
     parser.add_argument("first", metavar="A")
     parser.add_argument("second", metavar="B")
@@ -210,14 +234,20 @@ def _diff(commands: Commands) -> None:
 
 def _verify(commands: Commands) -> None:
     parser = _command(
-        commands, "verify", "Check every byte: headers, lengths, counts, checksums, index. Exit code 1 if any is wrong.", "verify"
+        commands,
+        "verify",
+        "Check every byte: headers, lengths, counts, checksums, index. Exit code 1 if any is wrong.",
+        "verify",
     )
     parser.add_argument("input", metavar="IN", help=_IN)
 
 
 def _bench(commands: Commands) -> None:
     parser = _command(
-        commands, "bench", "Time the linear layers of a checkpoint on this machine: dense products, zeros included.", "bench"
+        commands,
+        "bench",
+        "Time the linear layers of a checkpoint on this machine: dense products, zeros included.",
+        "bench",
     )
     parser.add_argument("input", metavar="IN", help=_IN)
     parser.add_argument("--batch", type=count, default=1, help="rows of the input; default 1")

@@ -32,7 +32,9 @@ def test_blocks_of_a_page_run(page, tmp_path, monkeypatch, capsys):
     assert not shown or "Pruning statistics" in capsys.readouterr().out
 
 
-COMMANDS = re.findall(r"^```bash\n(.*?)^```", (ROOT / "docs/command-line.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+COMMANDS = re.findall(
+    r"^```bash\n(.*?)^```", (ROOT / "docs/command-line.md").read_text(), flags=re.DOTALL | re.MULTILINE
+)
 
 
 def test_commands_of_the_shell_page_run(tmp_path, monkeypatch, capsys):

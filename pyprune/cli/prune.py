@@ -57,7 +57,8 @@ def _check_usage(args: argparse.Namespace) -> None:
         "--norms is for --method wanda": args.method != "wanda" and args.norms is not None,
         "--method scores needs --scores FILE": args.method == "scores" and args.scores is None,
         "--scores is for --method scores": args.method != "scores" and args.scores is not None,
-        "--method lamp normalises itself; leave out --normalize": args.method == "lamp" and args.normalize is not None,
+        "--method lamp normalises itself; leave out --normalize": args.method == "lamp"
+        and args.normalize is not None,
         "--normalize is of magnitudes and wanda": args.method in ("random", "scores") and args.normalize is not None,
         "--codec, --layout and --keep-negative-zero say how to --compress": not args.compress
         and (args.codec != "none" or args.layout != "pyprune" or args.keep_negative_zero),

@@ -142,7 +142,9 @@ def _find(path: Path) -> tuple[Path | None, Path | None, list[str]]:
     if path.is_file():
         return None, None, [path.name]
     if not path.is_dir():
-        raise FileNotFoundError(f"{path}: there is no such file or folder; give a safetensors file, or a folder of them")
+        raise FileNotFoundError(
+            f"{path}: there is no such file or folder; give a safetensors file, or a folder of them"
+        )
     indices = sorted(one for one in path.iterdir() if one.name.endswith(INDEX))
     files = sorted(one.name for one in path.iterdir() if one.name.endswith(SUFFIX) and not one.name.startswith("."))
     if len(indices) == 1:
@@ -151,7 +153,9 @@ def _find(path: Path) -> tuple[Path | None, Path | None, list[str]]:
         return path, None, files
     found = [one.name for one in indices] or files
     if found:
-        raise ValueError(f"{path} has {', '.join(found[:5])}, and which is meant cannot be told; give the path of one")
+        raise ValueError(
+            f"{path} has {', '.join(found[:5])}, and which is meant cannot be told; give the path of one"
+        )
     raise FileNotFoundError(f"{path} has no safetensors file in it; convert others before, by save_pretrained say")
 
 

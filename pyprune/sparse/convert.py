@@ -75,7 +75,9 @@ def expand_checkpoint(
             yield file.read(name)
             seen(name)
 
-        write_dense(path, [dense(file, name, lambda name=name: pieces(name)) for name in in_order(file)], others(file))
+        write_dense(
+            path, [dense(file, name, lambda name=name: pieces(name)) for name in in_order(file)], others(file)
+        )
 
     with Checkpoint(source) as checkpoint:
         write_like(checkpoint, target, write)

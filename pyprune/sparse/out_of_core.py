@@ -96,7 +96,9 @@ class Choice:
                 yield ops.mask_weight(piece, part)
             return
         if number != self._next:
-            raise ValueError(f"{name} is asked for before {self.weights[self._next].name}, and ties go in their order")
+            raise ValueError(
+                f"{name} is asked for before {self.weights[self._next].name}, and ties go in their order"
+            )
         self._next += 1
         scales = None if self._scales is None else torch.tensor([self._scales[number]], dtype=torch.float64)
         for piece in values.view(-1).split(_PIECE):

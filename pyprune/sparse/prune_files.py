@@ -213,7 +213,9 @@ def _write(file: SparseFile, path: Path, pruned: _Pruned, compress: Options | No
     def read(name: str) -> Tensor:
         return pruned.whole(name, file.shape(name)) if name in chosen else file.view(name)
 
-    sources = [Source(name, file.dtype(name), file.shape(name), lambda name=name: read(name)) for name in in_order(file)]
+    sources = [
+        Source(name, file.dtype(name), file.shape(name), lambda name=name: read(name)) for name in in_order(file)
+    ]
     write_sparse(path, sources, compress, tied=file.tied, metadata=others(file))
 
 

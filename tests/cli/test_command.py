@@ -65,7 +65,10 @@ def test_help_does_not_import_torch():
         (["prune", "in", "out", "-r", "0.5", "--method", "wanda"], "--method wanda needs --norms FILE"),
         (["prune", "in", "out", "-r", "0.5", "--norms", "x"], "--norms is for --method wanda"),
         (["prune", "in", "out", "-r", "0.5", "--codec", "zstd"], "say how to --compress"),
-        (["prune", "in", "out", "-r", "0.5", "--method", "random", "--normalize", "l2"], "is of magnitudes and wanda"),
+        (
+            ["prune", "in", "out", "-r", "0.5", "--method", "random", "--normalize", "l2"],
+            "is of magnitudes and wanda",
+        ),
         (["bench", "in", "--batch", "0"], "0 is too small"),
         (["bench", "in", "--seconds", "-1"], "-1 is no time"),
         (["compress", "in", "out", "--codec", "gzip"], "invalid choice: 'gzip'"),
@@ -89,7 +92,10 @@ def test_wrong_usage_is_2_and_says_what_is_wrong(capsys, arguments, message):
         (["prune", "in", "out", "-r", "0.5", "--include", "layers"], "matches no weight"),
         (["prune", "in", "out", "-r", "0.5", "--allocation", "erk"], "scope.tensor()"),
         (["compress", "in", "out", "--codec", "zstd", "--layout", "compressed-tensors"], "has no codec"),
-        (["prune", "in", "out", "-r", "0.5", "--compress", "--codec", "zstd", "--layout", "compressed-tensors"], "no codec"),
+        (
+            ["prune", "in", "out", "-r", "0.5", "--compress", "--codec", "zstd", "--layout", "compressed-tensors"],
+            "no codec",
+        ),
         (["diff", "in", "none"], "there is no such file or folder"),
         (["bench", "empty.safetensors"], "no matrix"),
     ],
@@ -178,7 +184,10 @@ def test_minus_zero_is_counted_and_can_be_kept(capsys, tmp_path):
     _, out, _ = run(capsys, "compress", tmp_path / "in.safetensors", tmp_path / "out.safetensors")
     assert "2,048 elements that were -0.0 are 0.0 now" in out
     kept = tmp_path / "kept.safetensors"
-    assert as_json(capsys, "compress", tmp_path / "in.safetensors", kept, "--keep-negative-zero")[1]["negative_zeros"] == {}
+    assert (
+        as_json(capsys, "compress", tmp_path / "in.safetensors", kept, "--keep-negative-zero")[1]["negative_zeros"]
+        == {}
+    )
     assert run(capsys, "diff", tmp_path / "in.safetensors", kept, "-q") == (0, "", "")
 
 
@@ -199,7 +208,9 @@ def test_a_reader_that_has_seen_enough_is_no_error(model):
 def test_in_a_terminal_there_are_bars_which_go(tmp_path, model):
     parent, child = pty.openpty()
     arguments = [*COMMAND, "prune", str(model), str(tmp_path / "out"), "-r", "0.5"]
-    with subprocess.Popen(arguments, stdin=child, stdout=child, stderr=child, env={**os.environ, "TERM": "xterm"}) as done:
+    with subprocess.Popen(
+        arguments, stdin=child, stdout=child, stderr=child, env={**os.environ, "TERM": "xterm"}
+    ) as done:
         os.close(child)
         seen = b""
         while True:

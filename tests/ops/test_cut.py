@@ -71,7 +71,9 @@ def test_cut_with_few_counters_reads_more_often_and_finds_the_same(monkeypatch, 
     assert ops.cut(weights, 2500, scales=scales) == expected
 
 
-@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 1), (torch.float16, 1), (torch.float32, 3), (torch.float64, 5)])
+@pytest.mark.parametrize(
+    ("dtype", "most"), [(torch.bfloat16, 1), (torch.float16, 1), (torch.float32, 3), (torch.float64, 5)]
+)
 def test_find_cut_reads_half_types_once(dtype, most):
     reads = []
     weights = weights_of("normal", (dtype,), "cpu")

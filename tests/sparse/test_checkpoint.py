@@ -78,7 +78,9 @@ def test_compress_and_expand_are_the_same_checkpoint(tmp_path, folder, layout):
         entries = load_file(tmp_path / "packed" / shard)
         assert entries.keys() == {name for name, place in index["weight_map"].items() if place == shard}
     old = json.loads((folder / INDEX).read_text())
-    assert json.loads((tmp_path / "dense" / INDEX).read_text()) == old | {"weight_map": dict(sorted(old["weight_map"].items()))}
+    assert json.loads((tmp_path / "dense" / INDEX).read_text()) == old | {
+        "weight_map": dict(sorted(old["weight_map"].items()))
+    }
     assert index["metadata"]["total_size"] < old["metadata"]["total_size"]
     assert (tmp_path / "dense" / "tokenizer" / "merges.txt").read_text() == "a b\n"
 

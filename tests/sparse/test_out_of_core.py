@@ -39,8 +39,6 @@ METHODS = {
 }
 
 
-
-
 def weights_of(kind, dtypes):
     return {
         f"{number}.weight": adversarial(shape, kind, dtypes[number % len(dtypes)], number) * 2.0 ** (number % 3)
@@ -90,7 +88,9 @@ def test_choice_does_what_methods_say(name, kind):
 def test_choice_reads_half_types_twice_in_all():
     reads = []
     weights = [
-        StoredWeight(f"{i}", torch.bfloat16, (32, 32), lambda i=i: reads.append(i) or torch.randn(32, 32).bfloat16(), LINEAR)
+        StoredWeight(
+            f"{i}", torch.bfloat16, (32, 32), lambda i=i: reads.append(i) or torch.randn(32, 32).bfloat16(), LINEAR
+        )
         for i in range(3)
     ]
     choice = Choice(GLOBAL, Amount(0.5), weights)

@@ -40,7 +40,9 @@ def expected_of(folder, method, amount, statistics=None):
 
 
 def found_in(folder):
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in pyprune.load_sparse(path).items()}
+    return {
+        name: tensor for path in folder.glob("*.safetensors") for name, tensor in pyprune.load_sparse(path).items()
+    }
 
 
 def assert_same(found, expected):
@@ -62,7 +64,9 @@ def test_prune_files_removes_what_the_whole_list_would_lose(tmp_path):
 def test_prune_files_takes_norms_of_inputs_and_scores(tmp_path):
     shards = language_model()
     source = save_sharded(tmp_path / "in", shards)
-    weights = {name: one for shard in shards for name, one in shard.items() if one.dim() > 1 and name not in LEFT_ALONE}
+    weights = {
+        name: one for shard in shards for name, one in shard.items() if one.dim() > 1 and name not in LEFT_ALONE
+    }
     norms = {name: torch.rand(one.shape[1]) + 0.1 for name, one in weights.items()}
     by_module = {name.removesuffix(".weight"): norm for name, norm in norms.items()}
     save_file(by_module, tmp_path / "norms.safetensors")
@@ -132,7 +136,9 @@ def test_prune_files_of_one_file_and_of_a_dry_run(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("method", [GLOBAL, Method(importance.magnitude(), scope=scope.tensor())], ids=["all", "each"])
+@pytest.mark.parametrize(
+    "method", [GLOBAL, Method(importance.magnitude(), scope=scope.tensor())], ids=["all", "each"]
+)
 def test_prune_files_names_what_is_not_finite_and_writes_nothing(tmp_path, method, value):
     shards = language_model()
     shards[1]["model.layers.1.mlp.up.weight"][3, 4] = value
@@ -172,7 +178,9 @@ def test_prune_files_refuses_before_it_writes(tmp_path):
         prune_files(source, tmp_path / "out", GLOBAL, 0.9, max_ratio=0.5)
     save_file({"model.conv": torch.ones(8)}, tmp_path / "norms.safetensors")
     with pytest.raises(ValueError, match=r"has nothing for model.layers.0.attn.q.weight"):
-        prune_files(source, tmp_path / "out", Method(importance.wanda()), 0.5, statistics=tmp_path / "norms.safetensors")
+        prune_files(
+            source, tmp_path / "out", Method(importance.wanda()), 0.5, statistics=tmp_path / "norms.safetensors"
+        )
     assert not (tmp_path / "out").exists()
 
 
