@@ -78,6 +78,8 @@ def unpack(bits: Sequence[Tensor], values: Sequence[Tensor], shapes: Sequence[Se
     check_tensors(bits, "bits", _BITS)
     check_tensors(values, "values", PACK_DTYPES)
     check_one_each(values, "values", bits, "row of bits")
+    if isinstance(shapes, Tensor):
+        raise TypeError(f"shapes is a {type(shapes).__name__}; give {_SHAPES}")
     sizes = [_shape(f"shapes[{index}]", shape) for index, shape in enumerate(check_items("shapes", shapes, _SHAPES))]
     if len(sizes) != len(bits):
         raise ValueError(f"got {len(sizes)} shapes for {len(bits)} rows of bits; give one per row")

@@ -41,7 +41,7 @@ def load_sparse(path: str | os.PathLike[str], model: nn.Module | None = None) ->
         TypeError: for what is no path or no model.
 
     Example:
-        >>> import tempfile, torch
+        >>> import tempfile, pyprune, torch
         >>> path = os.path.join(tempfile.mkdtemp(), "model.safetensors")
         >>> _ = pyprune.save_sparse({"weight": torch.eye(64), "bias": torch.ones(64)}, path)
         >>> pyprune.load_sparse(path)["weight"].sum().item()

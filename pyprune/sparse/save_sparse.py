@@ -55,7 +55,7 @@ def save_sparse(
         ImportError: if the codec's package is missing.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, pyprune
         >>> model = nn.Linear(64, 64)
         >>> _ = pyprune.prune(model, "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.75)
         >>> path = os.path.join(tempfile.mkdtemp(), "model.safetensors")

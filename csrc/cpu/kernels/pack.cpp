@@ -121,8 +121,7 @@ template <>
 struct Lanes<uint32_t> {
   static constexpr int kWidth = 16;
   static void pack(const uint32_t* data, uint32_t* values, uint64_t set) {
-    _mm512_storeu_si512(values,
-                        _mm512_maskz_compress_epi32(static_cast<__mmask16>(set), _mm512_loadu_si512(data)));
+    _mm512_storeu_si512(values, _mm512_maskz_compress_epi32(static_cast<__mmask16>(set), _mm512_loadu_si512(data)));
   }
   static void unpack(const uint32_t* values, uint32_t* out, uint64_t set) {
     _mm512_storeu_si512(out, _mm512_maskz_expand_epi32(static_cast<__mmask16>(set), _mm512_loadu_si512(values)));
