@@ -13,6 +13,7 @@ import bench_groups
 import bench_growth
 import bench_mask_update
 import bench_masks
+import bench_pack
 import bench_rb_loss
 import bench_remaining
 import bench_shrink
@@ -27,6 +28,7 @@ JOBS: dict[str, ModuleType] = {
     "remaining": bench_remaining,
     "fold": bench_fold,
     "count": bench_count,
+    "pack": bench_pack,
     "torch_prune": bench_torch_prune,
     "geometric_median": bench_geometric_median,
     "units": bench_units,
@@ -39,7 +41,7 @@ JOBS: dict[str, ModuleType] = {
     "shrink": bench_shrink,
 }
 PEERS = ("none", "quick", "all")
-LISTS_JOBS = ("masks", "remaining", "fold", "count", "units")
+LISTS_JOBS = ("masks", "remaining", "fold", "count", "pack", "units")
 BOTH = tuple(DTYPES)
 SMALLER = ("resnet50", "mobilenet_v2", "minilm")
 ADVERSARIAL = ("equal", "two-values", "sorted", "heavy-tailed", "one-binade")

@@ -33,8 +33,8 @@ def pack(
             keep it where they are True.
 
     Returns:
-        For each tensor of n elements: uint8, ``[ceil(n / 8)]``, bit i = element i in the order of the flat index, least
-        significant first, those beyond n 0; and the kept values in that order, ``[kept]``, of the tensor's dtype.
+        For each tensor of n elements: uint8, ``[ceil(n / 8)]``, bit i = element i in the order of the flat index,
+        least significant first, those beyond n 0; and the kept values in that order, ``[kept]``, of its dtype.
 
     Raises:
         TypeError, ValueError: for other dtypes, mixed devices, or masks that do not fit.

@@ -270,7 +270,7 @@ def _gated():
 REFUSED = {
     "gates": (_gated, r"strip\(model\) before"),
     "meta": (lambda: nn.Linear(3, 4, device="meta"), "meta device"),
-    "no tensor": (lambda: {"w": [1.0]}, r"state\['w'\] is a list"),
+    "no tensor": (lambda: {"w": [1.0]}, r"model\['w'\] is a list"),
     "no name": (lambda: {1: torch.ones(1)}, "names must be strings"),
     "sparse": (lambda: {"w": torch.eye(3).to_sparse()}, r"to_dense\(\)"),
     "complex128": (lambda: {"w": torch.ones(3, dtype=torch.complex128)}, "w is torch.complex128"),
