@@ -39,14 +39,14 @@ def ways(case: Case) -> list[Way]:
             Way(PACK, "floor: copy as many bytes", copy, moved=dense + packed),
             [
                 Way(PACK, "pyprune", lambda: ops.pack(weights), returned=packed),
-                Way(PACK, "x[x != 0]", lambda: [weight[weight != 0] for weight in weights]),
+                Way(PACK, "torch, x where x != 0", lambda: [weight[weight != 0] for weight in weights]),
             ],
         ),
         *with_floor(
             Way(UNPACK, "floor: copy as many bytes", copy, moved=dense + packed),
             [
                 Way(UNPACK, "pyprune", lambda: ops.unpack(bits, values, shapes), returned=dense),
-                Way(UNPACK, "out[mask] = values", by_masks),
+                Way(UNPACK, "torch, values into a mask", by_masks),
             ],
         ),
     ]

@@ -14,8 +14,8 @@ frames. Dense tensors may be coded, too, without a bitmask.
 
 ``__metadata__["pyprune"]`` is JSON: ``version``, ``layout``, ``tied`` (other names of tensors that are stored once)
 and ``tensors``: of each its ``dtype``, ``shape``, and ``crc32`` of its values (``NAME``, ``NAME_high``,
-``NAME_zero``) and its bitmask; ``nnz`` kept values, ``block``, ``codec``, ``zero`` (true). Files that lost it are read
-without, but for coded ones.
+``NAME_zero``) and its bitmask; ``nnz`` kept values, ``block``, ``codec``, ``zero`` (true). Files that lost it are
+read without, but for coded ones.
 
 In the layout of compressed-tensors a weight ``M.weight`` becomes ``M.compressed``, ``M.bitmask`` (rows padded to
 bytes), ``M.shape`` and ``M.row_offsets``; in its "sparse-24-bitmask" there are no row_offsets.
