@@ -141,7 +141,7 @@ def test_a_run_goes_on_bit_for_bit_from_wherever_it_was_interrupted(kind, tmp_pa
     run(in_memory, **RUNS[kind])
     assert_equal(state(whole), state(in_memory))
     done = set()
-    for passes in range(8, 60, 4):
+    for passes in range(8, 60, 3):
         model, folder = made(), tmp_path / str(passes)
         plain = model.forward
         calls = 0
@@ -161,7 +161,7 @@ def test_a_run_goes_on_bit_for_bit_from_wherever_it_was_interrupted(kind, tmp_pa
         else:
             break
         done.add(count)
-        fresh = model if passes % 8 else made()  # the model of the notebook, or that of a new process
+        fresh = model if passes % 2 else made()  # the model of the notebook, or that of a new process
         del model.forward
         found = run(fresh, **RUNS[kind], store=folder, resume=True)
         assert_equal(state(whole), state(fresh))
@@ -295,9 +295,11 @@ def test_weights_that_cannot_be_pruned_are_refused():
 def test_masks_that_are_there_are_solved_for():
     model = pyprune.prune(made(), MAGNITUDE, ratio=0.5)
     masks = {name: one != 0 for name, one in model.named_parameters()}
+    values = {name: one.clone() for name, one in model.named_parameters()}
     result = run(model, method=None, solver=pyprune.solvers.least_squares())
     for name, one in model.named_parameters():
-        assert torch.equal(one != 0, masks[name]), name
+        assert not ((one != 0) & ~masks[name]).any(), name
+        assert torch.equal(one, values[name]) == (not name.startswith("layers") or name.endswith("bias")), name
     assert all(weight.error < weight.error_masked for weight in result.weights)
     assert result.ratio == 0.5
 
@@ -305,7 +307,7 @@ def test_masks_that_are_there_are_solved_for():
 def test_masks_that_are_there_are_pruned_further():
     model = pyprune.prune(made(), MAGNITUDE, ratio=0.25)
     before = {name: one != 0 for name, one in model.named_parameters()}
-    assert run(model, **RUNS["wanda"]).ratio == pytest.approx(0.5, abs=0.05)
+    assert run(model, method=Method(importance.wanda(), scope=scope.tensor()), ratio=0.5).ratio == 0.5
     for name, one in model.named_parameters():
         assert not ((one != 0) & ~before[name]).any()
 
@@ -355,8 +357,8 @@ def test_padding_does_not_count():
 def test_compiled_and_wrapped_models_are_pruned_as_the_plain_one():
     plain, compiled, in_place, parallel = (made() for _ in range(4))
     run(plain, **RUNS["wanda"])
-    run(torch.compile(compiled), **RUNS["wanda"])
-    in_place.layers[1].compile()
+    run(torch.compile(compiled, backend="eager"), **RUNS["wanda"])
+    in_place.layers[1].compile(backend="eager")
     run(in_place, **RUNS["wanda"])
     run(nn.DataParallel(parallel), **RUNS["wanda"])
     for other in (compiled, in_place, parallel):
