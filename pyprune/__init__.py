@@ -22,6 +22,7 @@ from pyprune.modules.strip import StripFormat, strip
 from pyprune.oneshot import allocations, solvers
 from pyprune.oneshot.one_shot_result import OneShotResult, PrunedWeight
 from pyprune.oneshot.prune_one_shot import prune_one_shot
+from pyprune.oneshot.prune_with_gradients import prune_with_gradients
 from pyprune.ops.build_info import build_info
 from pyprune.recipes.recipe import Recipe
 from pyprune.recipes.recipe_pruner import RecipePruner
@@ -125,6 +126,7 @@ __all__ = [
     "plan_of",
     "prune",
     "prune_one_shot",
+    "prune_with_gradients",
     "pruning_statistic",
     "ratios_below",
     "reapply",

@@ -1,6 +1,5 @@
-#include "kernels/sparsegpt_block.cuh"
-
 #include "../sparsegpt_check.h"
+#include "kernels/sparsegpt_block.cuh"
 #include "upload.cuh"
 
 namespace pyprune {
@@ -9,12 +8,11 @@ namespace {
 template <typename Real>
 void solve(const Tensor& weight, const Tensor& sums, const Tensor& factor, const Tensor& mask, int64_t keep,
            int64_t of) {
-  launch_sparsegpt_block<Real>({static_cast<Real*>(weight.mutable_data_ptr()),
-                                static_cast<Real*>(sums.mutable_data_ptr()),
-                                static_cast<const Real*>(factor.const_data_ptr()),
-                                static_cast<uint8_t*>(mask.mutable_data_ptr()), weight.stride(0), sums.stride(0),
-                                factor.stride(0), mask.stride(0), weight.size(0), weight.size(1), keep, of},
-                               current_stream(weight));
+  launch_sparsegpt_block<Real>(
+      {static_cast<Real*>(weight.mutable_data_ptr()), static_cast<Real*>(sums.mutable_data_ptr()),
+       static_cast<const Real*>(factor.const_data_ptr()), static_cast<uint8_t*>(mask.mutable_data_ptr()),
+       weight.stride(0), sums.stride(0), factor.stride(0), mask.stride(0), weight.size(0), weight.size(1), keep, of},
+      current_stream(weight));
 }
 
 void sparsegpt_block(const Tensor weight, const Tensor sums, const Tensor factor, const Tensor mask, int64_t keep,

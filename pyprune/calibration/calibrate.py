@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +62,8 @@ def calibrate(
     not, a text gives the same statistic. Where it cannot be told which rows of an input are padding, all count, and a
     warning names the weights. What counts for gradients is for the loss to say. What is measured is the model as it
     is, with the masks that it carries: calibrate before pruning if masks are to be chosen from raw weights. All
-    modules run in evaluation mode. Training flags, ``requires_grad``, ``grad``, buffers and torch's random numbers are
-    as before in the end.
+    modules run in evaluation mode. Training flags, ``requires_grad``, ``grad``, buffers and torch's random numbers
+    are as before in the end.
 
     Args:
         model: the model, on the device of the data.
@@ -104,14 +104,17 @@ def calibrate(
                 f"importance {rule.name} needs gradients, and loss_fn is {shown(loss_fn)}; give a function of the "
                 "model and a batch that returns the loss"
             )
-        gradients = _Gradients(rule, targets)
-        gathered: _Gradients | UseSums = gradients
+        sums = GradientSums(rule, targets)
+        gradients = BatchGradients(sums, targets)
+        gathered: BatchGradients | UseSums = gradients
+        results: Callable[[int], Mapping[Target, Tensor]] = sums.results
         run: Callable[[nn.Module, Any], None] = partial(gradients.run, loss_fn)
     elif loss_fn is not None:
         raise ValueError(f"importance {rule.name} needs activations, and no loss_fn; leave it out")
     else:
         padding = Padding(model)
         gathered = UseSums(rule, targets, padding)
+        results = gathered.results
 
         def run_padded(model: nn.Module, batch: Any) -> None:
             padding.begin(batch)
@@ -123,7 +126,7 @@ def calibrate(
         for batch in batches:
             run(model, batch)
             count += 1
-    tensors = {target.name: tensor for target, tensor in gathered.results(count).items()}
+    tensors = {target.name: tensor for target, tensor in results(count).items()}
     if not tensors:
         raise ValueError(f"importance {rule.name} needs products, and in all weights rows are only looked up")
     tables = [target for target in targets if target.name not in tensors]
@@ -154,11 +157,26 @@ def _check_finite(tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-class _Gradients:
-    """Gradients of a loss, gathered without touching ``grad``."""
+class TakesGradients(Protocol):
+    """What is told the gradient of each weight, batch by batch."""
 
-    def __init__(self, rule: Importance, targets: list[Target]) -> None:
-        self.sums = GradientSums(rule, targets)
+    def add(self, target: Target, gradient: Tensor) -> None:
+        """Take in the gradient of the weight that a batch used."""
+
+    def add_nothing(self, target: Target) -> None:
+        """Take in that a batch did not use the weight."""
+
+
+class BatchGradients:
+    """Gradients of a loss, gathered without touching ``grad``.
+
+    Args:
+        sums: what they go to.
+        targets: of which weights.
+    """
+
+    def __init__(self, sums: TakesGradients, targets: list[Target]) -> None:
+        self.sums = sums
         self.targets = targets
         self.in_use: dict[Target, list[Tensor]] = {}
         self.is_recurrent = any(isinstance(owner.module, nn.RNNBase) for t in targets for owner in t.owners)
@@ -188,6 +206,7 @@ class _Gradients:
         self.in_use.setdefault(target, []).append(output)
 
     def run(self, loss_fn: Callable[[nn.Module, Any], Tensor], model: nn.Module, batch: Any) -> None:
+        """Take in the gradients of a batch."""
         self.in_use.clear()
         # cuDNN has no backward pass for recurrent layers in evaluation mode.
         with torch.enable_grad(), torch.backends.cudnn.flags(enabled=not self.is_recurrent):
@@ -207,6 +226,3 @@ class _Gradients:
                 self.sums.add(target, total[target])
             else:  # a batch that does not use a weight makes no exception for decay
                 self.sums.add_nothing(target)
-
-    def results(self, count: int) -> Mapping[Target, Tensor]:
-        return {target: self.sums.result(target, count) for target in self.targets}

@@ -1,8 +1,8 @@
 """ADMM: weights and mask searched together, with a penalty that grows until the mask is settled.
 
 The published algorithm (ALPS) decomposes H into eigenvectors, so that each new penalty rho costs a product of two
-matrices. Here (H + rho I) is inverted from its Cholesky factor instead: there are about ten penalties, and all of them
-together take less than the decomposition.
+matrices. Here (H + rho I) is inverted from its Cholesky factor instead: there are about ten penalties, and all of
+them together take less than the decomposition.
 """
 
 from dataclasses import dataclass
@@ -64,9 +64,9 @@ def admm(*, rho: float = 0.1, iterations: int = 300, damping: float = 0.01) -> A
 
     Weights B are pulled by a penalty rho towards D, their own projection to what scope and ratio allow:
     ``B = (W H + rho (D - U)) (H + rho I)^-1``, ``D = projection(B + U)``, ``U += B - D``. Each third iteration rho
-    grows by 1.3, 1.2 or 1.1, as more than a tenth, 1/200 or anything of the mask has changed, and the search ends when
-    nothing has (rho that begins too large is divided by 5). Then least squares on that mask. H is the Gram, damped,
-    with inputs scaled to a diagonal of 1.
+    grows by 1.3, 1.2 or 1.1, as more than a tenth, 1/200 or anything of the mask has changed, and the search ends
+    when nothing has (rho that begins too large is divided by 5). Then least squares on that mask. H is the Gram,
+    damped, with inputs scaled to a diagonal of 1.
 
     Scopes are tensor(), which is best and the default, row(), and n_of_m().
 
@@ -119,20 +119,22 @@ def search(
     iterations: int,
 ) -> Found | None:
     """Search weights and mask for a Gram with a diagonal of 1; None if it is not positive definite."""
+    mask = choose(wanted, scope, ratio, base)
+    first, before = mask, mask.clone()
+    kept = int(mask.sum())
+    if kept in (0, mask.numel()):
+        return Found(wanted * mask, mask, [], 0)
     inverse = _inverse(gram, rho)
     if inverse is None:
         return None
     outputs = wanted @ gram
-    mask = choose(wanted, scope, ratio, base)
-    first, before, other = mask, mask.clone(), torch.empty_like(mask)
-    kept = int(mask.sum())
     split = wanted * mask  # D
     dual = torch.zeros_like(wanted)  # U
     total, right = torch.empty_like(wanted), torch.empty_like(wanted)
     rhos: list[float] = []
     has_grown = False
     count = 0
-    mask = other
+    mask = mask.clone()
     while count < iterations:
         count += 1
         torch.sub(split, dual, out=right)

@@ -23,6 +23,7 @@ def choose(
         out: a bool tensor to write; a new one if None.
 
     Example:
+        >>> import torch
         >>> from pyprune.methods.scope import tensor
         >>> choose(torch.tensor([[3.0, -1.0], [0.5, -2.0]]), tensor(), 0.5).tolist()
         [[True, False], [False, True]]

@@ -111,7 +111,9 @@ def _by_rows(wanted: Tensor, gram: Tensor, mask: Tensor, most: int) -> Tensor | 
     solved = torch.zeros_like(wanted)
     right = wanted @ gram
     order = (~mask).sort(dim=1, stable=True).indices[:, :most]
-    for rows in torch.arange(len(wanted), device=wanted.device).split(max(1, _AT_ONCE // max(1, most * most))):
+    step = max(1, _AT_ONCE // max(1, most * most))
+    for start in range(0, len(wanted), step):
+        rows = slice(start, start + step)
         kept, there = order[rows], mask[rows].gather(1, order[rows])
         matrices = gram[kept[:, :, None], kept[:, None, :]]
         matrices.mul_((there[:, :, None] & there[:, None, :]).to(gram.dtype))
@@ -121,5 +123,5 @@ def _by_rows(wanted: Tensor, gram: Tensor, mask: Tensor, most: int) -> Tensor | 
             return None
         parts = right[rows].gather(1, kept).mul_(there)
         found = torch.cholesky_solve(parts[:, :, None], factors)[:, :, 0]
-        solved[rows] = solved[rows].scatter(1, kept, found)
+        solved[rows].scatter_(1, kept, found)
     return solved

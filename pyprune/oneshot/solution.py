@@ -36,7 +36,11 @@ class Solver(Protocol):
 
     @property
     def chooses(self) -> bool:
-        """Whether it chooses the mask by itself; otherwise it takes one and only solves for what is kept."""
+        """Whether it chooses the mask by itself; otherwise it takes that of a method.
+
+        `swaps` takes one, too, and returns a better one, with as many kept of all that competes: the mask of a
+        solution is what counts.
+        """
 
     def solve(
         self, weight: Tensor, gram: Tensor, *, scope: Scope | None, ratio: float | None, mask: Tensor | None
@@ -46,7 +50,8 @@ class Solver(Protocol):
         Args:
             weight: (rows, columns), of any float dtype; it is left as it is.
             gram: (columns, columns), symmetric, float32 or float64, without damping; it is left as it is.
-            scope: what competes; None if the solver does not choose.
+            scope: what competes; of a solver that takes a mask the one that this was made for (None will do for
+                all but `swaps`).
             ratio: the fraction of the elements to remove, those that ``mask`` drops among them; None for all that
                 N:M removes.
             mask: elements that are False stay zero.

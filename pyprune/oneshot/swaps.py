@@ -1,4 +1,4 @@
-"""A mask made better by swaps: one weight of a row goes, another comes back, whenever that loses less of the output."""
+"""A mask made better by swaps: one weight of a row goes, another comes back, whenever that loses less."""
 
 from dataclasses import dataclass
 
@@ -36,9 +36,7 @@ class Swaps:
         if mask is None:
             raise ValueError("mask is None; swaps make a mask better, so give one")
         if scope is None:
-            raise ValueError(
-                "scope is None; swaps stay within what competes, so give the scope the mask was made for"
-            )
+            raise ValueError("scope is None; give the one that the mask was made for, because swaps stay within it")
         check_asked(scope, 0.0)
         if scope.name == "n_of_m" and scope.dim != "in":
             raise ValueError(f'scope is N:M with dim="{scope.dim}"; swaps stay within a row, so give dim="in"')

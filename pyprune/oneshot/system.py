@@ -13,6 +13,7 @@ from pyprune.methods.allocation import Amount
 from pyprune.methods.method import Method, check_amount
 from pyprune.methods.scope import Scope
 from pyprune.oneshot.solution import Solution
+from pyprune.ops._library import WEIGHT_DTYPES, check_tensor
 
 _T = TypeVar("_T")
 
@@ -59,8 +60,7 @@ def system_of(weight: Tensor, gram: Tensor, mask: Tensor | None) -> System:
     """
     check_matrix("weight", weight)
     check_mask(mask, weight)
-    if not isinstance(gram, Tensor) or gram.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"gram is {described(gram)}; give X^T X of the inputs, in float32 or float64")
+    check_tensor(gram, "gram", (torch.float32, torch.float64), values=True)
     columns = weight.shape[1]
     if gram.shape != (columns, columns) or gram.device != weight.device:
         raise ValueError(
@@ -68,7 +68,7 @@ def system_of(weight: Tensor, gram: Tensor, mask: Tensor | None) -> System:
             "the weight's device"
         )
     diagonal = gram.diagonal()
-    if not bool(gram.isfinite().all()):
+    if not is_finite(gram):
         raise ValueError("gram has NaN or infinite elements; check the inputs that it was summed over")
     if bool((diagonal < 0).any()):
         raise ValueError("gram has negative elements on its diagonal, so it is no X^T X")
@@ -84,20 +84,23 @@ def system_of(weight: Tensor, gram: Tensor, mask: Tensor | None) -> System:
 
 def check_matrix(name: str, weight: Tensor) -> None:
     """Raise unless this is a finite matrix of numbers with at least one element."""
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise TypeError(f"{name} is {described(weight)}; give a floating-point tensor of shape (rows, columns)")
+    check_tensor(weight, name, WEIGHT_DTYPES, values=True)
     if weight.dim() != 2 or not weight.numel():
         raise ValueError(f"{name} is {described(weight)}; give a matrix of shape (rows, columns), none of them 0")
-    if not bool(weight.isfinite().all()):
+    if not is_finite(weight):
         raise ValueError(f"{name} has NaN or infinite elements; a solver would spread them")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether there is no NaN and no infinity; in one read where, as nearly always, a sum of all says so."""
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 def check_mask(mask: Tensor | None, weight: Tensor) -> None:
     """Raise unless this is None, or a mask of the weight."""
     if mask is None:
         return
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"mask is {described(mask)}; give a bool tensor, True = kept, or None")
+    check_tensor(mask, "mask", (torch.bool,), values=True)
     if mask.shape != weight.shape or mask.device != weight.device:
         raise ValueError(f"mask is {described(mask)}, and weight {described(weight)}; give one like the weight")
 
@@ -108,8 +111,8 @@ def check_asked(scope: Scope | None, ratio: float | None) -> tuple[Scope, float 
         raise TypeError(f"scope is {shown(scope)}; give one of pyprune.scope, such as tensor()")
     if scope.weights_compete:
         raise ValueError(
-            f"in scope {scope.name} weights compete with each other, and a solver sees one; give scope.tensor(), row() "
-            'or n_of_m() with among="tensor"'
+            f"in scope {scope.name} weights compete with each other, and a solver sees one; give scope.tensor(), "
+            'row(), or n_of_m() with among="tensor"'
         )
     amount = check_amount(Method(importance.magnitude(), scope=scope), Amount(ratio))
     assert amount.ratio is None or isinstance(amount.ratio, float)
@@ -136,25 +139,36 @@ def damped(gram: Tensor, damping: float, attempt: Callable[[Tensor], _T | None])
         0.1
     """
     mean = float(gram.diagonal().mean(dtype=torch.float64))
-    while damping <= _MOST_DAMPING:
+
+    def add(share: float) -> _T | None:
         matrix = gram.clone()
-        matrix.diagonal().add_(damping * mean)
-        made = attempt(matrix)
+        matrix.diagonal().add_(share * mean)
+        return attempt(matrix)
+
+    return with_damping(damping, gram.dtype, add)
+
+
+def with_damping(damping: float, dtype: torch.dtype, attempt: Callable[[float], _T | None]) -> tuple[_T, float]:
+    """Return what an attempt makes with a damping, or with ten times as much while it makes None; and the damping.
+
+    Raises:
+        ValueError: if no damping helps.
+    """
+    while damping <= _MOST_DAMPING:
+        made = attempt(damping)
         if made is not None:
             return made, damping
         # Of 0, ten times is no more.
-        damping = max(float(f"{10 * damping:.12g}"), torch.finfo(gram.dtype).eps)
+        damping = max(float(f"{10 * damping:.12g}"), torch.finfo(dtype).eps)
     raise ValueError("gram cannot be factorised with any damping; is it symmetric, and a sum X^T X?")
 
 
 def cholesky(matrix: Tensor) -> Tensor | None:
     """Return the lower Cholesky factor, or None if there is none."""
     factor, failed = torch.linalg.cholesky_ex(matrix)
-    return None if bool(failed.any()) or not bool(factor.isfinite().all()) else factor
+    return None if bool(failed.any()) or not is_finite(factor) else factor
 
 
-def described(value: object) -> str:
-    """Say of a tensor what it is, and of anything else as `shown` does."""
-    if not isinstance(value, Tensor):
-        return shown(value)
-    return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
+def described(tensor: Tensor) -> str:
+    """Say of a tensor what it is."""
+    return f"a {str(tensor.dtype).removeprefix('torch.')} tensor of shape {tuple(tensor.shape)} on {tensor.device}"

@@ -92,7 +92,10 @@ def test_attention_is_seen_inside(mask, training):
         identity.out_proj.bias.zero_()
         heads = identity(x, x, x, key_padding_mask=padding)[0]  # what goes into the output projection
     torch.testing.assert_close(
-        tensors["layers.0.self_attn.out_proj.weight"], heads.flatten(0, 1)[real].norm(dim=0)[None], rtol=1e-4, atol=1e-5
+        tensors["layers.0.self_attn.out_proj.weight"],
+        heads.flatten(0, 1)[real].norm(dim=0)[None],
+        rtol=1e-4,
+        atol=1e-5,
     )
 
 

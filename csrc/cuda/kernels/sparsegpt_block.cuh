@@ -27,7 +27,7 @@ struct SparseGptBlock {
   int64_t kept, size;  // N:M; size 0: the mask is given
 };
 
-// Adds what the columns before `first` say to the sums of up to four columns.
+// Adds what the columns before `first` say to the sums of four columns, or of `count` if those are fewer.
 template <typename Real>
 __device__ inline void add_columns(const SparseGptBlock<Real>& block, Real* sums, int64_t first, int64_t column,
                                    int count) {
@@ -81,9 +81,9 @@ __global__ void __launch_bounds__(kSparseGptThreads)
   uint8_t* const mask = block.mask + row * block.mask_step;
   const int64_t group = block.size > 0 ? block.size : kColumnsTogether;
   for (int64_t first = 0; first < block.columns; first += group) {
-    const int64_t end = std::min(first + group, block.columns);
+    const int64_t end = first + group < block.columns ? first + group : block.columns;
     for (int64_t column = first; column < end; column += kColumnsTogether) {
-      add_columns(block, sums, first, column, static_cast<int>(std::min(kColumnsTogether, end - column)));
+      add_columns(block, sums, first, column, static_cast<int>(end - column));
     }
     if (block.size > 0) choose_group(block, weight, sums, mask, first, static_cast<int>(end - first));
     for (int64_t k = first; k < end; ++k) {
