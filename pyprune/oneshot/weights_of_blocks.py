@@ -1,7 +1,7 @@
 """Which weights of blocks are pruned, and how much goes of each."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -86,7 +86,7 @@ def ratios_of(
         TypeError, ValueError: for names that mean no weight, and as `pyprune.allocations.ratios` does.
     """
     ratio = rule.amount.ratio
-    if isinstance(allocation, BlockAllocation) and not rule.takes_masks:
+    if isinstance(allocation, BlockAllocation):
         needs = allocation.needs != "none"
         calibration = calibrate(model, batches, wanda(), ignored_scope=ignored_scope) if needs else None
         most = rule.scope.ratio if rule.scope is not None and rule.scope.ratio is not None else 1.0
