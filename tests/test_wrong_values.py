@@ -404,6 +404,11 @@ ROWS: dict[str, Row] = {
     ),
     "owl": Row(allocations.owl, same(m=3.0, spread=0.08), {"m": POSITIVE, "spread": SHARE - {"0", "0.0"}}),
     "alpha_pruning": Row(allocations.alpha_pruning, same(epsilon=0.2), {"epsilon": SHARE - {"0", "0.0"}}),
+    "solvers.sparsegpt": Row(
+        solvers.sparsegpt,
+        same(block=128, damping=0.01),
+        {"block": COUNT, "damping": SHARE | {"1", "1.0", "np.int64(1)"}},
+    ),
     "solvers.reconstruct": Row(
         solvers.reconstruct,
         same(steps=60, lr=3e-4, batch=8, seed=0),
@@ -733,6 +738,7 @@ ROWS: dict[str, Row] = {
         same(keep=2, of=6, dim="in", among="tensor"),
         {"keep": COUNT, "of": {"5"}, "dim": set(), "among": set()},
     ),
+    "columns": Row(scope.columns, same(width=128), {"width": COUNT}),
     "group": Row(scope.group, same(groups={"a": ["0"]}), {"groups": {"{'a': ['0']}"}}),
     "one_shot": Row(schedules.one_shot, same(final=0.5, start=0)),
     "constant": Row(schedules.constant, same(final=0.5, end=9, start=0, frequency=1)),
