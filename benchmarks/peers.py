@@ -56,6 +56,42 @@ def distance_sums_filter_by_filter(filters: Tensor) -> Tensor:
     return torch.stack([(filters - one).norm(2, dim=1).sum() for one in filters])
 
 
+def sparsegpt_by_columns(
+    weight: Tensor, gram: Tensor, *, ratio: float = 0.5, removed: int = 0, of: int = 0, block: int = 128
+) -> Tensor:
+    """Prune a layer by the algorithm of SparseGPT's authors: the inverse's factor, and a loop over the columns."""
+    left, h = weight.clone(), gram.clone()
+    dead = h.diagonal() == 0
+    h.diagonal()[dead] = 1
+    left[:, dead] = 0
+    h.diagonal().add_(0.01 * h.diagonal().mean())
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    losses = torch.zeros(len(weight))
+    for start in range(0, weight.shape[1], block):
+        end = min(start + block, weight.shape[1])
+        part, square = left[:, start:end].clone(), factor[start:end, start:end]
+        errors, costs, diagonal = torch.zeros_like(part), torch.zeros_like(part), square.diagonal()
+        drop = torch.zeros_like(part, dtype=torch.bool)
+        if not of:
+            scores = part.square() / diagonal.square()
+            drop = scores <= scores.flatten().sort().values[int(scores.numel() * ratio)]
+        for j in range(end - start):
+            if of and j % of == 0:
+                scores = part[:, j : j + of].square() / diagonal[j : j + of].square()
+                drop.scatter_(1, j + scores.topk(removed, dim=1, largest=False).indices, True)
+            kept = part[:, j].clone()
+            kept[drop[:, j]] = 0
+            costs[:, j] = (part[:, j] - kept).square() / diagonal[j].square()
+            error = (part[:, j] - kept) / diagonal[j]
+            part[:, j:] -= error[:, None] @ square[j : j + 1, j:]
+            errors[:, j] = error
+            part[:, j] = kept
+        left[:, start:end] = part
+        losses += costs.sum(1) / 2
+        left[:, end:] -= errors @ factor[start:end, end:]
+    return left
+
+
 def kthvalue_per_tensor(weights: list[Tensor], removed: list[int]) -> list[Tensor]:
     scores = [weight.abs() for weight in weights]
     bounds = [score.flatten().kthvalue(max(count, 1)).values for score, count in zip(scores, removed, strict=True)]

@@ -155,8 +155,8 @@ def ratios(
         ignored_scope: weights to leave out.
 
     Returns:
-        What ``prune(model, Method(..., scope=scope.tensor()), ratio=...)`` takes. Weights outside of blocks are not
-        in it, and lose nothing.
+        What ``prune(model, Method(..., scope=scope.tensor()), ratio=...)`` takes. Weights outside of blocks, and
+        embeddings in them, are not in it, and lose nothing.
 
     Raises:
         TypeError, ValueError: for wrong arguments, if there are no such blocks, no weights in them, no statistics of
@@ -186,8 +186,8 @@ def ratios(
 def _targets_of_blocks(
     model: nn.Module, blocks: str | Sequence[str] | None, ignored_scope: IgnoredScope | None
 ) -> list[list[Target]]:
-    """Return the weights of each block, each once; a tied one counts for the first that has it."""
-    left = find_targets(model, ignored_scope)
+    """Return the weights of each block but tables, each once: a tied one counts for the first that has it."""
+    left = [target for target in find_targets(model, ignored_scope) if not target.layout.is_table]
     found: list[list[Target]] = []
     for block in find_blocks(model, blocks):
         parts = set(block.module.modules())

@@ -14,6 +14,8 @@ from pyprune.oneshot.choose import choose
 from pyprune.oneshot.solution import Solution
 from pyprune.oneshot.system import check_asked, check_damping, cholesky, damped, system_of
 
+_PANEL = 128  # columns that are factorised at a time
+
 
 @dataclass(frozen=True)
 class SparseGPT:
@@ -37,7 +39,9 @@ class SparseGPT:
             walk.choose(start, end)
             for part in _spans(start, end, self._width(scope)):
                 walk.solve(*part)
-        return system.solution(walk.weight, walk.mask, damping)
+        if bool(walk.mask.all()):
+            return system.solution(walk.weight, walk.mask, damping)
+        return Solution(walk.weight.to(torch.promote_types(weight.dtype, torch.float32)), walk.mask, damping)
 
     def _width(self, scope: Scope) -> int:
         """Return how many columns the kernel takes at a time: whole groups of N:M."""
@@ -124,8 +128,7 @@ class _Walk:
     def _scores(self, start: int, end: int) -> Tensor:
         """Return the values that these columns have now, times R_jj: roots of twice what they cost."""
         square = self.factor[start:end, start:end]
-        inverse = torch.linalg.solve_triangular(square, torch.eye(end - start).to(square), upper=True)
-        scores = torch.addmm(self.weight[:, start:end], self.sums[:, start:end], inverse)
+        scores = torch.addmm(self.weight[:, start:end], self.sums[:, start:end], _inverse(square))
         return scores.mul_(square.diagonal())
 
     def solve(self, start: int, end: int) -> None:
@@ -138,9 +141,27 @@ class _Walk:
 
 
 def _factor(gram: Tensor) -> Tensor | None:
-    """Return R, upper triangular, of H = R R^T; None if H is not positive definite."""
-    lower = cholesky(gram.flip(0, 1))
-    return None if lower is None else lower.flip(0, 1)
+    """Return R with H = R R^T, upper triangular, in the place of H; None if H is not positive definite.
+
+    What lies below the diagonal means nothing. From the last columns to the first: nearly all is products of matrices,
+    twice as fast as LAPACK's factorisation of the flipped matrix at 2048.
+    """
+    for start in reversed(range(0, len(gram), _PANEL)):
+        end = min(start + _PANEL, len(gram))
+        panel = gram[:end, start:end]
+        panel.addmm_(gram[:end, end:], gram[start:end, end:].T, alpha=-1)
+        lower = cholesky(panel[start:].flip(0, 1))
+        if lower is None:
+            return None
+        panel[start:] = square = lower.flip(0, 1)
+        if start:
+            panel[:start] = panel[:start] @ _inverse(square).T
+    return gram
+
+
+def _inverse(factor: Tensor) -> Tensor:
+    one = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+    return torch.linalg.solve_triangular(factor, one, upper=True)
 
 
 def _spans(start: int, end: int, width: int) -> Iterator[tuple[int, int]]:

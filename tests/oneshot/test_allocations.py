@@ -158,6 +158,22 @@ def test_ratios_count_a_tied_weight_once():
     assert ratios["1.0.linear1.weight"] < 0.5
 
 
+@pytest.mark.filterwarnings("ignore:importance wanda leaves out")
+def test_ratios_leave_out_embeddings_in_blocks():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.positions, self.linear = nn.Embedding(5, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return x + self.linear(x + self.positions.weight[0])
+
+    model = nn.Sequential(Block(), Block())
+    calibration = pyprune.calibrate(model, [torch.randn(3, 4)], Method(importance.wanda()))
+    ratios = allocations.ratios(model, allocations.owl(), 0.5, calibration=calibration)
+    assert list(ratios) == ["0.linear.weight", "1.linear.weight"]
+
+
 def test_ratios_leave_the_model_as_it_was():
     model = encoder()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

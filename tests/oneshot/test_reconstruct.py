@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import pyprune
 from pyprune.oneshot.reconstruct import Fit, reconstruct
 
 
@@ -250,3 +251,25 @@ def test_fit_trains_half_precision_by_float32_copies():
 def test_reconstruct_refuses_what_makes_no_sense(options, error, words):
     with pytest.raises(error, match=words):
         reconstruct(**options)
+
+
+def test_fit_leaves_what_masks_have_parked():
+    """What is dropped comes back with its old value; what is kept has the trained one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    dense = copy.deepcopy(model)
+    inputs = [torch.randn(4, 8) for _ in range(4)]
+    wanted = [dense(x).detach() for x in inputs]
+    pyprune.prune(model, "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.5)
+    masks = {layer.weight: layer.weight.detach() != 0 for layer in (model[0], model[2])}
+    fit = reconstruct(steps=40, lr=3e-3).fit(
+        lambda number: model(inputs[number]), wanted.__getitem__, 4, model.parameters(), masks
+    )
+    assert fit.after < fit.before
+    assert all(torch.equal(weight != 0, mask) for weight, mask in masks.items())
+    trained = {weight: weight.detach().clone() for weight in masks}
+    pyprune.prune(model, "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.0)
+    for layer, old in ((model[0], dense[0]), (model[2], dense[2])):
+        mask = masks[layer.weight]
+        assert torch.equal(layer.weight[~mask], old.weight[~mask])
+        assert torch.equal(layer.weight[mask], trained[layer.weight][mask])
