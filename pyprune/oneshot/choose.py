@@ -38,9 +38,11 @@ def choose(
         return ops.group_masks([scores], columns, kept, bases=bases, masks=masks)[0][0]
     if scope.name == "columns":
         mask = torch.empty_like(scores, dtype=torch.bool) if out is None else out
-        parts, chosen = scores.split(scope.width, 1), mask.split(scope.width, 1)
+        places = [slice(start, start + scope.width) for start in range(0, columns, scope.width)]
+        parts = [scores[:, place] for place in places]
         removed = [removed_count(part.numel(), _some(ratio)) for part in parts]
-        ops.threshold(parts, removed, bases=None if base is None else base.split(scope.width, 1), masks=chosen)
+        bases = None if base is None else [base[:, place] for place in places]
+        ops.threshold(parts, removed, bases=bases, masks=[mask[:, place] for place in places])
         return mask
     if scope.dim == "in" and ratio in (None, scope.ratio):
         return ops.group_masks([scores], scope.of, scope.keep, bases=bases, masks=masks)[0][0]

@@ -4,7 +4,7 @@ import torch
 from pyprune import scope, solvers
 from pyprune.methods.allocation import removed_count
 from pyprune.oneshot.admm import search
-from tests.oneshot.layers import GOLDEN, best_of_rows, damped, golden, golden_layer, layer, least_squares, loss
+from tests.oneshot.layers import GOLDEN, best_of_rows, damped, golden, golden_layer, layer, loss
 
 PAIRS = scope.n_of_m(keep=2, of=4)
 
