@@ -391,6 +391,34 @@ ROWS: dict[str, Row] = {
         lambda: {"model": experts(), "examples": torch.ones(2, 4), "importance": "use"},
         {"importance": set()},
     ),
+    "prune_one_shot": Row(
+        pyprune.prune_one_shot,
+        lambda: {
+            "model": blocks(),
+            "data": [torch.ones(2, 4)],
+            "method": Method(importance.wanda(), scope=scope.row()),
+            "ratio": 0.5,
+            "solver": solvers.least_squares(),
+            "blocks": ["0", "1"],
+            "allocation": "uniform",
+            "propagate": True,
+            "reconstruct": None,
+            "store": "memory",
+            "resume": False,
+            "ignored_scope": None,
+        },
+        {
+            "data": DATA,
+            "method": set(),
+            "ratio": SHARE | {"{'0': 0.25}", "{}"},
+            "solver": OPTIONAL,
+            "blocks": OPTIONAL | {"'1'", "['0']"},
+            "propagate": FLAG,
+            "reconstruct": OPTIONAL,
+            "store": {"a path", *TEXT} - {"''", "NUL"},
+            "resume": {"False"},
+        },
+    ),
     "allocations.ratios": Row(
         allocations.ratios,
         lambda: {
@@ -843,7 +871,7 @@ ROWS: dict[str, Row] = {
 NOT_CALLED = """
     __version__ build_info one_gate_sample AcDcPruner Calibration Dropped IterativeResult KeepSparse
     ModelPruningStatistic
-    Plan PruneMode PruningRound Reconstructed Shrunk Recipe RecipePruner Schedule SensitivityResult SensitivityTarget
+    OneShotResult Plan PruneMode PrunedWeight PruningRound Reconstructed Shrunk Recipe RecipePruner Schedule SensitivityResult SensitivityTarget
     StripFormat TensorPruningStatistic as_schedule
 """.split()  # noqa: SIM905
 

@@ -89,8 +89,8 @@ def _check(inputs: Mapping[Target, WeightInput]) -> None:
     bad = [t.name for t, into in inputs.items() if not all(bool(part.gram.isfinite().all()) for part in into.parts)]
     if bad:
         raise ValueError(
-            f"what goes into {listed(bad)} is NaN or infinite, or its squares are; check the batches of data, and the "
-            "dtype of the model"
+            f"what goes into {listed(bad)} is NaN or infinite, or its squares are; check the batches of data, and "
+            "the dtype of the model"
         )
 
 
