@@ -19,6 +19,8 @@ from pyprune.modules.optimizer import check_optimizer, gate_parameters, weight_p
 from pyprune.modules.statistics import pruning_statistic
 from pyprune.modules.statistics_result import ModelPruningStatistic, TensorPruningStatistic
 from pyprune.modules.strip import StripFormat, strip
+from pyprune.oneshot.retrain_free import prune_retrain_free
+from pyprune.oneshot.retrain_free_result import RetrainFree
 from pyprune.ops.build_info import build_info
 from pyprune.recipes.recipe import Recipe
 from pyprune.recipes.recipe_pruner import RecipePruner
@@ -81,6 +83,7 @@ __all__ = [
     "Recipe",
     "RecipePruner",
     "Reconstructed",
+    "RetrainFree",
     "RigLPruner",
     "Schedule",
     "SensitivityResult",
@@ -114,6 +117,7 @@ __all__ = [
     "ops",
     "plan_of",
     "prune",
+    "prune_retrain_free",
     "pruning_statistic",
     "ratios_below",
     "reapply",
