@@ -62,8 +62,8 @@ def calibrate(
     not, a text gives the same statistic. Where it cannot be told which rows of an input are padding, all count, and a
     warning names the weights. What counts for gradients is for the loss to say. What is measured is the model as it
     is, with the masks that it carries: calibrate before pruning if masks are to be chosen from raw weights. All
-    modules run in evaluation mode. Training flags, ``requires_grad``, ``grad``, buffers and torch's random numbers are
-    as before in the end.
+    modules run in evaluation mode. Training flags, ``requires_grad``, ``grad``, buffers and torch's random numbers
+    are as before in the end.
 
     Args:
         model: the model, on the device of the data.

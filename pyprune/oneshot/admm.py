@@ -68,7 +68,7 @@ def admm(*, rho: float = 0.1, iterations: int = 300, damping: float = 0.01) -> A
     when nothing has (rho that begins too large is divided by 5). Then least squares on that mask. H is the Gram,
     damped, with inputs scaled to a diagonal of 1.
 
-    Scopes are tensor(), which is best and the default, row(), and n_of_m().
+    Scopes are tensor(), which is best and the default, columns(), row(), and n_of_m().
 
     Args:
         rho: the penalty to begin with.
@@ -119,20 +119,22 @@ def search(
     iterations: int,
 ) -> Found | None:
     """Search weights and mask for a Gram with a diagonal of 1; None if it is not positive definite."""
+    mask = choose(wanted, scope, ratio, base)
+    first, before = mask, mask.clone()
+    kept = int(mask.sum())
+    if kept in (0, mask.numel()):
+        return Found(wanted * mask, mask, [], 0)
     inverse = _inverse(gram, rho)
     if inverse is None:
         return None
     outputs = wanted @ gram
-    mask = choose(wanted, scope, ratio, base)
-    first, before, other = mask, mask.clone(), torch.empty_like(mask)
-    kept = int(mask.sum())
     split = wanted * mask  # D
     dual = torch.zeros_like(wanted)  # U
     total, right = torch.empty_like(wanted), torch.empty_like(wanted)
     rhos: list[float] = []
     has_grown = False
     count = 0
-    mask = other
+    mask = mask.clone()
     while count < iterations:
         count += 1
         torch.sub(split, dual, out=right)

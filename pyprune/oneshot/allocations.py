@@ -155,8 +155,8 @@ def ratios(
         ignored_scope: weights to leave out.
 
     Returns:
-        What ``prune(model, Method(..., scope=scope.tensor()), ratio=...)`` takes. Weights outside of blocks are not
-        in it, and lose nothing.
+        What ``prune(model, Method(..., scope=scope.tensor()), ratio=...)`` takes. Weights outside of blocks, and
+        embeddings in them, are not in it, and lose nothing.
 
     Raises:
         TypeError, ValueError: for wrong arguments, if there are no such blocks, no weights in them, no statistics of
@@ -176,6 +176,8 @@ def ratios(
     if calibration is not None and not isinstance(calibration, Calibration):
         raise TypeError(f"calibration is {shown(calibration)}; give what pyprune.calibrate returned")
     targets = _targets_of_blocks(model, blocks, ignored_scope)
+    if allocation.needs == "input norm":  # tables have no inputs
+        targets = [[target for target in block if not target.layout.is_table] for block in targets]
     statistics = _statistics(allocation, targets, calibration)
     weights = [[_weight(target, statistics) for target in block] for block in targets]
     sizes = [{weight.name: weight.values.numel() for weight in block} for block in weights]
@@ -186,8 +188,8 @@ def ratios(
 def _targets_of_blocks(
     model: nn.Module, blocks: str | Sequence[str] | None, ignored_scope: IgnoredScope | None
 ) -> list[list[Target]]:
-    """Return the weights of each block, each once; a tied one counts for the first that has it."""
-    left = find_targets(model, ignored_scope)
+    """Return the weights of each block but tables, each once: a tied one counts for the first that has it."""
+    left = [target for target in find_targets(model, ignored_scope) if not target.layout.is_table]
     found: list[list[Target]] = []
     for block in find_blocks(model, blocks):
         parts = set(block.module.modules())

@@ -1,8 +1,8 @@
 """The Grams of what the weights of a block multiply, summed over passes; weights that multiply the same share one.
 
 What the same is, values say: a linear layer may get a view, or a copy of its own (a cast, or of what is not
-contiguous). Inputs of a pass are kept until it is known who shares them; then their Gram is added to the sum of those who did. If
-the passes do not agree on that, a weight has several sums, and its Gram is theirs together.
+contiguous). Inputs of a pass are kept until it is known who shares them; then their Gram is added to the sum of those
+who did. If the passes do not agree on that, a weight has several sums, and its Gram is theirs together.
 """
 
 from collections.abc import Iterator, Sequence
@@ -122,8 +122,8 @@ class InputGrams:
     def results(self) -> dict[Target, WeightInput]:
         """Return the inputs of all weights but the `unseen`, and forget them.
 
-        Of an expert that got t tokens, fewer than a tenth of its n inputs, the Gram H is filled up with average tokens
-        of all experts, H + (n / 10 - t) * (sum of H) / (sum of t); that of one that got none is zero.
+        Of an expert that got t tokens, fewer than a tenth of its n inputs, the Gram H is filled up with average
+        tokens of all experts, H + (n / 10 - t) * (sum of H) / (sum of t); that of one that got none is zero.
         """
         self._settle(self._waiting)
         if self._padding is not None:

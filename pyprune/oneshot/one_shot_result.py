@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,8 @@ class OneShotResult:
 
     Attributes:
         weights: those that were pruned, in the order of the pass, each a `PrunedWeight`.
-        notes: what was not done, or not as asked for: weights that stay dense, experts without inputs.
+        notes: what was not done, or not as asked for: weights that stay dense, experts without tokens.
+        fits: by block: the error of its output before a reconstruction and after, if there was one.
 
     Example:
         >>> weight = PrunedWeight("0", "0.fc.weight", 8, 16, 0.25, 0.125, 0.01, (64,), 0.1)
@@ -58,6 +59,7 @@ class OneShotResult:
 
     weights: tuple[PrunedWeight, ...]
     notes: tuple[str, ...] = ()
+    fits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
@@ -78,7 +80,12 @@ class OneShotResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return dicts, lists and numbers, ready for JSON."""
-        return {"version": _VERSION, "weights": [asdict(one) for one in self.weights], "notes": list(self.notes)}
+        return {
+            "version": _VERSION,
+            "weights": [asdict(one) for one in self.weights],
+            "notes": list(self.notes),
+            "fits": {block: list(fit) for block, fit in self.fits.items()},
+        }
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write a JSON file; whoever reads it meanwhile sees the old one or the new one, whole."""
@@ -98,8 +105,9 @@ class OneShotResult:
             content = json.loads(Path(path).read_text())
             if not isinstance(content, dict) or content.get("version") != _VERSION:
                 raise ValueError(f"{shown(content)} is no result of version {_VERSION}")
-            return cls(weights_of(content["weights"]), tuple(content["notes"]))
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            fits = {block: (before, after) for block, (before, after) in content["fits"].items()}
+            return cls(weights_of(content["weights"]), tuple(content["notes"]), fits)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: not a result of one-shot pruning: {error!s:.200}") from error
 
     def plot(self, path: str | os.PathLike[str]) -> None:
@@ -132,7 +140,11 @@ class OneShotResult:
                 f"{few:,}" if few == many else f"{few:,} to {many:,}",
                 f"{one.seconds:.2f}",
             )
-        return "\n".join([as_text(table), f"removed in all: {self.ratio:.2%}", *self.notes])
+        fits = [
+            f"output of {name}: {before:.4f}, reconstructed {after:.4f}"
+            for name, (before, after) in self.fits.items()
+        ]
+        return "\n".join([as_text(table), f"removed in all: {self.ratio:.2%}", *fits, *self.notes])
 
     def _repr_html_(self) -> str:
         return as_html(str(self))

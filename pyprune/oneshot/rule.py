@@ -9,6 +9,7 @@ from pyprune.methods.importance import magnitude
 from pyprune.methods.method import Method, PruneMode, check_amount
 from pyprune.methods.scope import Scope
 from pyprune.methods.scope import tensor as each_tensor
+from pyprune.oneshot.allocations import BlockAllocation
 from pyprune.oneshot.solution import Solver
 from pyprune.selection.prune import method_with_ratios
 
@@ -22,7 +23,7 @@ class Rule:
 
     Args:
         method: chooses the masks; None if the solver does, or takes those that are there.
-        scope: what competes, for a solver that chooses; None for its own.
+        scope: what competes; None for the solver's own.
         solver: None if weights that are kept stay as they are.
         amount: how much goes of each weight.
     """
@@ -47,7 +48,7 @@ def rule_of(
     method: Method | Scope | PruneMode | str | None,
     solver: Solver | None,
     ratio: float | Mapping[str, float] | None,
-    allocation: str | Mapping[str, float],
+    allocation: str | BlockAllocation,
 ) -> Rule:
     """Return how weights are chosen and solved.
 
@@ -61,20 +62,19 @@ def rule_of(
         if found is not None:
             _check_ignored(found, solver)
             scope, found = found.scope, None
-    elif scope is not None:
-        what = "there is no solver" if solver is None else f"solver {solver.name} chooses no masks"
-        raise ValueError(f"method is a scope, and {what}; give a Method, which says what goes")
     elif solver is None and found is None:
-        raise ValueError("method is None, and there is no solver; give a Method, or a solver that chooses")
+        what = "None" if scope is None else "a scope"
+        raise ValueError(f"method is {what}, and there is no solver; give a Method, or a solver that chooses")
+    elif found is not None:
+        scope = found.scope
     if found is not None:
         _check_measured(found)
-    competing = found.scope if found is not None else scope
-    if competing is not None and competing.weights_compete:
+    if scope is not None and scope.weights_compete:
         raise ValueError(
-            f"method has scope {competing.name}, in which weights of different blocks compete, and blocks are pruned "
+            f"method has scope {scope.name}, in which weights of different blocks compete, and blocks are pruned "
             "one after the other; give scope.tensor(), scope.row() or scope.n_of_m(), and ratios by name"
         )
-    return Rule(found, scope, solver, _amount(found, competing, solver, ratio, allocation))
+    return Rule(found, scope, solver, _amount(found, scope, solver, ratio, allocation))
 
 
 def _amount(
@@ -82,14 +82,15 @@ def _amount(
     competing: Scope | None,
     solver: Solver | None,
     ratio: float | Mapping[str, float] | None,
-    allocation: str | Mapping[str, float],
+    allocation: str | BlockAllocation,
 ) -> Amount:
-    if isinstance(allocation, Mapping):
-        if ratio is not None:
-            raise ValueError("give ratio or allocation, which has ratios by name; not both")
-        ratio = allocation
-    elif allocation != "uniform":
-        raise ValueError(f'allocation is {shown(allocation)}; give "uniform", or ratios by name')
+    if isinstance(allocation, BlockAllocation):
+        if isinstance(ratio, Mapping):
+            raise ValueError(f"ratio is a dict, and allocation {allocation.name} shares one ratio out; give a number")
+    elif not isinstance(allocation, str) or allocation != "uniform":  # what is no string may not even compare
+        raise ValueError(
+            f'allocation is {shown(allocation)}; give "uniform", or what a function of pyprune.allocations returns'
+        )
     if solver is not None and not solver.chooses and method is None:
         if ratio is not None:
             raise ValueError(

@@ -4,7 +4,6 @@ The model is called as its user calls it, so masks, positions, caches and whatev
 its own code; nothing is traced.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from pyprune.calibration.padding import Padding
 from pyprune.console import listed
 from pyprune.modules.evaluation import forward
 from pyprune.modules.undo import undoing
+from pyprune.oneshot.digest import digest
 from pyprune.oneshot.find_blocks import Block
 from pyprune.oneshot.stored import InMemory, Stored
 
@@ -79,15 +79,13 @@ class Walk:
 
         Args:
             place: which block.
-            into: what is to keep its outputs.
+            into: what is to keep its outputs, until it turns.
             over: what has those of the blocks before it; what was given at the beginning if None.
         """
         for number in range(len(self.batches)):
             output = self.output(place, number, over)
             if into is not None:
                 into.put(self.blocks[place].of, number, output)
-        if into is not None:
-            into.turn()
 
     def output(self, place: int, number: int, over: Stored | None = None) -> Any:
         """Return what a block gives for a batch."""
@@ -106,7 +104,7 @@ class Walk:
 
             def run(*args: Any, **keywords: Any) -> Any:
                 output = plain(*args, **keywords)
-                expected.append(_digest(output))
+                expected.append(digest(output))
                 return output
 
             return run
@@ -132,7 +130,7 @@ class Walk:
                 output = self._pass(blocks, place, 0, stored)
             except Exception as error:  # the model's own code may raise anything on what it does not expect
                 return f"{block.name} fails ({type(error).__name__}: {error!s:.200})"
-            if _digest(output) != expected[place]:
+            if digest(output) != expected[place]:
                 return f"{block.name} gives something else than in a pass of the whole model"
             stored.put(block.of, 0, output)
             stored.turn()
@@ -218,14 +216,3 @@ def _replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None
         for module, function in forwards.items():
             vars(module)["forward"] = function  # past a __setattr__ of the user
         yield
-
-
-def _digest(output: Any) -> str:
-    """Return what says whether two outputs have the same bits."""
-    digest = hashlib.blake2b(digest_size=16)
-    for leaf in tree_leaves(output):
-        if isinstance(leaf, Tensor):
-            data = leaf.detach().cpu().contiguous()
-            digest.update(f"{data.dtype}{tuple(data.shape)}".encode())
-            digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -40,7 +40,8 @@ def windows_of(given: Tensor, window: Window, real: Tensor | None = None) -> Ite
     starts = (range(0, n, step) for n, step in zip(sizes, steps, strict=True))
     for place in itertools.product(*starts):
         here = [slice(start, start + step) for start, step in zip(place, steps, strict=True)]
-        piece = view[(slice(None), *here)].flatten(1 + positions).flatten(1, positions)
+        everywhere = (slice(None), *here)
+        piece = view[everywhere].flatten(1 + positions).flatten(1, positions)
         yield piece if real is None else piece[:, real[tuple(here)].flatten()]
 
 

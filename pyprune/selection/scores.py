@@ -148,7 +148,7 @@ def scores_of_elements(
             f"{tuple(values.shape)} counts them cannot be told: {layout.problem}. Name it in ignored_scope"
         )
     of = as_matrices(statistic.expand_as(values), layout)
-    return from_matrices(importance.score(as_matrices(values, layout), of), values, layout)
+    return from_matrices(importance.score(as_matrices(values, layout), of), layout, values.shape)
 
 
 def _score_of_elements(method: Method, unit_group: UnitGroup, index: int) -> Tensor:

@@ -163,7 +163,7 @@ def test_rows_with_inputs_of_their_own_are_parts():
     torch.testing.assert_close(found.parts[0].gram[0], 2 * gram(X[0]))
     torch.testing.assert_close(found.parts[1].gram[0], gram(X[0]) + gram(X[1]))
     with pytest.raises(ValueError, match="rows have inputs of their own"):
-        found.gram
+        _ = found.gram
 
 
 def test_columns_that_are_used_apart_are_parts():
@@ -287,7 +287,7 @@ def test_grams_that_do_not_fit_are_cut():
     assert found.note == "cut into 3 blocks of columns, what they have in common is left out"
     whole = grams_of(conv, [x.mT])["weight"].gram
     parts = grams_of(conv, [x.mT], options={"memory": 120 * 96 * 8})["weight"].parts
-    assert [part.columns[:2].tolist() + [len(part.columns)] for part in parts] == [[0, 1, 96], [32, 33, 24]]
+    assert [[*part.columns[:2].tolist(), len(part.columns)] for part in parts] == [[0, 1, 96], [32, 33, 24]]
     for part in parts:
         torch.testing.assert_close(part.gram[0], whole[0][part.columns][:, part.columns])
     with pytest.raises(ValueError, match=r"takes 12,800 bytes, and memory=1,000 is not enough .* at least 5,120"):
