@@ -469,6 +469,14 @@ CALLS = {
     "calibrate gradients": (masked, of_model(pyprune.calibrate, [BATCH], importance.snip(), loss_fn=loss_of)),
     "calibrate activations": (masked, of_model(pyprune.calibrate, [BATCH, BATCH], importance.wanda())),
     "snip": (dense, of_model(pyprune.snip, [BATCH], loss_of, ratio=0.5)),
+    "prune_with_gradients": (
+        dense,
+        of_model(pyprune.prune_with_gradients, [BATCH], loss_of, pyprune.solvers.block_fisher(), ratio=0.5),
+    ),
+    "prune_with_gradients under masks": (
+        masked,
+        of_model(pyprune.prune_with_gradients, [BATCH], loss_of, pyprune.solvers.m_fac(), ratio=0.7),
+    ),
     "sensitivity": (dense, of_model(pyprune.sensitivity, loss_of, ratios=(0.3, 0.6), progress=False)),
     "sensitivity under masks": (masked, of_model(pyprune.sensitivity, loss_of, ratios=(0.6,), progress=False)),
     "iterative_prune": (

@@ -143,7 +143,7 @@ def _solved(
         solution = rule.solver.solve(
             values[group][place],
             _gram(part, group),
-            scope=rule.scope,
+            scope=rule.scope if rule.method is None else rule.method.scope,
             ratio=ratio if rule.solver.chooses else None,  # otherwise the mask says it
             mask=None if mask is None else kept[group][place],
         )
