@@ -332,6 +332,14 @@ CALLS = {
         lambda: {**masked(), "dense": dense()["model"]},
         lambda things: pyprune.reconstruct(things["dense"], things["model"], [BATCH]),
     ),
+    "prune_retrain_free": (
+        dense,
+        of_model(pyprune.prune_retrain_free, [BATCH], target_macs=0.7, draws=1),
+    ),
+    "prune_retrain_free by a loss": (
+        dense,
+        of_model(pyprune.prune_retrain_free, [BATCH], target_macs=0.7, loss_fn=loss_of),
+    ),
     "reconstruct without sums": (
         lambda: {**masked(), "dense": dense()["model"]},
         lambda things: pyprune.reconstruct(things["dense"], things["model"], [BATCH], memory=0),

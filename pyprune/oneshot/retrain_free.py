@@ -56,7 +56,7 @@ def prune_retrain_free(
     examples_inputs: Any = None,
     memory: int = 2**30,
 ) -> RetrainFree:
-    """Mask heads and neurons of a trained model as a whole, so that a share of its MACs is left, in place; no training.
+    """Mask whole heads and neurons of a trained model, in place, so that a share of its MACs is left: no retraining.
 
     1. A mask of ones is thought on each unit: a head (with grouped queries, those that share a key and value), a
        neuron of an MLP, a channel of a convolution. Its importance is its diagonal Fisher information, the sum over

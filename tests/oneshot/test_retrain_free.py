@@ -124,7 +124,7 @@ def test_prune_retrain_free_tuning_brings_outputs_nearer(name):
     for tune in (False, True):
         model = copy.deepcopy(dense)
         torch.manual_seed(0)
-        results.append(pyprune.prune_retrain_free(model, batches, target_macs=0.6, draws=2, tune=tune))
+        results.append(pyprune.prune_retrain_free(model, batches, target_macs=0.7, draws=2, tune=tune))
         errors.append(float((outputs(model, batches[-2:]) - outputs(dense, batches[-2:])).norm()))
     assert results[0].groups == results[1].groups
     assert results[1].tuned
@@ -143,6 +143,7 @@ def test_prune_retrain_free_scales_are_least_squares_over_the_layers_inputs():
     dense = copy.deepcopy(model)
     result = pyprune.prune_retrain_free(model, batches, target_macs=0.5)
     kept = (model[0].weight != 0).any(1)
+    dense.requires_grad_(False)
     hidden, wanted = dense[:2](torch.cat(batches)), dense(torch.cat(batches))
     weight = dense[2].weight.T
     gives = (hidden[:, :, None] * weight[None])[:, kept]  # (samples, units, outputs)
@@ -154,7 +155,7 @@ def test_prune_retrain_free_scales_are_least_squares_over_the_layers_inputs():
     torch.testing.assert_close(model[2].weight.T[kept], weight[kept] * scales[:, None])
     torch.testing.assert_close(model(torch.cat(batches)).mean(0), wanted.mean(0))
     (one,) = result.tuned
-    missing = (a @ scales - b).square().mean().sqrt()
+    missing = (a @ scales - b).square().mean().sqrt().detach()
     assert one.after == pytest.approx(float(missing))
     assert (one.least, one.most) == pytest.approx((float(scales.min()), float(scales.max())))
     assert one.bias
@@ -170,7 +171,8 @@ def test_prune_retrain_free_rejects_scales_that_are_too_large():
     # The gradients of the units say the opposite of what they give.
     def loss_fn(model, batch):
         hidden = model[0](batch)
-        return (1e-3 * model[1].weight[0, 0] * hidden[:, 0] + model[1].weight[0, 1] * hidden[:, 1]).sum()
+        told = 0 * model(batch).sum()
+        return told + (1e-3 * model[1].weight[0, 0] * hidden[:, 0] + model[1].weight[0, 1] * hidden[:, 1]).sum()
 
     with pytest.warns(UserWarning, match=r"not tuned: 1\.weight \(a scale would be beyond 10\)"):
         result = pyprune.prune_retrain_free(
@@ -183,19 +185,19 @@ def test_prune_retrain_free_rejects_scales_that_are_too_large():
 def test_prune_retrain_free_keeps_no_layer_whose_tuning_makes_the_model_worse():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 5))
-    batches = [*ROWS[:6], -20 * torch.ones(16, 6), 20 * torch.ones(16, 6)]
+    dense = copy.deepcopy(model)
     calls = []
 
     def loss_fn(model, batch):  # whatever is done, it becomes worse
         calls.append(1)
-        return model(batch).square().mean() + len(calls)
+        return model(batch).square().mean() + 1e6 * len(calls)
 
     with pytest.warns(UserWarning, match=r"not tuned: 2\.weight \(the model would be worse\)"):
-        result = pyprune.prune_retrain_free(model, batches, target_macs=0.5, loss_fn=loss_fn, examples_inputs=ROWS[0])
+        result = pyprune.prune_retrain_free(model, ROWS, target_macs=0.5, loss_fn=loss_fn, examples_inputs=ROWS[0])
     assert not result.tuned
-    other = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 5))
-    other.load_state_dict(model.state_dict())
-    assert bool((model[2].weight != 0).any())
+    kept = model[2].weight != 0
+    assert torch.equal(model[2].weight[kept], dense[2].weight[kept])
+    assert torch.equal(model[2].bias, dense[2].bias)
 
 
 def test_prune_retrain_free_by_labels_keeps_what_the_loss_needs():
