@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from bench_admm import ADMM, ADMM_2_OF_4
 from bench_capability import CAPABILITY
 from bench_count import COUNT
 from bench_fold import FOLD
@@ -93,9 +94,10 @@ GOALS = [
         for group, factor in ((UNSTRUCTURED, unstructured), (TWO_OF_FOUR, of_four))
     ),
     Goal(GRAM, FP32, {"torch, all of X^T X": 1.5}, models=("2048x2048",)),
+    *(Goal(group, FP32, {"ALPS by eigenvectors": 2}, models=("576x576",)) for group in (ADMM, ADMM_2_OF_4)),
 ]  # fmt: skip
 JUDGED = ("resnet50", "bert", "llama", "resnet18", "encoder", "mobilenet_v2", "minilm",
-          "768x768", "768x3072", "2048x2048", "4096x4096")  # fmt: skip
+          "576x576", "768x768", "768x3072", "2048x2048", "4096x4096")  # fmt: skip
 SECONDS = 5.0  # to remove what is dead, and to verify it
 MASKS = (RAW, NORMALISED, LOCAL)
 PORTABLE = 2.5  # times what the best build takes, at most

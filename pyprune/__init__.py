@@ -24,6 +24,8 @@ from pyprune.oneshot.one_shot_result import OneShotResult, PrunedWeight
 from pyprune.oneshot.prune_checkpoint import prune_checkpoint
 from pyprune.oneshot.prune_one_shot import prune_one_shot
 from pyprune.oneshot.prune_with_gradients import prune_with_gradients
+from pyprune.oneshot.retrain_free import prune_retrain_free
+from pyprune.oneshot.retrain_free_result import RetrainFree
 from pyprune.ops.build_info import build_info
 from pyprune.recipes.recipe import Recipe
 from pyprune.recipes.recipe_pruner import RecipePruner
@@ -90,6 +92,7 @@ __all__ = [
     "Recipe",
     "RecipePruner",
     "Reconstructed",
+    "RetrainFree",
     "RigLPruner",
     "Schedule",
     "SensitivityResult",
@@ -129,6 +132,7 @@ __all__ = [
     "prune_checkpoint",
     "prune_one_shot",
     "prune_with_gradients",
+    "prune_retrain_free",
     "pruning_statistic",
     "ratios_below",
     "reapply",

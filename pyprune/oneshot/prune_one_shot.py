@@ -40,6 +40,8 @@ from pyprune.selection.prune import statistics_of
 
 # Of so many notes a warning has the text; the result has all.
 _TOLD = 5
+# Parameters of blocks that are no weights of layers are told from this share on, as by `prune`: routers are fewer.
+_MISSED = 0.1
 
 
 @torch.inference_mode(False)
@@ -161,9 +163,7 @@ def prune_blocks(
     if check_bool("resume", resume) and _is_memory(store):
         raise ValueError('resume is True, and store is "memory", which keeps nothing; give the folder of the run')
     if reconstruct is not None and not isinstance(reconstruct, Reconstruction):
-        raise TypeError(
-            f"reconstruct is {shown(reconstruct)}; give what pyprune.solvers.reconstruct returns, or None"
-        )
+        raise TypeError(f"reconstruct is {shown(reconstruct)}; give pyprune.solvers.reconstruct(), or None")
     rule = rule_of(method, solver, ratio, allocation)
     model = _unwrapped(model)
     check_initialized(model)
@@ -347,12 +347,12 @@ def _saying_what_is_done(done: Sequence[Done], count: int, folder: RunFolder | N
 def _missed(
     model: nn.Module, blocks: Sequence[Block], targets: Sequence[Target], ignored_scope: IgnoredScope | None
 ) -> list[tuple[str, str]]:
-    """Return the parameters of blocks that could be weights, and are no targets."""
+    """Return the parameters of blocks that could be weights, and are no targets, if they are a tenth of them."""
     ignored = ignored_in(model, ignored_scope)
     inside = {module for block in blocks for module in block.module.modules() if not isinstance(module, NORMS)}
     known = {target.parameter for target in targets}
-    return [
-        ("in no layer that is known, and left as it is", one.name)
+    missed = [
+        one
         for one in all_parameters(model)
         if one.parameter.dim() > 1
         and one.parameter not in known
@@ -360,6 +360,10 @@ def _missed(
         and not any(ignored(owner.name) for owner in one.owners)
         and bool(one.parameter.any())
     ]
+    size = sum(one.parameter.numel() for one in missed)
+    if size <= _MISSED * (size + sum(one.parameter.numel() for one in targets)):
+        return []
+    return [("in no layer that is known, and left as it is", one.name) for one in missed]
 
 
 def _by_what(notes: Sequence[tuple[str, str]]) -> tuple[str, ...]:

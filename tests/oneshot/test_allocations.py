@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import pyprune
-from pyprune import IgnoredScope, Method, allocations, importance, scope
+from pyprune import IgnoredScope, Method, allocations, importance, scope, solvers
 from pyprune.oneshot.spectra import tail_exponent
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
@@ -233,3 +233,29 @@ def test_allocations_refuse_what_is_not_finite(kind):
         model[1][1].linear1.weight[3, 3] = torch.inf
     with pytest.raises(ValueError, match=r"1\.1\.linear1\.weight.*NaN or infinite"):
         allocations.ratios(model, KINDS[kind], 0.5, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("method", "ratio"),
+    [
+        (scope.tensor(), 0.6),
+        (Method(importance.ria(), scope=scope.tensor()), 0.6),
+        (Method(importance.wanda(), scope=scope.n_of_m(keep=2, of=4)), 0.25),
+    ],
+    ids=["solver", "ria", "n_of_m"],
+)
+def test_prune_one_shot_takes_an_allocation(kind, method, ratio):
+    model = encoder()
+    solver = solvers.sparsegpt() if isinstance(method, scope.Scope) else None
+    expected = allocations.ratios(
+        model, KINDS[kind], ratio, max_ratio=0.5 if ratio == 0.25 else 1.0, **given(KINDS[kind], model)
+    )
+    pyprune.prune_one_shot(model, BATCHES, method, ratio=ratio, solver=solver, allocation=KINDS[kind])
+    removed = {name: int((model.get_parameter(name) == 0).sum()) for name in expected}
+    sizes = {name: model.get_parameter(name).numel() for name in expected}
+    if ratio == 0.25:  # a group of 2:4 loses two at once
+        assert all(abs(removed[name] - expected[name] * sizes[name]) <= 1 + 1e-6 for name in expected)
+    else:
+        assert removed == {name: round(expected[name] * sizes[name]) for name in expected}
+        assert sum(removed.values()) == math.floor(ratio * sum(sizes.values()) + 0.5)

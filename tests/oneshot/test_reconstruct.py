@@ -273,3 +273,33 @@ def test_fit_leaves_what_masks_have_parked():
         mask = masks[layer.weight]
         assert torch.equal(layer.weight[~mask], old.weight[~mask])
         assert torch.equal(layer.weight[mask], trained[layer.weight][mask])
+
+
+@pytest.mark.parametrize("propagate", [True, False])
+def test_prune_one_shot_reconstructs_blocks(propagate):
+    torch.manual_seed(0)
+    layers = [nn.TransformerEncoderLayer(16, 2, 32, batch_first=True) for _ in range(3)]
+    dense = nn.Sequential(nn.Linear(8, 16), nn.Sequential(*layers), nn.Linear(16, 3)).eval()
+    batches = [torch.randn(4, 10, 8) for _ in range(6)]
+    errors = {}
+    for how in (None, reconstruct(lr=1e-3)):
+        model = copy.deepcopy(dense)
+        state = torch.get_rng_state()
+        pyprune.prune_one_shot(
+            model,
+            batches,
+            pyprune.scope.tensor(),
+            ratio=0.6,
+            solver=pyprune.solvers.sparsegpt(),
+            propagate=propagate,
+            reconstruct=how,
+        )
+        assert torch.equal(torch.get_rng_state(), state)
+        x = torch.cat(batches)
+        errors[how] = (model(x) - dense(x)).norm().item()
+        for layer in model[1]:
+            assert int((layer.linear1.weight == 0).sum()) == round(0.6 * 16 * 32)
+            assert all(parameter.requires_grad and parameter.grad is None for parameter in layer.parameters())
+        assert torch.equal(model[0].weight, dense[0].weight)
+        assert torch.equal(model[2].weight, dense[2].weight)
+    assert errors[reconstruct(lr=1e-3)] < 0.9 * errors[None]

@@ -61,8 +61,8 @@ OPERATORS: dict[str, Callable[[], dict[str, Any]]] = {
     "unpark": _park,
     "probe": lambda: {"weights": _weights(), "masks": _masks(), "turn": 3},
     "sparsegpt_block": lambda: {
-        "weight": torch.randn(4, 6), "sums": torch.randn(4, 6), "factor": torch.eye(6), "mask": torch.rand(4, 6) < 0.5,
-        "keep": 2, "of": 4,
+        "weight": torch.randn(4, 6), "sums": torch.randn(4, 6), "factor": torch.eye(6),
+        "mask": torch.rand(4, 6) < 0.5, "keep": 2, "of": 4,
     },
     "mask_weight": lambda: {"weight": torch.randn(4, 6), "mask": torch.rand(4, 6) < 0.5, "dense_gradient": False},
     "norms": lambda: {"tensors": _weights()},
