@@ -17,9 +17,10 @@ from pyprune.modules.attachments import check_module, wrapped_name
 from pyprune.modules.evaluation import check_initialized, evaluating, layers_apart, untouched
 from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.oneshot.allocations import BlockAllocation
-from pyprune.oneshot.block_by_block import OneShot, weights_digest
+from pyprune.oneshot.block_by_block import OneShot
 from pyprune.oneshot.digest import digest
 from pyprune.oneshot.find_blocks import Block, find_blocks
+from pyprune.oneshot.model_in_files import ModelInFiles
 from pyprune.oneshot.one_shot_result import OneShotResult
 from pyprune.oneshot.reconstruct import Reconstruction
 from pyprune.oneshot.rule import rule_of
@@ -114,6 +115,40 @@ def prune_one_shot(
         64
     """
     check_module(model)
+    _check_has_values(model)
+    return prune_blocks(
+        model,
+        data,
+        method,
+        ratio=ratio,
+        solver=solver,
+        blocks=blocks,
+        allocation=allocation,
+        propagate=propagate,
+        reconstruct=reconstruct,
+        store=store,
+        resume=resume,
+        ignored_scope=ignored_scope,
+    )
+
+
+def prune_blocks(
+    model: nn.Module,
+    data: Dataset | Iterable[Any],
+    method: Method | Scope | PruneMode | str | None,
+    *,
+    ratio: float | Mapping[str, float] | None,
+    solver: Solver | None,
+    blocks: str | Sequence[str] | None,
+    allocation: Literal["uniform"] | BlockAllocation,
+    propagate: bool,
+    reconstruct: Reconstruction | None,
+    store: str | os.PathLike[str],
+    resume: bool,
+    ignored_scope: IgnoredScope | None,
+    files: ModelInFiles | None = None,
+) -> OneShotResult:
+    """Do what `prune_one_shot` does, on a model whose weights may stay in ``files``."""
     check_bool("propagate", propagate)
     if check_bool("resume", resume) and _is_memory(store):
         raise ValueError('resume is True, and store is "memory", which keeps nothing; give the folder of the run')
@@ -140,7 +175,7 @@ def prune_one_shot(
             must_be_called=blocks is not None,
         )
         walk.check()
-        run = OneShot(model, walk, targets, rule, ratios, scores, propagate, reconstruct, folder)
+        run = OneShot(model, walk, targets, rule, ratios, scores, propagate, reconstruct, folder, files)
         if folder is not None:
             folder.begin(
                 {
@@ -151,7 +186,7 @@ def prune_one_shot(
                     "ignored_scope": repr([target.name for target in every]),
                     "model": _digest_outside(model, walk.blocks),
                 },
-                {block.name: weights_digest(block.module) for block in walk.blocks},
+                {block.name: run.digest(block) for block in walk.blocks},
             )
         with _saying_what_is_done(done, len(walk.blocks), folder):
             for place in tracked(range(len(walk.blocks)), len(walk.blocks), "One-shot pruning"):
@@ -167,6 +202,17 @@ def prune_one_shot(
     result = OneShotResult(weights, _by_what(notes), fits)
     _tell(result.notes)
     return result
+
+
+def _check_has_values(model: nn.Module) -> None:
+    """Raise if weights are elsewhere: on the meta device, where accelerate has those that it offloads."""
+    lost = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if lost:
+        raise ValueError(
+            f"{listed(lost)} of {type(model).__name__} is on the meta device: it was not loaded, or is offloaded to "
+            "where only its layer finds it. Load the model into memory; or call pyprune.prune_checkpoint, which "
+            "loads one block of a checkpoint at a time"
+        )
 
 
 def _is_memory(store: object) -> bool:
