@@ -14,6 +14,7 @@ from pyprune.ops.norms import inverse_norms, norms
 from pyprune.ops.pack import PACK_DTYPES, pack, unpack
 from pyprune.ops.park import park, unpark
 from pyprune.ops.probe import probe
+from pyprune.ops.sparsegpt_block import sparsegpt_block
 from pyprune.ops.threshold import threshold
 from pyprune.ops.unit_scores import unit_scores
 
@@ -39,6 +40,7 @@ __all__ = [
     "pack",
     "park",
     "probe",
+    "sparsegpt_block",
     "threshold",
     "unit_scores",
     "unit_shape",

@@ -16,6 +16,7 @@ from pyprune.modules.masks import Mask
 from pyprune.modules.targets import Target
 from pyprune.selection.count_coupled import coupled_counts
 from pyprune.selection.coupled import CoupledUnits, Part, UnitsOfGroup, parts_scored
+from pyprune.selection.scores import scores_of_elements
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +54,7 @@ def choose_coupled(
     ]
     removed = coupled_counts(method, amount, units, ordered, [int(dropped.sum()) for dropped in gone])
     kept = [lowest(score, count) for score, count in zip(ordered, removed, strict=True)]
-    return CoupledChoice(_masks(units, amount, kept), [one.name for one in units.chosen], nonfinite)
+    return CoupledChoice(unit_masks(units, amount, kept), [one.name for one in units.chosen], nonfinite)
 
 
 # ---- scores ----
@@ -117,7 +118,8 @@ def _in_weight(method: Method, amount: Amount, part: Part, statistic: Tensor | N
 def _elements(method: Method, part: Part, statistic: Tensor | None) -> Tensor:
     rule, weight = method.importance, part.target.parameter.detach()
     name = f"importance {rule.name} of {part.target.name}"
-    score = rule.score(weight, weight if statistic is None else statistic.to(weight.device))
+    statistic = None if statistic is None else statistic.to(weight.device)
+    score = scores_of_elements(rule, part.target.name, weight, statistic, part.target.layout)
     if not isinstance(score, Tensor) or not score.is_floating_point():
         raise TypeError(f"{name} is {score!r:.80}; it must be a tensor of floating-point numbers")
     if score.shape != weight.shape:
@@ -137,8 +139,8 @@ def _gone(one: UnitsOfGroup, amount: Amount) -> Flags:
     return one.dropped(zeros_count=amount.from_remaining)
 
 
-def _masks(units: CoupledUnits, amount: Amount, kept: Sequence[Flags]) -> dict[Target, Tensor]:
-    """Return masks that drop units from all parameters that they lie in."""
+def unit_masks(units: CoupledUnits, amount: Amount, kept: Sequence[Flags]) -> dict[Target, Tensor]:
+    """Return masks that drop all but some units of each chosen group from all parameters that they lie in."""
     masks = {target: _base(target, amount) for target in units.targets}
     dropped = [(one, ~flags) for one, flags in zip(units.chosen, kept, strict=True)]
     # What other groups have lost stays so.

@@ -1,5 +1,6 @@
 #include "pack.h"
 
+#include <algorithm>
 #include <cstring>
 
 #if defined(__SSE2__)
@@ -107,7 +108,7 @@ void unpack_rest(const uint8_t* bits, const T* values, T* out, int64_t i, int64_
     out[i] = static_cast<T>(values[done] & static_cast<T>(-bit));
     done += bit;
   }
-  std::memset(out + i, 0, (count - i) * sizeof(T));
+  std::fill(out + i, out + count, T{0});
 }
 
 // Lanes<T>: so many elements in a register, of which those of a set (a bit for each) are moved to its front, or come
