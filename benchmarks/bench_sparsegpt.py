@@ -16,7 +16,7 @@ TOKENS = 2048
 
 def ways(case: Case) -> list[Way]:
     (weight,) = case.draw()
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     # Inputs that depend on each other, as those of real layers do.
     inputs = torch.randn(columns + TOKENS, columns) @ (
         torch.randn(columns, columns) / columns**0.5 + torch.eye(columns)
@@ -66,9 +66,8 @@ def ways(case: Case) -> list[Way]:
             ),
         ],
     )
-    half = columns // 2
     summed = with_floor(
-        Way(GRAM, "floor: half of the product", lambda: inputs.T[:half] @ inputs),
+        Way(GRAM, "floor: half of the product", lambda: inputs.T[: columns // 2] @ inputs),
         [
             Way(GRAM, "pyprune", lambda: add_gram(room, inputs)),
             Way(GRAM, "torch, all of X^T X", lambda: room.addmm_(inputs.T, inputs)),

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from bench_admm import ADMM, ADMM_2_OF_4
 from bench_capability import CAPABILITY
 from bench_count import COUNT
 from bench_fold import FOLD
@@ -16,6 +17,7 @@ from bench_groups import PATTERNS, ROWS, group_of
 from bench_mask_update import LOCAL as LOCAL_UPDATE
 from bench_mask_update import UPDATE
 from bench_masks import LOCAL, NORMALISED, RAW
+from bench_pack import PACK, UNPACK
 from bench_rb_loss import LOSS
 from bench_remaining import CAPPED, LAMP, REMAINING
 from bench_shrink import LATENCY, SHRINK, TRACE
@@ -62,6 +64,8 @@ GOALS = [
     Goal(FOLD, BOTH, {"torch._foreach_mul_, bool masks": 2}, (1.2, 1.2)),
     Goal(ONCE, FP32, {"torch.nn.utils.prune": 100}, memory={"torch.nn.utils.prune": 0.25}),
     Goal(COUNT, BOTH, {"torch.count_nonzero": 5, "(mask == 0).sum()": 100}, (1.1, 1.1)),
+    Goal(PACK, BOTH, {"torch, x where x != 0": 20}, (1 / 0.7, 1 / 0.7)),
+    Goal(UNPACK, BOTH, {"torch, values into a mask": 20}, (1 / 0.7, 1 / 0.7)),
     *(Goal(f"{SCORES} {unit}", BOTH, {"torch, per tensor": 3}, (1.4, 1.4)) for unit in UNITS),
     *(Goal(f"{EXPAND} {unit}", FP32, {"torch, repeat_interleave": 3}, (1.4, 1.4)) for unit in MASKED),
     *(Goal(f"{FOLD_UNITS} {unit}", BOTH, {"torch, repeat_interleave and mul_": 2}, (1.2, 1.2)) for unit in MASKED),
@@ -93,9 +97,10 @@ GOALS = [
         for group, factor in ((UNSTRUCTURED, unstructured), (TWO_OF_FOUR, of_four))
     ),
     Goal(GRAM, FP32, {"torch, all of X^T X": 1.5}, models=("2048x2048",)),
+    *(Goal(group, FP32, {"ALPS by eigenvectors": 2}, models=("576x576",)) for group in (ADMM, ADMM_2_OF_4)),
 ]  # fmt: skip
 JUDGED = ("resnet50", "bert", "llama", "resnet18", "encoder", "mobilenet_v2", "minilm",
-          "768x768", "768x3072", "2048x2048", "4096x4096")  # fmt: skip
+          "576x576", "768x768", "768x3072", "2048x2048", "4096x4096")  # fmt: skip
 SECONDS = 5.0  # to remove what is dead, and to verify it
 MASKS = (RAW, NORMALISED, LOCAL)
 PORTABLE = 2.5  # times what the best build takes, at most

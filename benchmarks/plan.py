@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
+import bench_admm
 import bench_capability
 import bench_count
 import bench_fold
@@ -13,6 +14,7 @@ import bench_groups
 import bench_growth
 import bench_mask_update
 import bench_masks
+import bench_pack
 import bench_rb_loss
 import bench_remaining
 import bench_shrink
@@ -28,6 +30,7 @@ JOBS: dict[str, ModuleType] = {
     "remaining": bench_remaining,
     "fold": bench_fold,
     "count": bench_count,
+    "pack": bench_pack,
     "torch_prune": bench_torch_prune,
     "geometric_median": bench_geometric_median,
     "units": bench_units,
@@ -39,9 +42,10 @@ JOBS: dict[str, ModuleType] = {
     "growth": bench_growth,
     "shrink": bench_shrink,
     "sparsegpt": bench_sparsegpt,
+    "admm": bench_admm,
 }
 PEERS = ("none", "quick", "all")
-LISTS_JOBS = ("masks", "remaining", "fold", "count", "units")
+LISTS_JOBS = ("masks", "remaining", "fold", "count", "pack", "units")
 BOTH = tuple(DTYPES)
 SMALLER = ("resnet50", "mobilenet_v2", "minilm")
 LAYERS = ("768x768", "768x3072", "2048x2048", "4096x4096")
@@ -90,6 +94,7 @@ BENCH = [
     Slice(("growth",), ("1M", "4M", "16M", "64M")),
     Slice(("shrink",), SMALLER),
     Slice(("sparsegpt",), ("768x768", "2048x2048"), threads=(1,)),
+    Slice(("admm",), ("576x576",), threads=(1,)),
 ]
 QUICK = [
     Slice(("geometric_median",), ("tiny",)),
@@ -98,6 +103,7 @@ QUICK = [
     Slice(("growth",), ("1M", "4M", "16M")),
     Slice(("shrink",), ("mobilenet_v2",)),
     Slice(("sparsegpt",), ("768x768",), threads=(1,)),
+    Slice(("admm",), ("576x576",), threads=(1,)),
 ]
 # Not all combinations, which would take days: one axis is varied at a time, and peers run where they say something
 # new. What needs over 20 GB or many minutes is left out, and says so in its place.
@@ -121,4 +127,5 @@ FULL = [
     Slice(("growth",), tuple(SIZES), BOTH),
     Slice(("shrink",), SMALLER, peers="all"),
     Slice(("sparsegpt",), LAYERS, threads=(1,), peers="all"),
+    Slice(("admm",), ("576x576", "768x3072"), threads=(1,), peers="all"),
 ]

@@ -6,8 +6,8 @@
 namespace pyprune {
 
 inline void check_sparsegpt_block(const torch::stable::Tensor& weight, const torch::stable::Tensor& sums,
-                                  const torch::stable::Tensor& factor, const torch::stable::Tensor& mask, int64_t keep,
-                                  int64_t of) {
+                                  const torch::stable::Tensor& factor, const torch::stable::Tensor& mask,
+                                  int64_t keep, int64_t of) {
   const Dtype dtype = dtype_of(weight);
   STD_TORCH_CHECK(dtype == Dtype::kFloat32 || dtype == Dtype::kFloat64, "weight must be float32 or float64");
   STD_TORCH_CHECK(dtype_of(sums) == dtype && dtype_of(factor) == dtype && dtype_of(mask) == Dtype::kBool,

@@ -21,18 +21,21 @@ from pyprune.modules.statistics_result import ModelPruningStatistic, TensorPruni
 from pyprune.modules.strip import StripFormat, strip
 from pyprune.oneshot import allocations, solvers
 from pyprune.oneshot.one_shot_result import OneShotResult, PrunedWeight
+from pyprune.oneshot.prune_checkpoint import prune_checkpoint
 from pyprune.oneshot.prune_one_shot import prune_one_shot
 from pyprune.oneshot.prune_with_gradients import prune_with_gradients
+from pyprune.oneshot.retrain_free import prune_retrain_free
+from pyprune.oneshot.retrain_free_result import RetrainFree
 from pyprune.ops.build_info import build_info
 from pyprune.recipes.recipe import Recipe
 from pyprune.recipes.recipe_pruner import RecipePruner
 from pyprune.selection.prune import prune
 from pyprune.selection.thresholds import ratios_below
-from pyprune.structured.block_scores import block_scores
 from pyprune.sparse.load_sparse import load_sparse
 from pyprune.sparse.reading import SparseFile
 from pyprune.sparse.save_sparse import save_sparse
 from pyprune.sparse.writing import Written
+from pyprune.structured.block_scores import block_scores
 from pyprune.structured.drop_blocks import drop_blocks
 from pyprune.structured.drop_experts import drop_experts
 from pyprune.structured.dropped import Dropped
@@ -93,6 +96,7 @@ __all__ = [
     "Recipe",
     "RecipePruner",
     "Reconstructed",
+    "RetrainFree",
     "RigLPruner",
     "Schedule",
     "SensitivityResult",
@@ -132,7 +136,9 @@ __all__ = [
     "ops",
     "plan_of",
     "prune",
+    "prune_checkpoint",
     "prune_one_shot",
+    "prune_retrain_free",
     "prune_with_gradients",
     "pruning_statistic",
     "ratios_below",

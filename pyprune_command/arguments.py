@@ -144,7 +144,7 @@ def _prune(commands: Commands) -> None:
     )
     how.add_argument(
         "--method", choices=("magnitude", "lamp", "random", "wanda", "scores"), default="magnitude",
-        help="lamp: magnitude, normalised by LAMP; wanda: |w| times the norm of its input (--norms); default magnitude",
+        help="lamp: magnitude, normalised by LAMP; wanda: |w| times the norm of its input (--norms)",
     )  # fmt: skip
     how.add_argument(
         "--normalize", choices=("none", "l2", "mean", "gaussian", "lamp"),

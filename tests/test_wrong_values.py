@@ -151,6 +151,11 @@ class Row:
     takes: dict[str, set[str]] = field(default_factory=dict)
 
 
+DAMPING = SHARE | {"1", "1.0", "np.int64(1)"}
+LARGE, TINY = {"1e308", "2**63", "2**70"}, {"5e-324"}
+OF_SOLVERS = {"damping": DAMPING, "iterations": COUNT}
+
+
 def net():
     return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
 
@@ -230,6 +235,7 @@ def placed(function, **arguments):
 
 MADE = (importance.Importance, granularity.Granularity, scope.Scope, schedules.Schedule)
 PRUNER = {"schedule": FUNCTIONS, "optimizer": OPTIONAL}
+PATHS = TEXT - {"NUL", "''"} | {"a path"}
 SEVERAL = OPTIONAL | {"[]", "()", "{}", "set", "generator"}
 GATE = {"shape": SEQUENCES, "gate_shape": OPTIONAL | {"(4, 4)"}}
 GATE["shape"] = {"(4, 4)", "()", "(1, 2)", "[]", "[1]", "range"}
@@ -315,6 +321,40 @@ ROWS: dict[str, Row] = {
         },
         {"optimizer": OPTIONAL | {"[]", "()", "{}"}, "round_to": COUNT, "verify": NOT_NEGATIVE | {"inf"}},
     ),
+    "save_sparse": Row(
+        pyprune.save_sparse,
+        lambda: {
+            "model": net(),
+            "path": Path(FOLDER.name) / "model.safetensors",
+            "codec": None,
+            "layout": "pyprune",
+            "keep_negative_zero": False,
+            "min_zeros": 0.1,
+            "metadata": None,
+        },
+        {
+            "model": MODULES | {"{}"},
+            "path": PATHS,
+            "codec": OPTIONAL,
+            "layout": set(),
+            "keep_negative_zero": FLAG,
+            "min_zeros": SHARE | {"1", "1.0", "np.int64(1)"},
+            "metadata": OPTIONAL | {"{}"},
+        },
+    ),
+    "load_sparse": Row(
+        pyprune.load_sparse,
+        lambda: {
+            "path": written(lambda path: pyprune.save_sparse(nn.Linear(4, 4), path), "safetensors"),
+            "model": nn.Linear(4, 4),
+        },
+        {"path": PATHS, "model": MODULES | OPTIONAL},
+    ),
+    "SparseFile": Row(
+        pyprune.SparseFile,
+        lambda: {"path": written(lambda path: pyprune.save_sparse(nn.Linear(4, 4), path), "safetensors")},
+        {"path": PATHS},
+    ),
     "plan_of": Row(pyprune.plan_of, lambda: {"model": net()}),
     "reconstruct": Row(
         pyprune.reconstruct,
@@ -349,6 +389,33 @@ ROWS: dict[str, Row] = {
             "memory": 2**20,
         },
         {"groups": {"[]", "()"}, "batches": DATA, "damping": NOT_NEGATIVE, "memory": FROM_0},
+    ),
+    "prune_retrain_free": Row(
+        pyprune.prune_retrain_free,
+        lambda: {
+            "model": net(),
+            "data": [torch.randn(2, 4)],
+            "target_macs": 0.8,
+            "loss_fn": None,
+            "likelihood": None,
+            "draws": 2,
+            "rearrange": True,
+            "tune": True,
+            "num_batches": None,
+            "ignored_scope": None,
+            "examples_inputs": torch.ones(2, 4),
+            "memory": 2**20,
+        },
+        {
+            "data": DATA,
+            "target_macs": SHARE - {"0", "0.0"} | {"1", "1.0", "np.int64(1)", "5e-324"},
+            "loss_fn": FUNCTIONS | OPTIONAL,
+            "likelihood": OPTIONAL,
+            "draws": COUNT,
+            "rearrange": FLAG,
+            "tune": FLAG,
+            "memory": FROM_0,
+        },
     ),
     "drop_blocks": Row(
         pyprune.drop_blocks,
@@ -386,6 +453,34 @@ ROWS: dict[str, Row] = {
         lambda: {"model": experts(), "examples": torch.ones(2, 4), "importance": "use"},
         {"importance": set()},
     ),
+    "prune_one_shot": Row(
+        pyprune.prune_one_shot,
+        lambda: {
+            "model": blocks(),
+            "data": [torch.ones(2, 4)],
+            "method": Method(importance.wanda(), scope=scope.row()),
+            "ratio": 0.5,
+            "solver": solvers.least_squares(),
+            "blocks": ["0", "1"],
+            "allocation": "uniform",
+            "propagate": True,
+            "reconstruct": None,
+            "store": "memory",
+            "resume": False,
+            "ignored_scope": None,
+        },
+        {
+            "data": DATA,
+            "method": set(),
+            "ratio": SHARE | {"{'0': 0.25}", "{}"},
+            "solver": OPTIONAL,
+            "blocks": OPTIONAL | {"'1'", "['0']"},
+            "propagate": FLAG,
+            "reconstruct": OPTIONAL,
+            "store": {"a path", *TEXT} - {"''", "NUL"},
+            "resume": {"False"},
+        },
+    ),
     "allocations.ratios": Row(
         allocations.ratios,
         lambda: {
@@ -404,6 +499,11 @@ ROWS: dict[str, Row] = {
     ),
     "owl": Row(allocations.owl, same(m=3.0, spread=0.08), {"m": POSITIVE, "spread": SHARE - {"0", "0.0"}}),
     "alpha_pruning": Row(allocations.alpha_pruning, same(epsilon=0.2), {"epsilon": SHARE - {"0", "0.0"}}),
+    "solvers.sparsegpt": Row(
+        solvers.sparsegpt,
+        same(block=128, damping=0.01),
+        {"block": COUNT, "damping": SHARE | {"1", "1.0", "np.int64(1)"}},
+    ),
     "solvers.reconstruct": Row(
         solvers.reconstruct,
         same(steps=60, lr=3e-4, batch=8, seed=0),
@@ -592,6 +692,37 @@ ROWS: dict[str, Row] = {
             "ignored_scope": None,
         },
     ),
+    "prune_with_gradients": Row(
+        pyprune.prune_with_gradients,
+        lambda: {
+            "model": net(),
+            "dataset": data(),
+            "loss_fn": loss_of,
+            "solver": solvers.m_fac(),
+            "ratio": 0.5,
+            "scope": None,
+            "num_batches": 1,
+            "ignored_scope": None,
+            "memory": 10**6,
+        },
+        {
+            "ratio": SHARE,
+            "solver": set(),
+            "scope": OPTIONAL | {"a scope"},
+            "memory": set(),
+        },
+    ),
+    "solvers.admm": Row(
+        solvers.admm, same(rho=0.1, iterations=300, damping=0.01), {"rho": POSITIVE - LARGE - TINY, **OF_SOLVERS}
+    ),
+    "solvers.least_squares": Row(
+        solvers.least_squares, same(damping=0.01, exact=None), {"exact": FLAG | OPTIONAL, **OF_SOLVERS}
+    ),
+    "solvers.swaps": Row(
+        solvers.swaps, same(rounds=100, polish=True, damping=0.01), {"rounds": FROM_0, "polish": FLAG, **OF_SOLVERS}
+    ),
+    "solvers.block_fisher": Row(solvers.block_fisher, same(block=50, damping=0.01), {"block": COUNT, **OF_SOLVERS}),
+    "solvers.m_fac": Row(solvers.m_fac, same(damping=0.01), {"damping": DAMPING - {"0", "0.0"}}),
     "slimming_loss": Row(
         pyprune.slimming_loss,
         lambda: {"model": nn.Sequential(nn.BatchNorm1d(4)), "weight": 0.1},
@@ -733,6 +864,7 @@ ROWS: dict[str, Row] = {
         same(keep=2, of=6, dim="in", among="tensor"),
         {"keep": COUNT, "of": {"5"}, "dim": set(), "among": set()},
     ),
+    "columns": Row(scope.columns, same(width=128), {"width": COUNT}),
     "group": Row(scope.group, same(groups={"a": ["0"]}), {"groups": {"{'a': ['0']}"}}),
     "one_shot": Row(schedules.one_shot, same(final=0.5, start=0)),
     "constant": Row(schedules.constant, same(final=0.5, end=9, start=0, frequency=1)),
@@ -807,8 +939,9 @@ ROWS: dict[str, Row] = {
 NOT_CALLED = """
     __version__ build_info one_gate_sample AcDcPruner Calibration Dropped IterativeResult KeepSparse
     ModelPruningStatistic
-    Plan PruneMode PruningRound Reconstructed Shrunk Recipe RecipePruner Schedule SensitivityResult SensitivityTarget
-    StripFormat TensorPruningStatistic as_schedule
+    OneShotResult Plan PruneMode PrunedWeight PruningRound Reconstructed RetrainFree Shrunk Recipe RecipePruner
+    Schedule SensitivityResult SensitivityTarget
+    StripFormat TensorPruningStatistic Written as_schedule
 """.split()  # noqa: SIM905
 
 

@@ -8,6 +8,8 @@
 #include "../cpu/kernels/gate_penalty.h"
 #include "../cpu/kernels/group_masks.h"
 #include "../cpu/kernels/norms.h"
+#include "../cpu/kernels/pack.h"
+#include "../cpu/kernels/sparsegpt_block.h"
 #include "../cpu/kernels/threshold.h"
 #include "../cpu/kernels/unit_scores.h"
 #include "../cpu/strided.h"
@@ -67,6 +69,20 @@ void add_masks() {
       benchmark::DoNotOptimize(PYPRUNE_KERNEL(count_zeros_run)(mask.get(), Dtype::kBool, count));
     };
   });
+  // Half of the bits are set; what is moved are elements and kept ones, besides an eighth of a byte.
+  add("pack bfloat16", 3, [](int64_t count) {
+    return [count, x = array<uint16_t>(count, 1), bits = array<uint8_t>(count / 8 + 1, 0x5a),
+            values = array<uint16_t>(count, 0)] {
+      benchmark::DoNotOptimize(PYPRUNE_KERNEL(count_bits)(bits.get(), count / 8));
+      PYPRUNE_KERNEL(pack_values)(x.get(), 2, bits.get(), values.get(), count, count / 2);
+    };
+  });
+  add("unpack bfloat16", 3, [](int64_t count) {
+    return [count, x = array<uint16_t>(count, 1), bits = array<uint8_t>(count / 8 + 1, 0x5a),
+            values = array<uint16_t>(count, 1)] {
+      PYPRUNE_KERNEL(unpack_values)(bits.get(), values.get(), 2, x.get(), count, count / 2);
+    };
+  });
   add("norms float32", 4, [](int64_t count) {
     return [count, x = normal(count), sums = array(count / kNormBlock + 1, 0.0)] {
       PYPRUNE_KERNEL(sum_squares)(x.get(), Dtype::kFloat32, count, 1.0, sums.get());
@@ -87,6 +103,27 @@ void add_groups() {
                                            steps, steps, nullptr, 1, part, size, kept},
                                           *room));
         });
+      };
+    });
+  }
+}
+
+void add_sparsegpt() {
+  // Rows of 128 columns; a row is moved once, and 64 multiply-adds are made for each of its elements.
+  constexpr int64_t kColumns = 128;
+  for (const auto& [name, size, kept] : {std::tuple{"given mask", 0, 0}, std::tuple{"2:4", 4, 2}}) {
+    add(std::string("sparsegpt_block ") + name + " float32", 18, [size, kept](int64_t count) {
+      Array<float> factor = normal(kColumns * kColumns), packed = array(packed_count(kColumns), 0.0f);
+      for (int64_t j = 0; j < kColumns; ++j) {
+        factor[j * kColumns + j] = 20;
+      }
+      PYPRUNE_KERNEL(pack_factor)(factor.get(), kColumns, Dtype::kFloat32, kColumns, size, packed.get());
+      return [size, kept, count, packed = std::move(packed), x = normal(count), sums = array(count, 0.0f),
+              mask = array<uint8_t>(count, 1), room = array<char>(sparsegpt_room(kColumns), 0)] {
+        PYPRUNE_KERNEL(sparsegpt_rows)
+        ({Dtype::kFloat32, x.get(), sums.get(), mask.get(), kColumns, kColumns, kColumns, count / kColumns, kColumns,
+          kept, size},
+         packed.get(), room.get());
       };
     });
   }
@@ -151,6 +188,7 @@ int main(int argc, char** argv) {
   pyprune::bench::add_copy();
   pyprune::bench::add_masks();
   pyprune::bench::add_groups();
+  pyprune::bench::add_sparsegpt();
   pyprune::bench::add_units();
   pyprune::bench::add_gates();
   benchmark::Initialize(&argc, argv);

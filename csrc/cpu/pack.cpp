@@ -1,6 +1,6 @@
 // pack, unpack: tensors as one bit per element and the values of those whose bit is set, in the order of the flat
-// index, and back. Bits are found or counted first, so that all chunks of a list can be moved at the same time, and so
-// that nothing is allocated for bits that do not fit their values.
+// index, and back. Bits are found or counted first, so that all chunks of a list can be moved at the same time, and
+// so that nothing is allocated for bits that do not fit their values.
 #include "kernels/pack.h"
 
 #include <torch/csrc/stable/library.h>
@@ -60,8 +60,7 @@ constexpr int64_t kWorthHugePages = int64_t{1} << 22;
 
 Tensor new_tensor(const Tensor& like, int64_t count, std::optional<torch::headeronly::ScalarType> dtype) {
   Tensor tensor = torch::stable::new_empty(like, {&count, 1}, dtype);
-  prefer_huge_pages(tensor.mutable_data_ptr(), count * static_cast<int64_t>(tensor.element_size()),
-                    kWorthHugePages);
+  prefer_huge_pages(tensor.mutable_data_ptr(), count * static_cast<int64_t>(tensor.element_size()), kWorthHugePages);
   return tensor;
 }
 

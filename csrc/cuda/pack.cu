@@ -1,8 +1,7 @@
-#include "kernels/pack.cuh"
-
 #include <tuple>
 
 #include "../pack_check.h"
+#include "kernels/pack.cuh"
 #include "upload.cuh"
 
 namespace pyprune {

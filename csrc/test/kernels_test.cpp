@@ -11,9 +11,12 @@
 #include "../cpu/kernels/gate.h"
 #include "../cpu/kernels/gate_penalty.h"
 #include "../cpu/kernels/group_masks.h"
+#include "../cpu/kernels/magnitude_counts.h"
 #include "../cpu/kernels/norms.h"
+#include "../cpu/kernels/pack.h"
 #include "../cpu/kernels/park.h"
 #include "../cpu/kernels/probe.h"
+#include "../cpu/kernels/sparsegpt_block.h"
 #include "../cpu/score.h"
 #include "check.h"
 
@@ -57,6 +60,58 @@ void test_elementwise(Dtype dtype, int64_t count) {
       EXPECT(std::fabs(std::accumulate(sums.begin(), sums.end(), 0.0) - squares) <= 1e-12 * squares);
     }
   });
+}
+
+// Memory is as large as it must be, so that the sanitizer sees what is read or written behind it.
+template <class Bits>
+void test_pack(int64_t count, int percent) {
+  std::vector<Bits> data(count), kept, wanted(count);
+  const Bits significant = static_cast<Bits>(~Bits{0}) >> 1;
+  for (int64_t i = 0; i < count; ++i) {
+    data[i] = static_cast<Bits>(random_bits());
+    if (random_between(0, 99) < percent) data[i] &= static_cast<Bits>(~significant);  // 0, or a sign alone
+    if ((data[i] & significant) != 0) kept.push_back(wanted[i] = data[i]);
+  }
+  with_each_capability([&] {
+    std::vector<uint8_t> bits((count + 7) / 8, 0xff);
+    const int64_t found = PYPRUNE_KERNEL(pack_bits)(data.data(), sizeof(Bits), significant, bits.data(), count);
+    EXPECT(found == static_cast<int64_t>(kept.size()));
+    EXPECT(PYPRUNE_KERNEL(count_bits)(bits.data(), static_cast<int64_t>(bits.size())) == found);
+    for (int64_t i = 0; i < static_cast<int64_t>(bits.size()) * 8; ++i) {
+      EXPECT((bits[i / 8] >> (i % 8) & 1) == (i < count && (data[i] & significant) != 0));
+    }
+    std::vector<Bits> values(found), out(count, static_cast<Bits>(~Bits{0}));
+    PYPRUNE_KERNEL(pack_values)(data.data(), sizeof(Bits), bits.data(), values.data(), count, found);
+    PYPRUNE_KERNEL(unpack_values)(bits.data(), values.data(), sizeof(Bits), out.data(), count, found);
+    EXPECT(values == kept && out == wanted);
+  });
+}
+
+template <class Bits>
+void test_counts(Dtype dtype, int64_t count) {
+  const std::vector<Bits> weights = random_weights<Bits>(dtype, count);
+  const int bits = static_cast<int>(8 * sizeof(Bits)) - 1;
+  for (const int shift : {bits - 15, bits - 3, 0}) {
+    const uint64_t bins = std::min<uint64_t>(uint64_t{1} << (bits - shift), 1 << 15);
+    const uint64_t low = count > 0 && shift > 0 ? weights[count / 2] & kMagnitude<Bits> : 0;
+    std::vector<uint32_t> expected(bins);
+    int64_t below = 0;
+    for (const Bits weight : weights) {
+      const uint64_t magnitude = weight & kMagnitude<Bits>;
+      below += magnitude < low;
+      if (magnitude >= low && (magnitude - low) >> shift < bins) {
+        ++expected[(magnitude - low) >> shift];
+      }
+    }
+    with_each_capability([&] {
+      std::vector<uint32_t> tables(2 * bins);
+      const Intervals intervals{low, shift, bins};
+      EXPECT(PYPRUNE_KERNEL(magnitude_counts_run)(weights.data(), dtype, count, intervals, tables.data()) == below);
+      for (uint64_t bin = 0; bin < bins; ++bin) {
+        EXPECT(tables[bin] + tables[bins + bin] == expected[bin]);
+      }
+    });
+  }
 }
 
 void test_noise(int64_t count) {
@@ -188,6 +243,75 @@ void test_groups(Dtype dtype, int64_t rows, int64_t columns, int64_t size, bool 
   });
 }
 
+// Column after column, as the formula says; the same bits.
+template <class Real>
+void test_sparsegpt_block(int64_t rows, int64_t columns, int64_t kept, int64_t size) {
+  const auto draw = [](int64_t count) {
+    std::vector<Real> numbers(count);
+    std::ranges::generate(numbers, [] { return std::normal_distribution<Real>(0, 1)(random_bits); });
+    return numbers;
+  };
+  const std::vector<Real> weight = draw(rows * columns), sums = draw(rows * columns);
+  std::vector<Real> factor = draw(columns * columns);
+  for (int64_t j = 0; j < columns; ++j) {
+    factor[j * columns + j] = 2 + std::fabs(factor[j * columns + j]);
+  }
+  std::vector<uint8_t> mask(rows * columns);
+  std::ranges::generate(mask, [] { return static_cast<uint8_t>(random_between(0, 3) != 0); });
+  std::vector<Real> left = weight, lost = sums;
+  std::vector<uint8_t> stays = mask;
+  for (int64_t row = 0; row < rows; ++row) {
+    Real *const w = &left[row * columns], *const d = &lost[row * columns];
+    const auto inverse = [&](int64_t j) { return 1 / factor[j * columns + j]; };
+    const auto add = [&](Real* sum, int64_t i, int64_t end) {
+      for (int64_t j = i + 1; j < end; ++j) {
+        const Real product = sum[i] * factor[i * columns + j];
+        sum[j] += product;
+      }
+    };
+    for (int64_t j = 0; j < columns; ++j) {
+      if (size > 0 && j % size == 0) {
+        const int64_t end = std::min(j + size, columns);
+        std::vector<Real> if_kept(d, d + end), scores(end);
+        for (int64_t k = j; k < end; ++k) {
+          const Real product = w[k] * factor[k * columns + k];
+          scores[k] = stays[row * columns + k] == 0 ? -1 : std::fabs(product + if_kept[k]);
+          if_kept[k] = -(if_kept[k] * inverse(k));
+          add(if_kept.data(), k, end);
+        }
+        for (int64_t k = j; k < end; ++k) {
+          int64_t beaten = 0;
+          for (int64_t i = j; i < end; ++i) {
+            beaten += i != k && (i < k ? scores[i] > scores[k] : scores[i] >= scores[k]);
+          }
+          stays[row * columns + k] = stays[row * columns + k] != 0 && beaten < kept;
+        }
+      }
+      const Real if_kept = -(d[j] * inverse(j));
+      const bool stay = stays[row * columns + j] != 0;
+      d[j] = stay ? if_kept : w[j];
+      w[j] = stay ? w[j] - if_kept : 0;
+      add(d, j, columns);
+    }
+  }
+  struct alignas(64) Line {
+    char bytes[64];
+  };
+  constexpr Dtype kDtype = sizeof(Real) == 4 ? Dtype::kFloat32 : Dtype::kFloat64;
+  std::vector<Real> packed(packed_count(columns));
+  std::vector<Line> room(sparsegpt_room(columns) / sizeof(Line) + 1);
+  with_each_capability([&] {
+    std::vector<Real> w = weight, s = sums;
+    std::vector<uint8_t> m = mask;
+    PYPRUNE_KERNEL(pack_factor)(factor.data(), columns, kDtype, columns, size, packed.data());
+    PYPRUNE_KERNEL(sparsegpt_rows)
+    ({kDtype, w.data(), s.data(), m.data(), columns, columns, columns, rows, columns, kept, size}, packed.data(),
+     room.data());
+    EXPECT(w == left && s == lost);
+    EXPECT(m == stays);
+  });
+}
+
 template <class Visit>
 void by_size(Dtype dtype, const Visit& visit) {
   by_bits(dtype, [&](auto zero) { visit(zero); });
@@ -198,10 +322,17 @@ void run() {
     by_size(dtype, [&]<class Bits>(Bits) {
       for (const int64_t length : kLengths) {
         test_elementwise<Bits>(dtype, length);
+        test_counts<Bits>(dtype, length);
       }
     });
   }
   for (const int64_t length : kLengths) {
+    for (const int percent : {0, 50, 95, 100}) {
+      test_pack<uint8_t>(length, percent);
+      test_pack<uint16_t>(length, percent);
+      test_pack<uint32_t>(length, percent);
+      test_pack<uint64_t>(length, percent);
+    }
     test_noise(std::min(length, kGateBlock));
     for (const GateRule rule : {GateRule::kBernoulli, GateRule::kHardConcrete, GateRule::kStraightThrough}) {
       for (const double beta : {kUsualBeta, 0.5}) {
@@ -229,6 +360,14 @@ void run() {
         }
       }
     });
+  }
+  for (const auto& [kept, size] : {std::pair{0, 0}, {2, 4}, {1, 2}, {2, 5}, {3, 8}, {30, 64}}) {
+    for (const int64_t columns : {1, 4, 7, 64, 129}) {
+      for (const int64_t rows : {1, 8, 33, 64}) {
+        test_sparsegpt_block<float>(rows, columns, kept, size);
+        test_sparsegpt_block<double>(rows, columns, kept, size);
+      }
+    }
   }
   test_segments({64, 3, 7, 7}, {64, 1, 1, 1});
   test_segments({64, 30, 3, 3}, {1, 30, 1, 1});

@@ -4,6 +4,7 @@ import argparse
 import statistics
 import time
 from collections import Counter
+from typing import Any
 
 import torch
 
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace, output: Output) -> int:
     return 0
 
 
-def _measured(weight: torch.Tensor, name: str, layers: int, args: argparse.Namespace) -> dict[str, object]:
+def _measured(weight: torch.Tensor, name: str, layers: int, args: argparse.Namespace) -> dict[str, Any]:
     weight = weight.clone()
     inputs = torch.randn(args.batch, weight.shape[1]).to(weight.dtype)
     times: list[float] = []

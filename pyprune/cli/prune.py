@@ -1,12 +1,13 @@
 """``pyprune prune``: zeros in a checkpoint."""
 
 import argparse
+from collections.abc import Callable
 
 from pyprune.cli.output import Output, percent
 from pyprune.console import listed
 from pyprune.methods import granularity, importance, scope
 from pyprune.methods.granularity import Granularity
-from pyprune.methods.importance import Importance
+from pyprune.methods.importance import Importance, Normalization
 from pyprune.methods.method import Method
 from pyprune.methods.scope import Scope
 from pyprune.sparse.checkpoint import Checkpoint
@@ -73,7 +74,7 @@ def _importance(args: argparse.Namespace) -> Importance:
         return importance.random(args.seed)
     if args.method == "scores":
         return importance.given({})
-    normalize = "lamp" if args.method == "lamp" else args.normalize
+    normalize: Normalization | None = "lamp" if args.method == "lamp" else args.normalize
     if args.method == "wanda":
         return importance.wanda(normalize or "none")
     if normalize is None:
@@ -91,7 +92,7 @@ def _scope(args: argparse.Namespace) -> Scope:
 def _granularity(args: argparse.Namespace) -> Granularity:
     if isinstance(args.unit, tuple):
         return granularity.block(*args.unit)
-    names = {
+    names: dict[str, Callable[[], Granularity]] = {
         "element": granularity.element,
         "row": granularity.channel,
         "column": lambda: granularity.channel("in"),

@@ -13,7 +13,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command of ``args.module``, and return 0, 1 for wrong input, or 130 if it was interrupted."""
     output = Output(json=args.json, quiet=args.quiet)
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: output.complain("warning", str(message))  # type: ignore[assignment]
+        warnings.showwarning = lambda message, *_: output.complain("warning", str(message))
         try:
             code = int(importlib.import_module(f"pyprune.cli.{args.module}").run(args, output))
             sys.stdout.flush()

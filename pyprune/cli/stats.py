@@ -32,7 +32,7 @@ def run(args: argparse.Namespace, output: Output) -> int:
         [_row(one) for one in tensors],
     )
     output.line(
-        f"{percent(zeros, size)} of {size:,} elements are zero. The tensors take {bytes_text(totals['stored_bytes'])} "
+        f"{percent(zeros, size)} of {size:,} elements are zero. Tensors take {bytes_text(totals['stored_bytes'])} "
         f"now, {bytes_text(totals['bitmask_bytes'])} with bits and values (pyprune compress), and "
         f"{bytes_text(totals['bound_bytes'])} at least (near --codec zstd)."
     )

@@ -67,8 +67,8 @@ def row() -> Scope:
 def columns(width: int) -> Scope:
     """Let the elements of each ``width`` neighbouring columns compete, of all rows: of the weight as a matrix.
 
-    Columns are inputs, rows are outputs. It is how SparseGPT chooses, with 128, because it must know what goes of some
-    columns before it can say what the next ones are worth. Solvers of one shot take it, `prune` does not.
+    Columns are inputs, rows are outputs. It is how SparseGPT chooses, with 128, because it must know what goes of
+    some columns before it can say what the next ones are worth. `solvers.sparsegpt` takes it, `prune` does not.
 
     Args:
         width: how many columns, at least 1; the last ones may be fewer.

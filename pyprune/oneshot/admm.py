@@ -68,7 +68,7 @@ def admm(*, rho: float = 0.1, iterations: int = 300, damping: float = 0.01) -> A
     when nothing has (rho that begins too large is divided by 5). Then least squares on that mask. H is the Gram,
     damped, with inputs scaled to a diagonal of 1.
 
-    Scopes are tensor(), which is best and the default, row(), and n_of_m().
+    Scopes are tensor(), which is best and the default, columns(), row(), and n_of_m().
 
     Args:
         rho: the penalty to begin with.

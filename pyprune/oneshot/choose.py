@@ -1,5 +1,6 @@
 """Which elements of one matrix stay, by scores: what solvers that choose share."""
 
+import torch
 from torch import Tensor
 
 from pyprune import ops
@@ -23,7 +24,6 @@ def choose(
         out: a bool tensor to write; a new one if None.
 
     Example:
-        >>> import torch
         >>> from pyprune.methods.scope import tensor
         >>> choose(torch.tensor([[3.0, -1.0], [0.5, -2.0]]), tensor(), 0.5).tolist()
         [[True, False], [False, True]]
@@ -36,6 +36,14 @@ def choose(
     if scope.name == "row":
         kept = columns - removed_count(columns, _some(ratio))
         return ops.group_masks([scores], columns, kept, bases=bases, masks=masks)[0][0]
+    if scope.name == "columns":
+        mask = torch.empty_like(scores, dtype=torch.bool) if out is None else out
+        places = [slice(start, start + scope.width) for start in range(0, columns, scope.width)]
+        parts = [scores[:, place] for place in places]
+        removed = [removed_count(part.numel(), _some(ratio)) for part in parts]
+        bases = None if base is None else [base[:, place] for place in places]
+        ops.threshold(parts, removed, bases=bases, masks=[mask[:, place] for place in places])
+        return mask
     if scope.dim == "in" and ratio in (None, scope.ratio):
         return ops.group_masks([scores], scope.of, scope.keep, bases=bases, masks=masks)[0][0]
     unit_group = UnitGroup("weight", (Member(Weight("weight", scores, base=base), (1, 1)),))

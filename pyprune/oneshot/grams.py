@@ -1,4 +1,4 @@
-"""Grams, the sums X^T X over the tokens of what goes into a layer: half of each is computed, the rest is its mirror."""
+"""Grams, sums X^T X over the tokens that go into a layer: half of each is computed, the rest is its mirror."""
 
 import torch
 from torch import Tensor
@@ -37,7 +37,8 @@ def add_gram(gram: Tensor, inputs: Tensor) -> Tensor:
         raise TypeError(f"inputs is {what}; give a tensor of floats")
     if not inputs.dim() or inputs.shape[-1] != columns:
         raise ValueError(
-            f"inputs is of shape {tuple(inputs.shape)}, the Gram has {columns} columns; its last dimension must be that"
+            f"inputs is of shape {tuple(inputs.shape)}; its last dimension must be the Gram's number of columns, "
+            f"{columns}"
         )
     tokens = inputs.detach().reshape(inputs.shape[:-1].numel(), columns).to(gram.dtype)
     for start, end in _panels(columns):

@@ -89,8 +89,8 @@ def _check(inputs: Mapping[Target, WeightInput]) -> None:
     bad = [t.name for t, into in inputs.items() if not all(bool(part.gram.isfinite().all()) for part in into.parts)]
     if bad:
         raise ValueError(
-            f"what goes into {listed(bad)} is NaN or infinite, or its squares are; check the batches of data, and the "
-            "dtype of the model"
+            f"what goes into {listed(bad)} is NaN or infinite, or its squares are; check the batches of data, and "
+            "the dtype of the model"
         )
 
 
@@ -143,7 +143,7 @@ def _solved(
         solution = rule.solver.solve(
             values[group][place],
             _gram(part, group),
-            scope=rule.scope,
+            scope=rule.scope if rule.method is None else rule.method.scope,
             ratio=ratio if rule.solver.chooses else None,  # otherwise the mask says it
             mask=None if mask is None else kept[group][place],
         )

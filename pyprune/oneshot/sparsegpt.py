@@ -33,12 +33,13 @@ class SparseGPT:
         """Choose a mask and solve for what it keeps, as `Solver` says; scope None is ``columns(block)``."""
         scope, ratio = check_asked(columns(self.block) if scope is None else scope, ratio)
         system = system_of(weight, gram, mask)
-        factor, damping = damped(system.gram, self.damping, _factor)
-        walk = _Walk(system.weight, factor, mask, scope, ratio)
-        for start, end in _spans(0, weight.shape[1], scope.width or self._width(scope)):
-            walk.choose(start, end)
-            for part in _spans(start, end, self._width(scope)):
-                walk.solve(*part)
+        with torch.autocast(weight.device.type, enabled=False):  # it would round products to half types
+            factor, damping = damped(system.gram, self.damping, _factor)
+            walk = _Walk(system.weight, factor, mask, scope, ratio)
+            for start, end in _spans(0, weight.shape[1], scope.width or self._width(scope)):
+                walk.choose(start, end)
+                for part in _spans(start, end, self._width(scope)):
+                    walk.solve(*part)
         if bool(walk.mask.all()):
             return system.solution(walk.weight, walk.mask, damping)
         return Solution(walk.weight.to(torch.promote_types(weight.dtype, torch.float32)), walk.mask, damping)
@@ -54,8 +55,8 @@ def sparsegpt(*, block: int = 128, damping: float = 0.01) -> SparseGPT:
     An element (row, j) costs c^2 / (2 U_jj^2), with c its value when column j is reached and U the Cholesky factor of
     the inverse of H + lambda I, of which the columns from j on are left. What goes is chosen by that cost:
 
-    - `columns(width)`, the rule of the paper with 128: of all rows of so many columns, when they are reached. Without a
-      scope it is ``columns(block)``.
+    - `columns(width)`, the rule of the paper with 128: of all rows of so many columns, when they are reached. Without
+      a scope it is ``columns(block)``.
     - `n_of_m` along inputs: of each group, when it is reached.
     - `tensor` and `row`: how many go of each block is what the costs before the first column say, which of these the
       costs when the block is reached. The error is smaller than with blocks that all lose the same share: on
@@ -71,8 +72,8 @@ def sparsegpt(*, block: int = 128, damping: float = 0.01) -> SparseGPT:
             times as large, until it can; the solution says what was used.
 
     Raises:
-        TypeError, ValueError: for other values; when it solves, for a scope in which weights compete, or matrices that
-            do not fit or are not finite.
+        TypeError, ValueError: for other values; when it solves, for a scope in which weights compete, or matrices
+            that do not fit or are not finite.
 
     Paper: Frantar and Alistarh 2023, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot".
 
@@ -94,8 +95,8 @@ def sparsegpt(*, block: int = 128, damping: float = 0.01) -> SparseGPT:
 class _Walk:
     """From left to right through the columns of a weight.
 
-    ``sums`` holds what the columns before say to those that follow, sum of d_i R_ij, with d what column i lost; behind
-    the walk it holds d.
+    ``sums`` holds what the columns before say to those that follow, sum of d_i R_ij, with d what column i lost;
+    behind the walk it holds d.
     """
 
     def __init__(
@@ -143,8 +144,8 @@ class _Walk:
 def _factor(gram: Tensor) -> Tensor | None:
     """Return R with H = R R^T, upper triangular, in the place of H; None if H is not positive definite.
 
-    What lies below the diagonal means nothing. From the last columns to the first: nearly all is products of matrices,
-    twice as fast as LAPACK's factorisation of the flipped matrix at 2048.
+    What lies below the diagonal means nothing. From the last columns to the first: nearly all is products of
+    matrices, twice as fast as LAPACK's factorisation of the flipped matrix at 2048.
     """
     for start in reversed(range(0, len(gram), _PANEL)):
         end = min(start + _PANEL, len(gram))
@@ -161,7 +162,8 @@ def _factor(gram: Tensor) -> Tensor | None:
 
 def _inverse(factor: Tensor) -> Tensor:
     one = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-    return torch.linalg.solve_triangular(factor, one, upper=True)
+    inverse: Tensor = torch.linalg.solve_triangular(factor, one, upper=True)
+    return inverse
 
 
 def _spans(start: int, end: int, width: int) -> Iterator[tuple[int, int]]:
@@ -169,7 +171,7 @@ def _spans(start: int, end: int, width: int) -> Iterator[tuple[int, int]]:
 
 
 def _drop_in_rows(scores: Tensor, removed: Tensor, base: Tensor | None) -> Tensor:
-    """Return a mask that drops the smallest |scores| of each row, so many as is said for it; of equal ones the first."""
+    """Return a mask that drops the smallest |scores| of each row, as many as is said for it, of equals the first."""
     sizes = scores.abs()
     order = (sizes if base is None else torch.where(base, sizes, -1)).sort(dim=1, stable=True).indices
     kept = torch.arange(scores.shape[1], device=scores.device) >= removed[:, None]

@@ -14,7 +14,7 @@ _PLAIN = (Tensor, int, float, str, bool, type(None))
 
 
 class Stored(Protocol):
-    """Outputs by what they are of and by batch; what is `put` is `fresh` until `turn`, and what `get` returns then."""
+    """Outputs by what they are of and by batch. What is `put` is `fresh` until `turn`; then `get` returns it."""
 
     def put(self, key: str, batch: int, output: Any) -> None:
         """Take what a block gave for a batch."""
@@ -99,8 +99,8 @@ class InFolder:
         strange = [leaf for leaf in tree_leaves(output) if not isinstance(leaf, _PLAIN)]
         if strange:
             raise TypeError(
-                f"store is a folder, and blocks of {key} return a {type(strange[0]).__name__}, which is no tensor and "
-                'cannot be kept in a file; give store="memory"'
+                f"store is a folder, and blocks of {key} return a {type(strange[0]).__name__}, which is no tensor "
+                'and cannot be kept in a file; give store="memory"'
             )
         with whole_file(self._path(self._next, batch)) as unfinished:
             torch.save(packed(output), unfinished)

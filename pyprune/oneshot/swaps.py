@@ -41,7 +41,7 @@ class Swaps:
         if scope.name == "n_of_m" and scope.dim != "in":
             raise ValueError(f'scope is N:M with dim="{scope.dim}"; swaps stay within a row, so give dim="in"')
         system = system_of(weight, gram, mask)
-        size = scope.of if scope.name == "n_of_m" else weight.shape[1]
+        size = scope.of or scope.width or weight.shape[1]
 
         def attempt(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
             better = swapped(system.weight, matrix, mask, size, self.rounds)
@@ -59,7 +59,8 @@ def swaps(*, rounds: int = 100, polish: bool = True, damping: float = 0.01) -> S
 
     With E = W where the mask drops, and 0 elsewhere, what is lost of a row is E H E^T. Dropping w_u and keeping w_p
     in its place adds ``2 w_u c_u + w_u^2 H_uu - 2 w_p c_p + w_p^2 H_pp - 2 w_u w_p H_up`` with c = E H. Swaps are
-    within a group for N:M, and within a row for other scopes, so each row keeps as many as before. It takes any mask,
+    within a group for N:M, and within a row for other scopes, so each row keeps as many as before (and of each
+    ``width`` columns, if that is the scope). It takes any mask,
     such as Wanda's, and returns another: the only solver that does so without choosing from nothing. What is zero in
     the weight never comes back. For N:M a round goes once over the groups, and costs about what Wanda does;
     for rows it is one swap per row, and takes many more.

@@ -23,9 +23,9 @@ from pyprune.ops.unit_scores import unit_scores
 __all__ = [
     "CUDA_KERNELS_LOADED",
     "CUDA_PROBLEM",
-    "Cut",
     "PACK_DTYPES",
     "WEIGHT_DTYPES",
+    "Cut",
     "bernoulli_gate",
     "check_bases",
     "check_gate_shape",

@@ -193,7 +193,7 @@ class _Counters:
 
 
 def magnitude_counts(tensor: Tensor, low: int, shift: int, bins: int) -> tuple[Integers, int]:
-    """Return how many elements have bits of |w| in [low + (i << shift), low + ((i + 1) << shift)), and how many below.
+    """Return how many elements have bits of |w| in each of so many intervals of 2^shift, and how many below ``low``.
 
     Example:
         >>> counts, below = magnitude_counts(torch.tensor([0.0, -0.0, 1.0]), 0, 16, 1 << 15)

@@ -50,7 +50,7 @@ def drop(weights: Sequence[Tensor], cut: Cut, *, scales: Tensor | None = None) -
     check_memory({"weights": weights})
     factors = [None] * len(weights) if scales is None else scales.tolist()
     for weight, factor in zip(weights, factors, strict=True):
-        pieces = weight.detach().view(-1).split(_PIECE) if weight.is_contiguous() else [weight.detach()]
+        pieces = torch.split(weight.detach().view(-1), _PIECE) if weight.is_contiguous() else [weight.detach()]
         for piece in pieces:
             mask, cut = kept_by(cut, piece, factor)
             fold([piece], [mask])

@@ -33,8 +33,8 @@ def pack(
             keep it where they are True.
 
     Returns:
-        For each tensor of n elements: uint8, ``[ceil(n / 8)]``, bit i = element i in the order of the flat index, least
-        significant first, those beyond n 0; and the kept values in that order, ``[kept]``, of the tensor's dtype.
+        For each tensor of n elements: uint8, ``[ceil(n / 8)]``, bit i = element i in the order of the flat index,
+        least significant first, those beyond n 0; and the kept values in that order, ``[kept]``, of its dtype.
 
     Raises:
         TypeError, ValueError: for other dtypes, mixed devices, or masks that do not fit.
@@ -78,6 +78,8 @@ def unpack(bits: Sequence[Tensor], values: Sequence[Tensor], shapes: Sequence[Se
     check_tensors(bits, "bits", _BITS)
     check_tensors(values, "values", PACK_DTYPES)
     check_one_each(values, "values", bits, "row of bits")
+    if isinstance(shapes, Tensor):
+        raise TypeError(f"shapes is a {type(shapes).__name__}; give {_SHAPES}")
     sizes = [_shape(f"shapes[{index}]", shape) for index, shape in enumerate(check_items("shapes", shapes, _SHAPES))]
     if len(sizes) != len(bits):
         raise ValueError(f"got {len(sizes)} shapes for {len(bits)} rows of bits; give one per row")

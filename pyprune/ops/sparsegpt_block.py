@@ -68,8 +68,8 @@ def _check_matrix(tensor: Tensor, name: str, weight: Tensor | None) -> None:
     expected = (weight.shape[1], weight.shape[1]) if name == "factor" else tuple(weight.shape)
     if tuple(tensor.shape) != expected or tensor.device != weight.device:
         raise ValueError(
-            f"{name} is of shape {tuple(tensor.shape)} on {tensor.device}; a weight of shape {tuple(weight.shape)} on "
-            f"{weight.device} needs {expected} there"
+            f"{name} is of shape {tuple(tensor.shape)} on {tensor.device}; a weight of shape {tuple(weight.shape)} "
+            f"on {weight.device} needs {expected} there"
         )
     if tensor.shape[1] > 1 and tensor.stride(1) != 1 and not has_no_addresses():
         raise ValueError(

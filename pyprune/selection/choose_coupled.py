@@ -54,7 +54,7 @@ def choose_coupled(
     ]
     removed = coupled_counts(method, amount, units, ordered, [int(dropped.sum()) for dropped in gone])
     kept = [lowest(score, count) for score, count in zip(ordered, removed, strict=True)]
-    return CoupledChoice(_masks(units, amount, kept), [one.name for one in units.chosen], nonfinite)
+    return CoupledChoice(unit_masks(units, amount, kept), [one.name for one in units.chosen], nonfinite)
 
 
 # ---- scores ----
@@ -139,8 +139,8 @@ def _gone(one: UnitsOfGroup, amount: Amount) -> Flags:
     return one.dropped(zeros_count=amount.from_remaining)
 
 
-def _masks(units: CoupledUnits, amount: Amount, kept: Sequence[Flags]) -> dict[Target, Tensor]:
-    """Return masks that drop units from all parameters that they lie in."""
+def unit_masks(units: CoupledUnits, amount: Amount, kept: Sequence[Flags]) -> dict[Target, Tensor]:
+    """Return masks that drop all but some units of each chosen group from all parameters that they lie in."""
     masks = {target: _base(target, amount) for target in units.targets}
     dropped = [(one, ~flags) for one, flags in zip(units.chosen, kept, strict=True)]
     # What other groups have lost stays so.

@@ -41,9 +41,10 @@ def find_block(tensor: Tensor, packed: int) -> tuple[tuple[int, int], Tensor] | 
     rows, columns = as_matrix(tuple(tensor.shape))
     kept = (tensor if tensor.dtype is torch.bool else _nonzero(tensor)).view(rows, columns)
     best: tuple[tuple[int, int], Tensor] | None = None
+    sample = kept[:_SAMPLE]
+    plain = sample.numel() // 8 + int(sample.sum()) * tensor.dtype.itemsize
     for block in _candidates(tensor, rows, columns):
-        sample = kept[:_SAMPLE]
-        if rows > 2 * _SAMPLE and _bytes(sample, block, tensor)[0] > 1.1 * packed * len(sample) / rows:
+        if rows > 2 * _SAMPLE and _bytes(sample, block, tensor)[0] > plain:
             continue
         size, mask = _bytes(kept, block, tensor)
         if size < packed:
@@ -74,6 +75,22 @@ def blocks_of(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]
     return -(-rows // block[0]), -(-columns // block[1])
 
 
+def elements_in(mask: Tensor, block: tuple[int, int], shape: tuple[int, ...]) -> int:
+    """Return how many elements of a weight a mask of blocks keeps.
+
+    Example:
+        >>> elements_in(torch.tensor([[True], [True]]), (4, 2), (5, 2))
+        10
+    """
+    sides = []
+    for size, step in zip(as_matrix(shape), block, strict=True):
+        side = torch.full((-(-size // step),), step)
+        if size % step:
+            side[-1] = size % step
+        sides.append(side)
+    return int((mask.long() @ sides[1]) @ sides[0])
+
+
 def _nonzero(tensor: Tensor) -> Tensor:
     # float8 has no comparison.
     return (tensor.float() if tensor.dtype.itemsize == 1 and tensor.is_floating_point() else tensor) != 0
@@ -91,5 +108,4 @@ def _bytes(kept: Tensor, block: tuple[int, int], tensor: Tensor) -> tuple[int, T
     rows, columns = kept.shape
     padded = torch.nn.functional.pad(kept, (0, -columns % block[1], 0, -rows % block[0]))
     mask = padded.view(len(padded) // block[0], block[0], -1, block[1]).any(3).any(1)
-    elements = int(mask.sum()) * prod(block)  # those at the ends are counted whole
-    return -(-mask.numel() // 8) + elements * tensor.dtype.itemsize, mask
+    return -(-mask.numel() // 8) + elements_in(mask, block, (rows, columns)) * tensor.dtype.itemsize, mask

@@ -126,7 +126,7 @@ class Checkpoint:
 
 
 def in_order(file: SparseFile) -> list[str]:
-    """List the tensors of a file in the order in which they are pruned, and written: larger types first, as they lie."""
+    """List the tensors of a file as they are pruned and written: larger types first, and then as they lie."""
     entries = file.header.entries
 
     def place(name: str) -> tuple[int, int]:

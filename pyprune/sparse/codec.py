@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -11,7 +10,7 @@ LEVEL = 3
 # Smaller tensors are not worth a frame, and types that are no weights not worth a thought.
 LEAST = 256
 _SPLIT = {2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
-Bytes = npt.NDArray[np.uint8]
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 def is_coded(dtype: torch.dtype, count: int) -> bool:

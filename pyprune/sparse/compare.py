@@ -70,7 +70,7 @@ def _compare(name: str, first: Tensor, second: Tensor) -> Difference:
     if first.dtype != second.dtype:
         one.detail = f"{first.dtype}, {second.dtype}".replace("torch.", "")
     product = squares = others = 0.0
-    for a, b in zip(first.reshape(-1).split(_PIECE), second.reshape(-1).split(_PIECE), strict=True):
+    for a, b in zip(torch.split(first.reshape(-1), _PIECE), torch.split(second.reshape(-1), _PIECE), strict=True):
         x, y = a.to(torch.float64), b.to(torch.float64)
         one.zeros_gained += int(((y == 0) & (x != 0)).sum())
         one.zeros_lost += int(((x == 0) & (y != 0)).sum())

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -75,9 +76,7 @@ def expand_checkpoint(
             yield file.read(name)
             seen(name)
 
-        write_dense(
-            path, [dense(file, name, lambda name=name: pieces(name)) for name in in_order(file)], others(file)
-        )
+        write_dense(path, [dense(file, name, partial(pieces, name)) for name in in_order(file)], others(file))
 
     with Checkpoint(source) as checkpoint:
         write_like(checkpoint, target, write)

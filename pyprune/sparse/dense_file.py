@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -36,9 +35,10 @@ def write_dense(path: str | os.PathLike[str], tensors: Sequence[Dense], metadata
 
     Example:
         >>> import tempfile
+        >>> from pathlib import Path
         >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
         >>> write_dense(path, [Dense("w", torch.float32, (2,), lambda: [torch.ones(1), torch.zeros(1)])], {})
-        80
+        72
     """
     entries: dict[str, Entry] = {}
     begin = 0

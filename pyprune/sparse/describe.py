@@ -85,7 +85,7 @@ def _describe(found: TensorStats, tensor: Tensor) -> None:
     exponent_bits = _EXPONENT_BITS[tensor.dtype]
     bits = 8 * tensor.dtype.itemsize
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
-    for piece in tensor.reshape(-1).split(_PIECE):
+    for piece in torch.split(tensor.reshape(-1), _PIECE):
         words = piece.view(integers)
         magnitudes = words & torch.iinfo(integers).max
         zero = magnitudes == 0
@@ -105,11 +105,11 @@ def _describe(found: TensorStats, tensor: Tensor) -> None:
 
 def _find_patterns(found: TensorStats, tensor: Tensor) -> None:
     matrix = tensor.reshape(tensor.shape[0], -1)
-    rows, columns = matrix.shape
+    columns = matrix.shape[1]
     last = tensor.shape[-1]
     holds = [(n, m) for n, m in _N_OF_M if last % m == 0 and found.zeros >= (1 - n / m) * found.size]
     alive = torch.zeros(columns, dtype=torch.bool)
-    for part in matrix.split(max(1, _PIECE // max(1, columns))):
+    for part in torch.split(matrix, max(1, _PIECE // max(1, columns))):
         kept = part != 0
         alive |= kept.any(0)
         found.zero_rows += int((~kept.any(1)).sum())

@@ -49,7 +49,9 @@ class Encoded:
     negative_zeros: int = 0  # that became 0.0
 
 
-def encode(name: str, tensor: Tensor, options: Options, *, sparse: bool = True, zero: Tensor | None = None) -> Encoded:
+def encode(
+    name: str, tensor: Tensor, options: Options, *, sparse: bool = True, zero: Tensor | None = None
+) -> Encoded:
     """Return what stands for a tensor, which is dense if that is smaller.
 
     Args:
@@ -178,5 +180,5 @@ def _numbers(name: str, numbers: Any) -> Part:
 def _crc32(parts: list[Part]) -> int:
     found = 0
     for part in parts:
-        found = zlib.crc32(part.data, found)
+        found = zlib.crc32(part.data.data, found)
     return found

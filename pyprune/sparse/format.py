@@ -1,27 +1,24 @@
 """The format, field by field: what stands for a sparse tensor in a safetensors file.
 
-A tensor ``NAME`` of which some elements are zero becomes
+A tensor ``NAME`` with zeros becomes these entries:
 
-======================  ===============  ==========================================================================
-entry                   type, shape      content
-======================  ===============  ==========================================================================
-``NAME``                its own, [kept]  the kept values, in the order of the flat index
-``NAME_bitmask``        U8, [n / 8]      bit i = element i is kept, least significant first, bits beyond n are 0
-``NAME_shape``          I64, [dims]      the shape
-``NAME_block``          I64, [2]         if bits are of blocks of so many rows x columns (first dimension x all others)
-``NAME_zero``           its own, [1]     what all elements have had subtracted (a zero point); or one per row
-======================  ===============  ==========================================================================
+- ``NAME``, of its own type, [kept]: the kept values, in the order of the flat index.
+- ``NAME_bitmask``, U8, [ceil(n / 8)]: bit i = element i is kept, least significant first, bits beyond n are 0.
+- ``NAME_shape``, I64, [dims]: the shape.
+- ``NAME_block``, I64, [2], if bits are of blocks: their rows x columns, of the first dimension x all others.
+- ``NAME_zero``, of its own type, [1] or one per row: what all elements have had subtracted (a zero point).
 
-With a codec ``NAME`` is U8, [kept, bytes - 1], the lower bytes of the values after their bits were rotated left by one;
-``NAME_high`` is their upper bytes (of floating point, exponents) and ``NAME_bitmask`` the bits, both zstd frames.
-Dense tensors may be coded, too, without a bitmask.
+With a codec ``NAME`` is U8, [kept, bytes - 1], the lower bytes of the values after their bits were rotated left by
+one; ``NAME_high`` is their upper bytes (of bfloat16 and float32, exponents) and ``NAME_bitmask`` the bits, both zstd
+frames. Dense tensors may be coded, too, without a bitmask.
 
-``__metadata__["pyprune"]`` is JSON: ``version``, ``layout``, ``tied`` (other names of tensors that are stored once) and
-``tensors``: of each its ``dtype``, ``shape``, and ``crc32`` of its values (``NAME``, ``NAME_high``, ``NAME_zero``) and its
-bitmask; ``nnz`` kept values, ``block``, ``codec``. Files that lost it are read without, but for coded ones.
+``__metadata__["pyprune"]`` is JSON: ``version``, ``layout``, ``tied`` (other names of tensors that are stored once)
+and ``tensors``: of each its ``dtype``, ``shape``, and ``crc32`` of its values (``NAME``, ``NAME_high``,
+``NAME_zero``) and its bitmask; ``nnz`` kept values, ``block``, ``codec``, ``zero`` (true). Files that lost it are
+read without, but for coded ones.
 
-In the layout of compressed-tensors a weight ``M.weight`` becomes ``M.compressed``, ``M.bitmask`` (rows padded to bytes),
-``M.shape`` and ``M.row_offsets``; in its "sparse-24-bitmask" there are no row_offsets.
+In the layout of compressed-tensors a weight ``M.weight`` becomes ``M.compressed``, ``M.bitmask`` (rows padded to
+bytes), ``M.shape`` and ``M.row_offsets``; in its "sparse-24-bitmask" there are no row_offsets.
 """
 
 import json
@@ -109,7 +106,9 @@ def contents_of(header: Header) -> Contents:
     if type(version) is not int or version < 1:
         raise ValueError(f'its metadata "{KEY}" has version {shown(version)}, and must have a number')
     if version > VERSION:
-        raise ValueError(f"it is of version {version} of the format, and this pyprune reads up to {VERSION}; update it")
+        raise ValueError(
+            f"it is of version {version} of the format, and this pyprune reads up to {VERSION}; update it"
+        )
     layout, listed, tied = fields.get("layout"), fields.get("tensors"), fields.get("tied", {})
     if layout not in LAYOUTS or not isinstance(listed, dict) or not isinstance(tied, dict):
         raise ValueError(f'its metadata "{KEY}" is damaged: it must have a layout, and tensors')
@@ -135,10 +134,9 @@ def _stored(name: str, fields: Any, layout: str, entries: Mapping[str, Entry]) -
     if not right:
         raise ValueError(f"{name}: its metadata is damaged: {shown(fields)}")
     names = names_of(name, layout if sparse else "pyprune")
-    stored = Stored(
-        DTYPES[dtype], tuple(shape), names, sparse, codec, tuple(block) if block else None, zero, nnz, tuple(crc32),
-        padded=layout != "pyprune",
-    )  # fmt: skip
+    sizes, block = tuple(shape or ()), tuple(block) if block else None
+    padded = layout != "pyprune"
+    stored = Stored(DTYPES[str(dtype)], sizes, names, sparse, codec, block, zero, nnz, tuple(crc32 or ()), padded)
     _check_entries(name, stored, entries)
     return stored
 

@@ -7,6 +7,7 @@ from typing import TypeVar, overload
 from torch import Tensor, nn
 
 from pyprune.modules.attachments import check_module
+from pyprune.modules.undo import Change
 from pyprune.sparse.model_state import plain_names
 from pyprune.sparse.reading import SparseFile
 
@@ -41,7 +42,7 @@ def load_sparse(path: str | os.PathLike[str], model: nn.Module | None = None) ->
         TypeError: for what is no path or no model.
 
     Example:
-        >>> import tempfile, torch
+        >>> import tempfile, pyprune, torch
         >>> path = os.path.join(tempfile.mkdtemp(), "model.safetensors")
         >>> _ = pyprune.save_sparse({"weight": torch.eye(64), "bias": torch.ones(64)}, path)
         >>> pyprune.load_sparse(path)["weight"].sum().item()
@@ -57,7 +58,9 @@ def load_sparse(path: str | os.PathLike[str], model: nn.Module | None = None) ->
         wrapped = {plain: name for name, plain in plain_names(model).items()}
         _check_fits(file, {plain: model.state_dict()[name] for plain, name in wrapped.items()})
         tensors = _read(file)
-    model.load_state_dict({wrapped[name]: tensor for name, tensor in tensors.items()})
+    state = {wrapped[name]: tensor for name, tensor in tensors.items()}
+    with Change(model) as change:
+        change.finish(lambda: model.load_state_dict(state))
     return model
 
 

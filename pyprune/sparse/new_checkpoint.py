@@ -74,7 +74,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     try:
         unfinished.mkdir()
         yield unfinished
-        for path in sorted(unfinished.rglob("*")) + [unfinished]:
+        for path in [*sorted(unfinished.rglob("*")), unfinished]:
             _sync(path)
         unfinished.rename(target)
         _sync(target.absolute().parent)
@@ -95,7 +95,8 @@ def _sync(path: Path) -> None:
 
 def _write_index(checkpoint: Checkpoint, folder: Path) -> None:
     index, index_file = checkpoint.index(), checkpoint.index_file
-    assert index is not None and index_file is not None
+    assert index is not None
+    assert index_file is not None
     shards: dict[str, str] = {}
     size = 0
     for file in checkpoint.files:
@@ -103,6 +104,7 @@ def _write_index(checkpoint: Checkpoint, folder: Path) -> None:
             entries = written.header.entries
             shards |= dict.fromkeys(entries, file.path.name)
             size += sum(entry.end - entry.begin for entry in entries.values())
-    about = index.get("metadata") if isinstance(index.get("metadata"), dict) else {}
-    index |= {"metadata": {**about, "total_size": size}, "weight_map": dict(sorted(shards.items()))}
+    about = index.get("metadata")
+    about = about if isinstance(about, dict) else {}
+    index |= {"metadata": about | {"total_size": size}, "weight_map": dict(sorted(shards.items()))}
     (folder / index_file.name).write_text(json.dumps(index, indent=2) + "\n")

@@ -1,7 +1,7 @@
 """What goes of weights of which one is in memory at a time: the masks of `pyprune.selection`, or pieces without any.
 
-Weights come as functions that return them, mapped from a file. What competes in all of them is counted in one pass (in
-two or three for float32), and dropped in another, in the order of the list: ties too go as if all had been there.
+Weights come as functions that return them, mapped from a file. What competes in all of them is counted in one pass
+(two or three for float32), and dropped in another, in the order of the list: ties too go as if all had been there.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -92,7 +92,9 @@ class Choice:
         values = weight.read()
         if self._cut is None:
             mask = self._mask(number, values)
-            for piece, part in zip(values.view(-1).split(_PIECE), mask.reshape(-1).split(_PIECE), strict=True):
+            for piece, part in zip(
+                torch.split(values.view(-1), _PIECE), torch.split(mask.reshape(-1), _PIECE), strict=True
+            ):
                 yield ops.mask_weight(piece, part)
             return
         if number != self._next:
@@ -101,7 +103,7 @@ class Choice:
             )
         self._next += 1
         scales = None if self._scales is None else torch.tensor([self._scales[number]], dtype=torch.float64)
-        for piece in values.view(-1).split(_PIECE):
+        for piece in torch.split(values.view(-1), _PIECE):
             dropped = piece.clone()
             self._cut = ops.drop([dropped], self._cut, scales=scales)
             yield dropped

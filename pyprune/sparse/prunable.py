@@ -34,8 +34,8 @@ def find_weights(
 
     Args:
         checkpoint: where.
-        include: regular expressions that match names from their beginning. Only such tensors are pruned, whatever they
-            are called; without any, all but embeddings, norms and heads, as their names tell.
+        include: regular expressions that match names from their beginning. Only such tensors are pruned, whatever
+            they are called; without any, all but embeddings, norms and heads, as their names tell.
         exclude: the same, of what is left alone.
         min_size: tensors with fewer elements are left alone.
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from torch import Tensor
 from pyprune import ops
 from pyprune.methods.allocation import Amount
 from pyprune.methods.method import Method, check_amount
-from pyprune.sparse.codec import zstd
 from pyprune.sparse.checkpoint import Checkpoint, in_order
+from pyprune.sparse.codec import zstd
 from pyprune.sparse.convert import dense, others
 from pyprune.sparse.dense_file import write_dense
 from pyprune.sparse.encoding import Options
@@ -93,10 +94,10 @@ def prune_files(
         >>> import pyprune
         >>> from pyprune import importance
         >>> path = Path(tempfile.mkdtemp(), "dense.safetensors")
-        >>> _ = pyprune.save_sparse({"fc.weight": torch.randn(64, 64)}, path)
+        >>> _ = pyprune.save_sparse({"up.weight": torch.randn(64, 64)}, path)
         >>> pruned = prune_files(path, path.with_name("sparse.safetensors"), Method(importance.magnitude()), 0.9)
         >>> pruned.zeros
-        {'fc.weight': 3686}
+        {'up.weight': 3686}
     """
     if compress is not None and compress.codec is not None:
         if compress.layout != "pyprune":
@@ -200,11 +201,11 @@ def _write(file: SparseFile, path: Path, pruned: _Pruned, compress: Options | No
     chosen = pruned.choice.by_name
 
     def untouched(name: str) -> Iterator[Tensor]:
-        return iter(file.view(name).reshape(-1).split(1 << 22))
+        return iter(torch.split(file.view(name).reshape(-1), 1 << 22))
 
     if compress is None:
         tensors = [
-            dense(file, name, lambda name=name: pruned.pieces(name) if name in chosen else untouched(name))
+            dense(file, name, partial(pruned.pieces if name in chosen else untouched, name))
             for name in in_order(file)
         ]
         write_dense(path, tensors, others(file))
@@ -213,9 +214,7 @@ def _write(file: SparseFile, path: Path, pruned: _Pruned, compress: Options | No
     def read(name: str) -> Tensor:
         return pruned.whole(name, file.shape(name)) if name in chosen else file.view(name)
 
-    sources = [
-        Source(name, file.dtype(name), file.shape(name), lambda name=name: read(name)) for name in in_order(file)
-    ]
+    sources = [Source(name, file.dtype(name), file.shape(name), partial(read, name)) for name in in_order(file)]
     write_sparse(path, sources, compress, tied=file.tied, metadata=others(file))
 
 
@@ -235,6 +234,6 @@ def _check_memory(
             needed += count * 3 * size
         if needed > most:
             raise ValueError(
-                f"{name} of {count} elements needs about {needed >> 20} MiB, and {most >> 20} MiB may be taken; allow "
-                "more" + ("" if pieces else ", or let single weights of the model compete, which takes pieces")
+                f"{name} of {count} elements needs about {needed >> 20} MiB, and {most >> 20} MiB may be taken; "
+                "allow more" + ("" if pieces else ", or let single weights of the model compete, which takes pieces")
             )

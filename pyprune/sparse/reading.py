@@ -3,9 +3,12 @@
 import mmap
 import os
 import zlib
+from collections.abc import Callable
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,10 +16,12 @@ from torch import Tensor
 
 from pyprune import ops
 from pyprune.checks import check_path
-from pyprune.sparse.blocks import blocks_of, expand_blocks
+from pyprune.sparse.blocks import blocks_of, elements_in, expand_blocks
 from pyprune.sparse.codec import decompress, join
 from pyprune.sparse.format import Stored, contents_of, entries_of
 from pyprune.sparse.header import is_shape, read_header
+
+T = TypeVar("T")
 
 
 class SparseFile:
@@ -32,7 +37,7 @@ class SparseFile:
         ValueError: if the header does not describe a whole file, with the name of the tensor where it is one's fault.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, pyprune
         >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
         >>> _ = pyprune.save_sparse({"w": torch.eye(64)}, path)
         >>> with SparseFile(path) as file:
@@ -66,10 +71,8 @@ class SparseFile:
         """Let go of the file."""
         mapped, self._mapped = self._mapped, None
         if mapped is not None:
-            try:
+            with suppress(BufferError):  # something still looks into it, and closes it when it goes
                 mapped.close()
-            except BufferError:
-                pass  # something still looks into it, and closes it when it goes
 
     @property
     def names(self) -> list[str]:
@@ -125,7 +128,7 @@ class SparseFile:
             raise KeyError(f"{self.path} has no tensor {name!r}")
         return self.tensors[name]
 
-    def _checked(self, name, read, stored):  # type: ignore[no-untyped-def]
+    def _checked(self, name: str, read: Callable[[Stored], T], stored: Stored) -> T:
         try:
             return read(stored)
         except ValueError as error:
@@ -177,10 +180,6 @@ class SparseFile:
 
     def _shape_entry(self, stored: Stored) -> tuple[int, ...]:
         shape = self._numbers(stored.names.shape)
-        two_of_four = stored.padded and stored.names.row_offsets not in self.header.entries
-        if two_of_four and len(shape) == 2 and shape[1] == 1:  # "sparse-24-bitmask"
-            compressed = self.header.entries[stored.names.values].shape
-            shape = (shape[0], 2 * compressed[-1]) if compressed else shape
         if not is_shape(list(shape)):
             raise ValueError(f"its shape is {shape}, which no tensor can have")
         return shape
@@ -208,7 +207,11 @@ class SparseFile:
             blocks = blocks_of(shape, block)
             # As many values as blocks cover, or the mask is not worth its memory.
             [mask] = ops.unpack([bits], [torch.ones(_count(bits), dtype=torch.bool)], [blocks])
-            _check_cover(mask, block, shape, self._kept(stored))
+            if elements_in(mask, block, shape) != self._kept(stored):
+                raise ValueError(
+                    f"it has {self._kept(stored)} values for blocks of {elements_in(mask, block, shape)} elements; "
+                    "there must be as many"
+                )
             [bits], _ = ops.pack([expand_blocks(mask, block, shape)])
         values = self._decoded(stored, self._kept(stored)) if stored.codec else self._tensor(stored.names.values)
         [tensor] = ops.unpack([bits], [values.flatten()], [shape])
@@ -234,18 +237,6 @@ def _count(bits: Tensor) -> int:
     return int(np.unpackbits(bits.numpy()).sum())
 
 
-def _check_cover(mask: Tensor, block: tuple[int, int], shape: tuple[int, ...], kept: int) -> None:
-    """Raise unless blocks that are kept have so many elements; those at the ends are smaller."""
-    rows, columns = shape[0], prod(shape[1:])
-    heights = torch.full((mask.shape[0],), block[0])
-    widths = torch.full((mask.shape[1],), block[1])
-    if mask.numel():
-        heights[-1], widths[-1] = rows - (len(heights) - 1) * block[0], columns - (len(widths) - 1) * block[1]
-    covered = int((mask.long() @ widths) @ heights)
-    if covered != kept:
-        raise ValueError(f"it has {kept} values for blocks of {covered} elements; there must be as many")
-
-
 def _without_padding(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return bits in a row, of rows that each begin at a byte."""
     columns = shape[-1] if shape else 1
@@ -263,5 +254,7 @@ def _without_padding(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _add_zero(tensor: Tensor, zero: Tensor) -> Tensor:
     if zero.dtype != tensor.dtype or zero.dim() != 1 or len(zero) not in (1, tensor.shape[0] if tensor.dim() else 1):
-        raise ValueError(f"its zero point is {zero.dtype} of shape {tuple(zero.shape)}, and must be one, or one per row")
+        raise ValueError(
+            f"its zero point is {zero.dtype} of shape {tuple(zero.shape)}, and must be one, or one per row"
+        )
     return tensor + zero.view(-1, *(1,) * (tensor.dim() - 1)) if tensor.dim() else tensor + zero[0]

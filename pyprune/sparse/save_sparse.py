@@ -55,7 +55,7 @@ def save_sparse(
         ImportError: if the codec's package is missing.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, pyprune
         >>> model = nn.Linear(64, 64)
         >>> _ = pyprune.prune(model, "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.75)
         >>> path = os.path.join(tempfile.mkdtemp(), "model.safetensors")
@@ -104,8 +104,8 @@ def _tensors_of(model: object) -> dict[str, Tensor]:
         tensors = plain_state(model)
     for name, tensor in tensors.items():
         if not isinstance(name, str):
-            raise TypeError(f"the state has the name {shown(name)}; names must be strings")
-        place = f"state[{name!r}]"
+            raise TypeError(f"model has the name {shown(name)}; names must be strings")
+        place = f"model[{name!r}]"
         check_type(tensor, place)
         if tensor.is_meta:
             raise ValueError(f"{place} is on the meta device and has no values; load it first")

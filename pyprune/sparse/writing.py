@@ -174,9 +174,7 @@ def _is_bytes(source: Source, options: Options) -> bool:
     return options.codec is not None and is_coded(source.dtype, torch.Size(source.shape).numel())
 
 
-def _room(
-    sources: Sequence[Source], tied: Mapping[str, str], metadata: Mapping[str, str], options: Options
-) -> int:
+def _room(sources: Sequence[Source], tied: Mapping[str, str], metadata: Mapping[str, str], options: Options) -> int:
     """Return where the data may begin: enough for the header, whatever the tensors turn out to be, and the shapes."""
     room = sum(2 * len(json.dumps(one)) for pair in (*tied.items(), *metadata.items()) for one in pair) + 1000
     for source in sources:
@@ -189,7 +187,7 @@ def _room(
 
 
 def _spool(unfinished: Path) -> "tempfile.SpooledTemporaryFile[bytes]":
-    return tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY, dir=unfinished.parent)
+    return tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=str(unfinished.parent))
 
 
 def _put(file: BinaryIO, part: Part, entries: dict[str, Entry], begin: int) -> int:
@@ -200,7 +198,11 @@ def _put(file: BinaryIO, part: Part, entries: dict[str, Entry], begin: int) -> i
 
 
 def _append(
-    file: BinaryIO, bits: "tempfile.SpooledTemporaryFile[bytes]", late: list[Part], entries: dict[str, Entry], begin: int
+    file: BinaryIO,
+    bits: "tempfile.SpooledTemporaryFile[bytes]",
+    late: list[Part],
+    entries: dict[str, Entry],
+    begin: int,
 ) -> None:
     """Write the bits that have waited, which are bytes."""
     bits.seek(0)

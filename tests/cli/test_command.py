@@ -234,4 +234,5 @@ def test_parser_knows_all_commands():
     arguments = {"diff": ["a", "b"], "prune": ["a", "b"], "compress": ["a", "b"], "expand": ["a", "b"], "info": []}
     for command in COMMANDS:
         found = parser().parse_args([command, *arguments.get(command, ["a"])])
-        assert not (found.quiet or found.json)
+        assert not (found.quiet)
+        assert not (found.json)

@@ -4,7 +4,7 @@ import torch
 from pyprune import scope, solvers
 from pyprune.methods.allocation import removed_count
 from pyprune.oneshot.admm import search
-from tests.oneshot.layers import GOLDEN, best_of_rows, damped, golden, golden_layer, layer, least_squares, loss
+from tests.oneshot.layers import GOLDEN, best_of_rows, damped, golden, golden_layer, layer, loss
 
 PAIRS = scope.n_of_m(keep=2, of=4)
 
@@ -47,6 +47,8 @@ def test_admm_is_near_the_best_of_all_masks_and_never_below(competing, ratio, si
         (scope.tensor(), 0.9999, (-1,)),
         (None, 0.3, (-1,)),
         (scope.row(), 0.7, (6, -1)),
+        (scope.columns(16), 0.7, (1, -1)),
+        (scope.columns(5), 0.5, None),
         (PAIRS, None, (6, -1, 4)),
         (scope.n_of_m(keep=1, of=4), None, (6, -1, 4)),
         (scope.n_of_m(keep=3, of=4), 0.25, (6, -1, 4)),
@@ -57,6 +59,9 @@ def test_admm_is_near_the_best_of_all_masks_and_never_below(competing, ratio, si
 def test_admm_keeps_exactly_so_many(competing, ratio, shape, dead):
     weight, gram = layer(dead=dead)
     solution = solvers.admm().solve(weight, gram, scope=competing, ratio=ratio, mask=None)
+    if shape is None:
+        assert [int((~part).sum()) for part in solution.mask.split(5, 1)] == [15, 15, 15, 3]
+        return
     groups = solution.mask.view(shape)
     size = groups.shape[-1]
     dropped = removed_count(size, competing.ratio if ratio is None else ratio)
@@ -86,7 +91,7 @@ def test_admm_takes_n_of_m_along_other_sides(dim):
         assert (mask.view(8, 4, 4).sum(2) == 2).all()
 
 
-@pytest.mark.parametrize("competing", [scope.tensor(), scope.row(), PAIRS])
+@pytest.mark.parametrize("competing", [scope.tensor(), scope.columns(8), scope.row(), PAIRS])
 def test_admm_keeps_what_is_dropped_already_dropped(competing):
     weight, gram = layer()
     base = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.8
@@ -95,7 +100,7 @@ def test_admm_keeps_what_is_dropped_already_dropped(competing):
         weight, gram, scope=competing, ratio=None if competing is PAIRS else 0.5, mask=base
     )
     assert not (solution.mask & ~base).any()
-    if competing.name == "tensor":
+    if competing.name in ("tensor", "columns"):
         assert int((~solution.mask).sum()) == weight.numel() // 2
     nothing = torch.zeros_like(base)
     solution = solvers.admm().solve(weight, gram, scope=scope.tensor(), ratio=0.5, mask=nothing)
@@ -105,7 +110,9 @@ def test_admm_keeps_what_is_dropped_already_dropped(competing):
 
 @pytest.mark.parametrize(("rows", "columns", "tokens"), [(48, 64, 200), (1, 96, 300), (40, 100, 30)])
 @pytest.mark.parametrize(("competing", "ratio"), [(scope.tensor(), 0.5), (scope.tensor(), 0.7), (PAIRS, None)])
-def test_admm_is_better_than_least_squares_on_the_mask_of_wanda(rows, columns, tokens, competing, ratio):
+def test_admm_is_better_than_least_squares_on_the_masks_of_wanda_and_sparsegpt(
+    rows, columns, tokens, competing, ratio
+):
     weight, gram = layer(rows, columns, tokens=tokens)
     matrix = damped(gram)
     scores = weight.abs() * gram.diagonal().sqrt()
@@ -114,9 +121,11 @@ def test_admm_is_better_than_least_squares_on_the_mask_of_wanda(rows, columns, t
         mask = (groups.argsort(-1).argsort(-1) >= 2).view_as(weight)
     else:
         mask = (scores.flatten().argsort().argsort() >= removed_count(weight.numel(), ratio)).view_as(weight)
-    polished = solvers.least_squares().solve(weight, gram, scope=None, ratio=None, mask=mask)
     found = solvers.admm().solve(weight, gram, scope=competing, ratio=ratio, mask=None)
-    assert loss(weight, found.weight, matrix) < loss(weight, polished.weight, matrix)
+    other = solvers.sparsegpt().solve(weight, gram, scope=competing, ratio=ratio, mask=None).mask
+    for one in (mask, other):
+        polished = solvers.least_squares().solve(weight, gram, scope=None, ratio=None, mask=one)
+        assert loss(weight, found.weight, matrix) < loss(weight, polished.weight, matrix)
 
 
 @pytest.mark.parametrize("rho", [1e-4, 0.1, 100.0])

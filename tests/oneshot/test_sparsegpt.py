@@ -196,6 +196,13 @@ def test_sparsegpt_solves_half_types_in_float32(dtype):
     assert torch.equal(found.weight, same.weight)
 
 
+def test_sparsegpt_is_not_rounded_by_autocast():
+    weight, gram = problem(8, 150, dtype=F32)
+    plain = solve(weight, gram, scope.tensor(), 0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(solve(weight, gram, scope.tensor(), 0.5).weight, plain.weight)
+
+
 @pytest.mark.parametrize("ratio", [0.01, 0.33, 0.5, 0.77, 0.999])
 @pytest.mark.parametrize(
     ("among", "sets"),

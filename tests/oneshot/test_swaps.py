@@ -9,6 +9,7 @@ from tests.oneshot.layers import damped, layer, least_squares, loss
 SCOPES = {
     "row": (scope.row(), 16),
     "tensor": (scope.tensor(), 16),
+    "columns": (scope.columns(8), 8),
     "2 of 4": (scope.n_of_m(keep=2, of=4), 4),
     "1 of 4": (scope.n_of_m(keep=1, of=4), 4),
     "5 of 8": (scope.n_of_m(keep=5, of=8), 8),

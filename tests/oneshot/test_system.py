@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ SOLVERS = {
     "least squares": solvers.least_squares(),
     "ADMM": solvers.admm(),
     "swaps": solvers.swaps(),
+    "SparseGPT": solvers.sparsegpt(),
 }
 NAN = float("nan")
 
@@ -133,7 +136,6 @@ def test_damped_says_when_no_damping_helps():
 def test_solve_of_a_gram_without_rank_is_finite_at_any_damping(name):
     weight, gram = layer(4, 40, tokens=3)
     for damping in (0.0, 1e-6, 0.01):
-        solver = {"least squares": solvers.least_squares, "ADMM": solvers.admm, "swaps": solvers.swaps}[name]
-        solution = solve(solver(damping=damping), weight, gram)
+        solution = solve(dataclasses.replace(SOLVERS[name], damping=damping), weight, gram)
         assert bool(solution.weight.isfinite().all())
         assert solution.damping >= damping

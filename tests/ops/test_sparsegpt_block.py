@@ -1,4 +1,4 @@
-"""Tests of the columns of a block of SparseGPT: the same bits as plain torch, whatever the shape, layout and kernel."""
+"""Tests of the columns of a block of SparseGPT: the bits of plain torch, whatever the shape, layout and kernel."""
 
 import pytest
 import torch

@@ -262,6 +262,12 @@ PAIRS = Method(importance.magnitude(), scope=scope.n_of_m(keep=2, of=4))
             ValueError,
             "in the groups a and b",
         ),
+        (
+            Method(importance.magnitude(), scope=scope.columns(8)),
+            {"ratio": 0.5},
+            ValueError,
+            r"scope is columns.*scope\.tensor",
+        ),
         (Method(lambda weight: weight[:1]), {"ratio": 0.5}, ValueError, "one score for each element"),
         (Method(lambda weight: weight / 0), {"ratio": 0.5}, ValueError, "NaN or infinite scores by <lambda>"),
     ],

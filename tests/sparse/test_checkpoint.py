@@ -61,7 +61,7 @@ def test_checkpoint_refuses_what_cannot_be_told(tmp_path, folder):
     with pytest.raises(ValueError, match="which is meant cannot be told"):
         Checkpoint(folder)
     twice = save_sharded(tmp_path / "twice", [{"a": torch.ones(1), "c": torch.ones(1)}, {"a": torch.ones(2)}])
-    with pytest.raises(ValueError, match="a is in model-00001.* and in model-00002"):
+    with pytest.raises(ValueError, match=r"a is in model-00001.* and in model-00002"):
         Checkpoint(twice)
 
 

@@ -1,5 +1,5 @@
 // How many elements have magnitude bits in each of many equal intervals: table[(bits - low) >> shift] for those that
-// fall into it; returns how many are below all. Reads each element once; what falls next to each other twice in a row goes to two tables, because a
+// fall into it. Returns how many are below `low`. Reads each element once; neighbours go to two tables, because a
 // counter that was just written takes long to be read again.
 #pragma once
 

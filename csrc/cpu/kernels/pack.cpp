@@ -1,5 +1,6 @@
 #include "pack.h"
 
+#include <algorithm>
 #include <cstring>
 
 #if defined(__SSE2__)
@@ -107,7 +108,7 @@ void unpack_rest(const uint8_t* bits, const T* values, T* out, int64_t i, int64_
     out[i] = static_cast<T>(values[done] & static_cast<T>(-bit));
     done += bit;
   }
-  std::memset(out + i, 0, (count - i) * sizeof(T));
+  std::fill(out + i, out + count, T{0});
 }
 
 // Lanes<T>: so many elements in a register, of which those of a set (a bit for each) are moved to its front, or come
@@ -121,8 +122,7 @@ template <>
 struct Lanes<uint32_t> {
   static constexpr int kWidth = 16;
   static void pack(const uint32_t* data, uint32_t* values, uint64_t set) {
-    _mm512_storeu_si512(values,
-                        _mm512_maskz_compress_epi32(static_cast<__mmask16>(set), _mm512_loadu_si512(data)));
+    _mm512_storeu_si512(values, _mm512_maskz_compress_epi32(static_cast<__mmask16>(set), _mm512_loadu_si512(data)));
   }
   static void unpack(const uint32_t* values, uint32_t* out, uint64_t set) {
     _mm512_storeu_si512(out, _mm512_maskz_expand_epi32(static_cast<__mmask16>(set), _mm512_loadu_si512(values)));

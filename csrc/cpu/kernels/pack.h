@@ -1,11 +1,11 @@
-// A row of elements as one bit for each and the values of those whose bit is set, and back. Elements are bits of 1, 2,
-// 4 or 8 bytes, whatever they mean.
+// A row of elements as one bit for each and the values of those whose bit is set, and back. Elements are bits of 1,
+// 2, 4 or 8 bytes, whatever they mean.
 //
 // pack_bits: bit i (least significant first) says whether data[i] & significant is not 0; returns how many are set.
 // Bits behind the last element are 0. Reads the data once, writes an eighth of a byte per element.
-// pack_values: appends data[i] to `values` where bit i is set. unpack_values: the reverse, with zeros elsewhere. `kept`
-// is how many bits are set; nothing is written or read behind them. Both move one item size per element, one per kept
-// element, and the bits.
+// pack_values: appends data[i] to `values` where bit i is set. unpack_values: the reverse, with zeros elsewhere.
+// `kept` is how many bits are set; nothing is written or read behind them. Both move one item size per element, one
+// per kept element, and the bits.
 #pragma once
 
 #include <cstdint>

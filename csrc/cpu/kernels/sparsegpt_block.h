@@ -2,8 +2,9 @@
 //
 // With d_i = w_i - (what column i becomes), and s_j = sums_j + sum of d_i R_ij over the columns i < j of the block:
 // where the mask keeps, d_j = -s_j / R_jj and the weight becomes w_j - d_j; elsewhere d_j = w_j and it becomes +0.
-// sums_j becomes d_j. With N:M each `size` columns choose as they are reached: those stay that have the `kept` largest
-// scores |w_j R_jj + s_j|, with s_j as if all of them stayed; of equal ones the last. What the mask lacks never stays.
+// sums_j becomes d_j. With N:M each `size` columns choose as they are reached: those stay that have the `kept`
+// largest scores |w_j R_jj + s_j|, with s_j as if all of them stayed; of equal ones the last. What the mask lacks
+// never stays.
 //
 // Rows lie side by side in vectors and no sum crosses them; products are rounded before they are added, in the order
 // of i: the same bits for any capability. columns / 2 multiply-adds per element from the first-level cache; weight,
@@ -49,7 +50,7 @@ constexpr int64_t sparsegpt_room(int64_t columns) {
 }  // namespace pyprune
 
 // pack_factor: R, whose rows are `step` apart, in the order in which sparsegpt_rows reads it.
-#define PYPRUNE_DECLARE_SPARSEGPT_BLOCK                                                                           \
+#define PYPRUNE_DECLARE_SPARSEGPT_BLOCK                                                                         \
   void pack_factor(const void* factor, int64_t step, Dtype dtype, int64_t columns, int64_t size, void* packed); \
   void sparsegpt_rows(const SparseGptRows& block, const void* packed, void* room);
 

@@ -1,10 +1,10 @@
 // Contiguous elements as one bit each and the values of those whose bit is set, and back: see cpu/kernels/pack.h.
 //
-// A block takes tiles of kPackTile elements, a warp 32 neighbours at a time, whose bits are its ballot. First the bits
-// of each tile are written or counted, then the counts are summed up in one block, so that each tile knows where its
-// values lie; a thread finds its own among them by the bits before it. Integers only: the same on every run.
-// Moves per element: its own size twice (pack: found, then moved) or once (unpack), one size per kept element, and the
-// bits.
+// A block takes tiles of kPackTile elements, a warp 32 neighbours at a time, whose bits are its ballot. First the
+// bits of each tile are written or counted, then the counts are summed up in one block, so that each tile knows where
+// its values lie; a thread finds its own among them by the bits before it. Integers only: the same on every run.
+// Moves per element: its own size twice (pack: found, then moved) or once (unpack), one size per kept element, and
+// the bits.
 #pragma once
 
 #include <cub/block/block_scan.cuh>
@@ -117,7 +117,8 @@ void launch_pack_bits(const T* data, T significant, int64_t count, uint8_t* bits
                       cudaStream_t stream) {
   const int64_t tiles = pack_tiles(count);
   if (tiles > 0) {
-    launch(&pack_bits_kernel<T>, blocks_for(tiles), kPackThreads, stream, data, significant, count, bits, tile_counts);
+    launch(&pack_bits_kernel<T>, blocks_for(tiles), kPackThreads, stream, data, significant, count, bits,
+           tile_counts);
   }
   launch(&sum_tiles_kernel, 1, 1024, stream, tile_counts, tiles);
 }

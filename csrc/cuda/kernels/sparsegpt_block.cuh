@@ -1,9 +1,9 @@
 // The columns of a block of SparseGPT: what csrc/cpu/kernels/sparsegpt_block.h says, with the same bits.
 //
-// A thread has a row, and keeps the sums of four columns at a time in registers. The differences of the columns before
-// are read from `sums`, where the thread has written them: 32 rows of 128 columns stay in the first-level cache. All
-// threads read the same element of the factor. Without contraction (--fmad=false).
-// Layout: columns one after the other. Moves per element: weight, sums and mask, read and written once.
+// A thread has a row, and keeps the sums of four columns at a time in registers. The differences of the columns
+// before are read from `sums`, where the thread has written them: 32 rows of 128 columns stay in the first-level
+// cache. All threads read the same element of the factor. Without contraction (--fmad=false). Layout: columns one
+// after the other. Moves per element: weight, sums and mask, read and written once.
 #pragma once
 
 #include <cstdint>
