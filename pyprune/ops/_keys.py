@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-Integers = npt.NDArray[Any]
+Integers = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True)
