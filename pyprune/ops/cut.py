@@ -35,7 +35,7 @@ class Cut:
 
     @property
     def score(self) -> float:
-        """The score at the cut: what is smaller goes."""
+        """The score at the cut; what is smaller goes."""
         if self.key < 0:
             return 0.0
         return float(np.array(self.key, np.int64 if self.wide else np.int32).view("f8" if self.wide else "f4"))

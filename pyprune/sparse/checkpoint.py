@@ -36,7 +36,7 @@ class Checkpoint:
 
     Attributes:
         files: the open files, in the order of their names.
-        places: where each tensor is, by its name: in the order of the files, and of `in_order` in each.
+        places: where each tensor is, by its name: in the order of the files, and of ``in_order`` in each.
 
     Raises:
         FileNotFoundError: if there is nothing, or a file is missing that the index names.

@@ -18,6 +18,8 @@ from pyprune.methods.layout import Layout
 from pyprune.methods.method import Method
 from pyprune.methods.name_rules import by_name
 from pyprune.methods.unit_groups import Member, UnitGroup, Weight, spread_units
+from pyprune.ops.cut import find_cut
+from pyprune.ops.drop import kept_by
 from pyprune.selection.choose_units import choose_units, ratios_of
 from pyprune.selection.limits import capped_counts
 from pyprune.selection.scores import is_magnitude_of_elements, keys, unit_scores
@@ -159,7 +161,7 @@ class Choice:
         counts = [0] * len(chosen)
         for place, number in enumerate(competing):
             units, _ = self._scored(number)
-            mask, cut = ops.kept_by(cut, units, self._scales[place] if self._scales else None)
+            mask, cut = kept_by(cut, units, self._scales[place] if self._scales else None)
             counts[number] = int(ops.count_zeros([mask]))
         return counts
 
@@ -174,7 +176,7 @@ class Choice:
             self._seen(self.weights[numbers[place]].name)
             return units
 
-        found = ops.find_cut(read, [self._dtype(number) for number in numbers], removed, scales)
+        found = find_cut(read, [self._dtype(number) for number in numbers], removed, scales)
         _check_finite([self.weights[number].name for number in numbers], found.nonfinite, self.method)
         self.score = found.score
         return found

@@ -78,7 +78,8 @@ def prune_files(
         target: where nothing is: a file if source is one, otherwise a folder. None: only find what goes.
         method: how, within scope model, tensor, row or n_of_m.
         ratio, allocation, min_ratio, max_ratio: as in `pyprune.prune`.
-        include, exclude, min_size: which tensors are pruned; see `find_weights`.
+        include, exclude: patterns of names, as of the command: only these are pruned, and these are not.
+        min_size: tensors with fewer elements are left alone.
         inputs_first: patterns of names of weights that are inputs by outputs, as those of GPT-2 are.
         statistics: a safetensors file of what the importance needs, by the names of weights: norms of inputs
             (`importance.wanda`) or scores (`importance.given`).
