@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from bench_admm import ADMM, ADMM_2_OF_4
 from bench_capability import CAPABILITY
 from bench_count import COUNT
 from bench_fold import FOLD
@@ -19,6 +20,7 @@ from bench_masks import LOCAL, NORMALISED, RAW
 from bench_rb_loss import LOSS
 from bench_remaining import CAPPED, LAMP, REMAINING
 from bench_shrink import LATENCY, SHRINK, TRACE
+from bench_sparsegpt import GRAM, TWO_OF_FOUR, UNSTRUCTURED
 from bench_torch_prune import ONCE
 from bench_training import COMPILED, KEPT
 from bench_training import MASKED as MASKED_STEP
@@ -41,6 +43,7 @@ class Goal:
     peers: dict[str, float] = field(default_factory=dict)
     floor: tuple[float, float] | None = None  # on ResNet-50, and on all others
     memory: dict[str, float] = field(default_factory=dict)
+    models: tuple[str, ...] = ()  # all, if there are none
 
 
 GOALS = [
@@ -80,8 +83,21 @@ GOALS = [
     Goal(LOSS, FP32, {"NNCF, eager": 6, "NNCF, compiled": 2.5}, (1.5, 1.5)),
     Goal(TRACE, FP32, floor=(5.0, 8.0)),  # 4 forward passes and 1 ms per operation come to about as much
     Goal(LATENCY, FP32, floor=(1 / 2.5, 1 / 1.5)),
+    *(
+        Goal(group, FP32, {"the authors' algorithm": factor}, floor, models=(model,))
+        for model, unstructured, of_four, floor in (
+            ("768x768", 5, 6, None),
+            ("768x3072", 2.5, 2.3, None),
+            ("2048x2048", 3.7, 3.3, (2.0, 2.0)),
+            ("4096x4096", 3.3, 2.7, (2.0, 2.0)),
+        )
+        for group, factor in ((UNSTRUCTURED, unstructured), (TWO_OF_FOUR, of_four))
+    ),
+    Goal(GRAM, FP32, {"torch, all of X^T X": 1.5}, models=("2048x2048",)),
+    *(Goal(group, FP32, {"ALPS by eigenvectors": 2}, models=("576x576",)) for group in (ADMM, ADMM_2_OF_4)),
 ]  # fmt: skip
-JUDGED = ("resnet50", "bert", "llama", "resnet18", "encoder", "mobilenet_v2", "minilm")
+JUDGED = ("resnet50", "bert", "llama", "resnet18", "encoder", "mobilenet_v2", "minilm",
+          "576x576", "768x768", "768x3072", "2048x2048", "4096x4096")  # fmt: skip
 SECONDS = 5.0  # to remove what is dead, and to verify it
 MASKS = (RAW, NORMALISED, LOCAL)
 PORTABLE = 2.5  # times what the best build takes, at most
@@ -138,11 +154,13 @@ def verdicts(rows: list[Row]) -> list[Verdict]:
 
 def usual(rows: list[Row], any_weights: bool = False) -> list[Row]:
     """Return what goals are judged by."""
-    threads = max((row["threads"] for row in rows), default=0)
+    threads: dict[str, int] = {}  # the most that a job was measured with
+    for row in rows:
+        threads[row["job"]] = max(row["threads"], threads.get(row["job"], 0))
     return [
         row
         for row in rows
-        if row["threads"] == threads
+        if row["threads"] == threads[row["job"]]
         and row["ratio"] == 0.7
         and (any_weights or row["weights"] == "normal")
         and row["samples_ms"]
@@ -151,7 +169,7 @@ def usual(rows: list[Row], any_weights: bool = False) -> list[Row]:
 
 def judge(goal: Goal, rows: list[Row]) -> Iterator[Verdict]:
     ours = [row for row in rows if row["group"] == goal.group and row["way"] == "pyprune"]
-    ours = [row for row in ours if row["dtype"] in goal.dtypes]
+    ours = [row for row in ours if row["dtype"] in goal.dtypes and (not goal.models or row["model"] in goal.models)]
     for peer, factor in goal.peers.items():
         wanted = f"at least {factor:g} x"
         for row in ours:

@@ -56,6 +56,42 @@ def distance_sums_filter_by_filter(filters: Tensor) -> Tensor:
     return torch.stack([(filters - one).norm(2, dim=1).sum() for one in filters])
 
 
+def sparsegpt_by_columns(
+    weight: Tensor, gram: Tensor, *, ratio: float = 0.5, removed: int = 0, of: int = 0, block: int = 128
+) -> Tensor:
+    """Prune a layer by the algorithm of SparseGPT's authors: the inverse's factor, and a loop over the columns."""
+    left, h = weight.clone(), gram.clone()
+    dead = h.diagonal() == 0
+    h.diagonal()[dead] = 1
+    left[:, dead] = 0
+    h.diagonal().add_(0.01 * h.diagonal().mean())
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    losses = torch.zeros(len(weight))
+    for start in range(0, weight.shape[1], block):
+        end = min(start + block, weight.shape[1])
+        part, square = left[:, start:end].clone(), factor[start:end, start:end]
+        errors, costs, diagonal = torch.zeros_like(part), torch.zeros_like(part), square.diagonal()
+        drop = torch.zeros_like(part, dtype=torch.bool)
+        if not of:
+            scores = part.square() / diagonal.square()
+            drop = scores <= scores.flatten().sort().values[int(scores.numel() * ratio)]
+        for j in range(end - start):
+            if of and j % of == 0:
+                scores = part[:, j : j + of].square() / diagonal[j : j + of].square()
+                drop.scatter_(1, j + scores.topk(removed, dim=1, largest=False).indices, True)
+            kept = part[:, j].clone()
+            kept[drop[:, j]] = 0
+            costs[:, j] = (part[:, j] - kept).square() / diagonal[j].square()
+            error = (part[:, j] - kept) / diagonal[j]
+            part[:, j:] -= error[:, None] @ square[j : j + 1, j:]
+            errors[:, j] = error
+            part[:, j] = kept
+        left[:, start:end] = part
+        losses += costs.sum(1) / 2
+        left[:, end:] -= errors @ factor[start:end, end:]
+    return left
+
+
 def kthvalue_per_tensor(weights: list[Tensor], removed: list[int]) -> list[Tensor]:
     scores = [weight.abs() for weight in weights]
     bounds = [score.flatten().kthvalue(max(count, 1)).values for score, count in zip(scores, removed, strict=True)]
@@ -166,6 +202,70 @@ def nncf_rb_loss(logits: list[Tensor]) -> Tensor:
     kept = sum(Threshold.apply(torch.sigmoid(one)).sum() for one in logits)
     count = sum(one.numel() for one in logits)
     return ((kept / count - (1 - TARGET)) / P) ** 2
+
+
+def alps_by_eigenvectors(weight: Tensor, gram: Tensor, ratio: float | None = None) -> tuple[Tensor, int]:
+    """Do what the code of ALPS does: ADMM with (H + rho)^-1 by eigenvectors, and ten steps of conjugate gradients.
+
+    Without a ratio 2 of 4 stay.
+    """
+    gram = gram.clone()
+    gram.diagonal().add_(0.01 * gram.diagonal().mean())
+    size = gram.diagonal().sqrt()
+    gram = gram / size / size[:, None]
+    wanted = (weight * size).T.contiguous()
+    outputs = gram @ wanted
+    removed = round((0.5 if ratio is None else ratio) * weight.numel())
+    kept = weight.numel() - removed
+    values, vectors = torch.linalg.eigh(gram.double())
+
+    def inverse(rho: float) -> Tensor:
+        return ((vectors / (values + rho)) @ vectors.T).to(gram.dtype)
+
+    def project(tensor: Tensor) -> Tensor:
+        if ratio is None:
+            groups = tensor.T.reshape(-1, 4).clone()
+            return groups.scatter(1, groups.square().topk(2, 1, largest=False).indices, 0).reshape(weight.shape).T
+        flat = tensor.reshape(-1).clone()
+        flat[flat.square().topk(removed, largest=False).indices] = 0
+        return flat.view_as(tensor)
+
+    def error(tensor: Tensor) -> Tensor:
+        return ((tensor - wanted) * (gram @ tensor - outputs)).sum()
+
+    rho, has_grown, count = 0.1, False, 0
+    split = first = project(wanted)
+    dual, support, solve = torch.zeros_like(wanted), first != 0, inverse(rho)
+    for count in range(1, 301):
+        pulled = solve @ (outputs - dual + rho * split)
+        split = project(pulled + dual / rho)
+        dual = dual + rho * (pulled - split)
+        error(project(pulled))  # it is reported
+        if count % 3:
+            continue
+        now = split != 0
+        changed = float((now != support).sum()) / kept
+        support = now
+        if changed == 0 and has_grown:
+            break
+        if changed == 0:
+            rho, split, dual, support = rho / 5, first, torch.zeros_like(wanted), first != 0
+        else:
+            rho, has_grown = rho * (1.3 if changed > 0.1 else 1.2 if changed > 0.005 else 1.1), True
+        if count > 30 and changed < 3e-4:
+            break
+        solve = inverse(rho)
+    solved = project(pulled)
+    mask = (solved != 0).to(gram.dtype)
+    left = (outputs - gram @ solved) * mask
+    direction, energy = left, left.square().sum(0)
+    for _ in range(10):
+        image = (gram @ direction) * mask
+        length = energy / ((direction * image).sum(0) + 1e-8)
+        solved, left = solved + length * direction, left - length * image
+        energy, before = left.square().sum(0), energy
+        direction = left + energy / (before + 1e-8) * direction
+    return solved.T / size, count
 
 
 def scores_of_channels(weight: Tensor, block: Sequence[int]) -> Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
+import bench_admm
 import bench_capability
 import bench_count
 import bench_fold
@@ -16,6 +17,7 @@ import bench_masks
 import bench_rb_loss
 import bench_remaining
 import bench_shrink
+import bench_sparsegpt
 import bench_torch_prune
 import bench_training
 import bench_units
@@ -37,11 +39,14 @@ JOBS: dict[str, ModuleType] = {
     "capability": bench_capability,
     "growth": bench_growth,
     "shrink": bench_shrink,
+    "sparsegpt": bench_sparsegpt,
+    "admm": bench_admm,
 }
 PEERS = ("none", "quick", "all")
 LISTS_JOBS = ("masks", "remaining", "fold", "count", "units")
 BOTH = tuple(DTYPES)
 SMALLER = ("resnet50", "mobilenet_v2", "minilm")
+LAYERS = ("768x768", "768x3072", "2048x2048", "4096x4096")
 ADVERSARIAL = ("equal", "two-values", "sorted", "heavy-tailed", "one-binade")
 
 
@@ -86,6 +91,8 @@ BENCH = [
     Slice(("capability",), ("resnet50",)),
     Slice(("growth",), ("1M", "4M", "16M", "64M")),
     Slice(("shrink",), SMALLER),
+    Slice(("sparsegpt",), ("768x768", "2048x2048"), threads=(1,)),
+    Slice(("admm",), ("576x576",), threads=(1,)),
 ]
 QUICK = [
     Slice(("geometric_median",), ("tiny",)),
@@ -93,6 +100,8 @@ QUICK = [
     Slice(("training",), ("convnet",)),
     Slice(("growth",), ("1M", "4M", "16M")),
     Slice(("shrink",), ("mobilenet_v2",)),
+    Slice(("sparsegpt",), ("768x768",), threads=(1,)),
+    Slice(("admm",), ("576x576",), threads=(1,)),
 ]
 # Not all combinations, which would take days: one axis is varied at a time, and peers run where they say something
 # new. What needs over 20 GB or many minutes is left out, and says so in its place.
@@ -115,4 +124,6 @@ FULL = [
     Slice(("capability",), ("resnet50", "bert")),
     Slice(("growth",), tuple(SIZES), BOTH),
     Slice(("shrink",), SMALLER, peers="all"),
+    Slice(("sparsegpt",), LAYERS, threads=(1,), peers="all"),
+    Slice(("admm",), ("576x576", "768x3072"), threads=(1,), peers="all"),
 ]

@@ -40,6 +40,8 @@ torch_prune     memory: of the state too, which is twice the weights
 gates           floor: reads weight and logit, writes; reads these and a gradient, writes two. One tensor: as many
                 gates as the model has weights; our outputs exist, unless it says fresh
 compiled        under torch.compile; the time to compile is left out
+SparseGPT       floor: as many multiplications as the Cholesky factor and the updates take, in products of matrices;
+                torch's rate. Gram: of half of the product
 smaller         half of each group goes; x floor is beside a forward pass on as many threads, and of the result beside
                 the dense network, both on one thread. Torch-Pruning was told what it does not find: the last layer
                 and the heads"""

@@ -42,10 +42,16 @@ def tiny() -> Shapes:
     return [(8, 3, 3, 3), (16, 8, 1, 1), (40, 16), (3, 5)]
 
 
-SIZES = {"1M": 1, "4M": 4, "16M": 16, "64M": 64, "256M": 256, "1B": 1024, "2B": 2048}
-LISTS: dict[str, Callable[[], Shapes]] = {"resnet50": resnet50, "bert": bert_base, "llama": llama, "tiny": tiny} | {
-    name: lambda count=count: [(1024, 1024)] * count for name, count in SIZES.items()
+MATRICES: dict[str, Callable[[], Shapes]] = {
+    f"{rows}x{columns}": lambda shape=(rows, columns): [shape]
+    for rows, columns in ((16, 32), (576, 576), (768, 768), (768, 3072), (2048, 2048), (4096, 4096))
 }
+SIZES = {"1M": 1, "4M": 4, "16M": 16, "64M": 64, "256M": 256, "1B": 1024, "2B": 2048}
+LISTS: dict[str, Callable[[], Shapes]] = (
+    {"resnet50": resnet50, "bert": bert_base, "llama": llama, "tiny": tiny}
+    | MATRICES
+    | {name: lambda count=count: [(1024, 1024)] * count for name, count in SIZES.items()}
+)
 
 
 class Stack(nn.Module):

@@ -46,6 +46,12 @@ STABLE_TORCH_LIBRARY(pyprune, m) {
   // masks[i] = unit_masks[i], each repeated over its unit.
   m.def("expand(Tensor[] unit_masks, int[] blocks, Tensor(a!)[] masks) -> ()");
 
+  // The columns of a block of SparseGPT (float32 or float64 matrices, columns one after the other): weight and sums
+  // become what is left and what went, the mask is given or, with of > 0, keeps `keep` of each `of` columns and none
+  // that it dropped before.
+  m.def(
+      "sparsegpt_block(Tensor(a!) weight, Tensor(b!) sums, Tensor factor, Tensor(c!) mask, int keep, int of) -> ()");
+
   // Number of elements equal to zero (False for bool) in each tensor: int64 [n].
   m.def("count_zeros(Tensor[] tensors) -> Tensor");
 

@@ -16,7 +16,7 @@ from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util.nodes import make_refnode
 
 import pyprune
-from pyprune import granularity, importance, ops, schedules, scope, torch_prune
+from pyprune import allocations, granularity, importance, ops, schedules, scope, solvers, torch_prune
 
 HERE = Path(__file__).parent
 
@@ -80,6 +80,8 @@ _INVENTORIES = tempfile.TemporaryDirectory()  # removed when Python ends
 intersphinx_mapping = dict(inventories())
 
 MODULES = {
+    "allocations": allocations,
+    "solvers": solvers,
     "importance": importance,
     "granularity": granularity,
     "scope": scope,

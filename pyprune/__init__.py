@@ -19,6 +19,10 @@ from pyprune.modules.optimizer import check_optimizer, gate_parameters, weight_p
 from pyprune.modules.statistics import pruning_statistic
 from pyprune.modules.statistics_result import ModelPruningStatistic, TensorPruningStatistic
 from pyprune.modules.strip import StripFormat, strip
+from pyprune.oneshot import allocations, solvers
+from pyprune.oneshot.one_shot_result import OneShotResult, PrunedWeight
+from pyprune.oneshot.prune_one_shot import prune_one_shot
+from pyprune.oneshot.prune_with_gradients import prune_with_gradients
 from pyprune.oneshot.retrain_free import prune_retrain_free
 from pyprune.oneshot.retrain_free_result import RetrainFree
 from pyprune.ops.build_info import build_info
@@ -26,9 +30,11 @@ from pyprune.recipes.recipe import Recipe
 from pyprune.recipes.recipe_pruner import RecipePruner
 from pyprune.selection.prune import prune
 from pyprune.selection.thresholds import ratios_below
+from pyprune.structured.block_scores import block_scores
 from pyprune.structured.drop_blocks import drop_blocks
 from pyprune.structured.drop_experts import drop_experts
 from pyprune.structured.dropped import Dropped
+from pyprune.structured.expert_scores import expert_scores
 from pyprune.structured.groups import coupled_groups
 from pyprune.structured.plan import Plan
 from pyprune.structured.rebuild import rebuild
@@ -75,8 +81,10 @@ __all__ = [
     "MovementPruner",
     "MultiStepMagnitudePruningScheduler",
     "MultiStepRBPruningScheduler",
+    "OneShotResult",
     "Plan",
     "PruneMode",
+    "PrunedWeight",
     "Pruner",
     "PruningRound",
     "RBLoss",
@@ -95,14 +103,17 @@ __all__ = [
     "__version__",
     "ac_dc",
     "allocation_from_sensitivity",
+    "allocations",
     "attach_gate",
     "batch_norm_adaptation",
+    "block_scores",
     "build_info",
     "calibrate",
     "check_optimizer",
     "coupled_groups",
     "drop_blocks",
     "drop_experts",
+    "expert_scores",
     "gate_parameters",
     "get_config",
     "gmp",
@@ -117,7 +128,9 @@ __all__ = [
     "ops",
     "plan_of",
     "prune",
+    "prune_one_shot",
     "prune_retrain_free",
+    "prune_with_gradients",
     "pruning_statistic",
     "ratios_below",
     "reapply",
@@ -130,6 +143,7 @@ __all__ = [
     "shrink",
     "slimming_loss",
     "snip",
+    "solvers",
     "strip",
     "torch_prune",
     "upgrade_checkpoint",

@@ -271,6 +271,11 @@ def blocks(kind=""):
     return put_on(nn.Sequential(*(Residual(i) for i in range(3))), kind)
 
 
+def blocks_of(count):
+    """So many blocks, of which each is done as a whole."""
+    return {"model": nn.Sequential(*(Residual(i) for i in range(count)))}
+
+
 def experts(kind=""):
     return put_on(nn.Sequential(Experts(), nn.Linear(4, 2)), kind)
 
@@ -297,6 +302,7 @@ ROWS = torch.linspace(-1, 1, 12).reshape(3, 4)
 SHRINK = of_model(pyprune.shrink, BATCH)
 RIGHT = "UNSTRUCTURED_MAGNITUDE_GLOBAL"
 COUPLED = Method(importance.magnitude(), granularity.coupled(), scope.tensor())
+WANDA = Method(importance.wanda(), scope=scope.row())
 UNITS = of_model(pyprune.prune, COUPLED, ratio=0.4, examples_inputs=BATCH)
 
 
@@ -339,6 +345,18 @@ CALLS = {
     "prune_retrain_free by a loss": (
         dense,
         of_model(pyprune.prune_retrain_free, [BATCH], target_macs=0.7, loss_fn=loss_of),
+    ),
+    "prune_one_shot": (
+        lambda: blocks_of(1),
+        lambda things: pyprune.prune_one_shot(
+            things["model"], [ROWS], WANDA, ratio=0.5, solver=pyprune.solvers.least_squares(), blocks="0"
+        ),
+    ),
+    "prune_one_shot with masks": (
+        lambda: put_on(blocks_of(1)["model"], "with masks"),
+        lambda things: pyprune.prune_one_shot(
+            things["model"], [ROWS], LOCAL, ratio=0.6, blocks="0", reconstruct=pyprune.solvers.reconstruct(steps=2)
+        ),
     ),
     "reconstruct without sums": (
         lambda: {**masked(), "dense": dense()["model"]},
@@ -459,6 +477,14 @@ CALLS = {
     "calibrate gradients": (masked, of_model(pyprune.calibrate, [BATCH], importance.snip(), loss_fn=loss_of)),
     "calibrate activations": (masked, of_model(pyprune.calibrate, [BATCH, BATCH], importance.wanda())),
     "snip": (dense, of_model(pyprune.snip, [BATCH], loss_of, ratio=0.5)),
+    "prune_with_gradients": (
+        dense,
+        of_model(pyprune.prune_with_gradients, [BATCH], loss_of, pyprune.solvers.block_fisher(), ratio=0.5),
+    ),
+    "prune_with_gradients under masks": (
+        masked,
+        of_model(pyprune.prune_with_gradients, [BATCH], loss_of, pyprune.solvers.m_fac(), ratio=0.7),
+    ),
     "sensitivity": (dense, of_model(pyprune.sensitivity, loss_of, ratios=(0.3, 0.6), progress=False)),
     "sensitivity under masks": (masked, of_model(pyprune.sensitivity, loss_of, ratios=(0.6,), progress=False)),
     "iterative_prune": (

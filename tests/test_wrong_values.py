@@ -28,10 +28,12 @@ from pyprune import (
     SensitivityResult,
     SensitivityTarget,
     StochasticGate,
+    allocations,
     granularity,
     importance,
     schedules,
     scope,
+    solvers,
     torch_prune,
 )
 from tests.conftest import Unchanged
@@ -147,6 +149,11 @@ class Row:
     function: Callable[..., Any]
     good: Callable[[], dict[str, Any]]
     takes: dict[str, set[str]] = field(default_factory=dict)
+
+
+DAMPING = SHARE | {"1", "1.0", "np.int64(1)"}
+LARGE, TINY = {"1e308", "2**63", "2**70"}, {"5e-324"}
+OF_SOLVERS = {"damping": DAMPING, "iterations": COUNT}
 
 
 def net():
@@ -401,6 +408,72 @@ ROWS: dict[str, Row] = {
         lambda: {"model": experts(), "examples": torch.ones(2, 4), "count": 1},
         {"count": {"1", "2", "np.int64(1)"}},
     ),
+    "block_scores": Row(
+        pyprune.block_scores,
+        lambda: {"model": blocks(), "examples": torch.ones(2, 4), "importance": "influence"},
+        {"importance": set()},
+    ),
+    "expert_scores": Row(
+        pyprune.expert_scores,
+        lambda: {"model": experts(), "examples": torch.ones(2, 4), "importance": "use"},
+        {"importance": set()},
+    ),
+    "prune_one_shot": Row(
+        pyprune.prune_one_shot,
+        lambda: {
+            "model": blocks(),
+            "data": [torch.ones(2, 4)],
+            "method": Method(importance.wanda(), scope=scope.row()),
+            "ratio": 0.5,
+            "solver": solvers.least_squares(),
+            "blocks": ["0", "1"],
+            "allocation": "uniform",
+            "propagate": True,
+            "reconstruct": None,
+            "store": "memory",
+            "resume": False,
+            "ignored_scope": None,
+        },
+        {
+            "data": DATA,
+            "method": set(),
+            "ratio": SHARE | {"{'0': 0.25}", "{}"},
+            "solver": OPTIONAL,
+            "blocks": OPTIONAL | {"'1'", "['0']"},
+            "propagate": FLAG,
+            "reconstruct": OPTIONAL,
+            "store": {"a path", *TEXT} - {"''", "NUL"},
+            "resume": {"False"},
+        },
+    ),
+    "allocations.ratios": Row(
+        allocations.ratios,
+        lambda: {
+            "model": net(),
+            "allocation": allocations.progression(),
+            "ratio": 0.25,
+            "blocks": ["0", "2"],
+            "calibration": None,
+            "max_ratio": 0.5,
+            "ignored_scope": None,
+        },
+        {"ratio": SHARE, "max_ratio": SHARE | {"1", "1.0", "np.int64(1)"}, "blocks": OPTIONAL | {"['0']"}},
+    ),
+    "progression": Row(
+        allocations.progression, same(beta=0.1), {"beta": SHARE | {"1", "1.0", "np.int64(1)", "-1", "-0.25"}}
+    ),
+    "owl": Row(allocations.owl, same(m=3.0, spread=0.08), {"m": POSITIVE, "spread": SHARE - {"0", "0.0"}}),
+    "alpha_pruning": Row(allocations.alpha_pruning, same(epsilon=0.2), {"epsilon": SHARE - {"0", "0.0"}}),
+    "solvers.sparsegpt": Row(
+        solvers.sparsegpt,
+        same(block=128, damping=0.01),
+        {"block": COUNT, "damping": SHARE | {"1", "1.0", "np.int64(1)"}},
+    ),
+    "solvers.reconstruct": Row(
+        solvers.reconstruct,
+        same(steps=60, lr=3e-4, batch=8, seed=0),
+        {"steps": COUNT, "lr": POSITIVE, "batch": COUNT},
+    ),
     "rebuild": Row(pyprune.rebuild, lambda: {"fresh_model": net(), "plan": pyprune.Plan()}),
     "strip": Row(
         pyprune.strip,
@@ -584,6 +657,37 @@ ROWS: dict[str, Row] = {
             "ignored_scope": None,
         },
     ),
+    "prune_with_gradients": Row(
+        pyprune.prune_with_gradients,
+        lambda: {
+            "model": net(),
+            "dataset": data(),
+            "loss_fn": loss_of,
+            "solver": solvers.m_fac(),
+            "ratio": 0.5,
+            "scope": None,
+            "num_batches": 1,
+            "ignored_scope": None,
+            "memory": 10**6,
+        },
+        {
+            "ratio": SHARE,
+            "solver": set(),
+            "scope": OPTIONAL | {"a scope"},
+            "memory": set(),
+        },
+    ),
+    "solvers.admm": Row(
+        solvers.admm, same(rho=0.1, iterations=300, damping=0.01), {"rho": POSITIVE - LARGE - TINY, **OF_SOLVERS}
+    ),
+    "solvers.least_squares": Row(
+        solvers.least_squares, same(damping=0.01, exact=None), {"exact": FLAG | OPTIONAL, **OF_SOLVERS}
+    ),
+    "solvers.swaps": Row(
+        solvers.swaps, same(rounds=100, polish=True, damping=0.01), {"rounds": FROM_0, "polish": FLAG, **OF_SOLVERS}
+    ),
+    "solvers.block_fisher": Row(solvers.block_fisher, same(block=50, damping=0.01), {"block": COUNT, **OF_SOLVERS}),
+    "solvers.m_fac": Row(solvers.m_fac, same(damping=0.01), {"damping": DAMPING - {"0", "0.0"}}),
     "slimming_loss": Row(
         pyprune.slimming_loss,
         lambda: {"model": nn.Sequential(nn.BatchNorm1d(4)), "weight": 0.1},
@@ -702,6 +806,7 @@ ROWS: dict[str, Row] = {
     "taylor": Row(importance.taylor, same(normalize="l2", joint=True)),
     "fisher": Row(importance.fisher, same(damp=0.0, normalize="l2"), {"damp": NOT_NEGATIVE}),
     "wanda": Row(importance.wanda, same(normalize="l2")),
+    "ria": Row(importance.ria, same(power=0.5, normalize="l2"), {"power": NOT_NEGATIVE}),
     "apoz": Row(importance.apoz, same(activation=torch.relu)),
     "mean_activation": Row(importance.mean_activation, same(activation=torch.relu)),
     "custom": Row(importance.custom, same(function=torch.abs, name="x"), {"name": TEXT}),
@@ -724,6 +829,7 @@ ROWS: dict[str, Row] = {
         same(keep=2, of=6, dim="in", among="tensor"),
         {"keep": COUNT, "of": {"5"}, "dim": set(), "among": set()},
     ),
+    "columns": Row(scope.columns, same(width=128), {"width": COUNT}),
     "group": Row(scope.group, same(groups={"a": ["0"]}), {"groups": {"{'a': ['0']}"}}),
     "one_shot": Row(schedules.one_shot, same(final=0.5, start=0)),
     "constant": Row(schedules.constant, same(final=0.5, end=9, start=0, frequency=1)),
@@ -798,7 +904,8 @@ ROWS: dict[str, Row] = {
 NOT_CALLED = """
     __version__ build_info one_gate_sample AcDcPruner Calibration Dropped IterativeResult KeepSparse
     ModelPruningStatistic
-    Plan PruneMode PruningRound Reconstructed Shrunk Recipe RecipePruner Schedule SensitivityResult SensitivityTarget
+    OneShotResult Plan PruneMode PrunedWeight PruningRound Reconstructed RetrainFree Shrunk Recipe
+    RecipePruner Schedule SensitivityResult SensitivityTarget
     StripFormat TensorPruningStatistic as_schedule
 """.split()  # noqa: SIM905
 

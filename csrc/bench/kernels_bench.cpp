@@ -8,6 +8,7 @@
 #include "../cpu/kernels/gate_penalty.h"
 #include "../cpu/kernels/group_masks.h"
 #include "../cpu/kernels/norms.h"
+#include "../cpu/kernels/sparsegpt_block.h"
 #include "../cpu/kernels/threshold.h"
 #include "../cpu/kernels/unit_scores.h"
 #include "../cpu/strided.h"
@@ -92,6 +93,27 @@ void add_groups() {
   }
 }
 
+void add_sparsegpt() {
+  // Rows of 128 columns; a row is moved once, and 64 multiply-adds are made for each of its elements.
+  constexpr int64_t kColumns = 128;
+  for (const auto& [name, size, kept] : {std::tuple{"given mask", 0, 0}, std::tuple{"2:4", 4, 2}}) {
+    add(std::string("sparsegpt_block ") + name + " float32", 18, [size, kept](int64_t count) {
+      Array<float> factor = normal(kColumns * kColumns), packed = array(packed_count(kColumns), 0.0f);
+      for (int64_t j = 0; j < kColumns; ++j) {
+        factor[j * kColumns + j] = 20;
+      }
+      PYPRUNE_KERNEL(pack_factor)(factor.get(), kColumns, Dtype::kFloat32, kColumns, size, packed.get());
+      return [size, kept, count, packed = std::move(packed), x = normal(count), sums = array(count, 0.0f),
+              mask = array<uint8_t>(count, 1), room = array<char>(sparsegpt_room(kColumns), 0)] {
+        PYPRUNE_KERNEL(sparsegpt_rows)
+        ({Dtype::kFloat32, x.get(), sums.get(), mask.get(), kColumns, kColumns, kColumns, count / kColumns, kColumns,
+          kept, size},
+         packed.get(), room.get());
+      };
+    });
+  }
+}
+
 void add_units() {
   // Units of 4096 neighbours, and of 64 rows of 64.
   add("unit_scores of rows float32", 4, [](int64_t count) {
@@ -151,6 +173,7 @@ int main(int argc, char** argv) {
   pyprune::bench::add_copy();
   pyprune::bench::add_masks();
   pyprune::bench::add_groups();
+  pyprune::bench::add_sparsegpt();
   pyprune::bench::add_units();
   pyprune::bench::add_gates();
   benchmark::Initialize(&argc, argv);

@@ -14,6 +14,7 @@
 #include "../cpu/kernels/norms.h"
 #include "../cpu/kernels/park.h"
 #include "../cpu/kernels/probe.h"
+#include "../cpu/kernels/sparsegpt_block.h"
 #include "../cpu/score.h"
 #include "check.h"
 
@@ -188,6 +189,75 @@ void test_groups(Dtype dtype, int64_t rows, int64_t columns, int64_t size, bool 
   });
 }
 
+// Column after column, as the formula says; the same bits.
+template <class Real>
+void test_sparsegpt_block(int64_t rows, int64_t columns, int64_t kept, int64_t size) {
+  const auto draw = [](int64_t count) {
+    std::vector<Real> numbers(count);
+    std::ranges::generate(numbers, [] { return std::normal_distribution<Real>(0, 1)(random_bits); });
+    return numbers;
+  };
+  const std::vector<Real> weight = draw(rows * columns), sums = draw(rows * columns);
+  std::vector<Real> factor = draw(columns * columns);
+  for (int64_t j = 0; j < columns; ++j) {
+    factor[j * columns + j] = 2 + std::fabs(factor[j * columns + j]);
+  }
+  std::vector<uint8_t> mask(rows * columns);
+  std::ranges::generate(mask, [] { return static_cast<uint8_t>(random_between(0, 3) != 0); });
+  std::vector<Real> left = weight, lost = sums;
+  std::vector<uint8_t> stays = mask;
+  for (int64_t row = 0; row < rows; ++row) {
+    Real *const w = &left[row * columns], *const d = &lost[row * columns];
+    const auto inverse = [&](int64_t j) { return 1 / factor[j * columns + j]; };
+    const auto add = [&](Real* sum, int64_t i, int64_t end) {
+      for (int64_t j = i + 1; j < end; ++j) {
+        const Real product = sum[i] * factor[i * columns + j];
+        sum[j] += product;
+      }
+    };
+    for (int64_t j = 0; j < columns; ++j) {
+      if (size > 0 && j % size == 0) {
+        const int64_t end = std::min(j + size, columns);
+        std::vector<Real> if_kept(d, d + end), scores(end);
+        for (int64_t k = j; k < end; ++k) {
+          const Real product = w[k] * factor[k * columns + k];
+          scores[k] = stays[row * columns + k] == 0 ? -1 : std::fabs(product + if_kept[k]);
+          if_kept[k] = -(if_kept[k] * inverse(k));
+          add(if_kept.data(), k, end);
+        }
+        for (int64_t k = j; k < end; ++k) {
+          int64_t beaten = 0;
+          for (int64_t i = j; i < end; ++i) {
+            beaten += i != k && (i < k ? scores[i] > scores[k] : scores[i] >= scores[k]);
+          }
+          stays[row * columns + k] = stays[row * columns + k] != 0 && beaten < kept;
+        }
+      }
+      const Real if_kept = -(d[j] * inverse(j));
+      const bool stay = stays[row * columns + j] != 0;
+      d[j] = stay ? if_kept : w[j];
+      w[j] = stay ? w[j] - if_kept : 0;
+      add(d, j, columns);
+    }
+  }
+  struct alignas(64) Line {
+    char bytes[64];
+  };
+  constexpr Dtype kDtype = sizeof(Real) == 4 ? Dtype::kFloat32 : Dtype::kFloat64;
+  std::vector<Real> packed(packed_count(columns));
+  std::vector<Line> room(sparsegpt_room(columns) / sizeof(Line) + 1);
+  with_each_capability([&] {
+    std::vector<Real> w = weight, s = sums;
+    std::vector<uint8_t> m = mask;
+    PYPRUNE_KERNEL(pack_factor)(factor.data(), columns, kDtype, columns, size, packed.data());
+    PYPRUNE_KERNEL(sparsegpt_rows)
+    ({kDtype, w.data(), s.data(), m.data(), columns, columns, columns, rows, columns, kept, size}, packed.data(),
+     room.data());
+    EXPECT(w == left && s == lost);
+    EXPECT(m == stays);
+  });
+}
+
 template <class Visit>
 void by_size(Dtype dtype, const Visit& visit) {
   by_bits(dtype, [&](auto zero) { visit(zero); });
@@ -229,6 +299,14 @@ void run() {
         }
       }
     });
+  }
+  for (const auto& [kept, size] : {std::pair{0, 0}, {2, 4}, {1, 2}, {2, 5}, {3, 8}, {30, 64}}) {
+    for (const int64_t columns : {1, 4, 7, 64, 129}) {
+      for (const int64_t rows : {1, 8, 33, 64}) {
+        test_sparsegpt_block<float>(rows, columns, kept, size);
+        test_sparsegpt_block<double>(rows, columns, kept, size);
+      }
+    }
   }
   test_segments({64, 3, 7, 7}, {64, 1, 1, 1});
   test_segments({64, 30, 3, 3}, {1, 30, 1, 1});

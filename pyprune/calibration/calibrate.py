@@ -4,13 +4,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pyprune.calibration.batches import Dataset, batches_of
+from pyprune.calibration.padding import Padding
 from pyprune.calibration.sums import GradientSums, warn_of_tables
 from pyprune.calibration.use_sums import UseSums
 from pyprune.checks import shown
@@ -56,10 +57,13 @@ def calibrate(
     For gradients ``loss_fn`` runs the model; the gradient is that of the weight in use, so it is not zero where a
     mask drops a weight. Activations need no loss; they are seen where a weight is multiplied with them, whoever
     does that (attention, ``F.linear(x, layer.weight)``, experts). Embeddings that are only looked up have no inputs:
-    they are left out, by `prune` too, and a warning names them. What is measured is the model as it is, with the
-    masks that it carries: calibrate before pruning if masks are to be chosen from raw weights. All modules run in
-    evaluation mode. Training flags, ``requires_grad``, ``grad``, buffers and torch's random numbers are as before in
-    the end.
+    they are left out, by `prune` too, and a warning names them. Positions that are padding by the batch's
+    ``attention_mask``, or the ``src_key_padding_mask`` and the like of torch's transformers, do not count: padded or
+    not, a text gives the same statistic. Where it cannot be told which rows of an input are padding, all count, and a
+    warning names the weights. What counts for gradients is for the loss to say. What is measured is the model as it
+    is, with the masks that it carries: calibrate before pruning if masks are to be chosen from raw weights. All
+    modules run in evaluation mode. Training flags, ``requires_grad``, ``grad``, buffers and torch's random numbers
+    are as before in the end.
 
     Args:
         model: the model, on the device of the data.
@@ -100,20 +104,29 @@ def calibrate(
                 f"importance {rule.name} needs gradients, and loss_fn is {shown(loss_fn)}; give a function of the "
                 "model and a batch that returns the loss"
             )
-        gradients = _Gradients(rule, targets)
-        gathered: _Gradients | UseSums = gradients
-        run: Callable[[nn.Module, Any], Any] = partial(gradients.run, loss_fn)
+        sums = GradientSums(rule, targets)
+        gradients = BatchGradients(sums, targets)
+        gathered: BatchGradients | UseSums = gradients
+        results: Callable[[int], Mapping[Target, Tensor]] = sums.results
+        run: Callable[[nn.Module, Any], None] = partial(gradients.run, loss_fn)
     elif loss_fn is not None:
         raise ValueError(f"importance {rule.name} needs activations, and no loss_fn; leave it out")
     else:
-        gathered = UseSums(rule, targets)
-        run = partial(forward, name="a batch of dataset")
+        padding = Padding(model)
+        gathered = UseSums(rule, targets, padding)
+        results = gathered.results
+
+        def run_padded(model: nn.Module, batch: Any) -> None:
+            padding.begin(batch)
+            forward(model, batch, "a batch of dataset")
+
+        run = run_padded
     count = 0
     with Change(model), untouched(model), evaluating(model), gathered.watching(model):
         for batch in batches:
             run(model, batch)
             count += 1
-    tensors = {target.name: tensor for target, tensor in gathered.results(count).items()}
+    tensors = {target.name: tensor for target, tensor in results(count).items()}
     if not tensors:
         raise ValueError(f"importance {rule.name} needs products, and in all weights rows are only looked up")
     tables = [target for target in targets if target.name not in tensors]
@@ -129,6 +142,8 @@ def _check_importance(importance: Importance | Method) -> Importance:
         raise TypeError(f"importance is a {type(rule).__name__}; give one of pyprune.importance, or a Method")
     if rule.needs in ("none", "given"):
         raise ValueError(f"importance {rule.name} needs no calibration; call prune without it")
+    if rule.needs == "gram":
+        raise ValueError(f"importance {rule.name} is for solvers; give it to pyprune.prune_one_shot")
     if rule.needs == "norm scale":
         raise ValueError(f"importance {rule.name} needs no data; give examples_inputs to prune instead")
     return rule
@@ -142,11 +157,26 @@ def _check_finite(tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-class _Gradients:
-    """Gradients of a loss, gathered without touching ``grad``."""
+class TakesGradients(Protocol):
+    """What is told the gradient of each weight, batch by batch."""
 
-    def __init__(self, rule: Importance, targets: list[Target]) -> None:
-        self.sums = GradientSums(rule, targets)
+    def add(self, target: Target, gradient: Tensor) -> None:
+        """Take in the gradient of the weight that a batch used."""
+
+    def add_nothing(self, target: Target) -> None:
+        """Take in that a batch did not use the weight."""
+
+
+class BatchGradients:
+    """Gradients of a loss, gathered without touching ``grad``.
+
+    Args:
+        sums: what they go to.
+        targets: of which weights.
+    """
+
+    def __init__(self, sums: TakesGradients, targets: list[Target]) -> None:
+        self.sums = sums
         self.targets = targets
         self.in_use: dict[Target, list[Tensor]] = {}
         self.is_recurrent = any(isinstance(owner.module, nn.RNNBase) for t in targets for owner in t.owners)
@@ -176,6 +206,7 @@ class _Gradients:
         self.in_use.setdefault(target, []).append(output)
 
     def run(self, loss_fn: Callable[[nn.Module, Any], Tensor], model: nn.Module, batch: Any) -> None:
+        """Take in the gradients of a batch."""
         self.in_use.clear()
         # cuDNN has no backward pass for recurrent layers in evaluation mode.
         with torch.enable_grad(), torch.backends.cudnn.flags(enabled=not self.is_recurrent):
@@ -195,6 +226,3 @@ class _Gradients:
                 self.sums.add(target, total[target])
             else:  # a batch that does not use a weight makes no exception for decay
                 self.sums.add_nothing(target)
-
-    def results(self, count: int) -> Mapping[Target, Tensor]:
-        return {target: self.sums.result(target, count) for target in self.targets}

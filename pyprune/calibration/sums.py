@@ -46,6 +46,10 @@ class GradientSums:
         """Return the statistic of a weight, of ``count`` batches."""
         return self.sums[target] if self.rule.needs == "momentum" else self.sums[target] / count
 
+    def results(self, count: int) -> dict[Target, Tensor]:
+        """Return all statistics, of ``count`` batches."""
+        return {target: self.result(target, count) for target in self.sums}
+
 
 class ActivationSums:
     """Norms of the inputs of layers in training, or figures of their outputs: one number for each channel.

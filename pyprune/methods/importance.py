@@ -16,6 +16,7 @@ from torch import Tensor
 from pyprune import ops
 from pyprune.checks import check_bool, check_choice, check_count, check_number, shown
 from pyprune.methods.lamp import lamp_scores
+from pyprune.methods.relative import relative_importance
 
 Normalization = Literal["none", "l2", "mean", "gaussian", "lamp"]
 Statistic = Literal[
@@ -28,6 +29,7 @@ Statistic = Literal[
     "mean output",
     "norm scale",
     "given",
+    "gram",
 ]
 
 
@@ -38,9 +40,10 @@ class Importance:
     Args:
         name: what it is called.
         score: takes a weight and its statistic and returns scores of what ``scores_of`` says.
-        scores_of: "elements" (scores shaped like the weight, which granularity reduces), "channels" (one per output
-            channel), "rows" (takes the units as rows of a matrix, returns one per row) or "names" (noise).
-        needs: the statistic that `calibrate` has to gather.
+        scores_of: "elements" (scores shaped like the weight, which granularity reduces), "matrices" (the same, but
+            the weight comes as matrices of outputs by inputs), "channels" (one per output channel), "rows" (takes
+            the units as rows of a matrix, returns one per row) or "names" (noise).
+        needs: the statistic that `calibrate` has to gather; "gram" is for solvers of `prune_one_shot` alone.
         power: p if the score is ``|w|^p``, which the kernels compute themselves.
         normalize: what the scores of each weight are divided by.
         signed: whether scores can be negative.
@@ -50,7 +53,7 @@ class Importance:
 
     name: str
     score: Callable[[Tensor, Tensor], Tensor]
-    scores_of: Literal["elements", "channels", "rows", "names"] = "elements"
+    scores_of: Literal["elements", "matrices", "channels", "rows", "names"] = "elements"
     needs: Statistic = "none"
     power: float | None = None
     normalize: Normalization = "none"
@@ -226,6 +229,55 @@ def wanda(normalize: Normalization = "none") -> Importance:
         needs="input norm",
         normalize=_check_normalization(normalize),
     )
+
+
+def obs() -> Importance:
+    """Score w^2 / (H^-1)_jj, the error that is left when other weights make up for w: what solvers choose by.
+
+    H is the damped Gram of what goes into the layer. It is for `prune_one_shot` with a solver; other calls refuse it.
+
+    Paper: Hassibi and Stork 1993, "Second order derivatives for network pruning: Optimal Brain Surgeon".
+
+    Example:
+        >>> obs().name
+        'obs'
+    """
+
+    def score(weight: Tensor, statistic: Tensor) -> Tensor:
+        raise ValueError("importance obs is the own one of solvers; give it to pyprune.prune_one_shot with a solver")
+
+    return Importance("obs", score, needs="gram")
+
+
+def ria(power: float = 0.5, normalize: Normalization = "none") -> Importance:
+    """Score (|w| / sum of |row| + |w| / sum of |column|) ||x||_2^power: relative importance and activations.
+
+    Rows are outputs and columns inputs, in a convolution each at one position of its kernel; groups and experts are
+    matrices of their own. Relative importance keeps a layer from losing all of a row or column, so all elements of a
+    weight may compete (`scope.tensor`). x is the input, as in `wanda`.
+
+    Args:
+        power: of the norm of the input; with 0 the score is that of the weights alone, and needs no calibration.
+        normalize: as in `magnitude`.
+
+    Raises:
+        TypeError, ValueError: for a power that is no number or below 0, or another name.
+
+    Paper: Zhang et al. 2024, "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models".
+
+    Example:
+        >>> weight = torch.tensor([[1.0, -3.0], [1.0, 0.0]])
+        >>> ria().score(weight, torch.tensor([[1.0, 4.0]])).tolist()
+        [[0.75, 3.5], [1.5, 0.0]]
+    """
+    power = _positive("power", power, zero=True)
+
+    def score(matrices: Tensor, norm: Tensor) -> Tensor:
+        relative = relative_importance(_wide(matrices))
+        return relative * norm**power if power else relative
+
+    needs: Statistic = "input norm" if power else "none"
+    return Importance(f"ria(power={power:g})", score, "matrices", needs, normalize=_check_normalization(normalize))
 
 
 def geometric_median() -> Importance:

@@ -1,5 +1,6 @@
 """What the dimensions of a weight count: outputs, inputs, and groups that have outputs and inputs of their own."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,3 +60,53 @@ def channels_shape(shape: tuple[int, ...], layout: Layout, side: Side) -> tuple[
     dim = layout.outputs if side == "out" else layout.inputs
     assert dim is not None
     return layout.groups, shape[dim] if dim else shape[0] // layout.groups
+
+
+def as_matrices(tensor: Tensor, layout: Layout) -> Tensor:
+    """Return a weight, or a mask of it, as (groups, outputs of one, inputs of one); a view where that is possible.
+
+    The columns of a convolution are positions of its kernel by channels: so neighbours of N:M, which are channels at
+    one position, are neighbouring columns.
+
+    Args:
+        tensor: the weight; of one dimension, it is one row.
+        layout: what its dimensions count.
+
+    Raises:
+        ValueError: if the layout does not say what counts outputs and inputs.
+
+    Example:
+        >>> import torch
+        >>> tuple(as_matrices(torch.empty(6, 2, 3, 3), Layout(0, 1, groups=2)).shape)
+        (2, 3, 18)
+    """
+    if tensor.dim() < 2:
+        return tensor.reshape(1, 1, -1)
+    by_group = groups_first(tensor, layout)
+    return by_group.permute(_order(layout, by_group.dim())).flatten(2)
+
+
+def from_matrices(matrices: Tensor, layout: Layout, shape: Sequence[int]) -> Tensor:
+    """Undo `as_matrices`.
+
+    Example:
+        >>> import torch
+        >>> layout = Layout(1, 0, groups=2)
+        >>> kernel = torch.randn(4, 3, 5)
+        >>> torch.equal(from_matrices(as_matrices(kernel, layout), layout, kernel.shape), kernel)
+        True
+    """
+    if len(shape) < 2:
+        return matrices.reshape(shape)
+    split = (layout.groups, shape[0] // layout.groups, *shape[1:])
+    order = _order(layout, len(split))
+    back = [order.index(dim) for dim in range(len(split))]
+    return matrices.reshape([split[dim] for dim in order]).permute(back).reshape(shape)
+
+
+def _order(layout: Layout, dims: int) -> list[int]:
+    """Return the dimensions of a weight, with groups first: groups, outputs, all others, inputs."""
+    if layout.outputs is None or layout.inputs is None:
+        raise ValueError(f"which dimensions of the weight count outputs and inputs is not known: {layout.problem}")
+    outputs, inputs = layout.outputs + 1, layout.inputs + 1
+    return [0, outputs, *(dim for dim in range(1, dims) if dim not in (outputs, inputs)), inputs]

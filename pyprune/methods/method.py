@@ -72,7 +72,7 @@ class Method:
                 )
         cut = self.granularity.name
         if self.granularity.coupled is not None:
-            if self.scope.name in ("row", "n_of_m"):
+            if self.scope.name in ("row", "columns", "n_of_m"):
                 raise ValueError(
                     f"scope is {self.scope.name}, and coupled units lie in rows of several weights; give "
                     "scope.tensor(), scope.model() or scope.group()"

@@ -1,4 +1,4 @@
-"""Which units compete with each other: of the whole model, of a weight, of a row, of each M neighbours.
+"""Which units compete with each other: of the whole model, of a weight, of a row, of columns, of each M neighbours.
 
 Each function returns the scope of a `Method`.
 """
@@ -15,12 +15,13 @@ from pyprune.methods.name_rules import all_above, check_rules, meaning
 class Scope:
     """Which units compete; made by the functions of this module."""
 
-    name: Literal["model", "tensor", "row", "n_of_m", "group"]
+    name: Literal["model", "tensor", "row", "columns", "n_of_m", "group"]
     keep: int = 0
     of: int = 0
     groups: tuple[tuple[str, tuple[str, ...]], ...] = ()
     dim: Literal["in", "out", "both"] = "in"
     among: Literal["tensor", "model"] = "tensor"
+    width: int = 0
 
     @property
     def ratio(self) -> float | None:
@@ -61,6 +62,25 @@ def row() -> Scope:
         'row'
     """
     return Scope("row")
+
+
+def columns(width: int) -> Scope:
+    """Let the elements of each ``width`` neighbouring columns compete, of all rows: of the weight as a matrix.
+
+    Columns are inputs, rows are outputs. It is how SparseGPT chooses, with 128, because it must know what goes of
+    some columns before it can say what the next ones are worth. `solvers.sparsegpt` takes it, `prune` does not.
+
+    Args:
+        width: how many columns, at least 1; the last ones may be fewer.
+
+    Raises:
+        TypeError, ValueError: for other numbers.
+
+    Example:
+        >>> columns(128).width
+        128
+    """
+    return Scope("columns", width=check_count("width", width, least=1, what="a number of columns, at least 1"))
 
 
 def n_of_m(

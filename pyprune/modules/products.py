@@ -8,6 +8,18 @@ import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Window:
+    """How a convolution moves over its input: one number for each dimension of the kernel."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    is_transposed: bool
+    output_padding: tuple[int, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Operand:
     """What may be a weight in a product: which of its dimensions count what, and what is beside it."""
@@ -19,6 +31,7 @@ class Operand:
     given: Tensor | None = None
     made: Tensor | None = None
     groups: int = 1  # of a convolution
+    window: Window | None = None
     entries: Tensor | None = None
     problem: str = ""
     is_table: bool = False
@@ -55,7 +68,12 @@ def _convolution(args: tuple[Any, ...], made: Tensor) -> list[Operand]:
         return split.movedim((1, 2), (0, -1))
 
     outputs, inputs = (1, 0) if is_transposed else (0, 1)
-    return [Operand(weight, outputs, inputs, None, by_groups(given), by_groups(made), groups)]
+    kernel = tuple(weight.shape[2:])
+    stride, padding, dilation, output_padding = (
+        tuple(one) * (1 if len(one) == len(kernel) else len(kernel)) for one in (*args[3:6], args[7])
+    )
+    window = Window(kernel, stride, padding, dilation, is_transposed, output_padding)
+    return [Operand(weight, outputs, inputs, None, by_groups(given), by_groups(made), groups, window)]
 
 
 def _grouped(args: tuple[Any, ...], made: Tensor) -> list[Operand]:

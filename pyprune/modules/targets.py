@@ -1,6 +1,6 @@
 """Which parameters of a model are pruned, and who owns them."""
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Container, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -110,14 +110,22 @@ def find_targets_and_zeros(
     examples_inputs: Any = None,
     *,
     shards: bool = False,
+    within: Container[nn.Module] | None = None,
 ) -> tuple[list[Target], tuple[str, ...]]:
-    """Return what `find_targets` finds, and the names of what it leaves out as zero, which rules may mean."""
+    """Return what `find_targets` finds, and the names of what it leaves out as zero, which rules may mean.
+
+    If modules are given that it is to be ``within``, what has no place in one of them is not looked at.
+    """
     _check_arguments(model, ignored_scope, examples_inputs)
     survey = _survey(model, ignored_scope)
     for owner in survey.layers:
-        if not survey.ignored(owner.name):
+        if not survey.ignored(owner.name) and (within is None or owner.module in within):
             _check_is_parameter(owner)
-    targets = _choose(model, survey, examples_inputs)
+    targets = [
+        target
+        for target in _choose(model, survey, examples_inputs)
+        if within is None or any(owner.module in within for owner in target.owners)
+    ]
     for target in targets:
         part = local_part(target.parameter) if shards else target.parameter
         check_prunable(replace(target, parameter=cast(nn.Parameter, part)), advice=_ADVICE)

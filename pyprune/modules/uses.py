@@ -5,6 +5,7 @@ recurrent layers all come down to `mm` and the like, with views of the weights w
 dimensions count inputs.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -18,12 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pyprune.methods.layout import Layout
 from pyprune.modules.evaluation import recurrence_unfused, using
 from pyprune.modules.origins import Origins, Part, tensors_in
-from pyprune.modules.products import PRODUCTS, Operand
+from pyprune.modules.products import PRODUCTS, Operand, Window
 from pyprune.modules.undo import undoing
 
 MOVED = "its entries are moved before it is used"
 # Arguments of functions that are inputs, and no weights, even where they are parameters (learned queries).
-_INPUTS = {"linear": 1, "scaled_dot_product_attention": 3, "multi_head_attention_forward": 3}
+_ATTENTION = "multi_head_attention_forward"
+_INPUTS = {"linear": 1, "scaled_dot_product_attention": 3, _ATTENTION: 3}
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +39,9 @@ class Use:
             matrices that are multiplied one by one; None if it was a table, or that cannot be said.
         made: what came out, likewise, with the bias.
         entries: to which group each entry belongs; None for all in order, or the one that ``part`` has.
+        window: how a convolution moves over what it multiplies.
+        dims: the dimensions before the last that this had when it was given to a linear layer or attention of torch.
+        is_length_first: whether attention of torch gave these another order, positions before examples.
     """
 
     part: Part
@@ -44,6 +49,9 @@ class Use:
     given: Tensor | None = None
     made: Tensor | None = None
     entries: Tensor | None = None
+    window: Window | None = None
+    dims: tuple[int, ...] | None = None
+    is_length_first: bool = False
 
 
 @contextmanager
@@ -91,15 +99,17 @@ class _Inputs(TorchFunctionMode):
         kwargs = kwargs or {}
         if not count:
             return func(*args, **kwargs)
-        before = self.products.inputs
+        before = self.products.inputs, self.products.leading
         origins = self.products.origins
         named = [kwargs[name] for name in ("input", "query", "key", "value") if name in kwargs]
-        given = {part.parameter for tensor in tensors_in([*args[:count], *named]) for part in origins.parts(tensor)}
-        self.products.inputs = before | given
+        tensors = list(tensors_in([*args[:count], *named]))
+        self.products.inputs = before[0] | {part.parameter for one in tensors for part in origins.parts(one)}
+        is_attention = func.__name__ == _ATTENTION
+        self.products.leading = is_attention, [tuple(one.shape[:-1]) for one in tensors]
         try:
             return func(*args, **kwargs)
         finally:
-            self.products.inputs = before
+            self.products.inputs, self.products.leading = before
 
 
 class _Products(TorchDispatchMode):
@@ -111,6 +121,8 @@ class _Products(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.origins = origins
         self.inputs: set[nn.Parameter] = set()
+        # Of the inputs of the function that runs: whether it is attention, and their dimensions before the last.
+        self.leading: tuple[bool, list[tuple[int, ...]]] = (False, [])
         self._on_use = on_use
         self._waiting: list[Use] = []  # for a bias
 
@@ -143,7 +155,10 @@ class _Products(TorchDispatchMode):
             if any(other.parameter not in self.inputs for other in others):
                 yield Use(part, Layout(None, None, problem="it is multiplied with another parameter"))
             else:
-                yield _use(operand, part)
+                use = _use(operand, part)
+                rows = None if use.given is None else use.given.shape[:-1].numel()
+                dims = next((dims for dims in self.leading[1] if math.prod(dims) == rows), None)
+                yield replace(use, dims=dims, is_length_first=self.leading[0])
 
     def _settle_before(self, name: str, args: tuple[Any, ...]) -> None:
         """Report what waits for a bias, unless this operation only looks at what was made."""
@@ -184,7 +199,7 @@ def _use(operand: Operand, part: Part) -> Use:
         if picked is None and part.dims[operand.batch]:
             given = None  # several dimensions went into one
         entries = picked
-    return Use(part, layout, given, made, entries)
+    return Use(part, layout, given, made, entries, operand.window)
 
 
 def _entries(operand: Operand, part: Part) -> Tensor | None:

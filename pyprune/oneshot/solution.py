@@ -36,7 +36,11 @@ class Solver(Protocol):
 
     @property
     def chooses(self) -> bool:
-        """Whether it chooses the mask by itself; otherwise it takes one and only solves for what is kept."""
+        """Whether it chooses the mask by itself; otherwise it takes that of a method.
+
+        `swaps` takes one, too, and returns a better one, with as many kept of all that competes: the mask of a
+        solution is what counts.
+        """
 
     def solve(
         self, weight: Tensor, gram: Tensor, *, scope: Scope | None, ratio: float | None, mask: Tensor | None
@@ -46,7 +50,8 @@ class Solver(Protocol):
         Args:
             weight: (rows, columns), of any float dtype; it is left as it is.
             gram: (columns, columns), symmetric, float32 or float64, without damping; it is left as it is.
-            scope: what competes; None if the solver does not choose.
+            scope: what competes; of a solver that takes a mask the one that this was made for (None will do for
+                all but `swaps`).
             ratio: the fraction of the elements to remove, those that ``mask`` drops among them; None for all that
                 N:M removes.
             mask: elements that are False stay zero.
@@ -66,8 +71,16 @@ def relative_error(before: Tensor, after: Tensor, gram: Tensor) -> float:
     before, gram = before.to(wide), gram.to(wide)
     missing = after.to(wide) - before
 
-    def squares(matrix: Tensor) -> float:
-        return float(((matrix @ gram) * matrix).sum(dtype=torch.float64))
+    whole = output_size(before, gram)
+    return max(0.0, output_size(missing, gram)) / whole if whole > 0 else 0.0
 
-    whole = squares(before)
-    return max(0.0, squares(missing)) / whole if whole > 0 else 0.0
+
+def output_size(weight: Tensor, gram: Tensor) -> float:
+    """Return the sum of the squares of a layer's outputs, tr(W H W^T).
+
+    Example:
+        >>> output_size(torch.tensor([[1.0, 2.0]]), torch.eye(2))
+        5.0
+    """
+    wide = weight.to(gram.dtype)
+    return float(((wide @ gram) * wide).sum(dtype=torch.float64))

@@ -13,6 +13,7 @@ from pyprune.ops.mask_weight import mask_weight
 from pyprune.ops.norms import inverse_norms, norms
 from pyprune.ops.park import park, unpark
 from pyprune.ops.probe import probe
+from pyprune.ops.sparsegpt_block import sparsegpt_block
 from pyprune.ops.threshold import threshold
 from pyprune.ops.unit_scores import unit_scores
 
@@ -36,6 +37,7 @@ __all__ = [
     "norms",
     "park",
     "probe",
+    "sparsegpt_block",
     "threshold",
     "unit_scores",
     "unit_shape",

@@ -300,3 +300,27 @@ def gate_penalty(logits: Sequence[Tensor], *, hard: bool = False, shift: float =
         p = torch.sigmoid(one.double() + shift)
         sums.append((p + ((one > 0).double() - p).detach() if hard else p).sum())
     return torch.stack(sums)
+
+
+def sparsegpt_block(
+    weight: Tensor, sums: Tensor, factor: Tensor, mask: Tensor, *, keep: int = 0, of: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Column by column, from left to right; return what weight, sums and mask become."""
+    weight, sums, mask = weight.clone(), sums.clone(), mask.clone()
+    inverse = 1 / factor.diagonal()
+    columns = range(weight.shape[1])
+    for j in columns:
+        if of and j % of == 0:
+            group = slice(j, j + of)
+            if_kept, scores = sums[:, group].clone(), torch.empty_like(sums[:, group])
+            for k in range(if_kept.shape[1]):
+                scores[:, k] = (weight[:, j + k] * factor[j + k, j + k] + if_kept[:, k]).abs()
+                if_kept[:, k] = -(if_kept[:, k] * inverse[j + k])
+                if_kept[:, k + 1 :] += if_kept[:, k : k + 1] * factor[j + k, j + k + 1 : j + if_kept.shape[1]]
+            (chosen,), _ = group_masks([scores], [of], [keep], row_dims=[1], factors=[None], bases=[mask[:, group]])
+            mask[:, group] = chosen
+        kept = -(sums[:, j] * inverse[j])
+        sums[:, j] = torch.where(mask[:, j], kept, weight[:, j])
+        weight[:, j] = torch.where(mask[:, j], weight[:, j] - kept, 0)
+        sums[:, j + 1 :] += sums[:, j : j + 1] * factor[j, j + 1 :]
+    return weight, sums, mask

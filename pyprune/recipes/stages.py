@@ -132,7 +132,7 @@ def _functions(module: ModuleType, kind: type, *without: str) -> dict[str, Calla
 # What "custom" and "given" take cannot be written in YAML.
 _IMPORTANCES = _functions(importance, Importance, "custom", "given")
 _GRANULARITIES = _functions(granularity, Granularity)
-_SCOPES = _functions(scope, Scope)
+_SCOPES = _functions(scope, Scope, "columns")  # which only solvers take
 
 _PRUNER = ("allocation", "min_ratio", "max_ratio", "reintroduce", "zero_dead_channels")
 _WHAT = ("importance", "granularity", "scope", "ignore", *_PRUNER)

@@ -16,6 +16,7 @@ from pyprune.modules.masks import Mask
 from pyprune.modules.targets import Target
 from pyprune.selection.count_coupled import coupled_counts
 from pyprune.selection.coupled import CoupledUnits, Part, UnitsOfGroup, parts_scored
+from pyprune.selection.scores import scores_of_elements
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +118,8 @@ def _in_weight(method: Method, amount: Amount, part: Part, statistic: Tensor | N
 def _elements(method: Method, part: Part, statistic: Tensor | None) -> Tensor:
     rule, weight = method.importance, part.target.parameter.detach()
     name = f"importance {rule.name} of {part.target.name}"
-    score = rule.score(weight, weight if statistic is None else statistic.to(weight.device))
+    statistic = None if statistic is None else statistic.to(weight.device)
+    score = scores_of_elements(rule, part.target.name, weight, statistic, part.target.layout)
     if not isinstance(score, Tensor) or not score.is_floating_point():
         raise TypeError(f"{name} is {score!r:.80}; it must be a tensor of floating-point numbers")
     if score.shape != weight.shape:

@@ -271,10 +271,18 @@ def _n_of_m(units: _Units) -> Selected:
     return Selected(*keep_n_of_m(units.method, units.unit_groups, units.bases, units.masks, units.amount, ratios))
 
 
+def _in_columns(units: _Units) -> Selected:
+    raise ValueError(
+        "scope is columns, by which solvers choose as they go from column to column (pyprune.solvers); give "
+        "scope.tensor() or scope.row()"
+    )
+
+
 _SELECT: Mapping[str, Callable[[_Units], Selected]] = {
     "model": _among_all,
     "tensor": _by_tensor,
     "row": _by_row,
+    "columns": _in_columns,
     "n_of_m": _n_of_m,
     "group": _in_groups,
 }

@@ -43,8 +43,14 @@ def find_prunable(
     """Find what a method prunes of a model.
 
     Raises:
-        TypeError, ValueError: as `find_targets` and `find_coupled` do, and for groups of a scope that match nothing.
+        TypeError, ValueError: as `find_targets` and `find_coupled` do, for groups of a scope that match nothing, and
+            for an importance that is for solvers.
     """
+    if method.importance.needs == "gram":
+        raise ValueError(
+            f"method has importance {method.importance.name}, by which solvers choose; give it to "
+            "pyprune.prune_one_shot, with a solver"
+        )
     if method.granularity.coupled is not None:
         coupled = find_coupled(model, method, ignored_scope, examples_inputs)
         return Prunable(coupled.targets, coupled.targets, (), coupled)

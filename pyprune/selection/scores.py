@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from pyprune import ops
-from pyprune.methods.importance import normalized, random_scores, without_signs
+from pyprune.methods.importance import Importance, normalized, random_scores, without_signs
+from pyprune.methods.layout import Layout, as_matrices, from_matrices
 from pyprune.methods.method import Method
 from pyprune.methods.unit_groups import UnitGroup, Weight, reduce_units, units_as_rows
 
@@ -62,8 +63,10 @@ def keys(method: Method, unit_groups: Sequence[UnitGroup], *, compared: bool) ->
 
 def keys_in_rows(method: Method, unit_groups: Sequence[UnitGroup]) -> Keys:
     """Return what orders like the scores within rows, without storing products of weights and norms of columns."""
+    rule = method.importance
+    is_product = rule.needs == "input norm" and rule.scores_of == "elements"  # of |w| and norms
     in_columns = [_is_per_column(unit_group) for unit_group in unit_groups]
-    if method.granularity.name != "element" or method.importance.needs != "input norm" or not all(in_columns):
+    if method.granularity.name != "element" or not is_product or not all(in_columns):
         return keys(method, unit_groups, compared=False)
     factors: list[Tensor | None] = [unit_group.weight.statistic for unit_group in unit_groups]
     return Keys([unit_group.weight.values for unit_group in unit_groups], factors=factors)
@@ -127,11 +130,31 @@ def _scores_of_name(method: Method, unit_group: UnitGroup) -> Tensor:
     return random_scores(seed, unit_group.name, unit_group.unit_shape, unit_group.weight.values.device)
 
 
+def scores_of_elements(
+    importance: Importance, name: str, values: Tensor, statistic: Tensor | None, layout: Layout
+) -> Tensor:
+    """Return what an importance gives the elements of a weight, which may be anything if a user's function does it.
+
+    Raises:
+        ValueError: if it compares outputs and inputs, and which dimensions count them cannot be told.
+    """
+    if statistic is None:
+        statistic = values
+    if importance.scores_of != "matrices":
+        return importance.score(values, statistic)
+    if values.dim() > 1 and not layout.is_clear:
+        raise ValueError(
+            f"importance {importance.name} compares outputs and inputs, and which dimension of {name} of shape "
+            f"{tuple(values.shape)} counts them cannot be told: {layout.problem}. Name it in ignored_scope"
+        )
+    of = as_matrices(statistic.expand_as(values), layout)
+    return from_matrices(importance.score(as_matrices(values, layout), of), layout, values.shape)
+
+
 def _score_of_elements(method: Method, unit_group: UnitGroup, index: int) -> Tensor:
     weight = unit_group.members[index].weight
     name = f"importance {method.importance.name} of {weight.name}"
-    statistic = weight.values if weight.statistic is None else weight.statistic
-    score = method.importance.score(weight.values, statistic)
+    score = scores_of_elements(method.importance, weight.name, weight.values, weight.statistic, weight.layout)
     if not isinstance(score, Tensor) or not score.is_floating_point():
         raise TypeError(f"{name} is {score!r:.80}; it must be a tensor of floating-point numbers")
     if score.shape != weight.values.shape and (score.shape != unit_group.unit_shape or len(unit_group.members) > 1):

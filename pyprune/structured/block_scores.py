@@ -6,10 +6,57 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyprune.checks import check_number
+from pyprune.checks import check_choice, check_number
 from pyprune.modules.evaluation import forward
-from pyprune.structured.blocks import Block, bypassing
-from pyprune.structured.passes import Outputs, all_outputs, difference, first_argument, hooked
+from pyprune.structured.blocks import Block, bypassing, find_blocks, repeated
+from pyprune.structured.passes import (
+    Outputs,
+    all_outputs,
+    check_examples,
+    check_removable,
+    difference,
+    first_argument,
+    hooked,
+)
+
+
+@torch.inference_mode(False)
+def block_scores(model: nn.Module, examples: Any, *, importance: str = "influence") -> dict[str, float]:
+    """Score the residual blocks of a model that repeat, as `drop_blocks` does before it removes any.
+
+    Args:
+        model, examples: as for `drop_blocks`; the model is only run.
+        importance: ``"influence"``, 1 - cos(input, output), the mean over all tokens (ShortGPT); or
+            ``"output_error"``, the relative change of the model's output without the block.
+
+    Returns:
+        A score for each block by its name (higher = keep), such as a later
+        ``drop_blocks(..., importance=lambda name, block: scores[name])`` goes by.
+
+    Raises:
+        TypeError, ValueError: for wrong arguments, and if no block repeats.
+
+    Paper: Men et al. 2024, "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect".
+
+    Example:
+        >>> layers = [nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(3)]
+        >>> list(block_scores(nn.Sequential(*layers), torch.randn(2, 5, 8)))
+        ['0', '1', '2']
+    """
+    check_removable(model)
+    inputs = check_examples(examples)
+    check_choice("importance", importance, ("influence", "output_error"))
+    dense = all_outputs(model, inputs)  # they fit, and are numbers
+    blocks = repeated(model, find_blocks(model, inputs)[0])
+    if not blocks:
+        raise ValueError(
+            f"{type(model).__name__} has no blocks that repeat: residual members of a list, of one class"
+        )
+    return (
+        influence(model, inputs, blocks)
+        if importance == "influence"
+        else output_error(model, inputs, blocks, [], dense)
+    )
 
 
 def influence(model: nn.Module, examples: Iterable[Any], blocks: Iterable[Block]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from pyprune.structured.cuts import apply_cuts
 from pyprune.structured.dropped import VERSION, Dropped, sizes_of
 from pyprune.structured.expert_removal import put_back, take_out_experts
 from pyprune.structured.expert_scores import given_by, use_and_output
-from pyprune.structured.experts import Mixture, find_mixtures
+from pyprune.structured.experts import Mixture, mixtures_of
 from pyprune.structured.layer_lists import configs
 from pyprune.structured.optimizer_states import forget, optimizers_of
 from pyprune.structured.passes import SAME, Outputs, all_outputs, check_examples, check_removable, difference
@@ -102,13 +102,7 @@ def drop_experts(
         check_count("count", count, least=1)
     if ratio is not None:
         check_number("ratio", ratio, what="a number in [0, 1)", least=0, most=math.nextafter(1, 0))
-    mixtures = find_mixtures(model)
-    if not mixtures:
-        raise ValueError(
-            f"{type(model).__name__} has no mixture of experts that is known: a list of modules of one class or "
-            "parameters with an axis of experts, and beside them a router (gate, router, classifier) that has as "
-            "many outputs"
-        )
+    mixtures = mixtures_of(model)
     all_outputs(model, inputs)  # they fit, and are numbers
     scores: dict[str, float] = {}
     stays: dict[str, str] = {}

@@ -7,13 +7,60 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pyprune.checks import check_number
+from pyprune.checks import check_choice, check_number
+from pyprune.console import listed, warn
 from pyprune.modules.evaluation import forward
-from pyprune.structured.experts import Mixture
-from pyprune.structured.passes import hooked
+from pyprune.structured.experts import Mixture, mixtures_of
+from pyprune.structured.passes import all_outputs, check_examples, check_removable, hooked
 
 # What an expert adds to a token counts if it is more than this share of the whole.
 _SMALL = 1e-6
+
+
+@torch.inference_mode(False)
+def expert_scores(model: nn.Module, examples: Any, *, importance: str = "output") -> dict[str, float]:
+    """Score the experts of all mixtures of a model, as `drop_experts` does before it removes any.
+
+    Args:
+        model, examples: as for `drop_experts`; the model is only run.
+        importance: ``"output"``, the mean norm of what the expert adds to the tokens that are routed to it, its
+            output times its weight (REAP); or ``"use"``, the share of tokens that are.
+
+    Returns:
+        A score for each expert by its name (higher = keep), such as a later
+        ``drop_experts(..., importance=lambda name, module, number: scores[name])`` goes by. A warning names mixtures
+        that the examples do not call, whose experts are missing.
+
+    Raises:
+        TypeError, ValueError: for wrong arguments, if there is no mixture of experts, or none is called.
+
+    Paper: Lasby et al. 2025, "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression".
+
+    Example:
+        >>> class MoE(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.gate = nn.Linear(4, 3)
+        ...         self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        ...
+        ...     def forward(self, x):
+        ...         weights = self.gate(x).softmax(-1)
+        ...         return sum(weights[..., i, None] * expert(x) for i, expert in enumerate(self.experts))
+        >>> expert_scores(MoE(), torch.randn(5, 4), importance="use")
+        {'experts.0': 1.0, 'experts.1': 1.0, 'experts.2': 1.0}
+    """
+    check_removable(model)
+    inputs = check_examples(examples)
+    check_choice("importance", importance, ("use", "output"))
+    mixtures = mixtures_of(model)
+    all_outputs(model, inputs)  # they fit, and are numbers
+    use, output = use_and_output(model, inputs, mixtures)
+    idle = [one.name for one in mixtures if one.experts[0] not in use]
+    if not use:
+        raise ValueError(f"the examples do not call {listed(idle)}, so there are no scores; give others")
+    if idle:
+        warn(f"the examples do not call {listed(idle)}, so their experts have no scores")
+    return use if importance == "use" else output
 
 
 class _Tally:

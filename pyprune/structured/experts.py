@@ -145,6 +145,18 @@ def find_mixtures(model: nn.Module) -> list[Mixture]:
     return _joined(found)
 
 
+def mixtures_of(model: nn.Module) -> list[Mixture]:
+    """Return what `find_mixtures` finds; raise ValueError if that is nothing."""
+    mixtures = find_mixtures(model)
+    if not mixtures:
+        raise ValueError(
+            f"{type(model).__name__} has no mixture of experts that is known: a list of modules of one class or "
+            "parameters with an axis of experts, and beside them a router (gate, router, classifier) that has as "
+            "many outputs"
+        )
+    return mixtures
+
+
 def _members(module: nn.Module) -> tuple[str, ...]:
     """Return the keys of what may be experts: the modules of one class, with weights, in a list."""
     if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):

@@ -25,6 +25,14 @@ NORM = torch.tensor([[2.0, 1.0, 0.5]])
         (importance.fisher(), GRADIENT**2, [[2, 2, 4.5], [2, 2, 0]]),
         (importance.fisher(damp=2.0), GRADIENT**2, [[3, 6, 13.5], [18, 2.25, 0]]),
         (importance.wanda(), NORM, [[2, 2, 1.5], [8, 0.5, 0]]),
+        # rows sum to 6 and 4.5, columns to 5, 2.5 and 3
+        (importance.ria(power=0), None, [[1 / 6 + 0.2, 1 / 3 + 0.8, 1.5], [4 / 4.5 + 0.8, 0.5 / 4.5 + 0.2, 0]]),
+        (importance.ria(power=1), NORM, [[1 / 3 + 0.4, 1 / 3 + 0.8, 0.75], [8 / 4.5 + 1.6, 0.5 / 4.5 + 0.2, 0]]),
+        (
+            importance.ria(),
+            NORM.square(),
+            [[1 / 3 + 0.4, 1 / 3 + 0.8, 0.75], [8 / 4.5 + 1.6, 0.5 / 4.5 + 0.2, 0]],
+        ),
         (importance.custom(lambda weight: weight + 1), None, [[2, -1, 4], [-3, 1.5, 1]]),
         (importance.given({}), GRADIENT, GRADIENT.tolist()),
         # one per output channel
@@ -49,7 +57,8 @@ def test_wanda_of_the_example_in_the_paper():
 def test_scores_are_float32_or_wider(dtype):
     weight = WEIGHT.to(dtype)
     expected = torch.float64 if dtype == torch.float64 else torch.float32
-    for rule in (importance.magnitude(), importance.magnitude(p=2), importance.snip(), importance.taylor()):
+    rules = (importance.magnitude(), importance.magnitude(p=2), importance.snip(), importance.taylor())
+    for rule in (*rules, importance.ria(power=0)):
         assert rule.score(weight, GRADIENT.to(expected)).dtype == expected
     assert importance.geometric_median().score(weight, None).dtype == expected
 
@@ -116,6 +125,9 @@ def test_without_signs_keeps_order_and_ties(dtypes):
         (lambda: importance.magnitude(normalize="L2"), ValueError, 'allowed are "none", "l2"'),
         (lambda: importance.taylor(normalize="L2"), ValueError, 'allowed are "none", "l2"'),
         (lambda: importance.wanda(normalize="L2"), ValueError, 'allowed are "none", "l2"'),
+        (lambda: importance.ria(normalize="L2"), ValueError, 'allowed are "none", "l2"'),
+        (lambda: importance.ria(power=-0.5), ValueError, "0 or more"),
+        (lambda: importance.ria(power="0.5"), TypeError, "0 or more"),
         (lambda: importance.snip_momentum(normalize="L2"), ValueError, 'allowed are "none", "l2"'),
         (lambda: importance.random(seed=-1), ValueError, "0 or more"),
         (lambda: importance.random(seed=0.5), TypeError, "give an int"),

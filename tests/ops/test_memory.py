@@ -57,6 +57,12 @@ SHARED = {
     "a parked weight twice": lambda: ops.park([memory, memory], [mask(), mask()]),
     "parked in the weight": lambda: ops.unpark([memory], [mask()], [memory.view(-1)]),
     "a weight that overlaps the next": lambda: ops.unpark(halves(torch.float32), [mask()] * 2, [torch.ones(16)] * 2),
+    "sums that are the weight": lambda: ops.sparsegpt_block(memory, memory, torch.eye(8), mask()),
+    "a solved mask in the sums": lambda: ops.sparsegpt_block(weight(), memory, torch.eye(8), in_memory[:, :8]),
+    "a weight in the factor": lambda: ops.sparsegpt_block(
+        (square := torch.eye(8))[:2], weight(), square, mask(), keep=2, of=4
+    ),
+    "sums that share columns": lambda: ops.sparsegpt_block(*columns(torch.float32, 4), torch.eye(8), mask()),
     "out in the logits": lambda: ops.bernoulli_gate(weight(), memory, None, out=memory),
     "out beside the weight": lambda: ops.bernoulli_gate(wide[:, :8], torch.zeros(2, 8), None, out=wide[:, 4:12]),
 }  # fmt: skip

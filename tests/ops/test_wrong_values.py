@@ -60,6 +60,10 @@ OPERATORS: dict[str, Callable[[], dict[str, Any]]] = {
     "park": lambda: {"weights": _weights(), "masks": _masks()},
     "unpark": _park,
     "probe": lambda: {"weights": _weights(), "masks": _masks(), "turn": 3},
+    "sparsegpt_block": lambda: {
+        "weight": torch.randn(4, 6), "sums": torch.randn(4, 6), "factor": torch.eye(6),
+        "mask": torch.rand(4, 6) < 0.5, "keep": 2, "of": 4,
+    },
     "mask_weight": lambda: {"weight": torch.randn(4, 6), "mask": torch.rand(4, 6) < 0.5, "dense_gradient": False},
     "norms": lambda: {"tensors": _weights()},
     "inverse_norms": lambda: {"tensors": _weights()},
@@ -84,6 +88,7 @@ RIGHT: dict[str, set[str]] = {
     "removed": INTEGERS, "sizes": {"one", "a numpy integer"}, "kept": INTEGERS, "row_dims": INTEGERS,
     "stream": {*INTEGERS, "minus one"}, "turn": {*INTEGERS, "None"}, "p": {*NUMBERS, "None"},
     "shift": {*NUMBERS, "zero", "minus one", "-(2**70)"}, "beta": NUMBERS, "gamma": {"minus one"}, "zeta": set(),
+    "keep": {"one", "a numpy integer"}, "of": set(),
     "normalize": {"False", "True"}, "hard": {"False", "True"}, "straight_through": {"False", "True"},
     "dense_gradient": {"False", "True"}, "reduction": set(), "shape": {"an empty list"}, "gate_shape": set(),
     "scales": {"None"}, "bases": {"None"}, "factors": {"None"}, "seed": {"None", "an integer tensor",

@@ -673,7 +673,7 @@ def test_coupled_refuses_wrong_options(options, error):
         granularity.coupled(**options)
 
 
-@pytest.mark.parametrize("among", [scope.row(), scope.n_of_m(keep=2, of=4)])
+@pytest.mark.parametrize("among", [scope.row(), scope.columns(4), scope.n_of_m(keep=2, of=4)])
 def test_method_coupled_refuses_scopes_within_weights(among):
     with pytest.raises(ValueError, match=r"coupled units lie in rows .*scope.tensor\(\), scope.model\(\)"):
         by(among=among)

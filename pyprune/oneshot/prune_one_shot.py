@@ -1,0 +1,333 @@
+"""Prune a trained model in one pass over a little data, block by block."""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pyprune.calibration.batches import Dataset, batches_of
+from pyprune.calibration.calibrate import calibrate
+from pyprune.checks import check_bool, shown
+from pyprune.console import listed, tracked, warn
+from pyprune.methods.importance import wanda
+from pyprune.methods.method import Method, PruneMode
+from pyprune.methods.name_rules import by_name
+from pyprune.methods.scope import Scope
+from pyprune.modules.attachments import check_module, wrapped_name
+from pyprune.modules.evaluation import check_initialized, evaluating, layers_apart, untouched
+from pyprune.modules.ignored_scope import IgnoredScope
+from pyprune.modules.masks import Mask
+from pyprune.modules.norms import NORMS
+from pyprune.modules.targets import Target, all_parameters, find_targets_and_zeros, ignored_in
+from pyprune.oneshot.allocations import BlockAllocation
+from pyprune.oneshot.allocations import ratios as ratios_by
+from pyprune.oneshot.block_by_block import OneShot, weights_digest
+from pyprune.oneshot.digest import digest
+from pyprune.oneshot.find_blocks import Block, find_blocks
+from pyprune.oneshot.one_shot_result import OneShotResult
+from pyprune.oneshot.reconstruct import Reconstruction
+from pyprune.oneshot.rule import Rule, rule_of
+from pyprune.oneshot.run_folder import Done, RunFolder
+from pyprune.oneshot.solution import Solver
+from pyprune.oneshot.stored import InMemory
+from pyprune.oneshot.walk import Walk
+from pyprune.selection.find_prunable import Prunable, check_kind
+from pyprune.selection.prune import statistics_of
+
+# Of so many notes a warning has the text; the result has all.
+_TOLD = 5
+# Parameters of blocks that are no weights of layers are told from this share on, as by `prune`: routers are fewer.
+_MISSED = 0.1
+
+
+@torch.inference_mode(False)
+def prune_one_shot(
+    model: nn.Module,
+    data: Dataset | Iterable[Any],
+    method: Method | Scope | PruneMode | str | None = None,
+    *,
+    ratio: float | Mapping[str, float] | None = None,
+    solver: Solver | None = None,
+    blocks: str | Sequence[str] | None = None,
+    allocation: Literal["uniform"] | BlockAllocation = "uniform",
+    propagate: bool = True,
+    reconstruct: Reconstruction | None = None,
+    store: str | os.PathLike[str] = "memory",
+    resume: bool = False,
+    ignored_scope: IgnoredScope | None = None,
+) -> OneShotResult:
+    """Prune a trained model block by block over a little data, in place, and repair what is left by a solver.
+
+    The model is run on the data up to its first block, the block's weights are chosen and solved by what they
+    multiply there, then the data go through the pruned block to the next one, and so on. The model is called as its
+    user calls it; blocks that are done return what they gave. So any model does whose blocks take from each other
+    only what these return: a pass of the first batch checks it, exactly. Each weight gets a mask, as by `prune`: its
+    zeros are held, and `strip` lets go.
+
+    What is outside of blocks (embeddings, heads) stays, unless it is named in ``blocks``.
+
+    It is done block by block: if it fails or is interrupted, the block that it is at is as it was, and those before
+    are pruned. With a folder as ``store`` it can go on from there.
+
+    Args:
+        model: the model, on the device of the data; it is run in evaluation mode, without gradients.
+        data: inputs of the model: a `Dataset`, or an iterable of batches, as for `calibrate`. A few ten thousand
+            tokens. Positions that are padding by the batch's ``attention_mask`` do not count.
+        method: what goes. A `Method` without a solver, or with one that needs masks (`solvers.least_squares`); its
+            importance is by weights and what they multiply: `importance.magnitude`, `importance.wanda`,
+            `importance.ria`. For a solver that chooses (`solvers.admm`) a scope, a Method with `importance.obs`, or
+            None for the solver's own scope. None or a scope for a solver that needs masks: it solves for those that
+            the model has.
+        ratio: fraction of each weight to remove, in [0, 1); or a dict of fractions by names or patterns, as for
+            `prune`. None for N:M in all groups.
+        solver: a function of `pyprune.solvers`, called; or None: weights that are kept stay as they are.
+        blocks: the name of a list of layers, ``"model.layers"``, or several names of lists or modules, in any order;
+            None to find the lists of layers that repeat.
+        allocation: how one ratio becomes one for each block: "uniform", or what a function of `pyprune.allocations`
+            returns.
+        propagate: whether a block is measured on what the pruned blocks before it make of the data, which takes two
+            passes of each block; otherwise on what the dense ones make.
+        reconstruct: `solvers.reconstruct`, called: trains what a block keeps until its output is near that of the
+            dense model's block.
+        store: "memory", or a folder for what blocks give and what is done; outputs are mapped from there.
+        resume: go on with the run in the folder, with the same arguments and a fresh model. What it ends with has the
+            same bits as without an interruption. In an empty folder it begins.
+        ignored_scope: weights to leave out.
+
+    A weight that has a mask already loses more: what is dropped stays so, and ``ratio`` is of all. Experts in one
+    weight, and groups of a convolution, are solved one by one.
+
+    Returns:
+        What became of each weight; ``str`` shows a table.
+
+    Raises:
+        TypeError, ValueError: for wrong arguments or weights, before anything is changed; for a model without lists
+            of layers, or whose blocks take from each other what they do not return; for data without tokens, or that
+            are NaN or infinite within a block.
+
+    Papers: Frantar and Alistarh 2023, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot"; Sun
+    et al. 2023, "A Simple and Effective Pruning Approach for Large Language Models".
+
+    Example:
+        >>> from pyprune import scope, solvers
+        >>> _ = torch.manual_seed(0)
+        >>> layers = [nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(2)]
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Sequential(*layers), nn.Linear(8, 3))
+        >>> data = [torch.randn(16, 10, 4) for _ in range(4)]
+        >>> result = prune_one_shot(model, data, scope.tensor(), ratio=0.5, solver=solvers.admm())
+        >>> result.ratio, [weight.error < weight.error_masked for weight in result.weights] == [True] * 8
+        (0.5, True)
+        >>> int((model[1][0].linear1.weight == 0).sum())
+        64
+    """
+    check_module(model)
+    check_bool("propagate", propagate)
+    if check_bool("resume", resume) and _is_memory(store):
+        raise ValueError('resume is True, and store is "memory", which keeps nothing; give the folder of the run')
+    if reconstruct is not None and not isinstance(reconstruct, Reconstruction):
+        raise TypeError(f"reconstruct is {shown(reconstruct)}; give pyprune.solvers.reconstruct(), or None")
+    rule = rule_of(method, solver, ratio, allocation)
+    model = _unwrapped(model)
+    check_initialized(model)
+    found = find_blocks(model, blocks)
+    targets, left_out = _targets_of(model, found, ignored_scope)
+    _check_masks(rule, targets)
+    every = [target for some in targets.values() for target in some]
+    given = _given(model, rule, every, left_out)
+    batches = list(batches_of(data, None, "Reading batches", names=("data", "num_batches")))
+    ratios = _ratios_of(model, rule, every, left_out, allocation, blocks, batches, ignored_scope)
+    folder = None if _is_memory(store) else RunFolder(store, resume=resume)
+    done: list[Done] = []
+    with evaluating(model), untouched(model), layers_apart(model), _uncompiled(model):
+        walk = Walk(
+            model,
+            batches,
+            found,
+            InMemory() if folder is None else folder.outputs,
+            must_be_called=blocks is not None,
+        )
+        walk.check()
+        run = OneShot(model, walk, targets, rule, ratios, given, propagate, reconstruct, folder)
+        if folder is not None:
+            folder.begin(
+                {
+                    "data": digest(*batches),
+                    "method, ratio, solver": f"{rule} {sorted((t.name, one) for t, one in ratios.items())}",
+                    "propagate": str(propagate),
+                    "reconstruct": repr(reconstruct),
+                    "ignored_scope": repr([target.name for target in every]),
+                    "model": _digest_outside(model, walk.blocks),
+                },
+                {block.name: weights_digest(block.module) for block in walk.blocks},
+            )
+        with _saying_what_is_done(done, len(walk.blocks), folder):
+            for place in tracked(range(len(walk.blocks)), len(walk.blocks), "One-shot pruning"):
+                is_done = folder is not None and place < len(folder.done)
+                done.append(run.restore(place) if is_done else run.prune(place))
+    if folder is not None:
+        folder.end()
+    notes = _missed(model, found, every, ignored_scope)
+    notes += [("not called for the first batch of data, and left as it is", name) for name in walk.idle]
+    notes += [note for one in done for note in one.notes]
+    weights = tuple(weight for one in done for weight in one.weights)
+    fits = {one.block: one.fit for one in done if one.fit is not None}
+    result = OneShotResult(weights, _by_what(notes), fits)
+    _tell(result.notes)
+    return result
+
+
+def _is_memory(store: object) -> bool:
+    return isinstance(store, str) and store == "memory"
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while (name := wrapped_name(model)) is not None:
+        model = model._modules[name]  # type: ignore[assignment]
+    return model
+
+
+@contextmanager
+def _uncompiled(model: nn.Module) -> Iterator[None]:
+    """Let what is compiled in a model run as it was before."""
+    modules = list(model.modules())
+    is_compiled = any(wrapped_name(one) == "_orig_mod" or one._compiled_call_impl is not None for one in modules)
+    if not is_compiled:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+# ---- which weights ----
+
+
+def _targets_of(
+    model: nn.Module, blocks: Sequence[Block], ignored_scope: IgnoredScope | None
+) -> tuple[dict[str, list[Target]], tuple[str, ...]]:
+    """Return the weights of each block, and names of those that are zero."""
+    block_of = {module: block.name for block in blocks for module in block.module.modules()}
+    targets, left_out = find_targets_and_zeros(model, ignored_scope, within=block_of)
+    check_kind(targets, Mask)
+    found: dict[str, list[Target]] = {block.name: [] for block in blocks}
+    tied = []
+    for target in targets:
+        places = {block_of.get(owner.module, "") for owner in target.owners}
+        if len(places) > 1:
+            tied.append(target.name)
+        else:
+            found[places.pop()].append(target)
+    if tied:
+        raise ValueError(
+            f"{listed(tied)} is tied to a weight of another block, or outside of all, which would change with it; "
+            "name it in ignored_scope"
+        )
+    return found, left_out
+
+
+def _check_masks(rule: Rule, targets: Mapping[str, Sequence[Target]]) -> None:
+    """Raise if a solver is to solve for masks, and there are none."""
+    if rule.takes_masks and not any(target.attachment for some in targets.values() for target in some):
+        assert rule.solver is not None
+        raise ValueError(
+            f"method is no Method, so solver {rule.solver.name} solves for the masks of the model, and its blocks "
+            "have none; give a Method, or call pyprune.prune first"
+        )
+
+
+def _given(
+    model: nn.Module, rule: Rule, targets: Sequence[Target], left_out: tuple[str, ...]
+) -> Mapping[Target, Tensor | None]:
+    """Return the scores that an importance was given."""
+    if rule.method is None or rule.method.importance.needs != "given":
+        return {}
+    return statistics_of(model, rule.method.importance, Prunable(list(targets), list(targets), left_out), None, None)
+
+
+def _ratios_of(
+    model: nn.Module,
+    rule: Rule,
+    targets: Sequence[Target],
+    left_out: Sequence[str],
+    allocation: str | BlockAllocation,
+    blocks: str | Sequence[str] | None,
+    batches: Sequence[Any],
+    ignored_scope: IgnoredScope | None,
+) -> dict[Target, float | None]:
+    ratio = rule.amount.ratio
+    if isinstance(allocation, BlockAllocation) and not rule.takes_masks:
+        needs = allocation.needs != "none"
+        calibration = calibrate(model, batches, wanda(), ignored_scope=ignored_scope) if needs else None
+        most = rule.scope.ratio if rule.scope is not None and rule.scope.ratio is not None else 1.0
+        ratio = ratios_by(
+            model,
+            allocation,
+            ratio,  # type: ignore[arg-type]  (None is refused by name)
+            blocks=blocks,
+            calibration=calibration,
+            max_ratio=most,
+            ignored_scope=ignored_scope,
+        )
+    if ratio is None:
+        return dict.fromkeys(targets)
+    names = [tuple(owner.name for owner in target.owners) for target in targets]
+    return dict(zip(targets, by_name(ratio, names, 0.0, left_out=left_out), strict=True))
+
+
+def _digest_outside(model: nn.Module, blocks: Sequence[Block]) -> str:
+    """Return what says which weights a model has outside of its blocks."""
+    inside = {tensor for block in blocks for tensor in (*block.module.parameters(), *block.module.buffers())}
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return digest(*((name, tensor) for name, tensor in named if tensor not in inside))
+
+
+# ---- what is said ----
+
+
+@contextmanager
+def _saying_what_is_done(done: Sequence[Done], count: int, folder: RunFolder | None) -> Iterator[None]:
+    """Let an error say how many blocks are done."""
+    try:
+        yield
+    except BaseException as error:
+        if hasattr(error, "add_note"):  # Python 3.11
+            how = f"resume=True goes on in {folder.path}" if folder is not None else "the others are as they were"
+            error.add_note(f"prune_one_shot: {len(done)} of {count} blocks are done; {how}")
+        raise
+
+
+def _missed(
+    model: nn.Module, blocks: Sequence[Block], targets: Sequence[Target], ignored_scope: IgnoredScope | None
+) -> list[tuple[str, str]]:
+    """Return the parameters of blocks that could be weights, and are no targets, if they are a tenth of them."""
+    ignored = ignored_in(model, ignored_scope)
+    inside = {module for block in blocks for module in block.module.modules() if not isinstance(module, NORMS)}
+    known = {target.parameter for target in targets}
+    missed = [
+        one
+        for one in all_parameters(model)
+        if one.parameter.dim() > 1
+        and one.parameter not in known
+        and any(owner.module in inside for owner in one.owners)
+        and not any(ignored(owner.name) for owner in one.owners)
+        and bool(one.parameter.any())
+    ]
+    size = sum(one.parameter.numel() for one in missed)
+    if size <= _MISSED * (size + sum(one.parameter.numel() for one in targets)):
+        return []
+    return [("in no layer that is known, and left as it is", one.name) for one in missed]
+
+
+def _by_what(notes: Sequence[tuple[str, str]]) -> tuple[str, ...]:
+    names: dict[str, list[str]] = {}
+    for what, name in notes:
+        names.setdefault(what, []).append(name)
+    return tuple(f"{listed(some)}: {what}" for what, some in names.items())
+
+
+def _tell(notes: Sequence[str]) -> None:
+    if notes:
+        more = f"; and {len(notes) - _TOLD} more, which are in the result's notes" if len(notes) > _TOLD else ""
+        warn(f"one-shot pruning: {'; '.join(notes[:_TOLD])}{more}")
