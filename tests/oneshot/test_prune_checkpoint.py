@@ -39,7 +39,7 @@ FEW = ("Llama", "Qwen3", "Mixtral", "GPT-2", "BERT", "T5")
 @pytest.fixture(autouse=True)
 def quiet():
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="one-shot pruning: ")
+        warnings.filterwarnings("ignore", message="one-shot pruning: |importance wanda leaves out")
         yield
 
 
@@ -135,20 +135,21 @@ class Interrupted(BaseException):
     pass
 
 
-@pytest.mark.parametrize("how", ["sparsegpt", "reconstructed", "dense inputs"])
-@pytest.mark.parametrize("name", ["Llama", "Mixtral"])
+@pytest.mark.parametrize(("name", "how"), [("Llama", "reconstructed"), ("Mixtral", "sparsegpt")])
 def test_a_run_goes_on_bit_for_bit(name, how, tmp_path, monkeypatch):
     source, data = saved(tmp_path / "source", name), models.batches(name)
     whole = pyprune.prune_checkpoint(source, tmp_path / "whole", data, **HOW[how])
-    write, finish = model_in_files.ModelInFiles.write, model_in_files.ModelInFiles.finish
-    for number in range(4):  # in the middle of a block that is written, and before the end
+    write = model_in_files.ModelInFiles.write
+    for number in (0, 1, 3):  # in the middle of a block that is written, and before the end
         new = tmp_path / f"new {number}"
         calls = []
 
         def stopped(files, block, calls=calls, number=number):
             calls.append(block)
             if len(calls) > number:
-                files._shards.write({key: torch.zeros(()) for key in ()})
+                # Half of the block is written.
+                name, parameter = next(iter(block.module.named_parameters(prefix=block.name)))
+                files._shards.write(files._as_in_files(name, parameter, torch.zeros_like(parameter)))
                 raise Interrupted
             write(files, block)
 
@@ -173,7 +174,6 @@ def test_a_run_goes_on_bit_for_bit(name, how, tmp_path, monkeypatch):
         assert {key: files[key] for key in files if key != "progress.json"} == {
             key: expected[key] for key in expected if key != "progress.json"
         }
-    assert model_in_files.ModelInFiles.finish is finish
 
 
 def test_a_run_that_has_ended_returns_its_result_again_and_takes_no_other(tmp_path):
@@ -226,10 +226,9 @@ def test_a_model_of_ones_own_is_pruned(tmp_path):
     with torch.device("meta"):
         empty = Net(buffer_device="cpu")
     pyprune.prune_checkpoint(tmp_path / "source", tmp_path / "new", data, **HOW["sparsegpt"], model=empty)
-    pyprune.strip(pyprune_one_shot := model)
     pyprune.prune_one_shot(model, data, **HOW["sparsegpt"])
     found = tensors(tmp_path / "new")
-    state = pyprune.strip(pyprune_one_shot).state_dict()
+    state = pyprune.strip(model).state_dict()
     assert set(found) == set(state) - {"back.weight"}
     assert all(torch.equal(found[key], state[key]) for key in found)
 
