@@ -161,9 +161,7 @@ class ModelInFiles:
             return {self._names[parameter]: values}
         found = _reverted(self.model, name, values)
         wrong = [
-            one
-            for one, tensor in found.items()
-            if one not in self._entries or tensor.shape != self._entries[one].shape
+            one for one, tensor in found.items() if one not in self._entries or tensor.shape != self._entries[one].shape
         ]
         if wrong:
             raise ValueError(
