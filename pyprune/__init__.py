@@ -21,6 +21,7 @@ from pyprune.modules.statistics_result import ModelPruningStatistic, TensorPruni
 from pyprune.modules.strip import StripFormat, strip
 from pyprune.oneshot import allocations, solvers
 from pyprune.oneshot.one_shot_result import OneShotResult, PrunedWeight
+from pyprune.oneshot.prune_checkpoint import prune_checkpoint
 from pyprune.oneshot.prune_one_shot import prune_one_shot
 from pyprune.oneshot.prune_with_gradients import prune_with_gradients
 from pyprune.oneshot.retrain_free import prune_retrain_free
@@ -128,6 +129,7 @@ __all__ = [
     "ops",
     "plan_of",
     "prune",
+    "prune_checkpoint",
     "prune_one_shot",
     "prune_with_gradients",
     "prune_retrain_free",

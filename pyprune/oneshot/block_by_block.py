@@ -1,6 +1,7 @@
 """One-shot pruning of one block after the other."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from pyprune.modules.undo import Change
 from pyprune.oneshot.digest import digest
 from pyprune.oneshot.find_blocks import Block
 from pyprune.oneshot.input_grams import InputGrams
+from pyprune.oneshot.model_in_files import ModelInFiles
 from pyprune.oneshot.one_shot_result import PrunedWeight
 from pyprune.oneshot.reconstruct import Reconstruction
 from pyprune.oneshot.rule import Rule
@@ -36,6 +38,7 @@ class OneShot:
         propagate: whether inputs of a block are those that the pruned blocks before it make.
         reconstruct: what is done to a block at last; None for nothing.
         folder: where what is done is kept; None for nowhere.
+        files: what loads and writes blocks that are not in memory.
     """
 
     model: nn.Module
@@ -47,6 +50,7 @@ class OneShot:
     propagate: bool
     reconstruct: Reconstruction | None
     folder: RunFolder | None
+    files: ModelInFiles | None = None
 
     def __post_init__(self) -> None:
         self._dense: Stored = self.walk.stored
@@ -56,6 +60,10 @@ class OneShot:
     def prune(self, place: int) -> Done:
         """Prune a block; a failure leaves it as it was."""
         block = self.walk.blocks[place]
+        with nullcontext() if self.files is None else self.files.loaded(block.module):
+            return self._prune(place, block)
+
+    def _prune(self, place: int, block: Block) -> Done:
         targets = self.targets[block.name]
         is_last = place == len(self.walk.blocks) - 1
         outputs = None if is_last else self.walk.stored
@@ -90,6 +98,8 @@ class OneShot:
         """Let a block that is done be what it has become."""
         assert self.folder is not None
         done, block = self.folder.done[place], self.walk.blocks[place]
+        if self.files is not None:  # it has been written, and is not run again
+            return done
         tensors = self.folder.tensors(place)
         targets = self.targets[block.name]
         with Change(self.model, values=self._values(block, targets)):
@@ -118,16 +128,28 @@ class OneShot:
         if self._dense is not self.walk.stored:
             self._dense.turn()
         if self.folder is not None:
-            module = next(block.module for block in self.walk.blocks if block.name == done.block)
-            tensors: dict[str, Tensor] = {}
-            for target, one in solved.items():
-                tensors[f"values:{target.name}"] = target.parameter
-                tensors[f"mask:{target.name}"] = one.mask
-            if self.reconstruct is not None:
-                known = {target.parameter for target in solved}
-                tensors |= {f"other:{name}": one for name, one in module.named_parameters() if one not in known}
-            self.folder.finish(done, tensors, weights_digest(module))
+            block = next(block for block in self.walk.blocks if block.name == done.block)
+            tensors = None if self.files is not None else self._tensors(block.module, solved)
+            if self.files is not None:
+                self.files.write(block)
+            self.folder.finish(done, tensors, weights_digest(block.module))
         return done
+
+    def _tensors(self, module: nn.Module, solved: Mapping[Target, Solved]) -> dict[str, Tensor]:
+        """Return what brings a block to what it has become."""
+        tensors: dict[str, Tensor] = {}
+        for target, one in solved.items():
+            tensors[f"values:{target.name}"] = target.parameter
+            tensors[f"mask:{target.name}"] = one.mask
+        if self.reconstruct is not None:
+            known = {target.parameter for target in solved}
+            tensors |= {f"other:{name}": one for name, one in module.named_parameters() if one not in known}
+        return tensors
+
+    def digest(self, block: Block) -> str:
+        """Return what says which weights a block has."""
+        with nullcontext() if self.files is None else self.files.loaded(block.module):
+            return weights_digest(block.module)
 
     def _reconstructed(self, place: int, block: Block, solved: Mapping[Target, Solved]) -> tuple[float, float]:
         assert self.reconstruct is not None

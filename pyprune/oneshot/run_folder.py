@@ -98,7 +98,7 @@ class RunFolder:
             self._write()
             return
         known = self._content["run"]
-        other = [name for name in run if known.get(name) != run[name]]
+        other = [name for name in {**run, **known} if known.get(name) != run.get(name)]
         if list(self._content["blocks"]) != list(blocks):
             other.append("blocks")
         ended = self._content.get("ended", {})
@@ -113,16 +113,17 @@ class RunFolder:
                 "another folder"
             )
 
-    def finish(self, done: Done, tensors: Mapping[str, Tensor], now: str = "") -> None:
+    def finish(self, done: Done, tensors: Mapping[str, Tensor] | None, now: str = "") -> None:
         """Take down that a block is done.
 
         Args:
             done: which one, and what is said of it.
-            tensors: by name: what it has become.
+            tensors: by name: what it has become; None if that is kept elsewhere.
             now: what says which weights it has.
         """
-        with whole_file(self._file(len(self.done))) as unfinished:
-            torch.save({name: tensor.detach().cpu() for name, tensor in tensors.items()}, unfinished)
+        if tensors is not None:
+            with whole_file(self._file(len(self.done))) as unfinished:
+                torch.save({name: tensor.detach().cpu() for name, tensor in tensors.items()}, unfinished)
         self._content["done"].append(asdict(done))
         self._content.setdefault("ended", {})[done.block] = now
         self._content["turns"] = {"outputs": self.outputs.turns, "dense": self.dense.turns}

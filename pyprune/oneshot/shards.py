@@ -1,0 +1,208 @@
+"""Checkpoints of safetensors: tensors that stay in the files, and files in which some of them become others."""
+
+import json
+import math
+import mmap
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyprune.console import listed
+from pyprune.files import whole_file
+
+WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+# Headers are a few MB at most, so what says more is no such file.
+_LONGEST_HEADER = 10**8
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies: file, first byte in it, dtype and shape."""
+
+    path: Path
+    begin: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """How many bytes it has."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Mapped:
+    """Tensors that lie in files, and take memory only while they are used; they are not to be written to.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "three")
+        >>> _ = path.write_bytes(bytes([1, 2, 3]))
+        >>> mapped = Mapped()
+        >>> mapped.tensor(Entry(path, 1, torch.uint8, (2,)))
+        tensor([2, 3], dtype=torch.uint8)
+        >>> mapped.forget()
+    """
+
+    def __init__(self) -> None:
+        self._maps: dict[Path, mmap.mmap] = {}
+
+    def tensor(self, entry: Entry) -> Tensor:
+        """Return a tensor."""
+        count = math.prod(entry.shape)
+        if not count:
+            return torch.empty(entry.shape, dtype=entry.dtype)
+        if entry.path not in self._maps:
+            with open(entry.path, "rb") as file:
+                self._maps[entry.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            found = torch.frombuffer(self._maps[entry.path], dtype=entry.dtype, count=count, offset=entry.begin)
+        return found.view(entry.shape)
+
+    def forget(self) -> None:
+        """Let the memory go that was filled by reading; what is read next comes from the files again."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            for one in self._maps.values():
+                one.madvise(mmap.MADV_DONTNEED)
+
+
+def read_entries(folder: Path) -> dict[str, Entry]:
+    """Return where each tensor of a checkpoint lies: in ``model.safetensors``, or in the files that its index names.
+
+    Raises:
+        ValueError: if there is no such file, or one is damaged.
+    """
+    if (folder / INDEX).is_file():
+        names = _indexed(folder)
+        files = sorted(set(names.values()))
+    elif (folder / WHOLE).is_file():
+        names, files = None, [WHOLE]
+    else:
+        raise ValueError(f"source_folder is {str(folder)!r}, which has neither {WHOLE} nor {INDEX}")
+    entries = {name: entry for file in files for name, entry in _header(folder / file)}
+    if names is not None:
+        lost = [name for name, file in names.items() if name not in entries or entries[name].path.name != file]
+        if lost:
+            raise ValueError(f"{folder / INDEX} names {listed(lost)}, which are not in the files that it says")
+    return entries
+
+
+def _indexed(folder: Path) -> dict[str, str]:
+    """Return the name of the file of each tensor."""
+    path = folder / INDEX
+    try:
+        names = json.loads(path.read_text())["weight_map"]
+        files = {str(file) for file in names.values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is no index of safetensors: {error!s:.200}") from error
+    away = sorted(file for file in files if file != os.path.basename(file) or not (folder / file).is_file())
+    if away:
+        raise ValueError(f"{path} names files that are not beside it: {listed(away)}")
+    return {str(name): str(file) for name, file in names.items()}
+
+
+def _header(path: Path) -> Iterator[tuple[str, Entry]]:
+    """Yield what a file says of its tensors."""
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > _LONGEST_HEADER:
+                raise ValueError(f"a header of {length:,} bytes")
+            header = json.loads(file.read(length))
+        size = path.stat().st_size
+        for name, one in header.items():
+            if name != "__metadata__":
+                yield name, _entry(path, 8 + length, size, name, one)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is no safetensors file, or is damaged: {error!s:.200}") from error
+
+
+def _entry(path: Path, start: int, size: int, name: str, one: Mapping[str, Any]) -> Entry:
+    if one["dtype"] not in _DTYPES:
+        raise ValueError(f"{name} is of dtype {one['dtype']!r:.20}, which is not one of {', '.join(_DTYPES)}")
+    begin, end = one["data_offsets"]
+    entry = Entry(path, start + int(begin), _DTYPES[one["dtype"]], tuple(map(int, one["shape"])))
+    if not 0 <= begin <= end or end - begin != entry.size or start + end > size or min(entry.shape, default=0) < 0:
+        raise ValueError(f"{name} of shape {entry.shape} does not lie in it whole")
+    return entry
+
+
+class NewShards:
+    """Copies of the files of a checkpoint in which tensors become others of the same dtype and shape.
+
+    Args:
+        unfinished: folder for those that are not done; it is made if it is needed.
+        destination: folder in which they are whole at last.
+        entries: what `read_entries` returned.
+
+    Example:
+        >>> import tempfile
+        >>> source, target = Path(tempfile.mkdtemp()), Path(tempfile.mkdtemp())
+        >>> _ = (source / "one").write_bytes(bytes([1, 2, 3]))
+        >>> shards = NewShards(target / "unfinished", target, {"x": Entry(source / "one", 1, torch.uint8, (2,))})
+        >>> shards.write({"x": torch.zeros(2, dtype=torch.uint8)})
+        >>> shards.finish()
+        >>> (target / "one").read_bytes()
+        b'\\x01\\x00\\x00'
+    """
+
+    def __init__(self, unfinished: Path, destination: Path, entries: Mapping[str, Entry]) -> None:
+        self.unfinished = unfinished
+        self.destination = destination
+        self.entries = entries
+
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors by name; it may be done again."""
+        self.unfinished.mkdir(exist_ok=True)
+        for path in {self.entries[name].path for name in tensors}:
+            new = self.unfinished / path.name
+            if not new.exists():
+                with whole_file(new) as copy:
+                    shutil.copyfile(path, copy)
+            with open(new, "rb+") as file:
+                for name, tensor in tensors.items():
+                    entry = self.entries[name]
+                    if entry.path == path:
+                        file.seek(entry.begin)
+                        data = tensor.detach().to("cpu", entry.dtype).contiguous()
+                        file.write(data.reshape(-1).view(torch.uint8).numpy().data)
+                file.flush()
+                os.fsync(file.fileno())
+
+    def finish(self) -> None:
+        """Let all files be whole in the destination; it may be done again."""
+        for path in sorted({entry.path for entry in self.entries.values()}):
+            target = self.destination / path.name
+            if (self.unfinished / path.name).exists():
+                os.replace(self.unfinished / path.name, target)
+            elif not target.exists():
+                with whole_file(target) as copy:
+                    shutil.copyfile(path, copy)
+        shutil.rmtree(self.unfinished, ignore_errors=True)
