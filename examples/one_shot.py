@@ -6,11 +6,11 @@ of their blocks are pruned, and nothing is trained, but where "+ reconstruction"
 steps on the calibration texts.
 
 The encoder is judged by how far the embeddings of 60 other texts move, as 1 - cosine, the decoder by its perplexity
-on 16 x 256 other tokens. Texts are three books that Debian ships, if they are installed (apt-get install debian-handbook
-anarchism jargon-text) or in ``--texts FOLDER``; otherwise the documentation that Python ships.
+on 16 x 256 other tokens. Texts are three books that Debian ships, if they are installed (apt-get install
+debian-handbook anarchism jargon-text) or in ``--texts FOLDER``; otherwise the documentation that Python ships.
 
-Run it with ``make one-shot`` (about a quarter of an hour on two cores, ``--patterns 2:4`` a third of that), and ``make
-one-shot MODEL=smollm2`` (over half an hour). ``--plot PATH`` draws the picture of the documentation.
+Run it with ``make one-shot`` (about a quarter of an hour on one core; ``ARGS="--patterns 2:4"`` a third of that), and
+``make one-shot MODEL=smollm2`` (over half an hour). ``--plot PATH`` draws the picture of the documentation.
 """
 
 import argparse
