@@ -205,25 +205,37 @@ def show(case: Case, dense: float, rows: Sequence[Row], what: str) -> None:
 
 def plot(case: Case, rows: Sequence[Row], path: Path) -> None:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
     shades = ("#8A97A3", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#CC3311", "#882255")
     colors = dict(zip(SOLVERS, shades, strict=True))
     patterns = list(dict.fromkeys(row.pattern for row in rows))
     figure = Figure(figsize=(3.2 * len(patterns) + 0.4, 4.2), layout="constrained")
+    points = {}
     for axes, pattern in zip(figure.subplots(1, len(patterns), squeeze=False)[0], patterns, strict=True):
-        for row in rows:
-            if row.pattern == pattern:
-                label = row.solver if pattern == patterns[0] else None
-                axes.plot(row.seconds, row.judged, "o", color=colors[row.solver], markersize=9, label=label)
+        some = [row for row in rows if row.pattern == pattern]
+        for row in some:
+            (points[row.solver],) = axes.plot(row.seconds, row.judged, "o", color=colors[row.solver], markersize=9)
         axes.set(xlabel="seconds of one core", title=pattern, xscale="log")
-        axes.set_ylim(0, None)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
         if case.judged_by == "perplexity":
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_locator(NullLocator())
+        else:
+            axes.set_ylim(0, 1.1 * max(row.judged for row in some))
+        axes.margins(0.15)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     figure.axes[0].set_ylabel(f"{case.judged_by} (less is better)")
     figure.suptitle(f"{case.name}, pruned in one shot", x=0.01, ha="left", fontsize=11, fontweight="bold")
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    there = [solver for solver in SOLVERS if solver in points]
+    figure.legend(
+        [points[one] for one in there], there, loc="outside lower center", ncols=4, frameon=False, fontsize=9
+    )
     figure.savefig(path, dpi=110)
 
 
