@@ -904,7 +904,8 @@ ROWS: dict[str, Row] = {
 NOT_CALLED = """
     __version__ build_info one_gate_sample AcDcPruner Calibration Dropped IterativeResult KeepSparse
     ModelPruningStatistic
-    OneShotResult Plan PruneMode PrunedWeight PruningRound Reconstructed Shrunk Recipe RecipePruner Schedule SensitivityResult SensitivityTarget
+    OneShotResult Plan PruneMode PrunedWeight PruningRound Reconstructed RetrainFree Shrunk Recipe RecipePruner
+    Schedule SensitivityResult SensitivityTarget
     StripFormat TensorPruningStatistic as_schedule
 """.split()  # noqa: SIM905
 
