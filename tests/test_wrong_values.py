@@ -501,8 +501,8 @@ ROWS: dict[str, Row] = {
     "alpha_pruning": Row(allocations.alpha_pruning, same(epsilon=0.2), {"epsilon": SHARE - {"0", "0.0"}}),
     "solvers.sparsegpt": Row(
         solvers.sparsegpt,
-        same(block=128, damping=0.01),
-        {"block": COUNT, "damping": SHARE | {"1", "1.0", "np.int64(1)"}},
+        same(block=128, polish=True, damping=0.01),
+        {"block": COUNT, "polish": FLAG, "damping": SHARE | {"1", "1.0", "np.int64(1)"}},
     ),
     "solvers.reconstruct": Row(
         solvers.reconstruct,
