@@ -350,6 +350,14 @@ CALLS = {
             things["model"], [ROWS], LOCAL, ratio=0.6, blocks="0", reconstruct=pyprune.solvers.reconstruct(steps=2)
         ),
     ),
+    "prune_retrain_free": (
+        dense,
+        of_model(pyprune.prune_retrain_free, [BATCH], target_macs=0.7, draws=1),
+    ),
+    "prune_retrain_free by a loss": (
+        dense,
+        of_model(pyprune.prune_retrain_free, [BATCH], target_macs=0.7, loss_fn=loss_of),
+    ),
     "reconstruct without sums": (
         lambda: {**masked(), "dense": dense()["model"]},
         lambda things: pyprune.reconstruct(things["dense"], things["model"], [BATCH], memory=0),

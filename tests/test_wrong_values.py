@@ -355,6 +355,33 @@ ROWS: dict[str, Row] = {
         },
         {"groups": {"[]", "()"}, "batches": DATA, "damping": NOT_NEGATIVE, "memory": FROM_0},
     ),
+    "prune_retrain_free": Row(
+        pyprune.prune_retrain_free,
+        lambda: {
+            "model": net(),
+            "data": [torch.randn(2, 4)],
+            "target_macs": 0.8,
+            "loss_fn": None,
+            "likelihood": None,
+            "draws": 2,
+            "rearrange": True,
+            "tune": True,
+            "num_batches": None,
+            "ignored_scope": None,
+            "examples_inputs": torch.ones(2, 4),
+            "memory": 2**20,
+        },
+        {
+            "data": DATA,
+            "target_macs": SHARE - {"0", "0.0"} | {"1", "1.0", "np.int64(1)", "5e-324"},
+            "loss_fn": FUNCTIONS | OPTIONAL,
+            "likelihood": OPTIONAL,
+            "draws": COUNT,
+            "rearrange": FLAG,
+            "tune": FLAG,
+            "memory": FROM_0,
+        },
+    ),
     "drop_blocks": Row(
         pyprune.drop_blocks,
         lambda: (
@@ -877,7 +904,8 @@ ROWS: dict[str, Row] = {
 NOT_CALLED = """
     __version__ build_info one_gate_sample AcDcPruner Calibration Dropped IterativeResult KeepSparse
     ModelPruningStatistic
-    OneShotResult Plan PruneMode PrunedWeight PruningRound Reconstructed Shrunk Recipe RecipePruner Schedule SensitivityResult SensitivityTarget
+    OneShotResult Plan PruneMode PrunedWeight PruningRound Reconstructed RetrainFree Shrunk Recipe RecipePruner
+    Schedule SensitivityResult SensitivityTarget
     StripFormat TensorPruningStatistic as_schedule
 """.split()  # noqa: SIM905
 

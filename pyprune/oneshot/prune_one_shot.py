@@ -6,42 +6,32 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pyprune.calibration.batches import Dataset, batches_of
-from pyprune.calibration.calibrate import calibrate
 from pyprune.checks import check_bool, shown
 from pyprune.console import listed, tracked, warn
-from pyprune.methods.importance import wanda
 from pyprune.methods.method import Method, PruneMode
-from pyprune.methods.name_rules import by_name
 from pyprune.methods.scope import Scope
 from pyprune.modules.attachments import check_module, wrapped_name
 from pyprune.modules.evaluation import check_initialized, evaluating, layers_apart, untouched
 from pyprune.modules.ignored_scope import IgnoredScope
-from pyprune.modules.masks import Mask
-from pyprune.modules.norms import NORMS
-from pyprune.modules.targets import Target, all_parameters, find_targets_and_zeros, ignored_in
 from pyprune.oneshot.allocations import BlockAllocation
-from pyprune.oneshot.allocations import ratios as ratios_by
 from pyprune.oneshot.block_by_block import OneShot
 from pyprune.oneshot.digest import digest
 from pyprune.oneshot.find_blocks import Block, find_blocks
 from pyprune.oneshot.model_in_files import ModelInFiles
 from pyprune.oneshot.one_shot_result import OneShotResult
 from pyprune.oneshot.reconstruct import Reconstruction
-from pyprune.oneshot.rule import Rule, rule_of
+from pyprune.oneshot.rule import rule_of
 from pyprune.oneshot.run_folder import Done, RunFolder
 from pyprune.oneshot.solution import Solver
 from pyprune.oneshot.stored import InMemory
 from pyprune.oneshot.walk import Walk
-from pyprune.selection.find_prunable import Prunable, check_kind
-from pyprune.selection.prune import statistics_of
+from pyprune.oneshot.weights_of_blocks import check_masks, given, missed_in, ratios_of, targets_of
 
 # Of so many notes a warning has the text; the result has all.
 _TOLD = 5
-# Parameters of blocks that are no weights of layers are told from this share on, as by `prune`: routers are fewer.
-_MISSED = 0.1
 
 
 @torch.inference_mode(False)
@@ -168,12 +158,12 @@ def prune_blocks(
     model = _unwrapped(model)
     check_initialized(model)
     found = find_blocks(model, blocks)
-    targets, left_out = _targets_of(model, found, ignored_scope)
-    _check_masks(rule, targets)
+    targets, left_out = targets_of(model, found, ignored_scope)
+    check_masks(rule, targets)
     every = [target for some in targets.values() for target in some]
-    given = _given(model, rule, every, left_out)
+    scores = given(model, rule, every, left_out)
     batches = list(batches_of(data, None, "Reading batches", names=("data", "num_batches")))
-    ratios = _ratios_of(model, rule, every, left_out, allocation, blocks, batches, ignored_scope)
+    ratios = ratios_of(model, rule, every, left_out, allocation, blocks, batches, ignored_scope)
     folder = None if _is_memory(store) else RunFolder(store, resume=resume)
     done: list[Done] = []
     with evaluating(model), untouched(model), layers_apart(model), _uncompiled(model):
@@ -185,7 +175,7 @@ def prune_blocks(
             must_be_called=blocks is not None,
         )
         walk.check()
-        run = OneShot(model, walk, targets, rule, ratios, given, propagate, reconstruct, folder, files)
+        run = OneShot(model, walk, targets, rule, ratios, scores, propagate, reconstruct, folder, files)
         if folder is not None:
             folder.begin(
                 {
@@ -205,7 +195,7 @@ def prune_blocks(
                 done.append(run.restore(place) if is_done else run.prune(place))
     if folder is not None:
         folder.end()
-    notes = _missed(model, found, every, ignored_scope)
+    notes = missed_in(model, found, every, ignored_scope)
     notes += [("not called for the first batch of data, and left as it is", name) for name in walk.idle]
     notes += [note for one in done for note in one.notes]
     weights = tuple(weight for one in done for weight in one.weights)
@@ -248,81 +238,6 @@ def _uncompiled(model: nn.Module) -> Iterator[None]:
         yield
 
 
-# ---- which weights ----
-
-
-def _targets_of(
-    model: nn.Module, blocks: Sequence[Block], ignored_scope: IgnoredScope | None
-) -> tuple[dict[str, list[Target]], tuple[str, ...]]:
-    """Return the weights of each block, and names of those that are zero."""
-    block_of = {module: block.name for block in blocks for module in block.module.modules()}
-    targets, left_out = find_targets_and_zeros(model, ignored_scope, within=block_of)
-    check_kind(targets, Mask)
-    found: dict[str, list[Target]] = {block.name: [] for block in blocks}
-    tied = []
-    for target in targets:
-        places = {block_of.get(owner.module, "") for owner in target.owners}
-        if len(places) > 1:
-            tied.append(target.name)
-        else:
-            found[places.pop()].append(target)
-    if tied:
-        raise ValueError(
-            f"{listed(tied)} is tied to a weight of another block, or outside of all, which would change with it; "
-            "name it in ignored_scope"
-        )
-    return found, left_out
-
-
-def _check_masks(rule: Rule, targets: Mapping[str, Sequence[Target]]) -> None:
-    """Raise if a solver is to solve for masks, and there are none."""
-    if rule.takes_masks and not any(target.attachment for some in targets.values() for target in some):
-        assert rule.solver is not None
-        raise ValueError(
-            f"method is no Method, so solver {rule.solver.name} solves for the masks of the model, and its blocks "
-            "have none; give a Method, or call pyprune.prune first"
-        )
-
-
-def _given(
-    model: nn.Module, rule: Rule, targets: Sequence[Target], left_out: tuple[str, ...]
-) -> Mapping[Target, Tensor | None]:
-    """Return the scores that an importance was given."""
-    if rule.method is None or rule.method.importance.needs != "given":
-        return {}
-    return statistics_of(model, rule.method.importance, Prunable(list(targets), list(targets), left_out), None, None)
-
-
-def _ratios_of(
-    model: nn.Module,
-    rule: Rule,
-    targets: Sequence[Target],
-    left_out: Sequence[str],
-    allocation: str | BlockAllocation,
-    blocks: str | Sequence[str] | None,
-    batches: Sequence[Any],
-    ignored_scope: IgnoredScope | None,
-) -> dict[Target, float | None]:
-    ratio = rule.amount.ratio
-    if isinstance(allocation, BlockAllocation) and not rule.takes_masks:
-        needs = allocation.needs != "none"
-        calibration = calibrate(model, batches, wanda(), ignored_scope=ignored_scope) if needs else None
-        most = rule.scope.ratio if rule.scope is not None and rule.scope.ratio is not None else 1.0
-        ratio = ratios_by(
-            model,
-            allocation,
-            ratio,  # type: ignore[arg-type]  (None is refused by name)
-            blocks=blocks,
-            calibration=calibration,
-            max_ratio=most,
-            ignored_scope=ignored_scope,
-        )
-    if ratio is None:
-        return dict.fromkeys(targets)
-    names = [tuple(owner.name for owner in target.owners) for target in targets]
-    return dict(zip(targets, by_name(ratio, names, 0.0, left_out=left_out), strict=True))
-
-
 def _digest_outside(model: nn.Module, blocks: Sequence[Block]) -> str:
     """Return what says which weights a model has outside of its blocks."""
     inside = {tensor for block in blocks for tensor in (*block.module.parameters(), *block.module.buffers())}
@@ -343,28 +258,6 @@ def _saying_what_is_done(done: Sequence[Done], count: int, folder: RunFolder | N
             how = f"resume=True goes on in {folder.path}" if folder is not None else "the others are as they were"
             error.add_note(f"prune_one_shot: {len(done)} of {count} blocks are done; {how}")
         raise
-
-
-def _missed(
-    model: nn.Module, blocks: Sequence[Block], targets: Sequence[Target], ignored_scope: IgnoredScope | None
-) -> list[tuple[str, str]]:
-    """Return the parameters of blocks that could be weights, and are no targets, if they are a tenth of them."""
-    ignored = ignored_in(model, ignored_scope)
-    inside = {module for block in blocks for module in block.module.modules() if not isinstance(module, NORMS)}
-    known = {target.parameter for target in targets}
-    missed = [
-        one
-        for one in all_parameters(model)
-        if one.parameter.dim() > 1
-        and one.parameter not in known
-        and any(owner.module in inside for owner in one.owners)
-        and not any(ignored(owner.name) for owner in one.owners)
-        and bool(one.parameter.any())
-    ]
-    size = sum(one.parameter.numel() for one in missed)
-    if size <= _MISSED * (size + sum(one.parameter.numel() for one in targets)):
-        return []
-    return [("in no layer that is known, and left as it is", one.name) for one in missed]
 
 
 def _by_what(notes: Sequence[tuple[str, str]]) -> tuple[str, ...]:

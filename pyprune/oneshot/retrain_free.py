@@ -1,8 +1,8 @@
 """Prune heads and neurons of a trained transformer to a budget in one pass, without training (Kwon et al. 2022)."""
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,19 +17,26 @@ from pyprune.methods.allocation import Amount
 from pyprune.methods.coupled import Flags, Numbers
 from pyprune.methods.method import Method
 from pyprune.modules.attachments import check_module
-from pyprune.modules.evaluation import check_initialized, evaluating, untouched
+from pyprune.modules.evaluation import check_initialized, evaluating, forward, layers_apart, untouched
 from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.modules.masks import NewMask, attach_masks
 from pyprune.modules.undo import Change
 from pyprune.oneshot.retrain_free_result import RetrainFree, UnitsLeft
-from pyprune.oneshot.unit_gradients import Likelihood, Losses, drawn_losses, unit_gradients
-from pyprune.oneshot.unit_scales import Tuning, loss_as_pass, tune_units
+from pyprune.oneshot.unit_gradients import (
+    Likelihood,
+    Losses,
+    drawn_losses,
+    kept_positions,
+    unit_gradients,
+    values_of,
+)
+from pyprune.oneshot.unit_scales import Reading, look_at_inputs, readings_of, tune_units
 from pyprune.oneshot.unit_search import exchanged, units_within
 from pyprune.selection.choose_coupled import unit_masks
 from pyprune.selection.coupled import CoupledUnits, UnitsOfGroup, find_coupled
 from pyprune.selection.find_prunable import Prunable, tell_missed
-from pyprune.structured.paired_passes import evaluating_both
 
+LossFunction = Callable[[nn.Module, Any], Tensor]
 _METHOD = Method(importance.magnitude(p=2), granularity.coupled(), scope.model())
 
 
@@ -39,7 +46,7 @@ def prune_retrain_free(
     data: Dataset | Iterable[Any],
     *,
     target_macs: float,
-    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+    loss_fn: LossFunction | None = None,
     likelihood: Likelihood | None = None,
     draws: int = 8,
     rearrange: bool = True,
@@ -49,42 +56,44 @@ def prune_retrain_free(
     examples_inputs: Any = None,
     memory: int = 2**30,
 ) -> RetrainFree:
-    """Mask whole heads and neurons of a trained model, so that a share of its MACs is left, in place, without training.
+    """Mask whole heads and neurons of a trained model, in place, so that a share of its MACs is left: no retraining.
 
     1. A mask of ones is thought on each unit: a head (with grouped queries, those that share a key and value), a
        neuron of an MLP, a channel of a convolution. Its importance is its diagonal Fisher information, the sum over
        batches of the squared gradient of the loss with respect to its mask.
-    2. The units of the greatest sum of importances are kept that the budget allows: every number of heads is tried, with
-       as many neurons as the rest allows. Each group keeps one unit.
+    2. The units of the greatest sum of importances are kept that the budget allows: every number of heads is tried,
+       with as many neurons as the rest allows. Each group keeps one unit.
     3. In each group units are exchanged for others, so that ``||sum of gradients of what goes||^2``, the Fisher
        information with the terms of pairs, is less.
-    4. Layer after layer, each unit that is kept gets a scale by least squares, so that the layer that reads it makes
-       what it made in the dense model; the scales are multiplied into that layer's weight, and its bias is solved
-       along.
+    4. Each unit that is kept gets a scale by least squares, so that the layer that reads it makes of inputs as in the
+       dense model what it made, each output relative to its standard deviation. The scales are multiplied into that
+       layer's weight, and its bias takes over the mean of what is missing. Layer after layer, in the order of the
+       forward pass, that stays only if the model is nearer to the dense one (with a ``loss_fn``: has less loss) on
+       the last quarter of the batches.
 
     What goes has masks, as by `prune` with ``granularity.coupled()``; `shrink` removes it. `reconstruct` may repair
     more: there each weight is free, and not only a scale of each unit.
 
     Args:
         model: a model without masks and gates.
-        data: a `Dataset`, or an iterable of batches: inputs of the model, or what ``loss_fn`` takes. They are kept,
-            and are run once for 1 and twice per layer for 4. A few hundred inputs, in batches of a few, are enough:
-            each batch gives one gradient, or ``draws`` of them.
+        data: a `Dataset`, or an iterable of batches: inputs of the model, or what ``loss_fn`` takes. They are kept. A
+            few hundred inputs, in batches of a few, are enough: each batch gives one gradient, or ``draws`` of them.
         target_macs: the share of the model's multiply-accumulates that is to be left at most, in (0, 1].
-        loss_fn: takes the model and a batch, and returns the loss, a tensor with one element. Without it no labels are
-            needed: outputs are drawn from the model's own distribution, and the loss is their negative logarithm of
-            the likelihood. Padding counts for nothing where a batch has an ``attention_mask``.
+        loss_fn: takes the model and a batch, and returns the loss, a tensor with one element. Without it no labels
+            are needed: outputs are drawn from the model's own distribution, and the loss is the negative logarithm
+            of their likelihood. Padding counts for nothing where a batch has an ``attention_mask``.
         likelihood: without a ``loss_fn``, what the output is: "categorical", logits along the last dimension, of
             which labels are drawn; or "normal", values with noise of variance 1. None is "categorical" for outputs
             with ``logits`` of two classes or more, and "normal" for the first tensor of others.
         draws: without a ``loss_fn``, how many outputs are drawn for each batch; each takes a backward pass.
         rearrange: whether to do 3.
-        tune: whether to do 4. It takes a copy of the model.
+        tune: whether to do 4.
         num_batches: how many batches to use; all if None or if there are fewer.
         ignored_scope: weights to leave out, with the groups of units that lie in them.
         examples_inputs: inputs by which units are found and MACs are counted, as in `prune`; the first batch if None,
             which with a ``loss_fn`` must be a dict or tensor that the model takes.
-        memory: bytes that the sums of a layer may take in 4. A layer that would take more is not tuned.
+        memory: bytes that sums may take in 4. Layers are looked at in as many passes over the data as that asks for;
+            one that would take more by itself is not tuned.
 
     Returns:
         A `RetrainFree`: units left by group, scales and errors by layer, MACs before and after; `str` shows tables.
@@ -116,9 +125,7 @@ def prune_retrain_free(
     check_bool("rearrange", rearrange)
     check_bool("tune", tune)
     memory = check_count("memory", memory, what="bytes, an integer, 0 or more")
-    source = batches_of(
-        data, num_batches, "Reading batches", checked=loss_fn is None, names=("data", "num_batches")
-    )
+    source = batches_of(data, num_batches, "Reading batches", checked=loss_fn is None, names=("data", "num_batches"))
     batches = list(source)
     if examples_inputs is None:
         examples_inputs = batches[0]
@@ -145,18 +152,23 @@ def prune_retrain_free(
         NewMask(target.owners, mask, on_target=target.parameter.dim() > 1)
         for target, mask in unit_masks(units, Amount(), kept).items()
     ]
-    dense = copy.deepcopy(model) if tune else model
-    values = _written(units) if tune else ()
-    with Change(model, values=values):
+    readings, skipped = readings_of(units.chosen, kept) if tune else ([], {})
+    with Change(model, values=_written(readings)), untouched(model), evaluating(model), layers_apart(model):
+        judge = _judge(model, batches[-max(1, len(batches) // 4) :], loss_fn) if readings else float
+        if readings:
+            skipped |= look_at_inputs(readings, partial(_run, model, loss_fn), batches, memory)
         attach_masks(model, masks)
-        tuning = _tuning(dense, model, units.chosen, batches, loss_fn, memory) if tune else Tuning()
-    if tuning.skipped:
-        warn(f"not tuned: {listed([f'{name} ({why})' for name, why in tuning.skipped])}")
-    return RetrainFree(left, tuning.tuned, tuning.skipped, before, after)
+        tuning = tune_units([one for one in readings if one.name not in skipped], judge)
+    skipped |= dict(tuning.skipped)
+    if skipped:
+        warn(f"not tuned: {listed([f'{name} ({why})' for name, why in skipped.items()])}")
+    return RetrainFree(left, tuning.tuned, tuple(skipped.items()), before, after)
 
 
 def _losses(loss_fn: object, likelihood: object, draws: object) -> Losses:
-    draws = check_count("draws", draws, least=1, what="how many outputs are drawn for a batch, an integer, at least 1")
+    draws = check_count(
+        "draws", draws, least=1, what="how many outputs are drawn for a batch, an integer, at least 1"
+    )
     if loss_fn is None:
         if likelihood is not None:
             check_choice("likelihood", likelihood, ("categorical", "normal"))
@@ -182,7 +194,10 @@ def _units(model: nn.Module, ignored_scope: IgnoredScope | None, examples: Any) 
         )
     unread = [one for one in units.chosen if not any(part.reads for part in one.weights)]
     if unread:
-        warn(f"coupled units of these groups are left alone: {listed([one.name for one in unread])} (no weight reads them)")
+        warn(
+            f"coupled units of these groups are left alone: {listed([one.name for one in unread])} (no weight reads "
+            "them)"
+        )
     chosen = tuple(one for one in units.chosen if one not in unread)
     if not chosen:
         raise ValueError(f"{type(model).__name__} has no units that a weight reads; there is nothing to prune")
@@ -192,10 +207,14 @@ def _units(model: nn.Module, ignored_scope: IgnoredScope | None, examples: Any) 
 def _check_gradients(groups: Sequence[UnitsOfGroup], gradients: Sequence[Numbers]) -> None:
     bad = [one.name for one, rows in zip(groups, gradients, strict=True) if not np.isfinite(rows).all()]
     if bad:
-        raise ValueError(f"gradients of {listed(bad)} are NaN or infinite; check the batches, the loss and the weights")
+        raise ValueError(
+            f"gradients of {listed(bad)} are NaN or infinite; check the batches, the loss and the weights"
+        )
     without = [one.name for one, rows in zip(groups, gradients, strict=True) if not rows.any()]
     if len(without) == len(groups):
-        raise ValueError("no unit has a gradient: the loss does not depend on any of them; check loss_fn and the data")
+        raise ValueError(
+            "no unit has a gradient: the loss does not depend on any of them; check loss_fn and the data"
+        )
     if without:
         warn(f"the loss does not depend on the units of {listed(without)}, which so go first")
 
@@ -224,24 +243,27 @@ def _share(gradients: Numbers, kept: Flags) -> float:
     return float(importances[kept].sum() / importances.sum()) if importances.any() else 1.0
 
 
-def _written(units: CoupledUnits) -> list[Tensor]:
-    """Return the weights that read units, and the biases beside them: what tuning may write."""
-    owners = [owner for one in units.chosen for part in one.weights if part.reads for owner in part.target.owners]
-    weights = [part.target.parameter for one in units.chosen for part in one.weights if part.reads]
-    biases = [getattr(owner.module, "bias", None) for owner in owners]
-    return list(dict.fromkeys([*weights, *(bias for bias in biases if isinstance(bias, Tensor))]))
+def _written(readings: Sequence[Reading]) -> list[Tensor]:
+    """Return the weights and biases of layers: what tuning may write."""
+    tensors = (getattr(one.layer, name) for one in readings for name in ("weight", "bias"))
+    return [tensor for tensor in tensors if tensor is not None]
 
 
-def _tuning(
-    dense: nn.Module,
-    model: nn.Module,
-    groups: Sequence[UnitsOfGroup],
-    batches: Sequence[Any],
-    loss_fn: Callable[[nn.Module, Any], Tensor] | None,
-    memory: int,
-) -> Tuning:
-    passes, inputs = (dense, model), batches
+def _run(model: nn.Module, loss_fn: LossFunction | None, batch: Any) -> Any:
+    return forward(model, batch, "a batch of data") if loss_fn is None else loss_fn(model, batch)
+
+
+def _judge(model: nn.Module, batches: Sequence[Any], loss_fn: LossFunction | None) -> Callable[[], float]:
+    """Return what says how bad a model has become: its loss, or how far its outputs are from what they are now."""
     if loss_fn is not None:
-        passes, inputs = (loss_as_pass(dense, loss_fn), loss_as_pass(model, loss_fn)), [(batch,) for batch in batches]
-    with evaluating_both(dense, model):
-        return tune_units(dense, model, groups, passes, inputs, memory)
+        return lambda: sum(float(loss_fn(model, batch)) for batch in batches)
+
+    def outputs(batch: Any) -> Tensor:
+        values = values_of(_run(model, None, batch), with_gradient=False)
+        kept = kept_positions(batch, values)
+        return values if kept is None else values[kept]
+
+    dense = [outputs(batch).clone() for batch in batches]
+    return lambda: sum(
+        float((outputs(batch) - wanted).double().square().sum()) for batch, wanted in zip(batches, dense, strict=True)
+    )

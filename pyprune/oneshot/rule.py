@@ -97,6 +97,11 @@ def _amount(
                 f"ratio is {shown(ratio)}, and solver {solver.name} without a method solves for the masks that are "
                 "there; leave ratio out, or give a Method"
             )
+        if isinstance(allocation, BlockAllocation):
+            raise ValueError(
+                f"allocation is {allocation.name}, and solver {solver.name} without a method solves for the masks "
+                "that are there; leave it out, or give a Method"
+            )
         return Amount()
     stands_for = method or Method(magnitude(), scope=competing or each_tensor())
     return check_amount(stands_for, Amount(ratio, dropped_stay=True))

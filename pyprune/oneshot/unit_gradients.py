@@ -97,15 +97,15 @@ def drawn_losses(likelihood: Likelihood | None, draws: int) -> Losses:
 
     def losses(model: nn.Module, batch: Any) -> Iterable[Tensor]:
         output = forward(model, batch, "a batch of data")
-        values = _values(output)
-        kept = _kept_positions(batch, values)
+        values = values_of(output)
+        kept = kept_positions(batch, values)
         by_classes = likelihood == "categorical" or (
             likelihood is None and _logits(output) is values and values.shape[-1] > 1
         )
         if by_classes and not (values.dim() > 1 and values.shape[-1] > 1):
             raise ValueError(
-                f"likelihood is 'categorical', and the output has shape {tuple(values.shape)}; it takes logits of two "
-                "classes or more along the last dimension"
+                f"likelihood is 'categorical', and the output has shape {tuple(values.shape)}; it takes logits of "
+                "two classes or more along the last dimension"
             )
         if kept is not None:
             values = values[kept]
@@ -125,10 +125,11 @@ def _logits(output: Any) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def _values(output: Any) -> Tensor:
-    """Return the logits of an output, or the first tensor of it that has a gradient."""
+def values_of(output: Any, *, with_gradient: bool = True) -> Tensor:
+    """Return the logits of an output, or the first tensor of it that is of real numbers, and has a gradient."""
     leaves = [_logits(output), *tree_leaves(output)]
-    values = next((one for one in leaves if isinstance(one, Tensor) and one.requires_grad), None)
+    real = (one for one in leaves if isinstance(one, Tensor) and one.is_floating_point())
+    values = next((one for one in real if one.requires_grad or not with_gradient), None)
     if values is None:
         raise ValueError(
             f"the model puts out {shown(output)}, in which no tensor has a gradient; give a loss_fn of the model and "
@@ -139,8 +140,8 @@ def _values(output: Any) -> Tensor:
     return values
 
 
-def _kept_positions(batch: Any, values: Tensor) -> Tensor | None:
-    """Return which positions of an output are no padding, where a batch says so."""
+def kept_positions(batch: Any, values: Tensor) -> Tensor | None:
+    """Return which positions of (batch, positions, ...) are no padding, where a batch says so."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if isinstance(mask, Tensor) and mask.dim() == 2 and values.dim() == 3 and mask.shape == values.shape[:2]:
         return mask.bool()

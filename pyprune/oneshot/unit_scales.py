@@ -1,24 +1,25 @@
-"""Scales of the coupled units that are kept, so that the layers that read them make what they did: least squares."""
+"""Scales of the coupled units that are kept, by which they make up for those that go: least squares."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from pyprune.console import tracked
+from pyprune.methods.coupled import Flags
+from pyprune.modules.undo import Before, undoing
+from pyprune.oneshot.unit_gradients import kept_positions
 from pyprune.selection.coupled import Part, UnitsOfGroup
-from pyprune.structured.least_squares import Sums, System
-from pyprune.structured.paired_layers import Reader, find_readers
-from pyprune.structured.paired_passes import Job, look_at_both
-from pyprune.structured.solve_by_sums import solve_by_sums
-from pyprune.structured.solved import Solved
-from pyprune.structured.unfolding import matrix_of
+from pyprune.structured.passes import first_argument
+from pyprune.structured.unfolding import groups_of, is_layer, matrix_of, samples, weight_of
 
 # A unit that is to be larger than this makes up for others by chance (Kwon et al. 2022).
 _LARGEST = 10.0
+# Of the ridge towards scales of 1, a share of the mean diagonal.
+_DAMPING = 1e-2
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,12 @@ class Tuned:
     """What tuning has done to a layer that reads units.
 
     Attributes:
-        name: of the layer.
+        name: of the layer's weight.
         units: how many units are left that it reads.
-        before, after: distance to the outputs of the dense model, relative to their size.
+        before, after: what its outputs miss for inputs as in the dense model, without and with scales: each output
+            relative to its standard deviation there, root of the mean square.
         least, most: the smallest and the largest scale of a unit.
+        bias: whether its bias took over the mean of what went.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Tuned:
     after: float
     least: float
     most: float
+    bias: bool
 
 
 @dataclass(frozen=True)
@@ -48,95 +52,81 @@ class Tuning:
     skipped: tuple[tuple[str, str], ...] = ()
 
 
-@torch.no_grad()
-def tune_units(
-    dense: nn.Module,
-    model: nn.Module,
-    groups: Sequence[UnitsOfGroup],
-    passes: tuple[nn.Module, nn.Module],
-    inputs: Sequence[Any],
-    memory: int,
-) -> Tuning:
-    """Scale what layers read of units that are kept, in place, by least squares; biases are solved along.
-
-    Layer after layer, in the order of the forward pass, the scales s of the units become those with the least
-    ``||sum over units of s_u X_u W_u + b - Y||^2 + lambda ||s - 1||^2``, where X is what the layer gets in the pruned
-    model, tuned up to there, and Y what it makes in the dense one; lambda is a share of the mean diagonal of the
-    equations, the one by which the first three quarters of the batches predict the last best.
+@dataclass(eq=False)
+class Reading:
+    """A layer that reads units, and sums over what it reads in the dense model.
 
     Args:
-        dense: the model before pruning.
-        model: the same with masks on what goes; both in evaluation.
-        groups: whose units.
-        passes: what runs ``dense`` and ``model`` on an input.
-        inputs: what these take.
-        memory: bytes that the sums of a layer may take.
+        name: of its weight.
+        layer: itself.
+        units: which unit each input is in, (groups, inputs of a group); -1 for none.
+        kept: bool, which units are kept.
+        weight: as a matrix, float64, (groups, inputs of a group, outputs of a group), as it is in the dense model.
     """
-    by_weight: dict[nn.Parameter, list[Part]] = {}
-    for one in groups:
+
+    name: str
+    layer: nn.Module
+    units: Tensor
+    kept: Tensor
+    weight: Tensor
+    count: int = 0
+    order: int = -1
+    sums: Tensor | None = None
+    gram: Tensor | None = None
+
+    @property
+    def bytes(self) -> int:
+        """How much memory it takes: the sums, and what is made of them."""
+        groups, inputs, _ = self.weight.shape
+        return 8 * 4 * groups * inputs**2
+
+    def add(self, x: Tensor) -> None:
+        """Add samples of inputs, (groups, samples, inputs of a group)."""
+        x = x.double()
+        if self.sums is None or self.gram is None:
+            self.sums, self.gram = torch.zeros_like(x[:, 0]), torch.zeros_like(x.mT @ x)
+        self.count += x.shape[1]
+        self.sums += x.sum(1)
+        self.gram.baddbmm_(x.mT, x)
+
+
+def readings_of(groups: Sequence[UnitsOfGroup], kept: Sequence[Flags]) -> tuple[list[Reading], dict[str, str]]:
+    """Return the layers that read units of which some go, and why others are left out; the model is dense as yet."""
+    found: dict[nn.Parameter, list[tuple[Part, Tensor]]] = {}
+    for one, flags in zip(groups, kept, strict=True):
         for part in one.weights:
             if part.reads:
-                by_weight.setdefault(part.target.parameter, []).append(part)
-    weights, problems = find_readers(dense, model, {}, None)
-    reading = [readers for readers in weights if readers[0].weight in by_weight]
-    units: dict[Reader, Tensor] = {}
+                found.setdefault(part.target.parameter, []).append((part, torch.from_numpy(flags)))
+    readings: list[Reading] = []
     skipped: dict[str, str] = {}
-    for readers in reading:
-        labels = _units_of_inputs(readers[0], by_weight[readers[0].weight])
-        if labels is None:
-            skipped |= {one.name: "its units are more than inputs of it" for one in readers}
-        else:
-            units |= dict.fromkeys(readers, labels)
-    names = {owner.name for several in by_weight.values() for part in several for owner in part.target.owners}
-    known = {f"{one.name}.weight" if one.name else "weight" for readers in reading for one in readers}
-    skipped |= {name: problems.get(name, "it is no layer that can be solved") for name in sorted(names - known)}
-    look = look_at_both(*passes, inputs, [readers for readers in reading if readers[0] in units], only_cut=True)
-    skipped |= look.problems
-    solved: list[Solved] = []
-    ranges: dict[str, tuple[int, float, float]] = {}
-    for job in tracked(look.jobs, len(look.jobs), "Tuning", shown=len(look.jobs) > 1):
-        readers = [reader for leg in job.legs for reader in leg]
-        if job.bytes > memory:
-            skipped |= {one.name: f"its sums take {job.bytes:,} bytes, and memory is {memory:,}" for one in readers}
+    for parameter, parts in found.items():
+        if all(bool(flags.all()) for _, flags in parts):
             continue
-        done = _tune(passes, inputs, job, units, ranges)
-        solved += done
-        left = {one.name for one in readers} - {one.name for one in done}
-        skipped |= dict.fromkeys(sorted(left), f"a scale would be beyond {_LARGEST:g}")
-    tuned = (Tuned(one.name, *(ranges[one.name][:1]), one.before, one.after, *ranges[one.name][1:]) for one in solved)
-    return Tuning(tuple(tuned), tuple(skipped.items()))
+        target = parts[0][0].target
+        layers = {owner.module for owner in target.owners}
+        layer = next(iter(layers))
+        if len(layers) > 1 or not is_layer(layer) or target.owners[0].attribute != "weight":
+            what = "several layers share it" if len(layers) > 1 else f"a {type(layer).__name__} is not tuned"
+            skipped[target.name] = what
+            continue
+        units = _units_of_inputs(layer, parameter, [part for part, _ in parts])
+        if units is None:
+            skipped[target.name] = "its units are more than inputs of it"
+            continue
+        matrix = matrix_of(layer, parameter.detach()).double()
+        all_kept = torch.cat([flags for _, flags in parts]).to(units.device)
+        readings.append(Reading(target.name, layer, units, all_kept, matrix.clone()))
+    return readings, skipped
 
 
-def _tune(
-    passes: tuple[nn.Module, nn.Module],
-    inputs: Sequence[Any],
-    job: Job,
-    units: dict[Reader, Tensor],
-    ranges: dict[str, tuple[int, float, float]],
-) -> list[Solved]:
-    def scaled(readers: Sequence[Reader], parts: Sequence[Sums], damping: float) -> Tensor | None:
-        scales, is_there = unit_scales(readers, parts, units[readers[0]], damping)
-        if not bool((scales.abs() <= _LARGEST).all()):
-            return None
-        some = scales[is_there] if bool(is_there.any()) else torch.ones(1)
-        for reader in readers:
-            ranges[reader.name] = (int(is_there.sum()), float(some.min()), float(some.max()))
-        # Inputs that are in no unit read the last scale, which is 1.
-        by_input = torch.cat([scales, scales.new_ones(1)])[units[readers[0]]]
-        return readers[0].matrix() * by_input[:, :, None]
-
-    return solve_by_sums(*passes, inputs, job, damping=None, solution=scaled)
-
-
-def _units_of_inputs(reader: Reader, parts: Sequence[Part]) -> Tensor | None:
-    """Return which unit each input is in, (groups, inputs of a group), -1 for none; None if that cannot be said."""
-    found = None
+def _units_of_inputs(layer: nn.Module, weight: nn.Parameter, parts: Sequence[Part]) -> Tensor | None:
+    """Return which unit each input is in, -1 for none; None if the units are something else than inputs."""
+    found: Tensor | None = None
     start = 0
     for part in parts:
-        along = part.units_along(-1)
-        sizes = [1] * reader.weight.dim()
+        sizes = [1] * weight.dim()
         sizes[part.dim] = -1
-        labels = matrix_of(reader.layer, along.view(sizes).expand(reader.weight.shape))
+        labels = matrix_of(layer, part.units_along(-1).view(sizes).expand(weight.shape))
         if not bool((labels == labels[..., :1]).all()):
             return None
         labels = torch.where(labels[..., 0] < 0, -1, labels[..., 0] + start)
@@ -144,54 +134,185 @@ def _units_of_inputs(reader: Reader, parts: Sequence[Part]) -> Tensor | None:
             return None
         found = labels if found is None else torch.maximum(found, labels)
         start += len(part.indices)
-    return None if found is None else found.to(reader.weight.device)
+    return None if found is None else found.to(weight.device)
 
 
-def unit_scales(
-    readers: Sequence[Reader], parts: Sequence[Sums], units: Tensor, damping: float
-) -> tuple[Tensor, Tensor]:
-    """Return the scale of each unit that layers with one weight read, and which units there are; others have 1.
+@torch.no_grad()
+def look_at_inputs(
+    readings: Sequence[Reading], run: Callable[[Any], object], batches: Sequence[Any], memory: int
+) -> dict[str, str]:
+    """Sum up what layers read, in as many rounds of passes as memory asks for; say which cannot be looked at.
 
     Args:
-        readers: the layers.
-        parts: the sums of each.
-        units: which unit each input is in, (groups, inputs of a group); -1 for none.
-        damping: of the ridge towards 1, a share of the mean diagonal.
+        readings: the layers, of a dense model in evaluation.
+        run: runs the model on a batch.
+        batches: what it takes; padding by its ``attention_mask`` does not count.
+        memory: bytes that the sums of a round may take.
     """
-    matrix = readers[0].matrix()
-    count = int(units.max()) + 1
-    # What is in no unit is gathered behind the last, and left out.
-    slots = torch.where(units < 0, count, units)
-    gram, right = matrix.new_zeros(count + 1, count + 1), matrix.new_zeros(count + 1)
-    for reader, part in zip(readers, parts, strict=True):
-        system = part.system(reader.bias is not None)
-        products = system.gram * (matrix @ matrix.mT)
-        missing = (matrix * (system.cross - system.gram @ matrix)).sum(2)
-        for slot, product, own in zip(slots, products, missing, strict=True):
-            rows = product.new_zeros(count + 1, len(slot)).index_add_(0, slot, product)
-            gram.index_add_(1, slot, rows)
-            right.index_add_(0, slot, own)
-    is_there = gram.diagonal()[:count] > 0
-    places = is_there.nonzero()[:, 0]
-    scales = matrix.new_ones(count)
-    if len(places):
-        there = gram[places][:, places]
-        # The equations of the step from 1, so that what is wanted is what is missing now.
-        wanted = right[places] + there.sum(1)
-        ones = matrix.new_ones(1, len(places), 1)
-        scales[places] = System(there[None], wanted[None, :, None]).solve(ones, damping=damping)[0, :, 0]
-    return scales, is_there
+    skipped = {
+        one.name: f"its sums take {one.bytes:,} bytes, and memory is {memory:,}"
+        for one in readings
+        if one.bytes > memory
+    }
+    order = iter(range(2**62))
+    for some in _rounds([one for one in readings if one.name not in skipped], memory):
+        padded: list[Any] = [None]
+        was = Before(*(one.layer for one in some), with_attributes=False)
+        with undoing(was.restore):
+            for one in some:
+                one.layer.register_forward_hook(partial(_see, one, padded, order, skipped), with_kwargs=True)
+            for batch in tracked(batches, len(batches), "Looking at inputs", shown=len(batches) > 1):
+                padded[0] = batch
+                run(batch)
+    for one in readings:
+        if not one.count:
+            skipped.setdefault(one.name, "no batch goes through it as a layer")
+    return skipped
 
 
-def loss_as_pass(model: nn.Module, loss_fn: Any) -> nn.Module:
-    """Return a module that runs a model by calling a loss on it and a batch; the model is no part of it."""
-    return _Called(partial(loss_fn, model))
+def _rounds(readings: Sequence[Reading], memory: int) -> Iterator[list[Reading]]:
+    some: list[Reading] = []
+    for one in readings:
+        if some and sum(other.bytes for other in some) + one.bytes > memory:
+            yield some
+            some = []
+        some.append(one)
+    if some:
+        yield some
 
 
-class _Called(nn.Module):
-    def __init__(self, call: Any) -> None:
-        super().__init__()
-        self.call = call
+def _see(
+    one: Reading,
+    padded: list[Any],
+    order: Iterator[int],
+    skipped: dict[str, str],
+    layer: nn.Module,
+    args: Any,
+    kwargs: Any,
+    output: Any,
+) -> None:
+    x = first_argument(args, kwargs)
+    if not isinstance(x, Tensor) or not isinstance(output, Tensor) or not x.is_floating_point():
+        skipped[one.name] = "what goes in or comes out is no tensor of real numbers"
+        return
+    if one.order < 0:
+        one.order = next(order)
+    kept = kept_positions(padded[0], x)
+    if kept is not None:
+        x, output = x[kept], output[kept]
+    bias = cast(Tensor | None, layer.bias)
+    for a, made in samples(layer, x, output):
+        a = a.double()
+        if not one.count:
+            plain = a @ one.weight
+            if bias is not None:
+                plain = plain + bias.double().view(groups_of(layer), 1, -1)
+            near = 1e-3 if output.dtype in (torch.float32, torch.float64) else 3e-2
+            if not bool((plain - made).norm() <= near * plain.norm() + 1e-12):
+                skipped[one.name] = f"its class, {type(layer).__name__}, computes something else than its layer"
+        one.add(a)
 
-    def forward(self, batch: Any) -> Any:
-        return self.call(batch)
+
+def unit_scales(one: Reading, *, centred: bool) -> Tensor | None:
+    """Return the scale of each unit that a layer reads, 0 of those that go; None if one would be too large.
+
+    The layer's outputs in the dense model are the sum over units of what each gives, A_u. Scales s of those that are
+    kept have the least ``||sum of s_u A_u - sum of A_u||^2 + lambda ||s - 1||^2``, each output relative to its
+    standard deviation: in transformers a single output may be larger than all others together, and means little.
+
+    Args:
+        one: the layer.
+        centred: whether the bias takes over the means.
+    """
+    gram, _ = _gram_of_units(one, centred=centred)
+    kept = one.kept.nonzero()[:, 0]
+    scales = one.kept.double()
+    there = gram[kept][:, kept]
+    live = there.diagonal() > 0
+    if bool(live.any()):
+        kept, there = kept[live], there[live][:, live]
+        missing = gram[kept][:, ~one.kept].sum(1)
+        there.diagonal().add_(_DAMPING * there.diagonal().mean())
+        factor, failed = torch.linalg.cholesky_ex(there)
+        if failed:
+            return None
+        scales[kept] += torch.cholesky_solve(missing[:, None], factor)[:, 0]
+    return scales if bool((scales.abs() <= _LARGEST).all()) else None
+
+
+def _gram_of_units(one: Reading, *, centred: bool) -> tuple[Tensor, Tensor]:
+    """Return the products of what units give to a layer's outputs, (units, units), and those of all inputs."""
+    assert one.gram is not None
+    assert one.sums is not None
+    means = one.sums / one.count
+    covariance = one.gram / one.count - means[:, :, None] * means[:, None, :]
+    variance = (one.weight * (covariance @ one.weight)).sum(1, keepdim=True).clamp(min=0)
+    # An output that is always the same says nothing.
+    worth = torch.where(variance > 1e-12 * variance.amax(), variance, torch.inf).reciprocal()
+    products = (covariance if centred else one.gram / one.count) * ((one.weight * worth) @ one.weight.mT)
+    count = len(one.kept)
+    slots = torch.where(one.units < 0, count, one.units)  # inputs that are in no unit: behind the last
+    gram = products.new_zeros(count + 1, count + 1)
+    for slot, product in zip(slots, products, strict=True):
+        gram.index_add_(1, slot, product.new_zeros(count + 1, len(slot)).index_add_(0, slot, product))
+    return gram[:count, :count], (worth > 0).sum()
+
+
+def missing(one: Reading, scales: Tensor, *, centred: bool) -> float:
+    """Return what the outputs of a layer miss with scales: the root of the mean square, in standard deviations."""
+    gram, outputs = _gram_of_units(one, centred=centred)
+    gone = scales - 1
+    return float(((gone @ gram @ gone).clamp(min=0) / outputs.clamp(min=1)).sqrt())
+
+
+@torch.no_grad()
+def tune_units(readings: Sequence[Reading], judge: Callable[[], float]) -> Tuning:
+    """Scale what layers read of units that are kept, in place, one after the other in the order of the forward pass.
+
+    Biases take over the mean of what goes. A layer is left without that, or as it was, if the model is better so.
+
+    Args:
+        readings: layers that were looked at; the model has masks on what goes now.
+        judge: says how bad the model is.
+    """
+    tuned: list[Tuned] = []
+    skipped: dict[str, str] = {}
+    best = judge()
+    ordered = sorted(readings, key=lambda one: one.order)
+    for one in tracked(ordered, len(ordered), "Tuning", shown=len(ordered) > 1):
+        bias = cast(nn.Parameter | None, one.layer.bias)
+        weight = cast(nn.Parameter, one.layer.weight)
+        before = [(tensor, tensor.detach().clone()) for tensor in (weight, bias) if tensor is not None]
+        reason = "the model would be worse"
+        for centred in (True, False) if bias is not None else (False,):
+            scales = unit_scales(one, centred=centred)
+            if scales is None:
+                reason = f"a scale would be beyond {_LARGEST:g}"
+                continue
+            _write(one, scales, centred=centred)
+            now = judge()
+            if now < best:
+                best = now
+                some = scales[one.kept]
+                errors = (missing(one, one.kept.double(), centred=False), missing(one, scales, centred=centred))
+                tuned.append(Tuned(one.name, len(some), *errors, float(some.min()), float(some.max()), centred))
+                break
+            for tensor, values in before:
+                tensor.copy_(values)
+        else:
+            skipped[one.name] = reason
+    return Tuning(tuple(tuned), tuple(skipped.items()))
+
+
+def _write(one: Reading, scales: Tensor, *, centred: bool) -> None:
+    by_input = torch.cat([scales, scales.new_ones(1)])[one.units]  # -1 is the last
+    weight = cast(nn.Parameter, one.layer.weight)
+    matrix = one.weight * by_input[:, :, None]
+    alive = weight != 0  # what masks dropped of the outputs stays zero
+    weight.copy_(weight_of(one.layer, matrix, weight.shape).to(weight.dtype).where(alive, 0))
+    bias = cast(nn.Parameter | None, one.layer.bias)
+    if centred and bias is not None:
+        assert one.sums is not None
+        taken = torch.einsum("gi,gio->go", one.sums / one.count, one.weight - matrix).flatten()
+        outputs = matrix_of(one.layer, alive).any(1).flatten()
+        bias.add_(torch.where(outputs, taken, 0).view_as(bias).to(bias.dtype))

@@ -18,9 +18,9 @@ def best_units(importances: Sequence[Numbers], costs: Sequence[float], budget: f
     """Keep the units of the greatest sum of importances that a budget allows, of each group at least one.
 
     Units of equal costs compete with each other, whatever group they are in. If there are two costs (heads and
-    neurons), all numbers of the one are tried, with as many of the other as the rest of the budget allows: the best is
-    exact. If there are more, it begins with the units of the greatest importance for their cost, and tries pairs of
-    costs so until no pair gives more.
+    neurons), all numbers of the one are tried, with as many of the other as the rest of the budget allows, and the
+    best is exact. If there are more, it begins with the units of the greatest importance for their cost, and tries
+    pairs of costs so until no pair gives more.
 
     Args:
         importances: of the units of each group, 0 or more.
@@ -69,7 +69,9 @@ def _counts(sums: Sequence[Numbers], prices: Sequence[float], budget: float) -> 
         for a in range(len(prices)):
             for b in range(a):
                 rest = budget - sum(
-                    count * price for i, (count, price) in enumerate(zip(counts, prices, strict=True)) if i not in (a, b)
+                    count * price
+                    for i, (count, price) in enumerate(zip(counts, prices, strict=True))
+                    if i not in (a, b)
                 )
                 pair = _best_pair(sums[a], sums[b], prices[a], prices[b], rest)
                 if pair is None:
@@ -100,7 +102,9 @@ def _best_pair(a: Numbers, b: Numbers, price: float, other: float, budget: float
     numbers, rest = numbers[rest >= 0], rest[rest >= 0]
     if not len(numbers):
         return None
-    others = np.full(len(numbers), len(b) - 1) if other == 0 else np.minimum(rest / other, len(b) - 1).astype(np.int64)
+    others = (
+        np.full(len(numbers), len(b) - 1) if other == 0 else np.minimum(rest / other, len(b) - 1).astype(np.int64)
+    )
     best = int(np.argmax(a[numbers] + b[others]))
     return int(numbers[best]), int(others[best])
 
@@ -113,8 +117,8 @@ def units_within(
 ) -> list[Flags]:
     """Keep the units of the greatest importance with which no more than so much is left of a model's costs.
 
-    Where weights have units of two groups, as in a chain of convolutions, a unit costs less the fewer there are of its
-    neighbours. Then the budget of `best_units` is the largest that does, by halving.
+    Where weights have units of two groups, as in a chain of convolutions, a unit costs less the fewer there are of
+    its neighbours. Then the budget of `best_units` is the largest that does, by halving.
 
     Args:
         importances, costs: as for `best_units`.
@@ -185,9 +189,5 @@ def exchanged(gradients: Numbers, kept: Flags) -> Flags:
             continue
         goes[back] = False
         together = now - fisher[back]
-    return ~goes
-
-
-def lost(gradients: Numbers, kept: Flags) -> float:
-    """Return what is lost with the units that go, by their gradients: ``||sum of gradients||^2``."""
-    return float(np.square(gradients[:, ~kept].sum(1)).sum())
+    stays: Flags = ~goes
+    return stays

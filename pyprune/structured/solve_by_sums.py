@@ -1,7 +1,6 @@
 """Solve layers that get one input, or share a weight, by least squares from sums of products."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial, reduce
 from operator import add
 from typing import Any
@@ -16,30 +15,15 @@ from pyprune.structured.unfolding import samples
 
 # What is tried where no damping was given.
 DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-# From layers that share a weight, their sums and a damping to that weight as a matrix; None to leave it as it is.
-Solution = Callable[[Sequence[Reader], Sequence[Sums], float], Tensor | None]
-
-
-def weight_of_least_squares(readers: Sequence[Reader], parts: Sequence[Sums], damping: float) -> Tensor:
-    """Return the weight that these layers share, or that of one, by least squares: each element is free."""
-    systems = [part.system(reader.bias is not None) for reader, part in zip(readers, parts, strict=True)]
-    return reduce(add, systems).solve(readers[0].matrix(), damping=damping, mask=readers[0].mask)
 
 
 def solve_by_sums(
-    dense: nn.Module,
-    model: nn.Module,
-    batches: Sequence[Any],
-    job: Job,
-    *,
-    damping: float | None,
-    solution: Solution = weight_of_least_squares,
+    dense: nn.Module, model: nn.Module, batches: Sequence[Any], job: Job, *, damping: float | None
 ) -> list[Solved]:
     """Solve a job, and write what came out into its layers.
 
     Without a damping, each layer gets the one of `DAMPINGS` by which what the first batches say fits the last ones
-    best; the first of them if there are too few batches to tell. Layers that ``solution`` has nothing for by any
-    damping are left as they are, and not among what is returned.
+    best; the first of them if there are too few batches to tell.
 
     Raises:
         ValueError: if new weights are not finite.
@@ -62,10 +46,8 @@ def solve_by_sums(
         ours = [parts[one] for one in readers]
         best = damping
         if best is None:
-            best = _best_damping(readers, ours, [parts_of_last[one] for one in readers], solution)
-        matrix = solution(readers, ours, best)
-        if matrix is None:
-            continue
+            best = _best_damping(readers, ours, [parts_of_last[one] for one in readers])
+        matrix = _solution(readers, ours, best)
         for reader, part in zip(readers, ours, strict=True):
             chosen[reader] = best
             reader.write(matrix, None if reader.bias is None else part.bias(matrix))
@@ -78,7 +60,6 @@ def solve_by_sums(
             f"least squares, damping {chosen[reader]:g}",
         )
         for reader, part in parts.items()
-        if reader in chosen
     ]
 
 
@@ -98,17 +79,19 @@ def _by_reader(job: Job, sums: Sequence[Sums]) -> dict[Reader, Sums]:
     return parts
 
 
-def _best_damping(
-    readers: Sequence[Reader], parts: Sequence[Sums], last: Sequence[Sums], solution: Solution
-) -> float:
+def _solution(readers: Sequence[Reader], parts: Sequence[Sums], damping: float) -> Tensor:
+    """Return the weight that these layers share, or that of one."""
+    systems = [part.system(reader.bias is not None) for reader, part in zip(readers, parts, strict=True)]
+    return reduce(add, systems).solve(readers[0].matrix(), damping=damping, mask=readers[0].mask)
+
+
+def _best_damping(readers: Sequence[Reader], parts: Sequence[Sums], last: Sequence[Sums]) -> float:
     if not all(part.count > few.count > 0 for part, few in zip(parts, last, strict=True)):
         return DAMPINGS[0]
     first = [part.without(few) for part, few in zip(parts, last, strict=True)]
 
     def missing(damping: float) -> float:
-        matrix = solution(readers, first, damping)
-        if matrix is None:
-            return math.inf
+        matrix = _solution(readers, first, damping)
         biases = [
             None if reader.bias is None else one.bias(matrix) for reader, one in zip(readers, first, strict=True)
         ]

@@ -258,6 +258,7 @@ def test_ratio_0_leaves_all_bits(solver):
         ({"method": None, "ratio": 0.5}, "no solver"),
         ({"method": None, "solver": Exact()}, "have none"),
         ({"method": None, "solver": Exact(), "ratio": 0.5}, "leave ratio out"),
+        ({"method": None, "solver": Exact(), "allocation": pyprune.allocations.owl()}, "allocation is owl"),
         ({"method": WANDA}, "ratio is None"),
         ({"method": Method(importance.wanda(), scope=scope.n_of_m(keep=2, of=4)), "ratio": 0.6}, "at most 0.5"),
         ({"method": WANDA, "ratio": {"head": 0.5}}, "matches no weight"),
@@ -373,6 +374,36 @@ def test_allocation_shares_the_ratio_out():
     assert [round(sum(some) / 2, 2) for some in by_block.values()] == [0.3, 0.5, 0.7]
     owl = run(made(), **RUNS["wanda"] | {"method": MAGNITUDE, "allocation": pyprune.allocations.owl()})
     assert owl.ratio == pytest.approx(0.5, abs=0.01)
+
+
+def test_the_importance_of_solvers_is_refused_elsewhere():
+    method = Method(importance.obs(), scope=scope.tensor())
+    optimizer = torch.optim.SGD(made().parameters(), lr=0.1)
+    for call in (
+        lambda: pyprune.prune(made(), method, ratio=0.5),
+        lambda: pyprune.calibrate(made(), batches(), method),
+        lambda: pyprune.Pruner(made(), method, pyprune.schedules.cubic(0.5, end=2), optimizer),
+        lambda: pyprune.sensitivity(made(), lambda model: 1.0, ratios=(0.5,), method=method, progress=False),
+    ):
+        with pytest.raises(ValueError, match=r"obs.*pyprune\.prune_one_shot"):
+            call()
+
+
+@pytest.mark.parametrize("method", [None, Method(importance.obs(), scope=scope.row()), scope.n_of_m(keep=2, of=4)])
+def test_solvers_that_choose_keep_exact_counts(method):
+    for solver in (pyprune.solvers.sparsegpt(), pyprune.solvers.admm()):
+        model = made().float()
+        ratio = None if getattr(method, "name", "") == "n_of_m" else 0.5
+        data = [one.float() for one in batches()]
+        result = pyprune.prune_one_shot(model, data, method, ratio=ratio, solver=solver)
+        assert {weight.removed / weight.total for weight in result.weights} == {0.5}
+        assert all(weight.error < weight.error_masked for weight in result.weights)
+        for layer in model.layers:
+            zeros = layer.up.weight == 0
+            if ratio is None:
+                assert (zeros.view(-1, 4).sum(1) == 2).all()
+            elif method is not None:
+                assert (zeros.sum(1) == 4).all()
 
 
 def test_flags_buffers_and_random_numbers_stay():
