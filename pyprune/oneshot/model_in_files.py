@@ -160,13 +160,12 @@ class ModelInFiles:
         if parameter in self._names:
             return {self._names[parameter]: values}
         found = _reverted(self.model, name, values)
-        wrong = [
-            one for one, tensor in found.items() if one not in self._entries or tensor.shape != self._entries[one].shape
-        ]
+        shapes = {one: entry.shape for one, entry in self._entries.items()}
+        wrong = [one for one, tensor in found.items() if tensor.shape != shapes.get(one)]
         if wrong:
             raise ValueError(
-                f"{name} is made of what is in the files, and cannot be written as {listed(wrong)}, which they lack, or "
-                "have in another shape; load the model, and call pyprune.prune_one_shot"
+                f"{name} is made of what is in the files, and cannot be written as {listed(wrong)}, which they lack, "
+                "or have in another shape; load the model, and call pyprune.prune_one_shot"
             )
         return found
 
@@ -262,7 +261,7 @@ def _pretrained(
             name=error.name,
         ) from error
     config = model.config if model is not None else _config(transformers, source)
-    cls = type(model) if model is not None else _class_of(transformers, source, config)
+    cls: Any = type(model) if model is not None else _class_of(transformers, source, config)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{source} is quantised, by its config; give a checkpoint of floating point numbers")
     before = os.environ.get(_ONE_BY_ONE)
