@@ -1,5 +1,6 @@
 """A model whose weights stay in the files of a checkpoint, and are in memory one block at a time."""
 
+import copy
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -215,6 +216,7 @@ def _plain(model: nn.Module, dtype: torch.dtype | None, tensors: Mapping[str, Te
     """Return a model with tensors in the place of what it has, and the names that it lacks, and has too many."""
     if dtype is not None:
         raise ValueError(f"dtype is {dtype}, and model is none of transformers; give it and its files the same dtype")
+    model = copy.deepcopy(model)  # what was given stays without values
     tied: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         tied.setdefault(parameter, []).append(name)

@@ -61,8 +61,8 @@ def prune_checkpoint(
     on the loaded model, bit for bit: a checkpoint like the source, with the same files, names and dtypes, and zeros
     for what is removed. It needs no pyprune to be loaded.
 
-    If it fails or is interrupted, the blocks that are done are kept, and ``resume=True`` goes on. The files of weights
-    have their names when all blocks are done.
+    If it fails or is interrupted, the blocks that are done are kept, and ``resume=True`` goes on. The files of
+    weights have their names when all blocks are done.
 
     Args:
         source_folder: has ``model.safetensors``, or ``model.safetensors.index.json`` and the files it names; and
