@@ -6,6 +6,7 @@ and leave the models that were given as they were.
 """
 
 import inspect
+import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -158,6 +159,20 @@ OF_SOLVERS = {"damping": DAMPING, "iterations": COUNT}
 
 def net():
     return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+
+
+def checkpoint():
+    """Return a folder with the weights of such blocks, one for others, and the blocks without values."""
+    source, destination = Path(tempfile.mkdtemp(dir=FOLDER.name)), tempfile.mkdtemp(dir=FOLDER.name)
+    header, data = {}, b""
+    for name, value in blocks().state_dict().items():
+        content = value.numpy().tobytes()
+        offsets = [len(data), len(data) + len(content)]
+        header[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": offsets}
+        data += content
+    text = json.dumps(header).encode()
+    (source / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return {"source_folder": source, "destination_folder": destination, "model": blocks().to("meta")}
 
 
 def blocks():
@@ -452,6 +467,36 @@ ROWS: dict[str, Row] = {
         pyprune.expert_scores,
         lambda: {"model": experts(), "examples": torch.ones(2, 4), "importance": "use"},
         {"importance": set()},
+    ),
+    "prune_checkpoint": Row(
+        pyprune.prune_checkpoint,
+        lambda: {
+            **checkpoint(),
+            "data": [torch.ones(2, 4)],
+            "method": Method(importance.wanda(), scope=scope.row()),
+            "ratio": 0.5,
+            "solver": solvers.least_squares(),
+            "blocks": ["0", "1"],
+            "allocation": "uniform",
+            "propagate": True,
+            "reconstruct": None,
+            "resume": False,
+            "ignored_scope": None,
+            "dtype": None,
+        },
+        {
+            "source_folder": set(),
+            "destination_folder": {"a path", *TEXT} - {"''", "NUL"},
+            "data": DATA,
+            "method": set(),
+            "ratio": SHARE | {"{'0': 0.25}", "{}"},
+            "solver": OPTIONAL,
+            "blocks": OPTIONAL | {"'1'", "['0']"},
+            "propagate": FLAG,
+            "reconstruct": OPTIONAL,
+            "resume": FLAG,
+            "dtype": OPTIONAL,
+        },
     ),
     "prune_one_shot": Row(
         pyprune.prune_one_shot,

@@ -388,7 +388,7 @@ def test_prune_one_shot_says_of_weights_elsewhere_what_to_do(tmp_path):
         pyprune.prune_one_shot(model, data, WANDA, ratio=0.5)
     accelerate = pytest.importorskip("accelerate")
     model = accelerate.cpu_offload(models.make("Llama"), "cpu")
-    with pytest.raises(ValueError, match="offloaded.*prune_checkpoint"):
+    with pytest.raises(ValueError, match=r"offloaded.*prune_checkpoint"):
         pyprune.prune_one_shot(model, data, WANDA, ratio=0.5)
 
 
