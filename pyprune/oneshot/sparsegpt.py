@@ -104,7 +104,9 @@ class _Walk:
     ) -> None:
         self.weight, self.factor, self.base, self.scope, self.ratio = weight, factor, base, scope, ratio
         self.sums = torch.zeros_like(weight)
-        self.mask = torch.ones_like(weight, dtype=torch.bool) if base is None else base.clone()
+        self.mask = torch.ones_like(weight, dtype=torch.bool)
+        if base is not None:
+            self.mask.copy_(base)
         self.in_kernel = scope.name == "n_of_m" and scope.dim == "in" and ratio in (None, scope.ratio)
         if not self.in_kernel and scope.name != "columns":
             self.mask = choose(weight * factor.diagonal(), scope, ratio, base)

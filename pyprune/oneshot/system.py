@@ -73,7 +73,9 @@ def system_of(weight: Tensor, gram: Tensor, mask: Tensor | None) -> System:
     if bool((diagonal < 0).any()):
         raise ValueError("gram has negative elements on its diagonal, so it is no X^T X")
     dtype = torch.promote_types(torch.promote_types(weight.dtype, gram.dtype), torch.float32)
-    wide, square, dead = weight.detach().to(dtype, copy=True), gram.detach().to(dtype), diagonal == 0
+    # In rows, as kernels want them: the weights of Conv1D are transposed views.
+    wide = weight.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+    square, dead = gram.detach().to(dtype), diagonal == 0
     if not bool(dead.any()):
         return System(wide, square, None, weight)
     square = square.clone() if square.data_ptr() == gram.data_ptr() else square

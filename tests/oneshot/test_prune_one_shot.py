@@ -332,13 +332,20 @@ def test_the_result_is_a_table_a_file_and_a_picture(tmp_path):
     assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
 
 
+SOLVED = {
+    "least squares": {"method": WANDA, "ratio": 0.5, "solver": pyprune.solvers.least_squares()},
+    "SparseGPT": {"method": scope.n_of_m(keep=2, of=4), "solver": pyprune.solvers.sparsegpt()},
+}
+
+
 @pytest.mark.parametrize("name", ["Mixtral", "GPT-2", "T5", "TransformerEncoder"])
-def test_all_layers_of_blocks_are_pruned(name):
+@pytest.mark.parametrize("solver", SOLVED)
+def test_all_layers_of_blocks_are_pruned(name, solver):
     model, data = models.make(name), models.batches(name)
     inner = [one for block in find_blocks(model) for one in block.module.parameters() if one.dim() > 1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        result = pyprune.prune_one_shot(model, data, WANDA, ratio=0.5, solver=pyprune.solvers.least_squares())
+        result = pyprune.prune_one_shot(model, data, **SOLVED[solver])
     assert sum(weight.total for weight in result.weights) > 0.97 * sum(one.numel() for one in inner)
     assert result.ratio == pytest.approx(0.5, abs=0.01)
     assert all(weight.error <= weight.error_masked + 1e-6 for weight in result.weights)

@@ -38,6 +38,29 @@ def test_solve_returns_float32_or_the_float64_of_the_weight_and_leaves_its_argum
     assert solution.damping == 0.01
 
 
+def strided(tensor):
+    apart = tensor.new_zeros(2 * tensor.shape[0], 3 * tensor.shape[1])[::2, ::3]
+    return [tensor.T.contiguous().T, apart.copy_(tensor)]
+
+
+SCOPES = {"tensor": scope.tensor(), "row": scope.row(), "n_of_m": scope.n_of_m(keep=2, of=4)}
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("competing", SCOPES)
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["weight", "gram", "mask"])
+def test_solve_of_tensors_of_any_strides(name, competing, which):
+    weight, gram = layer()
+    mask = (torch.arange(weight.numel()) % 4 < 2).view(weight.shape)
+    tensors = [weight, gram, mask]
+    options = {"scope": SCOPES[competing], "ratio": None if competing == "n_of_m" else 0.5}
+    plain = SOLVERS[name].solve(*tensors[:2], mask=mask, **options)
+    for tensors[which] in strided(tensors[which]):
+        solution = SOLVERS[name].solve(*tensors[:2], mask=tensors[2], **options)
+        assert torch.equal(solution.mask, plain.mask)
+        torch.testing.assert_close(solution.weight, plain.weight, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_solve_returns_the_weight_bit_for_bit_if_nothing_goes(name, dtype):
