@@ -149,7 +149,7 @@ class ModelInFiles:
     def _name_of(self, parameter: nn.Parameter) -> str | None:
         """Return the name in the files of a weight that is there as it is; None if it was made of what is there."""
         name = self._in_files.get(parameter.data_ptr())
-        if name is None:
+        if not name:
             return None
         entry = self._entries[name]
         is_same = parameter.shape == entry.shape and parameter.dtype == entry.dtype and parameter.is_contiguous()

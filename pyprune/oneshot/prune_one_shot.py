@@ -179,6 +179,7 @@ def prune_blocks(
         if folder is not None:
             folder.begin(
                 {
+                    "kind": "model" if files is None else "checkpoint",
                     "data": digest(*batches),
                     "method, ratio, solver": f"{rule} {sorted((t.name, one) for t, one in ratios.items())}",
                     "propagate": str(propagate),

@@ -104,16 +104,17 @@ def _chosen(
     ratios: Mapping[Target, float | None],
     given: Mapping[Target, Tensor | None],
 ) -> dict[Target, Tensor]:
-    """Return the masks by a method, within those that are there."""
-    statistics = {target: given.get(target) for target in inputs}
-    if method.importance.needs == "input norm":
-        statistics = {target: _norms(target, into) for target, into in inputs.items()}
-    if amount.ratio is not None:
-        numbers = {target.name: ratio for target in inputs if (ratio := ratios[target]) is not None}
-        amount = replace(amount, ratio=numbers)
-    choice = choose_masks(method, amount, list(inputs), statistics)
-    choice.check()
-    return {target: new.mask for target, new in choice.masks.items()}
+    """Return the masks by a method, within those that are there; one after the other, because scores take memory."""
+    masks: dict[Target, Tensor] = {}
+    for target, into in inputs.items():
+        statistic = _norms(target, into) if method.importance.needs == "input norm" else given.get(target)
+        if amount.ratio is not None:
+            ratio = ratios[target]
+            amount = replace(amount, ratio={} if ratio is None else {target.name: ratio})
+        choice = choose_masks(method, amount, [target], {target: statistic})
+        choice.check()
+        masks |= {one: new.mask for one, new in choice.masks.items()}
+    return masks
 
 
 def _norms(target: Target, into: WeightInput) -> Tensor:

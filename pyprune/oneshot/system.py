@@ -73,7 +73,7 @@ def system_of(weight: Tensor, gram: Tensor, mask: Tensor | None) -> System:
     if bool((diagonal < 0).any()):
         raise ValueError("gram has negative elements on its diagonal, so it is no X^T X")
     dtype = torch.promote_types(torch.promote_types(weight.dtype, gram.dtype), torch.float32)
-    # In rows, as kernels want them: the weights of Conv1D are transposed views.
+    # Weights with inputs first come transposed.
     wide = weight.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
     square, dead = gram.detach().to(dtype), diagonal == 0
     if not bool(dead.any()):
