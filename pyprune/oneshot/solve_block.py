@@ -25,11 +25,15 @@ _Place = tuple[Tensor | slice, Tensor | slice]
 
 @dataclass(frozen=True, eq=False)
 class Solved:
-    """What a weight is to become: its new values (None if they stay) and its mask, and what is said of it."""
+    """What a weight is to become: its new values (None if they stay) and its mask, and what is said of it.
+
+    It ``lost_kept`` ones where a solver made weights zero that the mask keeps, since their inputs are always zero.
+    """
 
     values: Tensor | None
     mask: Tensor
     said: PrunedWeight
+    lost_kept: bool = False
 
 
 @torch.no_grad()
@@ -70,7 +74,7 @@ def solve_block(
         removed = int(ops.count_zeros([mask]))
         tokens = tuple(into.tokens.tolist())
         said = PrunedWeight(block, target.name, removed, mask.numel(), *errors, damping, tokens, seconds)
-        solved[target] = Solved(values, mask, said)
+        solved[target] = Solved(values, mask, said, values is not None and _loses_kept(target, into, values, mask))
     return solved
 
 
@@ -173,6 +177,15 @@ def _errors(target: Target, into: WeightInput, values: Tensor | None, mask: Tens
             lost[i] += size * relative_error(before[group][place], one[group][place], gram)
     errors = [one / whole if whole else 0.0 for one in lost]
     return errors[0], errors[-1]
+
+
+def _loses_kept(target: Target, into: WeightInput, values: Tensor, mask: Tensor) -> bool:
+    """Whether weights that the mask keeps are zero now because no input of theirs was ever anything else."""
+    lost = as_matrices(mask & (values == 0) & (raw_weight(target) != 0), target.layout)
+    return any(
+        bool(lost[group][place][:, _gram(part, group).diagonal() == 0].any())
+        for part, group, place in _pieces(into, len(lost))
+    )
 
 
 # ---- parts of weights ----

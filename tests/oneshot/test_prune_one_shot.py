@@ -10,6 +10,7 @@ from torch import nn
 import pyprune
 from pyprune import Method, importance, scope
 from pyprune.oneshot.find_blocks import find_blocks
+from pyprune.oneshot.run_folder import RunFolder
 from pyprune.oneshot.solution import Solution
 from tests.oneshot import models
 
@@ -234,6 +235,48 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             run(model, **RUNS["wanda"], store=store, resume=resume)
         assert_equal(state(made()), state(model))
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"PK")])
+@pytest.mark.parametrize("which", ["block-00000.pt", "outputs/*"])
+def test_a_run_of_which_files_are_lost_does_not_go_on(which, damage, tmp_path, monkeypatch):
+    finish, write = RunFolder.finish, torch.save
+
+    def stopping(self, done, tensors, now=""):
+        finish(self, done, tensors, now)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunFolder, "finish", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(made(), **RUNS["wanda"], store=tmp_path)
+    monkeypatch.undo()
+
+    def failing(content, path):
+        write(content, path)
+        raise RuntimeError("unexpected pos 64 vs 0")  # as torch does on a full disk
+
+    monkeypatch.setattr(torch, "save", failing)
+    with pytest.raises(OSError, match="cannot be written, perhaps because the disk is full"):
+        run(made(), **RUNS["wanda"], store=tmp_path, resume=True)
+    monkeypatch.undo()
+    damage(next(iter(tmp_path.glob(which))))
+    with pytest.raises(ValueError, match=r"is lost or damaged.*in another folder"):
+        run(made(), **RUNS["wanda"], store=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("name", ["sparsegpt", "admm", "least_squares", None])
+def test_weights_that_are_kept_and_become_zero_are_told(name):
+    solver = name and getattr(pyprune.solvers, name)()
+    method = scope.tensor() if solver and solver.chooses else WANDA
+    data = torch.randn(50, 8)
+    for dead, is_told in ((1, False), (6, bool(solver))):
+        data[:, :dead] = 0
+        model = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), nn.Sequential(nn.Linear(8, 8), nn.Tanh()))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = pyprune.prune_one_shot(model, [data], method, ratio=0.25, solver=solver)
+        assert any(note.startswith("0.0.weight: some inputs are zero") for note in result.notes) == is_told
+        assert not any(note.startswith("1.0.weight") for note in result.notes)
 
 
 @pytest.mark.parametrize("solver", [None, Exact(), Exact(True), pyprune.solvers.admm()])
