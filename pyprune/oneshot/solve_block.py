@@ -16,7 +16,7 @@ from pyprune.modules.targets import Target
 from pyprune.oneshot.matrices import as_matrices, as_weight, from_matrices, matrices
 from pyprune.oneshot.one_shot_result import PrunedWeight
 from pyprune.oneshot.rule import Rule
-from pyprune.oneshot.solution import output_size, relative_error
+from pyprune.oneshot.solution import output_size
 from pyprune.oneshot.weight_input import InputPart, WeightInput
 from pyprune.selection.choose_masks import choose_masks
 
@@ -171,10 +171,10 @@ def _errors(target: Target, into: WeightInput, values: Tensor | None, mask: Tens
     whole, lost = 0.0, [0.0] * len(after)
     for part, group, place in _pieces(into, len(before)):
         gram = _gram(part, group)
-        size = output_size(before[group][place], gram)
-        whole += size
+        there = before[group][place].to(gram.dtype)
+        whole += output_size(there, gram)
         for i, one in enumerate(after):
-            lost[i] += size * relative_error(before[group][place], one[group][place], gram)
+            lost[i] += max(0.0, output_size(one[group][place].to(gram.dtype) - there, gram))
     errors = [one / whole if whole else 0.0 for one in lost]
     return errors[0], errors[-1]
 

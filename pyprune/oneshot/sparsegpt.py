@@ -12,7 +12,7 @@ from pyprune.methods.allocation import removed_count
 from pyprune.methods.scope import Scope, columns
 from pyprune.oneshot.choose import choose
 from pyprune.oneshot.solution import Solution
-from pyprune.oneshot.system import check_asked, check_damping, cholesky, damped, system_of
+from pyprune.oneshot.system import check_asked, check_damping, cholesky, damped, system_of, unrounded
 
 _PANEL = 128  # columns that are factorised at a time
 
@@ -33,8 +33,8 @@ class SparseGPT:
         """Choose a mask and solve for what it keeps, as `Solver` says; scope None is ``columns(block)``."""
         scope, ratio = check_asked(columns(self.block) if scope is None else scope, ratio)
         system = system_of(weight, gram, mask)
-        with torch.autocast(weight.device.type, enabled=False):  # it would round products to half types
-            factor, damping = damped(system.gram, self.damping, _factor)
+        factor, damping = damped(system.gram, self.damping, _factor)
+        with unrounded(weight.device):
             walk = _Walk(system.weight, factor, mask, scope, ratio)
             for start, end in _spans(0, weight.shape[1], scope.width or self._width(scope)):
                 walk.choose(start, end)
