@@ -13,7 +13,7 @@ from pyprune.methods.scope import Scope, columns
 from pyprune.oneshot.choose import choose
 from pyprune.oneshot.least_squares import solve_kept
 from pyprune.oneshot.solution import Solution
-from pyprune.oneshot.system import check_asked, check_damping, cholesky, damped, system_of
+from pyprune.oneshot.system import check_asked, check_damping, cholesky, damped, system_of, unrounded
 
 _PANEL = 128  # columns that are factorised at a time
 
@@ -35,8 +35,8 @@ class SparseGPT:
         """Choose a mask and solve for what it keeps, as `Solver` says; scope None is ``columns(block)``."""
         scope, ratio = check_asked(columns(self.block) if scope is None else scope, ratio)
         system = system_of(weight, gram, mask)
-        with torch.autocast(weight.device.type, enabled=False):  # it would round products to half types
-            factor, damping = damped(system.gram, self.damping, _factor)
+        factor, damping = damped(system.gram, self.damping, _factor)
+        with unrounded(weight.device):
             walk = _Walk(system.weight.clone() if self.polish else system.weight, factor, mask, scope, ratio)
             for start, end in _spans(0, weight.shape[1], scope.width or self._width(scope)):
                 walk.choose(start, end)
@@ -115,7 +115,9 @@ class _Walk:
     ) -> None:
         self.weight, self.factor, self.base, self.scope, self.ratio = weight, factor, base, scope, ratio
         self.sums = torch.zeros_like(weight)
-        self.mask = torch.ones_like(weight, dtype=torch.bool) if base is None else base.clone()
+        self.mask = torch.ones_like(weight, dtype=torch.bool)
+        if base is not None:
+            self.mask.copy_(base)
         self.in_kernel = scope.name == "n_of_m" and scope.dim == "in" and ratio in (None, scope.ratio)
         if not self.in_kernel and scope.name != "columns":
             self.mask = choose(weight * factor.diagonal(), scope, ratio, base)
