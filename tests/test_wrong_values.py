@@ -482,6 +482,7 @@ ROWS: dict[str, Row] = {
             "reconstruct": None,
             "resume": False,
             "ignored_scope": None,
+            "memory": 2**20,
             "dtype": None,
         },
         {
@@ -494,6 +495,7 @@ ROWS: dict[str, Row] = {
             "blocks": OPTIONAL | {"'1'", "['0']"},
             "propagate": FLAG,
             "reconstruct": OPTIONAL,
+            "memory": FROM_0,
             "resume": FLAG,
             "dtype": OPTIONAL,
         },
@@ -513,6 +515,7 @@ ROWS: dict[str, Row] = {
             "store": "memory",
             "resume": False,
             "ignored_scope": None,
+            "memory": 2**20,
         },
         {
             "data": DATA,
@@ -523,6 +526,7 @@ ROWS: dict[str, Row] = {
             "propagate": FLAG,
             "reconstruct": OPTIONAL,
             "store": {"a path", *TEXT} - {"''", "NUL"},
+            "memory": FROM_0,
             "resume": {"False"},
         },
     ),

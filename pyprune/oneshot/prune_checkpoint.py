@@ -50,6 +50,7 @@ def prune_checkpoint(
     reconstruct: Reconstruction | None = None,
     resume: bool = False,
     ignored_scope: IgnoredScope | None = None,
+    memory: int = 2**32,
     model: nn.Module | None = None,
     dtype: torch.dtype | None = None,
 ) -> OneShotResult:
@@ -68,8 +69,8 @@ def prune_checkpoint(
         source_folder: has ``model.safetensors``, or ``model.safetensors.index.json`` and the files it names; and
             the ``config.json`` of transformers. It is only read.
         destination_folder: a new or empty folder, on a disk with room for the checkpoint and the outputs of a block.
-        data, method, ratio, solver, blocks, allocation, propagate, reconstruct, ignored_scope: as in
-            `prune_one_shot`. A function of `pyprune.allocations` that measures reads all weights again,
+        data, method, ratio, solver, blocks, allocation, propagate, reconstruct, ignored_scope, memory:
+            as in `prune_one_shot`. A function of `pyprune.allocations` that measures reads all weights again,
             `allocations.owl` for each batch.
         resume: go on with the run in the destination, with the same arguments. In an empty one it begins.
         model: the model on the meta device, if the config names no class of transformers. Buffers that are not in
@@ -122,6 +123,7 @@ def prune_checkpoint(
                 store=destination,
                 resume=resume,
                 ignored_scope=ignored_scope,
+                memory=memory,
                 files=files,
             )
         files.finish()
