@@ -473,7 +473,7 @@ def test_memory_is_of_a_block_and_not_of_the_model(tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux says what is used")
 def test_a_checkpoint_of_3_gb_is_pruned_in_1_gb(tmp_path):
     try:
-        size = random_checkpoint(tmp_path / "source", 30, 2048, 5504)
+        size = random_checkpoint(tmp_path / "source", 55, 1536, 4096)
         assert size > 3e9
         _, peak = measured(tmp_path, limit=2**30)
         assert peak < 2**30
