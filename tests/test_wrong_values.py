@@ -250,6 +250,7 @@ def placed(function, **arguments):
 
 MADE = (importance.Importance, granularity.Granularity, scope.Scope, schedules.Schedule)
 PRUNER = {"schedule": FUNCTIONS, "optimizer": OPTIONAL}
+PATHS = TEXT - {"NUL", "''"} | {"a path"}
 SEVERAL = OPTIONAL | {"[]", "()", "{}", "set", "generator"}
 GATE = {"shape": SEQUENCES, "gate_shape": OPTIONAL | {"(4, 4)"}}
 GATE["shape"] = {"(4, 4)", "()", "(1, 2)", "[]", "[1]", "range"}
@@ -334,6 +335,40 @@ ROWS: dict[str, Row] = {
             "update_stale": False,
         },
         {"optimizer": OPTIONAL | {"[]", "()", "{}"}, "round_to": COUNT, "verify": NOT_NEGATIVE | {"inf"}},
+    ),
+    "save_sparse": Row(
+        pyprune.save_sparse,
+        lambda: {
+            "model": net(),
+            "path": Path(FOLDER.name) / "model.safetensors",
+            "codec": None,
+            "layout": "pyprune",
+            "keep_negative_zero": False,
+            "min_zeros": 0.1,
+            "metadata": None,
+        },
+        {
+            "model": MODULES | {"{}"},
+            "path": PATHS,
+            "codec": OPTIONAL,
+            "layout": set(),
+            "keep_negative_zero": FLAG,
+            "min_zeros": SHARE | {"1", "1.0", "np.int64(1)"},
+            "metadata": OPTIONAL | {"{}"},
+        },
+    ),
+    "load_sparse": Row(
+        pyprune.load_sparse,
+        lambda: {
+            "path": written(lambda path: pyprune.save_sparse(nn.Linear(4, 4), path), "safetensors"),
+            "model": nn.Linear(4, 4),
+        },
+        {"path": PATHS, "model": MODULES | OPTIONAL},
+    ),
+    "SparseFile": Row(
+        pyprune.SparseFile,
+        lambda: {"path": written(lambda path: pyprune.save_sparse(nn.Linear(4, 4), path), "safetensors")},
+        {"path": PATHS},
     ),
     "plan_of": Row(pyprune.plan_of, lambda: {"model": net()}),
     "reconstruct": Row(
@@ -511,8 +546,8 @@ ROWS: dict[str, Row] = {
     "alpha_pruning": Row(allocations.alpha_pruning, same(epsilon=0.2), {"epsilon": SHARE - {"0", "0.0"}}),
     "solvers.sparsegpt": Row(
         solvers.sparsegpt,
-        same(block=128, damping=0.01),
-        {"block": COUNT, "damping": SHARE | {"1", "1.0", "np.int64(1)"}},
+        same(block=128, polish=True, damping=0.01),
+        {"block": COUNT, "polish": FLAG, "damping": SHARE | {"1", "1.0", "np.int64(1)"}},
     ),
     "solvers.reconstruct": Row(
         solvers.reconstruct,
@@ -951,7 +986,7 @@ NOT_CALLED = """
     ModelPruningStatistic
     OneShotResult Plan PruneMode PrunedWeight PruningRound Reconstructed RetrainFree Shrunk Recipe RecipePruner
     Schedule SensitivityResult SensitivityTarget
-    StripFormat TensorPruningStatistic as_schedule
+    StripFormat TensorPruningStatistic Written as_schedule
 """.split()  # noqa: SIM905
 
 

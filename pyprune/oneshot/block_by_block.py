@@ -12,7 +12,6 @@ from pyprune.oneshot.digest import digest
 from pyprune.oneshot.find_blocks import Block
 from pyprune.oneshot.input_grams import InputGrams
 from pyprune.oneshot.model_in_files import ModelInFiles
-from pyprune.oneshot.one_shot_result import PrunedWeight
 from pyprune.oneshot.reconstruct import Reconstruction
 from pyprune.oneshot.rule import Rule
 from pyprune.oneshot.run_folder import Done, RunFolder
@@ -85,7 +84,7 @@ class OneShot:
             solved = solve_block(block.name, self.rule, inputs, self.ratios, self.given)
             notes = [(f"left as it is: {why}", target.name) for target, why in unseen.items()]
             for target, into in inputs.items():
-                notes += [(what, target.name) for what in self._notes(into.note, target, solved[target].said)]
+                notes += [(what, target.name) for what in self._notes(into.note, target, solved[target])]
             del grams, inputs
             write_block(self.model, solved)
             fit = self._reconstructed(place, block, solved) if self.reconstruct is not None else None
@@ -163,9 +162,12 @@ class OneShot:
         )
         return fit.before, fit.after
 
-    def _notes(self, note: str, target: Target, said: PrunedWeight) -> Iterator[str]:
+    def _notes(self, note: str, target: Target, solved: Solved) -> Iterator[str]:
+        said = solved.said
         if note:
             yield note
+        if solved.lost_kept:
+            yield "some inputs are zero in all data, and the solver made all weights zero that multiply them"
         columns = said.total // max(1, target.parameter.shape[target.layout.outputs or 0])
         if target.layout.groups == 1 and said.tokens[0] < _FEW * columns:
             yield f"measured on fewer tokens than a tenth of its inputs ({said.tokens[0]})"

@@ -10,6 +10,7 @@ from torch import nn
 import pyprune
 from pyprune import Method, importance, scope
 from pyprune.oneshot.find_blocks import find_blocks
+from pyprune.oneshot.run_folder import RunFolder
 from pyprune.oneshot.solution import Solution
 from tests.oneshot import models
 
@@ -236,6 +237,48 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path):
         assert_equal(state(made()), state(model))
 
 
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"PK")])
+@pytest.mark.parametrize("which", ["block-00000.pt", "outputs/*"])
+def test_a_run_of_which_files_are_lost_does_not_go_on(which, damage, tmp_path, monkeypatch):
+    finish, write = RunFolder.finish, torch.save
+
+    def stopping(self, done, tensors, now=""):
+        finish(self, done, tensors, now)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunFolder, "finish", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(made(), **RUNS["wanda"], store=tmp_path)
+    monkeypatch.undo()
+
+    def failing(content, path):
+        write(content, path)
+        raise RuntimeError("unexpected pos 64 vs 0")  # as torch does on a full disk
+
+    monkeypatch.setattr(torch, "save", failing)
+    with pytest.raises(OSError, match="cannot be written, perhaps because the disk is full"):
+        run(made(), **RUNS["wanda"], store=tmp_path, resume=True)
+    monkeypatch.undo()
+    damage(next(iter(tmp_path.glob(which))))
+    with pytest.raises(ValueError, match=r"is lost or damaged.*in another folder"):
+        run(made(), **RUNS["wanda"], store=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("name", ["sparsegpt", "admm", "least_squares", None])
+def test_weights_that_are_kept_and_become_zero_are_told(name):
+    solver = name and getattr(pyprune.solvers, name)()
+    method = scope.tensor() if solver and solver.chooses else WANDA
+    data = torch.randn(50, 8)
+    for dead, is_told in ((1, False), (6, bool(solver))):
+        data[:, :dead] = 0
+        model = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), nn.Sequential(nn.Linear(8, 8), nn.Tanh()))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = pyprune.prune_one_shot(model, [data], method, ratio=0.25, solver=solver)
+        assert any(note.startswith("0.0.weight: some inputs are zero") for note in result.notes) == is_told
+        assert not any(note.startswith("1.0.weight") for note in result.notes)
+
+
 @pytest.mark.parametrize("solver", [None, Exact(), Exact(True), pyprune.solvers.admm()])
 def test_ratio_0_leaves_all_bits(solver):
     method = scope.tensor() if solver is not None and solver.chooses else MAGNITUDE
@@ -332,13 +375,20 @@ def test_the_result_is_a_table_a_file_and_a_picture(tmp_path):
     assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
 
 
+SOLVED = {
+    "least squares": {"method": WANDA, "ratio": 0.5, "solver": pyprune.solvers.least_squares()},
+    "SparseGPT": {"method": scope.n_of_m(keep=2, of=4), "solver": pyprune.solvers.sparsegpt()},
+}
+
+
 @pytest.mark.parametrize("name", ["Mixtral", "GPT-2", "T5", "TransformerEncoder"])
-def test_all_layers_of_blocks_are_pruned(name):
+@pytest.mark.parametrize("solver", SOLVED)
+def test_all_layers_of_blocks_are_pruned(name, solver):
     model, data = models.make(name), models.batches(name)
     inner = [one for block in find_blocks(model) for one in block.module.parameters() if one.dim() > 1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        result = pyprune.prune_one_shot(model, data, WANDA, ratio=0.5, solver=pyprune.solvers.least_squares())
+        result = pyprune.prune_one_shot(model, data, **SOLVED[solver])
     assert sum(weight.total for weight in result.weights) > 0.97 * sum(one.numel() for one in inner)
     assert result.ratio == pytest.approx(0.5, abs=0.01)
     assert all(weight.error <= weight.error_masked + 1e-6 for weight in result.weights)
