@@ -323,6 +323,22 @@ def test_what_cannot_be_is_refused_before_anything_is_changed(arguments, message
     assert_equal(state(made()), state(model))
 
 
+@pytest.mark.parametrize(("lr", "said"), [(1e200, "NaN or infinity"), (10.0, "no better"), (1e-4, None)])
+def test_reconstructions_that_fail_are_told(lr, said):
+    expected = run(made(), **RUNS["wanda"])
+    model = made()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = run(model, **RUNS["wanda"], reconstruct=pyprune.solvers.reconstruct(steps=2, lr=lr))
+    notes = [note for note in result.notes if "not reconstructed" in note]
+    if said is None:
+        assert not notes
+    else:
+        assert [note.startswith("layers.0, layers.1, layers.2: ") and said in note for note in notes] == [True]
+        assert result.errors == pytest.approx(expected.errors)
+        assert all(before == after for before, after in result.fits.values())
+
+
 def test_weights_that_cannot_be_pruned_are_refused():
     tied = made()
     tied.layers[1].up.weight = tied.layers[0].up.weight
