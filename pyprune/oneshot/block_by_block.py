@@ -12,7 +12,7 @@ from pyprune.oneshot.digest import digest
 from pyprune.oneshot.find_blocks import Block
 from pyprune.oneshot.input_grams import InputGrams
 from pyprune.oneshot.model_in_files import ModelInFiles
-from pyprune.oneshot.reconstruct import Reconstruction
+from pyprune.oneshot.reconstruct import Fit, Reconstruction
 from pyprune.oneshot.rule import Rule
 from pyprune.oneshot.run_folder import Done, RunFolder
 from pyprune.oneshot.solve_block import Solved, solve_block, write_block
@@ -89,7 +89,11 @@ class OneShot:
                 notes += [(what, target.name) for what in self._notes(into.note, target, solved[target])]
             del grams, inputs
             write_block(self.model, solved)
-            fit = self._reconstructed(place, block, solved) if self.reconstruct is not None else None
+            fit = None
+            if self.reconstruct is not None:
+                found = self._reconstructed(place, block, solved)
+                fit = found.before, found.after
+                notes += [(what, block.name) for what in _failure(found)]
             if self.propagate and not is_last:
                 self.walk.run(place, into=self.walk.stored)
             weights = tuple(one.said for one in solved.values())
@@ -152,9 +156,9 @@ class OneShot:
         with nullcontext() if self.files is None else self.files.loaded(block.module):
             return weights_digest(block.module)
 
-    def _reconstructed(self, place: int, block: Block, solved: Mapping[Target, Solved]) -> tuple[float, float]:
+    def _reconstructed(self, place: int, block: Block, solved: Mapping[Target, Solved]) -> Fit:
         assert self.reconstruct is not None
-        fit = self.reconstruct.fit(
+        return self.reconstruct.fit(
             lambda number: self.walk.output(place, number),
             lambda number: self._dense.fresh(block.of, number),
             len(self.walk.batches),
@@ -162,7 +166,6 @@ class OneShot:
             {target.parameter: one.mask for target, one in solved.items()},
             padding=self.walk.positions,
         )
-        return fit.before, fit.after
 
     def _notes(self, note: str, target: Target, solved: Solved) -> Iterator[str]:
         said = solved.said
@@ -176,6 +179,14 @@ class OneShot:
         asked = getattr(self.rule.solver, "damping", None)
         if said.damping is not None and isinstance(asked, float) and said.damping > asked:
             yield f"solved with damping {said.damping:g}, because with {asked:g} its Gram has no factors"
+
+
+def _failure(fit: Fit) -> Iterator[str]:
+    """Say why a block is not reconstructed."""
+    if fit.diverged:
+        yield "not reconstructed, because that came to NaN or infinity; give a smaller lr"
+    elif fit.before and fit.after >= fit.before:
+        yield "not reconstructed, because that made it no better; give another lr, or more steps"
 
 
 def weights_digest(module: nn.Module) -> str:

@@ -28,7 +28,7 @@ from pyprune.oneshot.run_folder import Done, RunFolder
 from pyprune.oneshot.solution import Solver
 from pyprune.oneshot.stored import InMemory
 from pyprune.oneshot.walk import Walk
-from pyprune.oneshot.weights_of_blocks import check_masks, given, missed_in, ratios_of, targets_of
+from pyprune.oneshot.weights_of_blocks import check_finite, check_masks, given, missed_in, ratios_of, targets_of
 
 # Of so many notes a warning has the text; the result has all.
 _TOLD = 5
@@ -167,6 +167,8 @@ def prune_blocks(
     targets, left_out = targets_of(model, found, ignored_scope)
     check_masks(rule, targets)
     every = [target for some in targets.values() for target in some]
+    if files is None:
+        check_finite(every)
     scores = given(model, rule, every, left_out)
     batches = list(batches_of(data, None, "Reading batches", names=("data", "num_batches")))
     ratios = ratios_of(model, rule, every, left_out, allocation, blocks, batches, ignored_scope)

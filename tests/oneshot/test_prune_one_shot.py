@@ -15,6 +15,7 @@ from pyprune.oneshot.run_folder import RunFolder
 from pyprune.oneshot.solution import Solution
 from tests.oneshot import models
 
+NAN = float("nan")
 WANDA = Method(importance.wanda(), scope=scope.row())
 MAGNITUDE = Method(importance.magnitude(), scope=scope.tensor())
 
@@ -323,6 +324,22 @@ def test_what_cannot_be_is_refused_before_anything_is_changed(arguments, message
     assert_equal(state(made()), state(model))
 
 
+@pytest.mark.parametrize(("lr", "said"), [(1e200, "NaN or infinity"), (10.0, "no better"), (1e-4, None)])
+def test_reconstructions_that_fail_are_told(lr, said):
+    expected = run(made(), **RUNS["wanda"])
+    model = made()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = run(model, **RUNS["wanda"], reconstruct=pyprune.solvers.reconstruct(steps=2, lr=lr))
+    notes = [note for note in result.notes if "not reconstructed" in note]
+    if said is None:
+        assert not notes
+    else:
+        assert [note.startswith("layers.0, layers.1, layers.2: ") and said in note for note in notes] == [True]
+        assert result.errors == pytest.approx(expected.errors)
+        assert all(before == after for before, after in result.fits.values())
+
+
 def test_weights_that_cannot_be_pruned_are_refused():
     tied = made()
     tied.layers[1].up.weight = tied.layers[0].up.weight
@@ -331,6 +348,16 @@ def test_weights_that_cannot_be_pruned_are_refused():
         run(tied, **RUNS["wanda"])
     with pytest.raises(ValueError, match="is on the meta device"):
         run(meta, **RUNS["wanda"])
+    for bad in (NAN, float("-inf")):
+        broken = made()
+        with torch.no_grad():
+            broken.layers[2].down.weight[1, 3] = bad
+        before = state(broken)
+        for kind in ("wanda", "dense inputs"):
+            with pytest.raises(ValueError, match=r"layers\.2\.down\.weight has NaN or infinite elements"):
+                run(broken, **RUNS[kind])
+        for name, one in state(broken).items():
+            torch.testing.assert_close(one, before[name], rtol=0, atol=0, equal_nan=True)
     outside = made()
     outside.head.weight = outside.embed.weight = nn.Parameter(torch.ones(8, 4).double())
     outside.head = nn.Identity()
@@ -425,6 +452,20 @@ def test_allocation_shares_the_ratio_out():
     assert [round(sum(some) / 2, 2) for some in by_block.values()] == [0.3, 0.5, 0.7]
     owl = run(made(), **RUNS["wanda"] | {"method": MAGNITUDE, "allocation": pyprune.allocations.owl()})
     assert owl.ratio == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["progression", "owl", "alpha_pruning"])
+def test_allocation_does_not_look_at_what_is_outside_of_blocks(name, recwarn):
+    model = made()
+    model.head = nn.utils.parametrizations.spectral_norm(model.head)
+    model.table = nn.Embedding(5, 4).double()
+    model.register_parameter("whole", nn.Parameter(torch.ones(3, 3, dtype=torch.int8), requires_grad=False))
+    plain = model.forward
+    model.forward = lambda inputs: plain(inputs + model.table(torch.tensor(1)))
+    allocation = getattr(pyprune.allocations, name)()
+    result = run(model, **RUNS["wanda"] | {"method": MAGNITUDE, "allocation": allocation})
+    assert sum(one.removed for one in result.weights) == sum(one.total for one in result.weights) // 2
+    assert [str(one.message) for one in recwarn if "pyprune" in str(one.filename) or "table" in str(one.message)] == []
 
 
 def test_the_importance_of_solvers_is_refused_elsewhere():
