@@ -17,6 +17,7 @@ from bench_groups import PATTERNS, ROWS, group_of
 from bench_mask_update import LOCAL as LOCAL_UPDATE
 from bench_mask_update import UPDATE
 from bench_masks import LOCAL, NORMALISED, RAW
+from bench_pack import PACK, UNPACK
 from bench_rb_loss import LOSS
 from bench_remaining import CAPPED, LAMP, REMAINING
 from bench_shrink import LATENCY, SHRINK, TRACE
@@ -63,6 +64,8 @@ GOALS = [
     Goal(FOLD, BOTH, {"torch._foreach_mul_, bool masks": 2}, (1.2, 1.2)),
     Goal(ONCE, FP32, {"torch.nn.utils.prune": 100}, memory={"torch.nn.utils.prune": 0.25}),
     Goal(COUNT, BOTH, {"torch.count_nonzero": 5, "(mask == 0).sum()": 100}, (1.1, 1.1)),
+    Goal(PACK, BOTH, {"torch, x where x != 0": 20}, (1 / 0.7, 1 / 0.7)),
+    Goal(UNPACK, BOTH, {"torch, values into a mask": 20}, (1 / 0.7, 1 / 0.7)),
     *(Goal(f"{SCORES} {unit}", BOTH, {"torch, per tensor": 3}, (1.4, 1.4)) for unit in UNITS),
     *(Goal(f"{EXPAND} {unit}", FP32, {"torch, repeat_interleave": 3}, (1.4, 1.4)) for unit in MASKED),
     *(Goal(f"{FOLD_UNITS} {unit}", BOTH, {"torch, repeat_interleave and mul_": 2}, (1.2, 1.2)) for unit in MASKED),

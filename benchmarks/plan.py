@@ -14,6 +14,7 @@ import bench_groups
 import bench_growth
 import bench_mask_update
 import bench_masks
+import bench_pack
 import bench_rb_loss
 import bench_remaining
 import bench_shrink
@@ -29,6 +30,7 @@ JOBS: dict[str, ModuleType] = {
     "remaining": bench_remaining,
     "fold": bench_fold,
     "count": bench_count,
+    "pack": bench_pack,
     "torch_prune": bench_torch_prune,
     "geometric_median": bench_geometric_median,
     "units": bench_units,
@@ -43,7 +45,7 @@ JOBS: dict[str, ModuleType] = {
     "admm": bench_admm,
 }
 PEERS = ("none", "quick", "all")
-LISTS_JOBS = ("masks", "remaining", "fold", "count", "units")
+LISTS_JOBS = ("masks", "remaining", "fold", "count", "pack", "units")
 BOTH = tuple(DTYPES)
 SMALLER = ("resnet50", "mobilenet_v2", "minilm")
 LAYERS = ("768x768", "768x3072", "2048x2048", "4096x4096")

@@ -31,6 +31,10 @@ from pyprune.recipes.recipe import Recipe
 from pyprune.recipes.recipe_pruner import RecipePruner
 from pyprune.selection.prune import prune
 from pyprune.selection.thresholds import ratios_below
+from pyprune.sparse.load_sparse import load_sparse
+from pyprune.sparse.reading import SparseFile
+from pyprune.sparse.save_sparse import save_sparse
+from pyprune.sparse.writing import Written
 from pyprune.structured.block_scores import block_scores
 from pyprune.structured.drop_blocks import drop_blocks
 from pyprune.structured.drop_experts import drop_experts
@@ -98,9 +102,11 @@ __all__ = [
     "SensitivityResult",
     "SensitivityTarget",
     "Shrunk",
+    "SparseFile",
     "StochasticGate",
     "StripFormat",
     "TensorPruningStatistic",
+    "Written",
     "__version__",
     "ac_dc",
     "allocation_from_sensitivity",
@@ -124,6 +130,7 @@ __all__ = [
     "iterative_prune",
     "keep_sparse",
     "load_from_config",
+    "load_sparse",
     "lottery_ticket",
     "one_gate_sample",
     "ops",
@@ -139,6 +146,7 @@ __all__ = [
     "rebuild",
     "reconstruct",
     "reconstruction_scores",
+    "save_sparse",
     "schedules",
     "scope",
     "sensitivity",

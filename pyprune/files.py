@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -32,8 +32,19 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
             with open(unfinished, "rb+") as file:
                 os.fsync(file.fileno())  # or the name may be on the disk before the content
             os.replace(unfinished, path)
+            _sync_folder(path.parent)
         finally:
             unfinished.unlink(missing_ok=True)
     except BaseException:
         unfinished.unlink(missing_ok=True)  # if that was interrupted
         raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk, where folders can be opened and waited for."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -188,6 +188,12 @@ def files():
     return {"folder": folder}
 
 
+def sparse_files():
+    things = {**masked(), **files()}
+    pyprune.save_sparse(Net(), things["folder"] / "new.safetensors")
+    return things
+
+
 def small():
     return {"model": nn.Linear(4, 3)}
 
@@ -501,6 +507,11 @@ CALLS = {
     ),
     "slimming_loss": (dense, of_model(pyprune.slimming_loss)),
     "to_json": (files, lambda things: result().to_json(things["folder"] / "to_json")),
+    "save_sparse": (sparse_files, lambda things: pyprune.save_sparse(things["model"], things["folder"] / "to_json")),
+    "load_sparse": (
+        sparse_files,
+        lambda things: pyprune.load_sparse(things["folder"] / "new.safetensors", things["model"]),
+    ),
     "to_csv": (files, lambda things: result().to_csv(things["folder"] / "to_csv")),
     "Training": (
         trained,

@@ -25,6 +25,7 @@ FLOORS = {
     "selection": 6,
     "analysis": 7,
     "oneshot": 7,
+    "sparse": 7,
     "torch_prune": 7,
     "training": 7,
     "recipes": 8,

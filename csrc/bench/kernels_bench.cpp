@@ -8,6 +8,7 @@
 #include "../cpu/kernels/gate_penalty.h"
 #include "../cpu/kernels/group_masks.h"
 #include "../cpu/kernels/norms.h"
+#include "../cpu/kernels/pack.h"
 #include "../cpu/kernels/sparsegpt_block.h"
 #include "../cpu/kernels/threshold.h"
 #include "../cpu/kernels/unit_scores.h"
@@ -66,6 +67,20 @@ void add_masks() {
   add("count_zeros bool", 1, [](int64_t count) {
     return [count, mask = array<uint8_t>(count, 1)] {
       benchmark::DoNotOptimize(PYPRUNE_KERNEL(count_zeros_run)(mask.get(), Dtype::kBool, count));
+    };
+  });
+  // Half of the bits are set; what is moved are elements and kept ones, besides an eighth of a byte.
+  add("pack bfloat16", 3, [](int64_t count) {
+    return [count, x = array<uint16_t>(count, 1), bits = array<uint8_t>(count / 8 + 1, 0x5a),
+            values = array<uint16_t>(count, 0)] {
+      benchmark::DoNotOptimize(PYPRUNE_KERNEL(count_bits)(bits.get(), count / 8));
+      PYPRUNE_KERNEL(pack_values)(x.get(), 2, bits.get(), values.get(), count, count / 2);
+    };
+  });
+  add("unpack bfloat16", 3, [](int64_t count) {
+    return [count, x = array<uint16_t>(count, 1), bits = array<uint8_t>(count / 8 + 1, 0x5a),
+            values = array<uint16_t>(count, 1)] {
+      PYPRUNE_KERNEL(unpack_values)(bits.get(), values.get(), 2, x.get(), count, count / 2);
     };
   });
   add("norms float32", 4, [](int64_t count) {

@@ -10,8 +10,8 @@ namespace pyprune {
 
 // Asks for huge pages under memory that nothing was written to yet, where malloc fetches it from the system at every
 // call: from 32 MiB on. Smaller blocks it keeps and hands out again.
-inline void prefer_huge_pages(void* data, int64_t bytes) {
-  if (bytes < int64_t{1} << 25) {
+inline void prefer_huge_pages(void* data, int64_t bytes, int64_t least = int64_t{1} << 25) {
+  if (bytes < least) {
     return;
   }
   const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));

@@ -12,6 +12,7 @@
 #include "../cpu/kernels/gate_penalty.h"
 #include "../cpu/kernels/group_masks.h"
 #include "../cpu/kernels/norms.h"
+#include "../cpu/kernels/pack.h"
 #include "../cpu/kernels/park.h"
 #include "../cpu/kernels/probe.h"
 #include "../cpu/kernels/sparsegpt_block.h"
@@ -57,6 +58,31 @@ void test_elementwise(Dtype dtype, int64_t count) {
     if (std::isfinite(squares)) {
       EXPECT(std::fabs(std::accumulate(sums.begin(), sums.end(), 0.0) - squares) <= 1e-12 * squares);
     }
+  });
+}
+
+// Memory is as large as it must be, so that the sanitizer sees what is read or written behind it.
+template <class Bits>
+void test_pack(int64_t count, int percent) {
+  std::vector<Bits> data(count), kept, wanted(count);
+  const Bits significant = static_cast<Bits>(~Bits{0}) >> 1;
+  for (int64_t i = 0; i < count; ++i) {
+    data[i] = static_cast<Bits>(random_bits());
+    if (random_between(0, 99) < percent) data[i] &= static_cast<Bits>(~significant);  // 0, or a sign alone
+    if ((data[i] & significant) != 0) kept.push_back(wanted[i] = data[i]);
+  }
+  with_each_capability([&] {
+    std::vector<uint8_t> bits((count + 7) / 8, 0xff);
+    const int64_t found = PYPRUNE_KERNEL(pack_bits)(data.data(), sizeof(Bits), significant, bits.data(), count);
+    EXPECT(found == static_cast<int64_t>(kept.size()));
+    EXPECT(PYPRUNE_KERNEL(count_bits)(bits.data(), static_cast<int64_t>(bits.size())) == found);
+    for (int64_t i = 0; i < static_cast<int64_t>(bits.size()) * 8; ++i) {
+      EXPECT((bits[i / 8] >> (i % 8) & 1) == (i < count && (data[i] & significant) != 0));
+    }
+    std::vector<Bits> values(found), out(count, static_cast<Bits>(~Bits{0}));
+    PYPRUNE_KERNEL(pack_values)(data.data(), sizeof(Bits), bits.data(), values.data(), count, found);
+    PYPRUNE_KERNEL(unpack_values)(bits.data(), values.data(), sizeof(Bits), out.data(), count, found);
+    EXPECT(values == kept && out == wanted);
   });
 }
 
@@ -272,6 +298,12 @@ void run() {
     });
   }
   for (const int64_t length : kLengths) {
+    for (const int percent : {0, 50, 95, 100}) {
+      test_pack<uint8_t>(length, percent);
+      test_pack<uint16_t>(length, percent);
+      test_pack<uint32_t>(length, percent);
+      test_pack<uint64_t>(length, percent);
+    }
     test_noise(std::min(length, kGateBlock));
     for (const GateRule rule : {GateRule::kBernoulli, GateRule::kHardConcrete, GateRule::kStraightThrough}) {
       for (const double beta : {kUsualBeta, 0.5}) {

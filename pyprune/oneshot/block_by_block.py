@@ -37,6 +37,7 @@ class OneShot:
         propagate: whether inputs of a block are those that the pruned blocks before it make.
         reconstruct: what is done to a block at last; None for nothing.
         folder: where what is done is kept; None for nowhere.
+        memory: bytes that the Gram of one input may take.
         files: what loads and writes blocks that are not in memory.
     """
 
@@ -49,6 +50,7 @@ class OneShot:
     propagate: bool
     reconstruct: Reconstruction | None
     folder: RunFolder | None
+    memory: int
     files: ModelInFiles | None = None
 
     def __post_init__(self) -> None:
@@ -75,7 +77,7 @@ class OneShot:
             if self._dense is not self.walk.stored:
                 self.walk.run(place, into=self._dense, over=self._dense)
             keeps = not self.propagate and (not is_last or self.reconstruct is not None)
-            grams = InputGrams(targets)
+            grams = InputGrams(targets, memory=self.memory)
             with grams.watching(block.module, self.walk.padding):
                 self.walk.run(place, into=self.walk.stored if keeps else None)
             unseen, inputs = grams.unseen(), grams.results()

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from pyprune import ops
-from pyprune.checks import check_count
+from pyprune.checks import check_bool, check_count
 from pyprune.methods.allocation import removed_count
 from pyprune.methods.scope import Scope, columns
 from pyprune.oneshot.choose import choose
+from pyprune.oneshot.least_squares import solve_kept
 from pyprune.oneshot.solution import Solution
 from pyprune.oneshot.system import check_asked, check_damping, cholesky, damped, system_of, unrounded
 
@@ -22,6 +23,7 @@ class SparseGPT:
     """What `sparsegpt` returns."""
 
     block: int
+    polish: bool
     damping: float
     name: str = "SparseGPT"
     chooses: bool = True
@@ -35,13 +37,18 @@ class SparseGPT:
         system = system_of(weight, gram, mask)
         factor, damping = damped(system.gram, self.damping, _factor)
         with unrounded(weight.device):
-            walk = _Walk(system.weight, factor, mask, scope, ratio)
+            walk = _Walk(system.weight.clone() if self.polish else system.weight, factor, mask, scope, ratio)
             for start, end in _spans(0, weight.shape[1], scope.width or self._width(scope)):
                 walk.choose(start, end)
                 for part in _spans(start, end, self._width(scope)):
                     walk.solve(*part)
         if bool(walk.mask.all()):
             return system.solution(walk.weight, walk.mask, damping)
+        if self.polish:
+            solved, damping = damped(
+                system.gram, damping, lambda matrix: solve_kept(system.weight, matrix, walk.mask)
+            )
+            return system.solution(solved, walk.mask, damping)
         return Solution(walk.weight.to(torch.promote_types(weight.dtype, torch.float32)), walk.mask, damping)
 
     def _width(self, scope: Scope) -> int:
@@ -49,7 +56,7 @@ class SparseGPT:
         return max(1, self.block // scope.of) * scope.of if scope.of else self.block
 
 
-def sparsegpt(*, block: int = 128, damping: float = 0.01) -> SparseGPT:
+def sparsegpt(*, block: int = 128, polish: bool = False, damping: float = 0.01) -> SparseGPT:
     """Prune column by column, and let the columns that follow make up for what each loses (Optimal Brain Surgeon).
 
     An element (row, j) costs c^2 / (2 U_jj^2), with c its value when column j is reached and U the Cholesky factor of
@@ -68,6 +75,8 @@ def sparsegpt(*, block: int = 128, damping: float = 0.01) -> SparseGPT:
 
     Args:
         block: how many columns are solved before those that follow are told.
+        polish: whether the weights that are kept are solved by least squares in the end: half of the way to ADMM, and
+            several times the work.
         damping: lambda as a share of the mean of H's diagonal. If H cannot be factorised with it, it is taken ten
             times as large, until it can; the solution says what was used.
 
@@ -88,7 +97,9 @@ def sparsegpt(*, block: int = 128, damping: float = 0.01) -> SparseGPT:
         ([[False, True]], [[0.0, 3.6]])
     """
     return SparseGPT(
-        check_count("block", block, least=1, what="a number of columns, at least 1"), check_damping(damping)
+        check_count("block", block, least=1, what="a number of columns, at least 1"),
+        check_bool("polish", polish),
+        check_damping(damping),
     )
 
 

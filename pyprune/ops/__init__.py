@@ -11,6 +11,7 @@ from pyprune.ops.gate_penalty import gate_penalty
 from pyprune.ops.group_masks import group_masks
 from pyprune.ops.mask_weight import mask_weight
 from pyprune.ops.norms import inverse_norms, norms
+from pyprune.ops.pack import PACK_DTYPES, pack, unpack
 from pyprune.ops.park import park, unpark
 from pyprune.ops.probe import probe
 from pyprune.ops.sparsegpt_block import sparsegpt_block
@@ -20,6 +21,7 @@ from pyprune.ops.unit_scores import unit_scores
 __all__ = [
     "CUDA_KERNELS_LOADED",
     "CUDA_PROBLEM",
+    "PACK_DTYPES",
     "WEIGHT_DTYPES",
     "bernoulli_gate",
     "check_bases",
@@ -35,11 +37,13 @@ __all__ = [
     "inverse_norms",
     "mask_weight",
     "norms",
+    "pack",
     "park",
     "probe",
     "sparsegpt_block",
     "threshold",
     "unit_scores",
     "unit_shape",
+    "unpack",
     "unpark",
 ]

@@ -158,15 +158,15 @@ def _check_device(tensor: Tensor, name: str, values: bool) -> None:
         raise RuntimeError(f"{name} is on {tensor.device}, but {CUDA_PROBLEM} (see pyprune.build_info())")
 
 
-def check_masks(masks: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+def check_masks(masks: Sequence[Tensor], weights: Sequence[Tensor], of: str = "weight") -> None:
     """Raise unless there is one bool mask per weight, of its shape and on its device."""
-    check_one_each(masks, "masks", weights)
+    check_one_each(masks, "masks", weights, of)
     for index, (mask, weight) in enumerate(zip(masks, weights, strict=True)):
         if type(mask) not in _PLAIN or mask.dtype is not torch.bool or not _is_dense(mask):
             check_tensor(mask, "masks", _BOOL, index=index)
         if mask.shape != weight.shape or mask.device != weight.device:
             raise ValueError(
-                f"masks[{index}] is {tuple(mask.shape)} on {mask.device}, its weight {tuple(weight.shape)} "
+                f"masks[{index}] is {tuple(mask.shape)} on {mask.device}, its {of} {tuple(weight.shape)} "
                 f"on {weight.device}; they must agree"
             )
 

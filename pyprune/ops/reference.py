@@ -302,6 +302,38 @@ def gate_penalty(logits: Sequence[Tensor], *, hard: bool = False, shift: float =
     return torch.stack(sums)
 
 
+def pack(
+    tensors: Sequence[Tensor], masks: Sequence[Tensor] | None = None, *, negative_zeros: bool = False
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Look at the bytes of each element: it is kept if one of them is not 0, or by the mask."""
+    bits, values = [], []
+    for index, tensor in enumerate(tensors):
+        flat = tensor.detach().contiguous().flatten()
+        count, size = flat.numel(), flat.element_size()
+        data = flat.view(torch.uint8).view(count, size).clone()
+        signed = tensor.dtype.is_floating_point and not str(tensor.dtype).endswith("fnuz")
+        if signed and not negative_zeros:
+            data[:, -1] &= 0x7F
+        kept = (data != 0).any(1) if masks is None else masks[index].flatten()
+        padded = torch.nn.functional.pad(kept, (0, -count % 8)).view(-1, 8)
+        places = 2 ** torch.arange(8, device=kept.device)
+        bits.append((padded * places).sum(1).to(torch.uint8))
+        values.append(flat.view(torch.uint8).view(count, size)[kept].flatten().view(tensor.dtype))
+    return bits, values
+
+
+def unpack(bits: Sequence[Tensor], values: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Write the bytes of the values where bits are set."""
+    tensors = []
+    for row, some, shape in zip(bits, values, shapes, strict=True):
+        count, size = math.prod(shape), some.element_size()
+        kept = ((row.unsqueeze(1) >> torch.arange(8, device=row.device)) & 1).flatten()[:count].bool()
+        data = torch.zeros(count, size, dtype=torch.uint8, device=row.device)
+        data[kept] = some.view(torch.uint8).view(-1, size)
+        tensors.append(data.flatten().view(some.dtype).view(tuple(shape)))
+    return tensors
+
+
 def sparsegpt_block(
     weight: Tensor, sums: Tensor, factor: Tensor, mask: Tensor, *, keep: int = 0, of: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:

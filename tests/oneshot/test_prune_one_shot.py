@@ -1,5 +1,6 @@
 """A model pruned block by block: what goes, what is written, what is said."""
 
+import copy
 import warnings
 from dataclasses import dataclass
 
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 import pyprune
-from pyprune import Method, importance, scope
+from pyprune import Method, importance, scope, solvers
 from pyprune.oneshot.find_blocks import find_blocks
 from pyprune.oneshot.run_folder import RunFolder
 from pyprune.oneshot.solution import Solution
@@ -510,3 +511,17 @@ def test_flags_buffers_and_random_numbers_stay():
     assert not model.head.weight.requires_grad
     assert model.layers[0].up.weight.requires_grad
     assert torch.is_grad_enabled()
+
+
+def test_prune_one_shot_solves_in_blocks_of_columns_where_a_gram_would_not_fit():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(512, 16))
+    dense = copy.deepcopy(model)
+    data = torch.randn(256, 512)
+    half = scope.n_of_m(keep=2, of=4)
+    with pytest.warns(UserWarning, match="0.weight: cut into 4 blocks of columns"):
+        pyprune.prune_one_shot(model, [data], half, solver=solvers.sparsegpt(), blocks=["0"], memory=4 * 4 * 128**2)
+    for columns in torch.arange(512).split(128):
+        weight, inputs = dense[0].weight.detach()[:, columns], data[:, columns]
+        alone = solvers.sparsegpt().solve(weight, inputs.T @ inputs, scope=half, ratio=None, mask=None)
+        torch.testing.assert_close(model[0].weight[:, columns], alone.weight, rtol=1e-4, atol=1e-5)

@@ -32,6 +32,11 @@ def _park() -> dict[str, Any]:
     return {"weights": weights, "masks": masks, "parked": ops.park(weights, masks)}
 
 
+def _unpack() -> dict[str, Any]:
+    bits, values = ops.pack(_weights())
+    return {"bits": bits, "values": values, "shapes": [(4, 6), (8,)]}
+
+
 def _gate() -> dict[str, Any]:
     return {"weight": torch.randn(4, 6), "logits": torch.randn(4, 1), "seed": torch.tensor(3), "stream": 1}
 
@@ -59,6 +64,8 @@ OPERATORS: dict[str, Callable[[], dict[str, Any]]] = {
     },
     "park": lambda: {"weights": _weights(), "masks": _masks()},
     "unpark": _park,
+    "pack": lambda: {"tensors": _weights(), "masks": _masks(), "negative_zeros": False},
+    "unpack": _unpack,
     "probe": lambda: {"weights": _weights(), "masks": _masks(), "turn": 3},
     "sparsegpt_block": lambda: {
         "weight": torch.randn(4, 6), "sums": torch.randn(4, 6), "factor": torch.eye(6),
@@ -88,6 +95,7 @@ RIGHT: dict[str, set[str]] = {
     "removed": INTEGERS, "sizes": {"one", "a numpy integer"}, "kept": INTEGERS, "row_dims": INTEGERS,
     "stream": {*INTEGERS, "minus one"}, "turn": {*INTEGERS, "None"}, "p": {*NUMBERS, "None"},
     "shift": {*NUMBERS, "zero", "minus one", "-(2**70)"}, "beta": NUMBERS, "gamma": {"minus one"}, "zeta": set(),
+    "negative_zeros": {"False", "True"}, "shapes": set(),
     "keep": {"one", "a numpy integer"}, "of": set(),
     "normalize": {"False", "True"}, "hard": {"False", "True"}, "straight_through": {"False", "True"},
     "dense_gradient": {"False", "True"}, "reduction": set(), "shape": {"an empty list"}, "gate_shape": set(),
@@ -101,6 +109,8 @@ MAY_BE_RIGHT = {
     ("count_zeros", "tensors"): {"an empty list", "of bool", *SHAPES}, ("threshold", "weights"): {"an empty list"},
     ("gate_penalty", "logits"): {"an empty list", *SHAPES},
     ("threshold", "masks"): {"None"}, ("group_masks", "masks"): {"None"}, ("fold with blocks", "blocks"): {"None"},
+    ("pack", "masks"): {"None"}, ("pack", "tensors"): {"of int64", "complex", "of bool", "a list of integer tensors"},
+    ("unpack", "values"): {"of int64", "complex", "of bool"},
     ("gate_noise", "seed"): {"an integer tensor", "on meta"},
     ("threshold", "normalize"): {"False"},  # True and scales, too
 }  # fmt: skip

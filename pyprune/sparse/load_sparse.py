@@ -1,0 +1,90 @@
+"""Load a sparse file, as tensors or into a model."""
+
+import os
+from collections.abc import Sequence
+from typing import TypeVar, overload
+
+from torch import Tensor, nn
+
+from pyprune.modules.attachments import check_module
+from pyprune.modules.undo import Change
+from pyprune.sparse.model_state import plain_names
+from pyprune.sparse.reading import SparseFile
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@overload
+def load_sparse(path: str | os.PathLike[str], model: None = None) -> dict[str, Tensor]: ...
+
+
+@overload
+def load_sparse(path: str | os.PathLike[str], model: M) -> M: ...
+
+
+def load_sparse(path: str | os.PathLike[str], model: nn.Module | None = None) -> dict[str, Tensor] | nn.Module:
+    """Return the dense tensors of a file that `save_sparse` wrote, or load them into a model.
+
+    Every byte is checked: lengths, counts and checksums, before memory is taken for a tensor. Other safetensors files
+    are read, too, dense ones and those of compressed-tensors ("sparse-bitmask", "sparse-24-bitmask").
+
+    Args:
+        path: of the file.
+        model: whose ``load_state_dict`` gets them, dense or with masks on; what is in the file and what is in the
+            model must be the same names and shapes. Masks stay on, and what is loaded over their zeros is parked.
+
+    Returns:
+        The model; without one, its tensors by their names, on the CPU. Tied tensors are one object.
+
+    Raises:
+        ValueError: if the file is damaged or cut off, with the name of the tensor, or does not fit the model, which
+            then is as it was.
+        TypeError: for what is no path or no model.
+
+    Example:
+        >>> import tempfile, pyprune, torch
+        >>> path = os.path.join(tempfile.mkdtemp(), "model.safetensors")
+        >>> _ = pyprune.save_sparse({"weight": torch.eye(64), "bias": torch.ones(64)}, path)
+        >>> pyprune.load_sparse(path)["weight"].sum().item()
+        64.0
+        >>> int(pyprune.load_sparse(path, nn.Linear(64, 64)).weight.count_nonzero())
+        64
+    """
+    if model is not None:
+        check_module(model)
+    with SparseFile(path) as file:
+        if model is None:
+            return _read(file)
+        wrapped = {plain: name for name, plain in plain_names(model).items()}
+        _check_fits(file, {plain: model.state_dict()[name] for plain, name in wrapped.items()})
+        tensors = _read(file)
+    state = {wrapped[name]: tensor for name, tensor in tensors.items()}
+    with Change(model) as change:
+        change.finish(lambda: model.load_state_dict(state))
+    return model
+
+
+def _read(file: SparseFile) -> dict[str, Tensor]:
+    tensors = {name: file.read(name) for name in file.tensors}
+    return tensors | {alias: tensors[name] for alias, name in file.tied.items()}
+
+
+def _check_fits(file: SparseFile, state: dict[str, Tensor]) -> None:
+    names = set(file.names)
+    wrong = [
+        f"{name} {file.shape(name)} in the file, {tuple(state[name].shape)} in the model"
+        for name in file.names
+        if name in state and file.shape(name) != tuple(state[name].shape)
+    ]
+    for what, found in (
+        ("the model lacks", [name for name in file.names if name not in state]),
+        ("the file lacks", [name for name in state if name not in names]),
+        ("shapes differ:", wrong),
+    ):
+        if found:
+            raise ValueError(f"{file.path} does not fit the model: {what} {_some(found)}")
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
