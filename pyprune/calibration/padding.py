@@ -79,7 +79,7 @@ class Padding:
         return found[0].to(output.device) if found and _are_equal(found) else None
 
     def tokens(self, count: int) -> Tensor | None:
-        """Return which of so many tokens, the positions of the batch in their order, are real; None as `positions`."""
+        """Return which of so many tokens, the batch's positions in their order, are real; None as `positions`."""
         found = [real.flatten() for real in self.real if real.numel() == count]
         return found[0] if found and _are_equal(found) else None
 
