@@ -164,7 +164,7 @@ class OneShot:
             len(self.walk.batches),
             block.module.parameters(),
             {target.parameter: one.mask for target, one in solved.items()},
-            padding=self.walk.positions,
+            padding=self.walk.padding.positions,
         )
 
     def _notes(self, note: str, target: Target, solved: Solved) -> Iterator[str]:

@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pyprune.calibration.padding import Padding
 from pyprune.console import listed
@@ -163,12 +162,6 @@ class Walk:
             except _Stop:
                 return given[0]
         raise ValueError(f"batch {number} of data does not reach {block.name}; give batches that do, or other blocks")
-
-    def positions(self, output: Tensor) -> Tensor | None:
-        """Return which positions of an output of the last pass are no padding, (batch, positions), if all is said."""
-        found = [real for real in self.padding.real if output.dim() > 2 and output.shape[:2] == real.shape]
-        same = bool(found) and all(torch.equal(found[0], one) for one in found)
-        return found[0].to(output.device) if same else None
 
 
 def _in_order(

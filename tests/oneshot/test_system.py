@@ -71,13 +71,14 @@ SCOPES = {"tensor": scope.tensor(), "row": scope.row(), "n_of_m": scope.n_of_m(k
 def test_solve_of_tensors_of_any_strides(name, competing, which):
     weight, gram = layer()
     mask = (torch.arange(weight.numel()) % 4 < 2).view(weight.shape)
-    tensors = [weight, gram, mask]
+    plain = [weight, gram, mask]
     options = {"scope": SCOPES[competing], "ratio": None if competing == "n_of_m" else 0.5}
-    plain = SOLVERS[name].solve(*tensors[:2], mask=mask, **options)
-    for tensors[which] in strided(tensors[which]):
-        solution = SOLVERS[name].solve(*tensors[:2], mask=tensors[2], **options)
-        assert torch.equal(solution.mask, plain.mask)
-        torch.testing.assert_close(solution.weight, plain.weight, rtol=1e-4, atol=1e-4)
+    expected = SOLVERS[name].solve(weight, gram, mask=mask, **options)
+    for other in strided(plain[which]):
+        one, two, three = (*plain[:which], other, *plain[which + 1 :])
+        solution = SOLVERS[name].solve(one, two, mask=three, **options)
+        assert torch.equal(solution.mask, expected.mask)
+        torch.testing.assert_close(solution.weight, expected.weight, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
