@@ -19,7 +19,13 @@ from pyprune.integrations.transformers import from_pretrained, save_compressed, 
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TOKENS = torch.randint(5, 60, (2, 9), generator=torch.Generator().manual_seed(0))
-SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 
 
 def llama(**options):
