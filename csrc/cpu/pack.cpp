@@ -56,7 +56,7 @@ struct Bits {
 };
 
 // What is unpacked usually stays, so that malloc has nothing to hand out again.
-constexpr int64_t kWorthHugePages = int64_t{1} << 22;
+constexpr int64_t kWorthHugePages = int64_t{1} << 25;
 
 Tensor new_tensor(const Tensor& like, int64_t count, std::optional<torch::headeronly::ScalarType> dtype) {
   Tensor tensor = torch::stable::new_empty(like, {&count, 1}, dtype);

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.calibration.batches import Dataset, batches_of
+from pyprune.calibration.padding import Padding
 from pyprune.checks import check_bool, check_choice, check_count, check_number, shown
 from pyprune.console import listed, warn
 from pyprune.methods import granularity, importance, scope
@@ -81,7 +82,8 @@ def prune_retrain_free(
         target_macs: the share of the model's multiply-accumulates that is to be left at most, in (0, 1].
         loss_fn: takes the model and a batch, and returns the loss, a tensor with one element. Without it no labels
             are needed: outputs are drawn from the model's own distribution, and the loss is the negative logarithm
-            of their likelihood. Padding counts for nothing where a batch has an ``attention_mask``.
+            of their likelihood. Padding counts for nothing where a batch says by its ``attention_mask`` and the
+            like which positions are.
         likelihood: without a ``loss_fn``, what the output is: "categorical", logits along the last dimension, of
             which labels are drawn; or "normal", values with noise of variance 1. None is "categorical" for outputs
             with ``logits`` of two classes or more, and "normal" for the first tensor of others.
@@ -156,7 +158,7 @@ def prune_retrain_free(
     with Change(model, values=_written(readings)), untouched(model), evaluating(model), layers_apart(model):
         judge = _judge(model, batches[-max(1, len(batches) // 4) :], loss_fn) if readings else float
         if readings:
-            skipped |= look_at_inputs(readings, partial(_run, model, loss_fn), batches, memory)
+            skipped |= look_at_inputs(readings, partial(_run, model, loss_fn), batches, Padding(model), memory)
         attach_masks(model, masks)
         tuning = tune_units([one for one in readings if one.name not in skipped], judge)
     skipped |= dict(tuning.skipped)
@@ -258,9 +260,12 @@ def _judge(model: nn.Module, batches: Sequence[Any], loss_fn: LossFunction | Non
     if loss_fn is not None:
         return lambda: sum(float(loss_fn(model, batch)) for batch in batches)
 
+    padding = Padding(model)
+
     def outputs(batch: Any) -> Tensor:
         values = values_of(_run(model, None, batch), with_gradient=False)
-        kept = kept_positions(batch, values)
+        padding.begin(batch)
+        kept = kept_positions(padding, values)
         return values if kept is None else values[kept]
 
     dense = [outputs(batch).clone() for batch in batches]

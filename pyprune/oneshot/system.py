@@ -73,7 +73,9 @@ def system_of(weight: Tensor, gram: Tensor, mask: Tensor | None) -> System:
     if bool((diagonal < 0).any()):
         raise ValueError("gram has negative elements on its diagonal, so it is no X^T X")
     dtype = torch.promote_types(torch.promote_types(weight.dtype, gram.dtype), torch.float32)
-    wide, square, dead = weight.detach().to(dtype, copy=True), gram.detach().to(dtype), diagonal == 0
+    # Weights with inputs first come transposed.
+    wide = weight.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+    square, dead = gram.detach().to(dtype), diagonal == 0
     if not bool(dead.any()):
         return System(wide, square, None, weight)
     square = square.clone() if square.data_ptr() == gram.data_ptr() else square
@@ -143,7 +145,8 @@ def damped(gram: Tensor, damping: float, attempt: Callable[[Tensor], _T | None])
     def add(share: float) -> _T | None:
         matrix = gram.clone()
         matrix.diagonal().add_(share * mean)
-        return attempt(matrix)
+        with unrounded(gram.device):
+            return attempt(matrix)
 
     return with_damping(damping, gram.dtype, add)
 
@@ -167,6 +170,11 @@ def cholesky(matrix: Tensor) -> Tensor | None:
     """Return the lower Cholesky factor, or None if there is none."""
     factor, failed = torch.linalg.cholesky_ex(matrix)
     return None if bool(failed.any()) or not is_finite(factor) else factor
+
+
+def unrounded(device: torch.device) -> torch.autocast:
+    """Return a context in which autocast does not round products to half types, whatever is around it."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def described(tensor: Tensor) -> str:

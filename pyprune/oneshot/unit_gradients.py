@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
+from pyprune.calibration.padding import Padding
 from pyprune.checks import shown
 from pyprune.modules.evaluation import forward, layers_apart
 from pyprune.modules.undo import undoing
@@ -98,7 +99,9 @@ def drawn_losses(likelihood: Likelihood | None, draws: int) -> Losses:
     def losses(model: nn.Module, batch: Any) -> Iterable[Tensor]:
         output = forward(model, batch, "a batch of data")
         values = values_of(output)
-        kept = kept_positions(batch, values)
+        padding = Padding(model)
+        padding.begin(batch)
+        kept = kept_positions(padding, values)
         by_classes = likelihood == "categorical" or (
             likelihood is None and _logits(output) is values and values.shape[-1] > 1
         )
@@ -140,9 +143,7 @@ def values_of(output: Any, *, with_gradient: bool = True) -> Tensor:
     return values
 
 
-def kept_positions(batch: Any, values: Tensor) -> Tensor | None:
-    """Return which positions of (batch, positions, ...) are no padding, where a batch says so."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if isinstance(mask, Tensor) and mask.dim() == 2 and values.dim() == 3 and mask.shape == values.shape[:2]:
-        return mask.bool()
-    return None
+def kept_positions(padding: Padding, values: Tensor) -> Tensor | None:
+    """Return which positions of (batch, positions, ...) are no padding; None if all are, or that cannot be said."""
+    found = [real for real in padding.real if values.dim() == 3 and real.shape == values.shape[:2]]
+    return found[0] if found and all(torch.equal(found[0], real) for real in found) else None

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from pyprune.calibration.padding import Padding
 from pyprune.console import tracked
 from pyprune.methods.coupled import Flags
 from pyprune.modules.undo import Before, undoing
@@ -139,14 +140,19 @@ def _units_of_inputs(layer: nn.Module, weight: nn.Parameter, parts: Sequence[Par
 
 @torch.no_grad()
 def look_at_inputs(
-    readings: Sequence[Reading], run: Callable[[Any], object], batches: Sequence[Any], memory: int
+    readings: Sequence[Reading],
+    run: Callable[[Any], object],
+    batches: Sequence[Any],
+    padding: Padding,
+    memory: int,
 ) -> dict[str, str]:
     """Sum up what layers read, in as many rounds of passes as memory asks for; say which cannot be looked at.
 
     Args:
         readings: the layers, of a dense model in evaluation.
         run: runs the model on a batch.
-        batches: what it takes; padding by its ``attention_mask`` does not count.
+        batches: what it takes.
+        padding: of the model; it does not count.
         memory: bytes that the sums of a round may take.
     """
     skipped = {
@@ -156,13 +162,12 @@ def look_at_inputs(
     }
     order = iter(range(2**62))
     for some in _rounds([one for one in readings if one.name not in skipped], memory):
-        padded: list[Any] = [None]
         was = Before(*(one.layer for one in some), with_attributes=False)
         with undoing(was.restore):
             for one in some:
-                one.layer.register_forward_hook(partial(_see, one, padded, order, skipped), with_kwargs=True)
+                one.layer.register_forward_hook(partial(_see, one, padding, order, skipped), with_kwargs=True)
             for batch in tracked(batches, len(batches), "Looking at inputs", shown=len(batches) > 1):
-                padded[0] = batch
+                padding.begin(batch)
                 run(batch)
     for one in readings:
         if not one.count:
@@ -183,7 +188,7 @@ def _rounds(readings: Sequence[Reading], memory: int) -> Iterator[list[Reading]]
 
 def _see(
     one: Reading,
-    padded: list[Any],
+    padding: Padding,
     order: Iterator[int],
     skipped: dict[str, str],
     layer: nn.Module,
@@ -197,7 +202,7 @@ def _see(
         return
     if one.order < 0:
         one.order = next(order)
-    kept = kept_positions(padded[0], x)
+    kept = kept_positions(padding, x)
     if kept is not None:
         x, output = x[kept], output[kept]
     bias = cast(Tensor | None, layer.bias)

@@ -172,7 +172,8 @@ def exchanged(gradients: Numbers, kept: Flags) -> Flags:
     """
     goes = ~kept
     if not goes.any() or not kept.any():
-        return kept.copy()
+        same: Flags = kept.copy()
+        return same
     fisher = gradients.T @ gradients
     own = fisher.diagonal()
     together = fisher @ goes

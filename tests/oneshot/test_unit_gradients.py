@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pyprune import Method, granularity, importance, scope
+from pyprune.calibration.padding import Padding
 from pyprune.oneshot.unit_gradients import drawn_losses, kept_positions, unit_gradients, values_of
 from pyprune.selection.coupled import find_coupled
 
@@ -115,7 +116,10 @@ def test_drawn_losses_leave_padding_out():
         torch.manual_seed(1)
         rows += unit_gradients(model, groups, [{"inputs": padded, "attention_mask": mask}], drawn_losses(None, 3))
     torch.testing.assert_close(*rows)
-    assert kept_positions({"attention_mask": mask[:1]}, x) is None
+    padding = Padding(model)
+    padding.begin({"inputs": x[:1], "attention_mask": mask[:1]})
+    assert kept_positions(padding, x) is None
+    assert torch.equal(kept_positions(padding, x[:1]), mask[:1].bool())
 
 
 def test_values_of_prefers_logits_and_skips_what_has_no_gradient():
