@@ -214,7 +214,8 @@ def wrong_values(operator: str, argument: str) -> Iterator[tuple[str, Callable[[
         yield name, changed
     if isinstance(good, list) and (operator, argument) not in FREE_LENGTH:
         for name, change in OF_LISTS.items():
-            yield name, lambda change=change: change(OPERATORS[operator]()[argument])
+            if name not in right:
+                yield name, lambda change=change: change(OPERATORS[operator]()[argument])
 
 
 def tensors_in(value: object) -> list[Tensor]:
