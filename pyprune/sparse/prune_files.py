@@ -28,6 +28,7 @@ Seen = Callable[[str, str], object]  # is told what was done with which weight: 
 # Bytes that are needed beside the weight, per element: masks, scores and what is sorted on the way.
 _WHOLE, _SORTED = 14, 40
 _IN_PIECES = 48 << 20
+_BITS = 64 << 20  # that wait for the end of a packed file
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,7 @@ def _check_memory(
         if name in found.names and not pieces:
             needed += count * (whole + size)
         if compress is not None:
-            needed += count * 3 * size
+            needed += count * 6 * size + _BITS
         if needed > most:
             raise ValueError(
                 f"{name} of {count} elements needs about {needed >> 20} MiB, and {most >> 20} MiB may be taken; "
