@@ -20,6 +20,10 @@ from pyprune.oneshot.solution import output_size
 from pyprune.oneshot.weight_input import InputPart, WeightInput
 from pyprune.selection.choose_masks import choose_masks
 
+# From this share of what a mask keeps on it is told that a solver made it zero with its inputs: a few units that are
+# never active are nothing special.
+_MANY = 0.1
+
 _Place = tuple[Tensor | slice, Tensor | slice]
 
 
@@ -27,7 +31,7 @@ _Place = tuple[Tensor | slice, Tensor | slice]
 class Solved:
     """What a weight is to become: its new values (None if they stay) and its mask, and what is said of it.
 
-    It ``lost_kept`` ones where a solver made weights zero that the mask keeps, since their inputs are always zero.
+    It ``lost_kept`` ones if a solver made many weights zero that the mask keeps, since their inputs are always zero.
     """
 
     values: Tensor | None
@@ -180,12 +184,13 @@ def _errors(target: Target, into: WeightInput, values: Tensor | None, mask: Tens
 
 
 def _loses_kept(target: Target, into: WeightInput, values: Tensor, mask: Tensor) -> bool:
-    """Whether weights that the mask keeps are zero now because no input of theirs was ever anything else."""
+    """Whether many weights that the mask keeps are zero now because no input of theirs was ever anything else."""
     lost = as_matrices(mask & (values == 0) & (raw_weight(target) != 0), target.layout)
-    return any(
-        bool(lost[group][place][:, _gram(part, group).diagonal() == 0].any())
+    count = sum(
+        int(lost[group][place][:, _gram(part, group).diagonal() == 0].sum())
         for part, group, place in _pieces(into, len(lost))
     )
+    return count > _MANY * int(mask.sum())
 
 
 # ---- parts of weights ----
