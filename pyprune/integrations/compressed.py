@@ -47,8 +47,8 @@ def save_compressed(
 
     Raises:
         TypeError: if ``model`` is none of transformers.
-        ValueError: if it has gates, is quantised or has adapters, if the folder has weights in it, or for what
-            `save_pretrained` refuses; nothing is written then.
+        ValueError: if it has gates, is quantised or has adapters, if the folder is a file or has weights in it, or
+            for what `save_pretrained` refuses; nothing is written then.
         ImportError: if the codec's package is missing.
 
     Example:
@@ -61,6 +61,8 @@ def save_compressed(
         zstd()
     _check_plain(model)
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder")
     found = [file.name for pattern in _WEIGHTS for file in sorted(folder.glob(pattern))]
     if found:
         raise ValueError(f"{folder} has weights in it ({found[0]}); give another folder, or remove them")

@@ -114,7 +114,7 @@ class _Unread:
 
     def __init__(self, file: SparseFile, name: str) -> None:
         self.file, self.name = file, name
-        self.error: ValueError | None = None
+        self.error: ValueError | ImportError | None = None
 
     def get_dtype(self) -> str:
         return NAMES[self.file.dtype(self.name)]
@@ -126,7 +126,7 @@ class _Unread:
         try:
             return self.file.read(self.name)[index]
         except (ValueError, ImportError) as error:
-            self.error = error  # type: ignore[assignment]
+            self.error = error
             raise
 
 

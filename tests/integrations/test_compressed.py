@@ -136,11 +136,31 @@ def test_save_compressed_again_and_from_a_stripped_model(tmp_path):
 @pytest.mark.parametrize("make", [llama, mixtral])
 def test_from_pretrained_casts_compressed_weights(make, tmp_path):
     model, loader = masked(make, torch.bfloat16)
+    save_compressed(model, tmp_path / "small")
+    save_pretrained(model, tmp_path / "dense")
+    for dtype in (torch.bfloat16, torch.float32):
+        found = load(loader, tmp_path / "small", dtype=dtype)
+        assert {parameter.dtype for parameter in found.parameters()} == {dtype}
+        same(found, load(loader, tmp_path / "dense", dtype=dtype))
+    assert load(loader, tmp_path / "small", dtype="auto").dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("place", ["cpu", {"": "cpu"}])
+def test_from_pretrained_puts_compressed_weights_where_it_is_told(place, tmp_path):
+    pytest.importorskip("accelerate")
+    model, loader = masked()
     save_compressed(model, tmp_path)
-    assert load(loader, tmp_path, dtype="auto").dtype is torch.bfloat16
-    found = load(loader, tmp_path, dtype=torch.float32)
-    assert {parameter.dtype for parameter in found.parameters()} == {torch.float32}
-    same(found, model.float())
+    same(load(loader, tmp_path, device_map=place), model)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_from_pretrained_puts_compressed_weights_on_a_gpu(tmp_path):
+    pytest.importorskip("accelerate")
+    model, loader = masked()
+    save_compressed(model, tmp_path)
+    found = load(loader, tmp_path, device_map="cuda")
+    assert {parameter.device.type for parameter in found.parameters()} == {"cuda"}
+    same(found.cpu(), model)
 
 
 def test_from_pretrained_loads_a_part_of_a_compressed_model(tmp_path):
@@ -186,7 +206,7 @@ def test_without_pyprune_a_compressed_model_is_not_loaded(make, codec, tmp_path)
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.returncode == 1
     assert "Unknown quantization type, got pyprune" in found.stderr
-    assert "raising an error" in found.stderr.splitlines()[-1]
+    assert found.stderr.splitlines()[-1].startswith("RuntimeError: ")  # shapes, or experts that cannot be merged
 
 
 def damaged(file, change):
@@ -258,9 +278,8 @@ def gated():
 
 
 def with_adapters():
-    peft = pytest.importorskip("peft")
     model, _ = masked()
-    model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model._hf_peft_config_loaded = True  # as add_adapter() does, which wants a recent peft
     return model
 
 
