@@ -81,7 +81,9 @@ def _check_plain(model: Any) -> None:
     if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
         raise ValueError("the model is quantised; prune and save it before it is quantised")
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError("the model has adapters, and only these would be saved; merge them, or delete_adapter() before")
+        raise ValueError(
+            "the model has adapters, and only these would be saved; merge them, or delete_adapter() before"
+        )
 
 
 def _compress(folder: Path, options: Options) -> Written:

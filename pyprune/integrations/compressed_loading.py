@@ -1,9 +1,9 @@
 """Compressed checkpoints in ``from_pretrained`` of transformers: a quantiser by the name "pyprune".
 
-transformers asks the quantiser that ``config.json`` names about the model, and then reads the files itself. Tensors are
-handed to it in their place, each read and checked when its turn comes, so that all that follows (names that changed,
-fused experts, ties, types, devices, shards of ranks) is its own business. No hook of a quantiser reaches that place: the
-function that reads the files is wrapped, and passes on all other checkpoints as they are.
+transformers asks the quantiser that ``config.json`` names about the model, and then reads the files itself. Tensors
+are handed to it in their place, each read and checked when its turn comes, so that all that follows (names that
+changed, fused experts, ties, types, devices, shards of ranks) is its own business. No hook of a quantiser reaches that
+place: the function that reads the files is wrapped, and passes on all other checkpoints as they are.
 """
 
 import inspect
@@ -23,7 +23,7 @@ _PARAMETERS = ["model", "state_dict", "checkpoint_files", "load_config", "expect
 
 
 def register() -> None:
-    """Let ``from_pretrained`` read what `save_compressed` wrote; a version of transformers that cannot says so then."""
+    """Let ``from_pretrained`` read what `save_compressed` wrote; a transformers that cannot says so then."""
     quantizers = _quantizers()
     if quantizers is None or METHOD in quantizers.AUTO_QUANTIZER_MAPPING:
         return

@@ -19,7 +19,13 @@ from pyprune.integrations.transformers import from_pretrained, save_compressed, 
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TOKENS = torch.randint(5, 60, (2, 9), generator=torch.Generator().manual_seed(0))
-SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 
 
 def llama(**options):
@@ -110,7 +116,8 @@ def test_from_pretrained_loads_what_save_compressed_wrote(make, codec, shards, t
     again = load(loader, tmp_path / "small")
     same(again, model)
     # A plain model, which is saved as one.
-    assert not again.is_quantized and not hasattr(again.config, "quantization_config")
+    assert not again.is_quantized
+    assert not hasattr(again.config, "quantization_config")
     again.save_pretrained(tmp_path / "dense")
     same(load(loader, tmp_path / "dense"), model)
 
@@ -237,7 +244,7 @@ def test_from_pretrained_refuses_a_file_that_is_cut_off(length, tmp_path):
     save_compressed(model, tmp_path)
     [file] = weights(tmp_path)
     file.write_bytes(file.read_bytes()[:length])
-    with pytest.raises(ValueError, match="model.safetensors"):
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
         loader.from_pretrained(tmp_path)
 
 
@@ -268,7 +275,7 @@ def test_from_pretrained_says_that_a_transformers_is_not_known(tmp_path, monkeyp
     monkeypatch.setattr(transformers.PreTrainedModel, "_load_pretrained_model", staticmethod(other))
     compressed_loading._wrap()
     assert transformers.PreTrainedModel._load_pretrained_model is other
-    with pytest.raises(ImportError, match="does not know how transformers .* reads files"):
+    with pytest.raises(ImportError, match=r"does not know how transformers .* reads files"):
         loader.from_pretrained(tmp_path)
 
 
@@ -352,7 +359,7 @@ def test_adapters_are_merged_and_compressed(tmp_path):
 
 def test_gates_are_refused_where_they_would_be_lost(tmp_path):
     model = gated().eval()
-    with pytest.raises(ValueError, match="has gates.*strip"):
+    with pytest.raises(ValueError, match=r"has gates.*strip"):
         save_pretrained(model, tmp_path / "ours")
     # Trainers save gates to go on with; what is loaded from that is not taken for the pruned model.
     model.save_pretrained(tmp_path / "theirs")
