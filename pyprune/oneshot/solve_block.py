@@ -16,7 +16,7 @@ from pyprune.modules.targets import Target
 from pyprune.oneshot.matrices import as_matrices, as_weight, from_matrices, matrices
 from pyprune.oneshot.one_shot_result import PrunedWeight
 from pyprune.oneshot.rule import Rule
-from pyprune.oneshot.solution import output_size, relative_error
+from pyprune.oneshot.solution import output_size
 from pyprune.oneshot.weight_input import InputPart, WeightInput
 from pyprune.selection.choose_masks import choose_masks
 
@@ -25,11 +25,15 @@ _Place = tuple[Tensor | slice, Tensor | slice]
 
 @dataclass(frozen=True, eq=False)
 class Solved:
-    """What a weight is to become: its new values (None if they stay) and its mask, and what is said of it."""
+    """What a weight is to become: its new values (None if they stay) and its mask, and what is said of it.
+
+    It ``lost_kept`` ones where a solver made weights zero that the mask keeps, since their inputs are always zero.
+    """
 
     values: Tensor | None
     mask: Tensor
     said: PrunedWeight
+    lost_kept: bool = False
 
 
 @torch.no_grad()
@@ -70,7 +74,7 @@ def solve_block(
         removed = int(ops.count_zeros([mask]))
         tokens = tuple(into.tokens.tolist())
         said = PrunedWeight(block, target.name, removed, mask.numel(), *errors, damping, tokens, seconds)
-        solved[target] = Solved(values, mask, said)
+        solved[target] = Solved(values, mask, said, values is not None and _loses_kept(target, into, values, mask))
     return solved
 
 
@@ -167,12 +171,21 @@ def _errors(target: Target, into: WeightInput, values: Tensor | None, mask: Tens
     whole, lost = 0.0, [0.0] * len(after)
     for part, group, place in _pieces(into, len(before)):
         gram = _gram(part, group)
-        size = output_size(before[group][place], gram)
-        whole += size
+        there = before[group][place].to(gram.dtype)
+        whole += output_size(there, gram)
         for i, one in enumerate(after):
-            lost[i] += size * relative_error(before[group][place], one[group][place], gram)
+            lost[i] += max(0.0, output_size(one[group][place].to(gram.dtype) - there, gram))
     errors = [one / whole if whole else 0.0 for one in lost]
     return errors[0], errors[-1]
+
+
+def _loses_kept(target: Target, into: WeightInput, values: Tensor, mask: Tensor) -> bool:
+    """Whether weights that the mask keeps are zero now because no input of theirs was ever anything else."""
+    lost = as_matrices(mask & (values == 0) & (raw_weight(target) != 0), target.layout)
+    return any(
+        bool(lost[group][place][:, _gram(part, group).diagonal() == 0].any())
+        for part, group, place in _pieces(into, len(lost))
+    )
 
 
 # ---- parts of weights ----

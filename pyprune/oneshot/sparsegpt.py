@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from pyprune import ops
-from pyprune.checks import check_count
+from pyprune.checks import check_bool, check_count
 from pyprune.methods.allocation import removed_count
 from pyprune.methods.scope import Scope, columns
 from pyprune.oneshot.choose import choose
+from pyprune.oneshot.least_squares import solve_kept
 from pyprune.oneshot.solution import Solution
-from pyprune.oneshot.system import check_asked, check_damping, cholesky, damped, system_of
+from pyprune.oneshot.system import check_asked, check_damping, cholesky, damped, system_of, unrounded
 
 _PANEL = 128  # columns that are factorised at a time
 
@@ -22,6 +23,7 @@ class SparseGPT:
     """What `sparsegpt` returns."""
 
     block: int
+    polish: bool
     damping: float
     name: str = "SparseGPT"
     chooses: bool = True
@@ -33,15 +35,20 @@ class SparseGPT:
         """Choose a mask and solve for what it keeps, as `Solver` says; scope None is ``columns(block)``."""
         scope, ratio = check_asked(columns(self.block) if scope is None else scope, ratio)
         system = system_of(weight, gram, mask)
-        with torch.autocast(weight.device.type, enabled=False):  # it would round products to half types
-            factor, damping = damped(system.gram, self.damping, _factor)
-            walk = _Walk(system.weight, factor, mask, scope, ratio)
+        factor, damping = damped(system.gram, self.damping, _factor)
+        with unrounded(weight.device):
+            walk = _Walk(system.weight.clone() if self.polish else system.weight, factor, mask, scope, ratio)
             for start, end in _spans(0, weight.shape[1], scope.width or self._width(scope)):
                 walk.choose(start, end)
                 for part in _spans(start, end, self._width(scope)):
                     walk.solve(*part)
         if bool(walk.mask.all()):
             return system.solution(walk.weight, walk.mask, damping)
+        if self.polish:
+            solved, damping = damped(
+                system.gram, damping, lambda matrix: solve_kept(system.weight, matrix, walk.mask)
+            )
+            return system.solution(solved, walk.mask, damping)
         return Solution(walk.weight.to(torch.promote_types(weight.dtype, torch.float32)), walk.mask, damping)
 
     def _width(self, scope: Scope) -> int:
@@ -49,7 +56,7 @@ class SparseGPT:
         return max(1, self.block // scope.of) * scope.of if scope.of else self.block
 
 
-def sparsegpt(*, block: int = 128, damping: float = 0.01) -> SparseGPT:
+def sparsegpt(*, block: int = 128, polish: bool = False, damping: float = 0.01) -> SparseGPT:
     """Prune column by column, and let the columns that follow make up for what each loses (Optimal Brain Surgeon).
 
     An element (row, j) costs c^2 / (2 U_jj^2), with c its value when column j is reached and U the Cholesky factor of
@@ -68,6 +75,8 @@ def sparsegpt(*, block: int = 128, damping: float = 0.01) -> SparseGPT:
 
     Args:
         block: how many columns are solved before those that follow are told.
+        polish: whether the weights that are kept are solved by least squares in the end: half of the way to ADMM, and
+            several times the work.
         damping: lambda as a share of the mean of H's diagonal. If H cannot be factorised with it, it is taken ten
             times as large, until it can; the solution says what was used.
 
@@ -88,7 +97,9 @@ def sparsegpt(*, block: int = 128, damping: float = 0.01) -> SparseGPT:
         ([[False, True]], [[0.0, 3.6]])
     """
     return SparseGPT(
-        check_count("block", block, least=1, what="a number of columns, at least 1"), check_damping(damping)
+        check_count("block", block, least=1, what="a number of columns, at least 1"),
+        check_bool("polish", polish),
+        check_damping(damping),
     )
 
 
@@ -104,7 +115,9 @@ class _Walk:
     ) -> None:
         self.weight, self.factor, self.base, self.scope, self.ratio = weight, factor, base, scope, ratio
         self.sums = torch.zeros_like(weight)
-        self.mask = torch.ones_like(weight, dtype=torch.bool) if base is None else base.clone()
+        self.mask = torch.ones_like(weight, dtype=torch.bool)
+        if base is not None:
+            self.mask.copy_(base)
         self.in_kernel = scope.name == "n_of_m" and scope.dim == "in" and ratio in (None, scope.ratio)
         if not self.in_kernel and scope.name != "columns":
             self.mask = choose(weight * factor.diagonal(), scope, ratio, base)

@@ -3,6 +3,8 @@
 from pyprune.ops._blocks import unit_shape
 from pyprune.ops._library import CUDA_KERNELS_LOADED, CUDA_PROBLEM, WEIGHT_DTYPES, check_bases
 from pyprune.ops.count_zeros import count_zeros
+from pyprune.ops.cut import Cut, cut, find_cut
+from pyprune.ops.drop import drop, kept_by
 from pyprune.ops.expand import expand
 from pyprune.ops.fold import fold
 from pyprune.ops.gate import bernoulli_gate, check_gate_shape, check_hard_concrete, hard_concrete_gate
@@ -23,18 +25,23 @@ __all__ = [
     "CUDA_PROBLEM",
     "PACK_DTYPES",
     "WEIGHT_DTYPES",
+    "Cut",
     "bernoulli_gate",
     "check_bases",
     "check_gate_shape",
     "check_hard_concrete",
     "count_zeros",
+    "cut",
+    "drop",
     "expand",
+    "find_cut",
     "fold",
     "gate_noise",
     "gate_penalty",
     "group_masks",
     "hard_concrete_gate",
     "inverse_norms",
+    "kept_by",
     "mask_weight",
     "norms",
     "pack",
