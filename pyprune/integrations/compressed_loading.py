@@ -2,8 +2,8 @@
 
 transformers asks the quantiser that ``config.json`` names about the model, and then reads the files itself. Tensors
 are handed to it in their place, each read and checked when its turn comes, so that all that follows (names that
-changed, fused experts, ties, types, devices, shards of ranks) is its own business. No hook of a quantiser reaches that
-place: the function that reads the files is wrapped, and passes on all other checkpoints as they are.
+changed, fused experts, ties, types, devices, shards of ranks) is its own business. No hook of a quantiser reaches
+that place: the function that reads the files is wrapped, and passes on all other checkpoints as they are.
 """
 
 import inspect
@@ -12,9 +12,11 @@ from contextlib import ExitStack
 from typing import Any
 
 import transformers
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pyprune.sparse.format import KEY
 from pyprune.sparse.header import NAMES
 from pyprune.sparse.reading import SparseFile
 
@@ -84,8 +86,7 @@ def _wrap() -> None:
     def _load_pretrained_model(
         model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, expected_keys: Any = None
     ) -> Any:
-        quantizer = load_config.hf_quantizer
-        if quantizer is None or quantizer.quantization_config.quant_method != METHOD or state_dict is not None:
+        if state_dict is not None or not _are_ours(checkpoint_files, load_config.hf_quantizer):
             return read(model, state_dict, checkpoint_files, load_config, expected_keys)
         if "disk" in (load_config.device_map or {}).values():
             raise ValueError(
@@ -103,6 +104,18 @@ def _wrap() -> None:
 
     _load_pretrained_model.wrapped_by = METHOD  # type: ignore[attr-defined]
     PreTrainedModel._load_pretrained_model = staticmethod(_load_pretrained_model)
+
+
+def _are_ours(files: Sequence[str] | None, quantizer: Any) -> bool:
+    """Whether a config says that files are compressed, or they themselves do, which the command line wrote."""
+    if quantizer is not None:
+        return bool(quantizer.quantization_config.quant_method == METHOD)
+    return any(file.endswith(".safetensors") and _is_compressed(file) for file in files or ())
+
+
+def _is_compressed(file: str) -> bool:
+    with safe_open(file, framework="pt") as opened:
+        return KEY in (opened.metadata() or {})
 
 
 def _is_wrapped() -> bool:

@@ -16,6 +16,7 @@ transformers = pytest.importorskip("transformers")
 
 from pyprune.integrations import compressed, compressed_loading  # noqa: E402
 from pyprune.integrations.transformers import from_pretrained, save_compressed, save_pretrained  # noqa: E402
+from pyprune.sparse.convert import compress_checkpoint  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TOKENS = torch.randint(5, 60, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -138,6 +139,15 @@ def test_save_compressed_again_and_from_a_stripped_model(tmp_path):
     save_compressed(pyprune.strip(model), tmp_path / "stripped")
     [one], [two], [three] = (weights(tmp_path / name) for name in ("masked", "again", "stripped"))
     assert one.read_bytes() == two.read_bytes() == three.read_bytes()
+
+
+@pytest.mark.parametrize("shards", [None, "30KB"])
+def test_from_pretrained_loads_a_folder_that_was_compressed_as_files(shards, tmp_path):
+    model, loader = masked(tied_llama)
+    save_pretrained(model, tmp_path / "dense", max_shard_size=shards)
+    compress_checkpoint(tmp_path / "dense", tmp_path / "small")
+    assert "quantization_config" not in (tmp_path / "small" / "config.json").read_text()
+    same(load(loader, tmp_path / "small"), model)
 
 
 @pytest.mark.parametrize("make", [llama, mixtral])
@@ -345,7 +355,7 @@ def test_save_compressed_that_fails_leaves_nothing(tmp_path, monkeypatch):
     def full(*arguments, **options):
         raise OSError("no space left")
 
-    monkeypatch.setattr(compressed, "write_sparse", full)
+    monkeypatch.setattr(compressed, "compress_checkpoint", full)
     with pytest.raises(OSError, match="no space left"):
         save_compressed(masked()[0], tmp_path / "small")
     assert not os.listdir(tmp_path)
