@@ -13,10 +13,9 @@ from pyprune.checks import check_choice, check_path
 from pyprune.integrations.compressed_loading import METHOD
 from pyprune.integrations.pretrained import save_pretrained
 from pyprune.sparse.codec import zstd
-from pyprune.sparse.encoding import Options
-from pyprune.sparse.format import CODECS, KEY
-from pyprune.sparse.reading import SparseFile
-from pyprune.sparse.writing import Source, Written, write_sparse
+from pyprune.sparse.convert import compress_checkpoint
+from pyprune.sparse.format import CODECS
+from pyprune.sparse.writing import Written
 
 _CONFIG = "config.json"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
@@ -47,8 +46,8 @@ def save_compressed(
 
     Raises:
         TypeError: if ``model`` is none of transformers.
-        ValueError: if it has gates, is quantised or has adapters, if the folder has weights in it, or for what
-            `save_pretrained` refuses; nothing is written then.
+        ValueError: if it has gates, is quantised or has adapters, if the folder is a file or has weights in it, or
+            for what `save_pretrained` refuses; nothing is written then.
         ImportError: if the codec's package is missing.
 
     Example:
@@ -61,18 +60,22 @@ def save_compressed(
         zstd()
     _check_plain(model)
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder")
     found = [file.name for pattern in _WEIGHTS for file in sorted(folder.glob(pattern))]
     if found:
         raise ValueError(f"{folder} has weights in it ({found[0]}); give another folder, or remove them")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
-        save_pretrained(model, beside, max_shard_size=max_shard_size)
-        written = _compress(Path(beside), Options(codec))
+        dense, small = Path(beside, "dense"), Path(beside, "small")
+        save_pretrained(model, dense, max_shard_size=max_shard_size)
+        written = compress_checkpoint(dense, small, codec=codec)
+        _mark(small / _CONFIG)
         folder.mkdir(exist_ok=True)
         # The config comes last: without it there is no model in the folder.
-        for file in sorted(Path(beside).iterdir(), key=lambda one: (one.name == _CONFIG, one.name)):
+        for file in sorted(small.iterdir(), key=lambda one: (one.name == _CONFIG, one.name)):
             os.replace(file, folder / file.name)
-    return written
+    return _sum(written)
 
 
 def _check_plain(model: Any) -> None:
@@ -84,32 +87,11 @@ def _check_plain(model: Any) -> None:
         )
 
 
-def _compress(folder: Path, options: Options) -> Written:
-    """Put compressed files in the place of the dense ones, one by one, and say so in the index and the config."""
-    done: list[Written] = []
-    places: dict[str, str] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with SparseFile(path) as dense:
-            sources = [
-                Source(name, dense.dtype(name), dense.shape(name), lambda name=name: dense.read(name))  # type: ignore[misc]
-                for name in dense.names
-            ]
-            metadata = {key: one for key, one in dense.metadata.items() if key != KEY}
-            done.append(write_sparse(path, sources, options, metadata=metadata))
-        with SparseFile(path) as sparse:
-            places |= dict.fromkeys(sparse.header.entries, path.name)
-    for path in folder.glob("*.index.json"):
-        index = json.loads(path.read_text(encoding="utf-8"))
-        index["metadata"]["total_size"] = sum(one.file_bytes for one in done)
-        index["weight_map"] = dict(sorted(places.items()))
-        _write_json(path, index)
-    config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-    _write_json(folder / _CONFIG, config | {"quantization_config": {"quant_method": METHOD}})
-    return _sum(done)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def _mark(config: Path) -> None:
+    """Say in a config that the weights beside it are compressed."""
+    fields = json.loads(config.read_text(encoding="utf-8"))
+    fields["quantization_config"] = {"quant_method": METHOD}
+    config.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def _sum(done: Sequence[Written]) -> Written:

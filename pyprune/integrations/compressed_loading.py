@@ -1,9 +1,9 @@
 """Compressed checkpoints in ``from_pretrained`` of transformers: a quantiser by the name "pyprune".
 
-transformers asks the quantiser that ``config.json`` names about the model, and then reads the files itself. Tensors are
-handed to it in their place, each read and checked when its turn comes, so that all that follows (names that changed,
-fused experts, ties, types, devices, shards of ranks) is its own business. No hook of a quantiser reaches that place: the
-function that reads the files is wrapped, and passes on all other checkpoints as they are.
+transformers asks the quantiser that ``config.json`` names about the model, and then reads the files itself. Tensors
+are handed to it in their place, each read and checked when its turn comes, so that all that follows (names that
+changed, fused experts, ties, types, devices, shards of ranks) is its own business. No hook of a quantiser reaches
+that place: the function that reads the files is wrapped, and passes on all other checkpoints as they are.
 """
 
 import inspect
@@ -12,9 +12,11 @@ from contextlib import ExitStack
 from typing import Any
 
 import transformers
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pyprune.sparse.format import KEY
 from pyprune.sparse.header import NAMES
 from pyprune.sparse.reading import SparseFile
 
@@ -23,7 +25,7 @@ _PARAMETERS = ["model", "state_dict", "checkpoint_files", "load_config", "expect
 
 
 def register() -> None:
-    """Let ``from_pretrained`` read what `save_compressed` wrote; a version of transformers that cannot says so then."""
+    """Let ``from_pretrained`` read what `save_compressed` wrote; a transformers that cannot says so then."""
     quantizers = _quantizers()
     if quantizers is None or METHOD in quantizers.AUTO_QUANTIZER_MAPPING:
         return
@@ -84,8 +86,7 @@ def _wrap() -> None:
     def _load_pretrained_model(
         model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, expected_keys: Any = None
     ) -> Any:
-        quantizer = load_config.hf_quantizer
-        if quantizer is None or quantizer.quantization_config.quant_method != METHOD or state_dict is not None:
+        if state_dict is not None or not _are_ours(checkpoint_files, load_config.hf_quantizer):
             return read(model, state_dict, checkpoint_files, load_config, expected_keys)
         if "disk" in (load_config.device_map or {}).values():
             raise ValueError(
@@ -105,6 +106,18 @@ def _wrap() -> None:
     PreTrainedModel._load_pretrained_model = staticmethod(_load_pretrained_model)
 
 
+def _are_ours(files: Sequence[str] | None, quantizer: Any) -> bool:
+    """Whether a config says that files are compressed, or they themselves do, which the command line wrote."""
+    if quantizer is not None:
+        return bool(quantizer.quantization_config.quant_method == METHOD)
+    return any(file.endswith(".safetensors") and _is_compressed(file) for file in files or ())
+
+
+def _is_compressed(file: str) -> bool:
+    with safe_open(file, framework="pt") as opened:
+        return KEY in (opened.metadata() or {})
+
+
 def _is_wrapped() -> bool:
     return getattr(PreTrainedModel._load_pretrained_model, "wrapped_by", None) == METHOD
 
@@ -114,7 +127,7 @@ class _Unread:
 
     def __init__(self, file: SparseFile, name: str) -> None:
         self.file, self.name = file, name
-        self.error: ValueError | None = None
+        self.error: ValueError | ImportError | None = None
 
     def get_dtype(self) -> str:
         return NAMES[self.file.dtype(self.name)]
@@ -126,7 +139,7 @@ class _Unread:
         try:
             return self.file.read(self.name)[index]
         except (ValueError, ImportError) as error:
-            self.error = error  # type: ignore[assignment]
+            self.error = error
             raise
 
 
