@@ -22,9 +22,10 @@ from pyprune.checks import check_path
 from pyprune.files import whole_file
 from pyprune.integrations.pretrained import from_pretrained, save_pretrained
 from pyprune.integrations.training import Start, Training, check_options, start_of
+from pyprune.integrations.transformers_distillation import DistillationCallback
 from pyprune.recipes.recipe import Recipe
 
-__all__ = ["PruningCallback", "from_pretrained", "save_pretrained"]
+__all__ = ["DistillationCallback", "PruningCallback", "from_pretrained", "save_pretrained"]
 
 # Beside the model in a checkpoint.
 FILE = "pruning.pt"

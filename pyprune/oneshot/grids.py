@@ -65,8 +65,7 @@ class Grid:
 def grid(*, bits: int, symmetric: bool = True, group: int | None = None) -> Grid:
     """A grid of evenly spaced numbers for each row of a weight, with zero on it: what integers of few bits can say.
 
-    Symmetric: scale * q with q from -(2^(bits-1) - 1) to 2^(bits-1) - 1 and the scale by which the largest |w| is the
-    last. Asymmetric: scale * (q - zero_point) with q from 0 to 2^bits - 1 and an integer zero point, from the smallest
+    Symmetric: scale * q with |q| up to 2^(bits-1) - 1 and the scale by which the largest |w| is the last. Asymmetric: scale * (q - zero_point) with q from 0 to 2^bits - 1 and an integer zero point, from the smallest
     to the largest w. It is that of the dense weight.
 
     Args:
