@@ -57,6 +57,10 @@ STABLE_TORCH_LIBRARY(pyprune, m) {
   m.def(
       "sparsegpt_block(Tensor(a!) weight, Tensor(b!) sums, Tensor factor, Tensor(c!) mask, int keep, int of) -> ()");
 
+  // How many elements have magnitude bits in each of so many intervals of 2^shift from low on, and last, how many
+  // are below: int64 [bins + 1]. For the CPU.
+  m.def("magnitude_counts(Tensor weight, int low, int shift, int bins) -> Tensor");
+
   // Number of elements equal to zero (False for bool) in each tensor: int64 [n].
   m.def("count_zeros(Tensor[] tensors) -> Tensor");
 

@@ -1,9 +1,13 @@
 """What README and docs/ tell users to type works."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+from pyprune_command.main import main
+from tests.sparse.checkpoints import language_model, save_sharded
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```python\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
@@ -26,6 +30,22 @@ def test_blocks_of_a_page_run(page, tmp_path, monkeypatch, capsys):
         exec(compile(block, page, "exec"), {})  # each by itself, as a reader pastes it
     shown = any("print(pyprune.pruning_statistic(model))" in block for block in PAGES[page])
     assert not shown or "Pruning statistics" in capsys.readouterr().out
+
+
+COMMANDS = re.findall(
+    r"^```bash\n(.*?)^```", (ROOT / "docs/command-line.md").read_text(), flags=re.DOTALL | re.MULTILINE
+)
+
+
+def test_commands_of_the_shell_page_run(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("safetensors")
+    save_sharded(tmp_path / "model", language_model())
+    monkeypatch.chdir(tmp_path)
+    for line in "".join(COMMANDS).splitlines():
+        program, *arguments = shlex.split(line)
+        assert program == "pyprune"
+        assert main(arguments) == 0, capsys.readouterr().err
+    assert len(COMMANDS) >= 4
 
 
 def test_readme_is_short():

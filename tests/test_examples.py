@@ -1,3 +1,4 @@
+import gzip
 import importlib.util
 import inspect
 import io
@@ -135,6 +136,80 @@ def test_sparse_transfer_runs():
         (["2:4", "held"], "50.00", "50.00"),
         (["50", "%", "not", "held"], "50.00", "0.00"),
     ]
+
+
+@pytest.mark.usefixtures("imports_examples")
+def test_one_shot_prunes_by_every_solver_and_shows_it(tmp_path, capsys):
+    from one_shot import PATTERNS, SOLVERS, Case, plot, prune, show
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Tanh()) for _ in range(2)))
+    batches = [torch.randn(64, 32) @ torch.randn(32, 32) for _ in range(2)]
+    case = Case(
+        "two layers", "1 - cosine", model, batches, lambda pruned: (pruned[0][0].weight == 0).float().mean().item()
+    )
+    rows = [prune(case, pattern, solver) for pattern in PATTERNS for solver in SOLVERS]
+    gone = {"50 %": 0.5, "2:4": 0.5, "70 %": 0.7}
+    assert [row.judged for row in rows] == pytest.approx([gone[row.pattern] for row in rows], abs=0.02)
+    assert not (model[0][0].weight == 0).any()
+    for pattern in PATTERNS:
+        errors = {row.solver: row.error for row in rows if row.pattern == pattern}
+        assert errors["ADMM"] < errors["SparseGPT, least squares"] < errors["SparseGPT"] < errors["magnitude"]
+        assert errors["Wanda, least squares"] < errors["Wanda"]
+    show(case, 0.0, rows, "noise")
+    shown = capsys.readouterr().out
+    assert all(solver in shown for solver in SOLVERS)
+    assert "1 - cosine of the dense model: 0." in shown
+    plot(case, rows, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("imports_examples")
+def test_one_shot_judges_by_other_texts(tmp_path):
+    from one_shot import excerpts
+    from one_shot_texts import load_texts
+
+    calibration, held_out, what = load_texts(None)
+    assert what in ("three books of Debian", "Python's documentation")
+    assert calibration
+    assert held_out
+    assert not {*calibration} & {*held_out}
+    words = {word: number for number, word in enumerate(" ".join(held_out).split())}
+    tokens = excerpts(held_out, lambda text: [words[word] for word in text.split()], 5, 40, seed=0)
+    assert tokens.shape == (5, 40)
+    with pytest.raises(
+        SystemExit, match=r"has not all of debian-handbook, anarchism, jargon-text; .* apt-get download"
+    ):
+        load_texts(tmp_path)
+
+
+@pytest.mark.usefixtures("imports_examples")
+def test_one_shot_reads_the_books_of_debian(tmp_path):
+    from one_shot_texts import BOOKS, load_texts
+
+    def chapter(name):
+        return [f"{name} {number}: " + "words and words " * 20 for number in range(12)]
+
+    handbook, anarchism, jargon = (tmp_path / "usr/share/doc" / book for book in BOOKS)
+    for folder, name in ((handbook.parent, "handbook"), (anarchism.parent.parent / "a", "anarchism")):
+        folder.mkdir(parents=True)
+        for number in range(8):
+            text = "".join(f"<p>{line} &amp; <b>so on</b></p>" for line in chapter(f"{name} {number}"))
+            (folder / f"{number}.html").write_text(text)
+    jargon.parent.mkdir()
+    jargon.write_bytes(gzip.compress("\n\n".join(chapter("jargon")).encode()))
+    calibration, held_out, what = load_texts(tmp_path)
+    assert what == "three books of Debian"
+    assert [text.split(":")[0] for text in calibration] == [
+        *(f"{name} {number} 0" for name in ("handbook", "anarchism") for number in (0, 1, 2, 4, 5, 6)),
+        "jargon 0",
+    ]
+    assert [text.split(":")[0] for text in held_out] == [
+        *(f"{name} {number} 0" for name in ("handbook", "anarchism") for number in (3, 7)),
+        "jargon 8",
+    ]
+    assert "& so on" in held_out[0]
+    assert "<" not in held_out[0]
 
 
 @pytest.mark.parametrize("library", ["lightning", "transformers"])

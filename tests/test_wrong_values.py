@@ -6,6 +6,7 @@ and leave the models that were given as they were.
 """
 
 import inspect
+import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -158,6 +159,20 @@ OF_SOLVERS = {"damping": DAMPING, "iterations": COUNT}
 
 def net():
     return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+
+
+def checkpoint():
+    """Return a folder with the weights of such blocks, one for others, and the blocks without values."""
+    source, destination = Path(tempfile.mkdtemp(dir=FOLDER.name)), tempfile.mkdtemp(dir=FOLDER.name)
+    header, data = {}, b""
+    for name, value in blocks().state_dict().items():
+        content = value.numpy().tobytes()
+        offsets = [len(data), len(data) + len(content)]
+        header[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": offsets}
+        data += content
+    text = json.dumps(header).encode()
+    (source / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return {"source_folder": source, "destination_folder": destination, "model": blocks().to("meta")}
 
 
 def blocks():
@@ -453,6 +468,38 @@ ROWS: dict[str, Row] = {
         lambda: {"model": experts(), "examples": torch.ones(2, 4), "importance": "use"},
         {"importance": set()},
     ),
+    "prune_checkpoint": Row(
+        pyprune.prune_checkpoint,
+        lambda: {
+            **checkpoint(),
+            "data": [torch.ones(2, 4)],
+            "method": Method(importance.wanda(), scope=scope.row()),
+            "ratio": 0.5,
+            "solver": solvers.least_squares(),
+            "blocks": ["0", "1"],
+            "allocation": "uniform",
+            "propagate": True,
+            "reconstruct": None,
+            "resume": False,
+            "ignored_scope": None,
+            "memory": 2**20,
+            "dtype": None,
+        },
+        {
+            "source_folder": set(),
+            "destination_folder": {"a path", *TEXT} - {"''", "NUL"},
+            "data": DATA,
+            "method": set(),
+            "ratio": SHARE | {"{'0': 0.25}", "{}"},
+            "solver": OPTIONAL,
+            "blocks": OPTIONAL | {"'1'", "['0']"},
+            "propagate": FLAG,
+            "reconstruct": OPTIONAL,
+            "memory": FROM_0,
+            "resume": FLAG,
+            "dtype": OPTIONAL,
+        },
+    ),
     "prune_one_shot": Row(
         pyprune.prune_one_shot,
         lambda: {
@@ -468,6 +515,7 @@ ROWS: dict[str, Row] = {
             "store": "memory",
             "resume": False,
             "ignored_scope": None,
+            "memory": 2**20,
         },
         {
             "data": DATA,
@@ -478,6 +526,7 @@ ROWS: dict[str, Row] = {
             "propagate": FLAG,
             "reconstruct": OPTIONAL,
             "store": {"a path", *TEXT} - {"''", "NUL"},
+            "memory": FROM_0,
             "resume": {"False"},
         },
     ),
@@ -501,8 +550,8 @@ ROWS: dict[str, Row] = {
     "alpha_pruning": Row(allocations.alpha_pruning, same(epsilon=0.2), {"epsilon": SHARE - {"0", "0.0"}}),
     "solvers.sparsegpt": Row(
         solvers.sparsegpt,
-        same(block=128, damping=0.01, quantize=None),
-        {"block": COUNT, "damping": SHARE | {"1", "1.0", "np.int64(1)"}, "quantize": OPTIONAL},
+        same(block=128, polish=False, damping=0.01, quantize=None),
+        {"block": COUNT, "polish": FLAG, "damping": SHARE | {"1", "1.0", "np.int64(1)"}, "quantize": OPTIONAL},
     ),
     "solvers.grid": Row(
         solvers.grid,

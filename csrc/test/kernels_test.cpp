@@ -11,6 +11,7 @@
 #include "../cpu/kernels/gate.h"
 #include "../cpu/kernels/gate_penalty.h"
 #include "../cpu/kernels/group_masks.h"
+#include "../cpu/kernels/magnitude_counts.h"
 #include "../cpu/kernels/norms.h"
 #include "../cpu/kernels/pack.h"
 #include "../cpu/kernels/park.h"
@@ -84,6 +85,33 @@ void test_pack(int64_t count, int percent) {
     PYPRUNE_KERNEL(unpack_values)(bits.data(), values.data(), sizeof(Bits), out.data(), count, found);
     EXPECT(values == kept && out == wanted);
   });
+}
+
+template <class Bits>
+void test_counts(Dtype dtype, int64_t count) {
+  const std::vector<Bits> weights = random_weights<Bits>(dtype, count);
+  const int bits = static_cast<int>(8 * sizeof(Bits)) - 1;
+  for (const int shift : {bits - 15, bits - 3, 0}) {
+    const uint64_t bins = std::min<uint64_t>(uint64_t{1} << (bits - shift), 1 << 15);
+    const uint64_t low = count > 0 && shift > 0 ? weights[count / 2] & kMagnitude<Bits> : 0;
+    std::vector<uint32_t> expected(bins);
+    int64_t below = 0;
+    for (const Bits weight : weights) {
+      const uint64_t magnitude = weight & kMagnitude<Bits>;
+      below += magnitude < low;
+      if (magnitude >= low && (magnitude - low) >> shift < bins) {
+        ++expected[(magnitude - low) >> shift];
+      }
+    }
+    with_each_capability([&] {
+      std::vector<uint32_t> tables(2 * bins);
+      const Intervals intervals{low, shift, bins};
+      EXPECT(PYPRUNE_KERNEL(magnitude_counts_run)(weights.data(), dtype, count, intervals, tables.data()) == below);
+      for (uint64_t bin = 0; bin < bins; ++bin) {
+        EXPECT(tables[bin] + tables[bins + bin] == expected[bin]);
+      }
+    });
+  }
 }
 
 void test_noise(int64_t count) {
@@ -294,6 +322,7 @@ void run() {
     by_size(dtype, [&]<class Bits>(Bits) {
       for (const int64_t length : kLengths) {
         test_elementwise<Bits>(dtype, length);
+        test_counts<Bits>(dtype, length);
       }
     });
   }

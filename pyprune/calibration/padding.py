@@ -69,6 +69,20 @@ class Padding:
         self._whole.clear()
         self._picked = None
 
+    def positions(self, output: Tensor) -> Tensor | None:
+        """Return which positions of what a layer gives are real, (examples, positions); None if all are or may be.
+
+        Args:
+            output: (examples, positions, channels...).
+        """
+        found = [real for real in self.real if output.dim() > 2 and output.shape[:2] == real.shape]
+        return found[0].to(output.device) if found and _are_equal(found) else None
+
+    def tokens(self, count: int) -> Tensor | None:
+        """Return which of so many tokens, the batch's positions in their order, are real; None as `positions`."""
+        found = [real.flatten() for real in self.real if real.numel() == count]
+        return found[0] if found and _are_equal(found) else None
+
     def rows(self, use: Use) -> Tensor | None:
         """Return which entries and positions of a use are real, flat; None if all are, or nobody can tell.
 
@@ -183,6 +197,10 @@ def _masks(given: Mapping[str, Any], length_first: bool) -> Iterable[Tensor]:
     query = given.get("query")
     if isinstance(query, Tensor) and query.dim() > 1 and query is not given.get("key"):
         yield _all_real(query, length_first)
+
+
+def _are_equal(masks: list[Tensor]) -> bool:
+    return all(torch.equal(masks[0], one) for one in masks)
 
 
 def _all_real(tensor: Tensor, length_first: bool) -> Tensor:

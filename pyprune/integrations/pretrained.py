@@ -11,6 +11,7 @@ from transformers.utils import cached_file
 
 from pyprune.checks import check_bool, check_path, shown
 from pyprune.console import listed
+from pyprune.modules.gates import gates_of
 from pyprune.structured.compact import named_tensors
 from pyprune.structured.configs import says_all
 from pyprune.structured.plan import Plan
@@ -37,8 +38,8 @@ def save_pretrained(
 
     Raises:
         TypeError: if ``model`` is none of transformers.
-        ValueError: if it is smaller than its config says, and does not remember how it became so; nothing is written
-            then.
+        ValueError: if it has gates (`pyprune.strip` it before; plain ``from_pretrained`` would load the raw weights),
+            or if it is smaller than its config says, and does not remember how it became so; nothing is written then.
 
     Example:
         >>> save_pretrained(model, "small")  # doctest: +SKIP
@@ -47,6 +48,10 @@ def save_pretrained(
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model is a {type(model).__name__}; give a model of transformers, not wrapped")
     check_path("folder", folder)
+    if gates_of(model):
+        raise ValueError(
+            "the model has gates, and would be loaded without them, with its raw weights; call strip(model) before"
+        )
     if plan_of(model) is None and not says_all(model):
         raise ValueError(
             f"the config of this {type(model).__name__} does not say its sizes, and it does not remember how it "

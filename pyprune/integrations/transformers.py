@@ -1,4 +1,6 @@
-"""Prune in a Hugging Face ``Trainer``, save and load what was shrunk.
+"""Prune in a Hugging Face ``Trainer``, save and load what was shrunk and what was compressed.
+
+Once this is imported, ``from_pretrained`` of transformers reads what `save_compressed` wrote.
 
 Needs transformers (``pip install "pyprune[transformers]"``).
 """
@@ -20,12 +22,16 @@ except ModuleNotFoundError as error:
 
 from pyprune.checks import check_path
 from pyprune.files import whole_file
+from pyprune.integrations.compressed import save_compressed
+from pyprune.integrations.compressed_loading import register
 from pyprune.integrations.pretrained import from_pretrained, save_pretrained
 from pyprune.integrations.training import Start, Training, check_options, start_of
 from pyprune.integrations.transformers_distillation import DistillationCallback
 from pyprune.recipes.recipe import Recipe
 
-__all__ = ["DistillationCallback", "PruningCallback", "from_pretrained", "save_pretrained"]
+__all__ = ["DistillationCallback", "PruningCallback", "from_pretrained", "save_compressed", "save_pretrained"]
+
+register()
 
 # Beside the model in a checkpoint.
 FILE = "pruning.pt"

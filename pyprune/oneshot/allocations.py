@@ -17,7 +17,7 @@ from pyprune.methods.importance import Statistic, wanda
 from pyprune.methods.layout import as_matrices
 from pyprune.methods.unit_groups import Weight
 from pyprune.modules.ignored_scope import IgnoredScope
-from pyprune.modules.targets import Target, find_targets
+from pyprune.modules.targets import Target, find_targets_and_zeros
 from pyprune.oneshot.find_blocks import find_blocks
 from pyprune.oneshot.share_out import share_out
 from pyprune.oneshot.spectra import tail_exponent
@@ -189,9 +189,12 @@ def _targets_of_blocks(
     model: nn.Module, blocks: str | Sequence[str] | None, ignored_scope: IgnoredScope | None
 ) -> list[list[Target]]:
     """Return the weights of each block but tables, each once: a tied one counts for the first that has it."""
-    left = [target for target in find_targets(model, ignored_scope) if not target.layout.is_table]
+    there = find_blocks(model, blocks)
+    within = {part for block in there for part in block.module.modules()}
+    targets, _ = find_targets_and_zeros(model, ignored_scope, within=within)
+    left = [target for target in targets if not target.layout.is_table]
     found: list[list[Target]] = []
-    for block in find_blocks(model, blocks):
+    for block in there:
         parts = set(block.module.modules())
         inside = [target for target in left if any(owner.module in parts for owner in target.owners)]
         left = [target for target in left if target not in inside]

@@ -12,8 +12,7 @@ from pyprune.oneshot.digest import digest
 from pyprune.oneshot.find_blocks import Block
 from pyprune.oneshot.input_grams import InputGrams
 from pyprune.oneshot.model_in_files import ModelInFiles
-from pyprune.oneshot.one_shot_result import PrunedWeight
-from pyprune.oneshot.reconstruct import Reconstruction
+from pyprune.oneshot.reconstruct import Fit, Reconstruction
 from pyprune.oneshot.rule import Rule
 from pyprune.oneshot.run_folder import Done, RunFolder
 from pyprune.oneshot.solve_block import Solved, solve_block, write_block
@@ -38,6 +37,7 @@ class OneShot:
         propagate: whether inputs of a block are those that the pruned blocks before it make.
         reconstruct: what is done to a block at last; None for nothing.
         folder: where what is done is kept; None for nowhere.
+        memory: bytes that the Gram of one input may take.
         files: what loads and writes blocks that are not in memory.
     """
 
@@ -50,6 +50,7 @@ class OneShot:
     propagate: bool
     reconstruct: Reconstruction | None
     folder: RunFolder | None
+    memory: int
     files: ModelInFiles | None = None
 
     def __post_init__(self) -> None:
@@ -76,7 +77,7 @@ class OneShot:
             if self._dense is not self.walk.stored:
                 self.walk.run(place, into=self._dense, over=self._dense)
             keeps = not self.propagate and (not is_last or self.reconstruct is not None)
-            grams = InputGrams(targets)
+            grams = InputGrams(targets, memory=self.memory)
             with grams.watching(block.module, self.walk.padding):
                 self.walk.run(place, into=self.walk.stored if keeps else None)
             unseen, inputs = grams.unseen(), grams.results()
@@ -85,10 +86,14 @@ class OneShot:
             solved = solve_block(block.name, self.rule, inputs, self.ratios, self.given)
             notes = [(f"left as it is: {why}", target.name) for target, why in unseen.items()]
             for target, into in inputs.items():
-                notes += [(what, target.name) for what in self._notes(into.note, target, solved[target].said)]
+                notes += [(what, target.name) for what in self._notes(into.note, target, solved[target])]
             del grams, inputs
             write_block(self.model, solved)
-            fit = self._reconstructed(place, block, solved) if self.reconstruct is not None else None
+            fit = None
+            if self.reconstruct is not None:
+                found = self._reconstructed(place, block, solved)
+                fit = found.before, found.after
+                notes += [(what, block.name) for what in _failure(found)]
             if self.propagate and not is_last:
                 self.walk.run(place, into=self.walk.stored)
             weights = tuple(one.said for one in solved.values())
@@ -151,27 +156,37 @@ class OneShot:
         with nullcontext() if self.files is None else self.files.loaded(block.module):
             return weights_digest(block.module)
 
-    def _reconstructed(self, place: int, block: Block, solved: Mapping[Target, Solved]) -> tuple[float, float]:
+    def _reconstructed(self, place: int, block: Block, solved: Mapping[Target, Solved]) -> Fit:
         assert self.reconstruct is not None
-        fit = self.reconstruct.fit(
+        return self.reconstruct.fit(
             lambda number: self.walk.output(place, number),
             lambda number: self._dense.fresh(block.of, number),
             len(self.walk.batches),
             block.module.parameters(),
             {target.parameter: one.mask for target, one in solved.items()},
-            padding=self.walk.positions,
+            padding=self.walk.padding.positions,
         )
-        return fit.before, fit.after
 
-    def _notes(self, note: str, target: Target, said: PrunedWeight) -> Iterator[str]:
+    def _notes(self, note: str, target: Target, solved: Solved) -> Iterator[str]:
+        said = solved.said
         if note:
             yield note
+        if solved.lost_kept:
+            yield "some inputs are zero in all data, and the solver made all weights zero that multiply them"
         columns = said.total // max(1, target.parameter.shape[target.layout.outputs or 0])
         if target.layout.groups == 1 and said.tokens[0] < _FEW * columns:
             yield f"measured on fewer tokens than a tenth of its inputs ({said.tokens[0]})"
         asked = getattr(self.rule.solver, "damping", None)
         if said.damping is not None and isinstance(asked, float) and said.damping > asked:
             yield f"solved with damping {said.damping:g}, because with {asked:g} its Gram has no factors"
+
+
+def _failure(fit: Fit) -> Iterator[str]:
+    """Say why a block is not reconstructed."""
+    if fit.diverged:
+        yield "not reconstructed, because that came to NaN or infinity; give a smaller lr"
+    elif fit.before and fit.after >= fit.before:
+        yield "not reconstructed, because that made it no better; give another lr, or more steps"
 
 
 def weights_digest(module: nn.Module) -> str:

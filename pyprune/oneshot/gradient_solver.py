@@ -8,7 +8,7 @@ from torch import Tensor
 from pyprune.methods.scope import Scope
 from pyprune.oneshot.choose import choose
 from pyprune.oneshot.solution import Solution
-from pyprune.oneshot.system import check_asked, check_mask, check_matrix, described
+from pyprune.oneshot.system import check_asked, check_mask, check_matrix, described, unrounded
 from pyprune.ops._library import check_tensor
 
 # Elements that are worked on at once.
@@ -66,12 +66,14 @@ def solve_by_scores(
     """Do what `GradientSolver.solve` says."""
     check_matrix("weight", weight)
     scope, ratio = check_asked(Scope("tensor") if scope is None else scope, ratio)
-    scores, damping = solver.scores(weight, gradients, mask)
+    with unrounded(weight.device):
+        scores, damping = solver.scores(weight, gradients, mask)
     kept = choose(scores, scope, ratio, mask)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     if bool(kept.all()):
         return Solution(weight.detach().to(dtype, copy=True), kept, damping)
-    solved, other = solver.update(weight, gradients, kept)
+    with unrounded(weight.device):
+        solved, other = solver.update(weight, gradients, kept)
     return Solution(solved.to(dtype), kept, max(damping, other))
 
 

@@ -30,7 +30,7 @@ class Grid:
         """
         check_matrix("weight", weight)
         wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-        parts = wide.split(self.group or wide.shape[1], dim=1)
+        parts = torch.split(wide, self.group or wide.shape[1], dim=1)
         # Zero lies on every grid, so the range of an asymmetric one includes it.
         low = torch.stack([part.amin(1).clamp(max=0) for part in parts], 1)
         high = torch.stack([part.amax(1).clamp(min=0) for part in parts], 1)
@@ -65,8 +65,9 @@ class Grid:
 def grid(*, bits: int, symmetric: bool = True, group: int | None = None) -> Grid:
     """A grid of evenly spaced numbers for each row of a weight, with zero on it: what integers of few bits can say.
 
-    Symmetric: scale * q with |q| up to 2^(bits-1) - 1 and the scale by which the largest |w| is the last. Asymmetric: scale * (q - zero_point) with q from 0 to 2^bits - 1 and an integer zero point, from the smallest
-    to the largest w. It is that of the dense weight.
+    Symmetric: scale * q with |q| up to 2^(bits-1) - 1 and the scale by which the largest |w| is the last.
+    Asymmetric: scale * (q - zero_point) with q from 0 to 2^bits - 1 and an integer zero point, from the smallest w to
+    the largest. It is that of the dense weight.
 
     Args:
         bits: of each weight, 2 to 8.

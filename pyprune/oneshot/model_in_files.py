@@ -1,5 +1,6 @@
 """A model whose weights stay in the files of a checkpoint, and are in memory one block at a time."""
 
+import copy
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -160,13 +161,12 @@ class ModelInFiles:
         if parameter in self._names:
             return {self._names[parameter]: values}
         found = _reverted(self.model, name, values)
-        wrong = [
-            one for one, tensor in found.items() if one not in self._entries or tensor.shape != self._entries[one].shape
-        ]
+        shapes = {one: entry.shape for one, entry in self._entries.items()}
+        wrong = [one for one, tensor in found.items() if tensor.shape != shapes.get(one)]
         if wrong:
             raise ValueError(
-                f"{name} is made of what is in the files, and cannot be written as {listed(wrong)}, which they lack, or "
-                "have in another shape; load the model, and call pyprune.prune_one_shot"
+                f"{name} is made of what is in the files, and cannot be written as {listed(wrong)}, which they lack, "
+                "or have in another shape; load the model, and call pyprune.prune_one_shot"
             )
         return found
 
@@ -216,6 +216,7 @@ def _plain(model: nn.Module, dtype: torch.dtype | None, tensors: Mapping[str, Te
     """Return a model with tensors in the place of what it has, and the names that it lacks, and has too many."""
     if dtype is not None:
         raise ValueError(f"dtype is {dtype}, and model is none of transformers; give it and its files the same dtype")
+    model = copy.deepcopy(model)  # what was given stays without values
     tied: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         tied.setdefault(parameter, []).append(name)
@@ -262,7 +263,7 @@ def _pretrained(
             name=error.name,
         ) from error
     config = model.config if model is not None else _config(transformers, source)
-    cls = type(model) if model is not None else _class_of(transformers, source, config)
+    cls: Any = type(model) if model is not None else _class_of(transformers, source, config)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{source} is quantised, by its config; give a checkpoint of floating point numbers")
     before = os.environ.get(_ONE_BY_ONE)

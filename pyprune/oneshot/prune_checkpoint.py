@@ -50,26 +50,28 @@ def prune_checkpoint(
     reconstruct: Reconstruction | None = None,
     resume: bool = False,
     ignored_scope: IgnoredScope | None = None,
+    memory: int = 2**32,
     model: nn.Module | None = None,
     dtype: torch.dtype | None = None,
 ) -> OneShotResult:
-    """Prune a checkpoint block by block over a little data, as `prune_one_shot` does a model, without loading it whole.
+    """Prune a checkpoint block by block over a little data, as `prune_one_shot` a model, without loading it whole.
 
     The weights stay in the files of the source; one block after the other is loaded, pruned and written, on the CPU.
-    In memory are a block (twice, while it changes), the Grams of its inputs, and what lies outside of the blocks but
-    for embeddings; what blocks give is kept in files of the destination. The result is that of `prune_one_shot` on
-    the loaded model, bit for bit: a checkpoint like the source, with the same files, names and dtypes, and zeros for
-    what is removed. It needs no pyprune to be loaded.
+    In memory are a block (twice, while it changes), the Grams of its inputs, and what lies outside of the blocks
+    but for embeddings; what blocks give is kept in files of the destination. The result is that of `prune_one_shot`
+    on the loaded model, bit for bit: a checkpoint like the source, with the same files, names and dtypes, and zeros
+    for what is removed. It needs no pyprune to be loaded.
 
-    If it fails or is interrupted, the blocks that are done are kept, and ``resume=True`` goes on. The files of weights
-    have their names when all blocks are done.
+    If it fails or is interrupted, the blocks that are done are kept, and ``resume=True`` goes on. The files of
+    weights have their names when all blocks are done.
 
     Args:
-        source_folder: has ``model.safetensors``, or ``model.safetensors.index.json`` and the files it names; and the
-            ``config.json`` of transformers. It is only read.
+        source_folder: has ``model.safetensors``, or ``model.safetensors.index.json`` and the files it names; and
+            the ``config.json`` of transformers. It is only read.
         destination_folder: a new or empty folder, on a disk with room for the checkpoint and the outputs of a block.
-        data, method, ratio, solver, blocks, allocation, propagate, reconstruct, ignored_scope: as in `prune_one_shot`.
-            A function of `pyprune.allocations` that measures reads all weights again, `allocations.owl` for each batch.
+        data, method, ratio, solver, blocks, allocation, propagate, reconstruct, ignored_scope, memory:
+            as in `prune_one_shot`. A function of `pyprune.allocations` that measures reads all weights again,
+            `allocations.owl` for each batch.
         resume: go on with the run in the destination, with the same arguments. In an empty one it begins.
         model: the model on the meta device, if the config names no class of transformers. Buffers that are not in
             the files are to have values.
@@ -121,6 +123,7 @@ def prune_checkpoint(
                 store=destination,
                 resume=resume,
                 ignored_scope=ignored_scope,
+                memory=memory,
                 files=files,
             )
         files.finish()
@@ -135,10 +138,12 @@ def prune_checkpoint(
     return replace(result, notes=(*result.notes, *notes))
 
 
-def _folders(source_folder: object, destination_folder: object, resume: bool) -> tuple[Path, Path]:
+def _folders(
+    source_folder: str | os.PathLike[str], destination_folder: str | os.PathLike[str], resume: bool
+) -> tuple[Path, Path]:
     check_path("source_folder", source_folder)
     check_path("destination_folder", destination_folder)
-    source, destination = Path(os.path.realpath(source_folder)), Path(os.path.realpath(destination_folder))  # type: ignore[arg-type]
+    source, destination = Path(os.path.realpath(source_folder)), Path(os.path.realpath(destination_folder))
     if not source.is_dir():
         raise ValueError(f"source_folder is {shown(str(source_folder))}, which is no folder")
     if destination == source or source in destination.parents or destination in source.parents:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pyprune.calibration.batches import Dataset, batches_of
-from pyprune.checks import check_bool, shown
+from pyprune.checks import check_bool, check_count, shown
 from pyprune.console import listed, tracked, warn
 from pyprune.methods.method import Method, PruneMode
 from pyprune.methods.scope import Scope
@@ -28,7 +28,7 @@ from pyprune.oneshot.run_folder import Done, RunFolder
 from pyprune.oneshot.solution import Solver
 from pyprune.oneshot.stored import InMemory
 from pyprune.oneshot.walk import Walk
-from pyprune.oneshot.weights_of_blocks import check_masks, given, missed_in, ratios_of, targets_of
+from pyprune.oneshot.weights_of_blocks import check_finite, check_masks, given, missed_in, ratios_of, targets_of
 
 # Of so many notes a warning has the text; the result has all.
 _TOLD = 5
@@ -49,6 +49,7 @@ def prune_one_shot(
     store: str | os.PathLike[str] = "memory",
     resume: bool = False,
     ignored_scope: IgnoredScope | None = None,
+    memory: int = 2**32,
 ) -> OneShotResult:
     """Prune a trained model block by block over a little data, in place, and repair what is left by a solver.
 
@@ -87,6 +88,8 @@ def prune_one_shot(
         resume: go on with the run in the folder, with the same arguments and a fresh model. What it ends with has the
             same bits as without an interruption. In an empty folder it begins.
         ignored_scope: weights to leave out.
+        memory: bytes that the Gram X'X of one input may take. A larger one is cut into blocks of columns, which are
+            solved by themselves; the result names those weights.
 
     A weight that has a mask already loses more: what is dropped stays so, and ``ratio`` is of all. Experts in one
     weight, and groups of a convolution, are solved one by one.
@@ -129,6 +132,7 @@ def prune_one_shot(
         store=store,
         resume=resume,
         ignored_scope=ignored_scope,
+        memory=memory,
     )
 
 
@@ -146,6 +150,7 @@ def prune_blocks(
     store: str | os.PathLike[str],
     resume: bool,
     ignored_scope: IgnoredScope | None,
+    memory: int,
     files: ModelInFiles | None = None,
 ) -> OneShotResult:
     """Do what `prune_one_shot` does, on a model whose weights may stay in ``files``."""
@@ -154,6 +159,7 @@ def prune_blocks(
         raise ValueError('resume is True, and store is "memory", which keeps nothing; give the folder of the run')
     if reconstruct is not None and not isinstance(reconstruct, Reconstruction):
         raise TypeError(f"reconstruct is {shown(reconstruct)}; give pyprune.solvers.reconstruct(), or None")
+    memory = check_count("memory", memory, what="bytes, an integer, at least 1", least=1)
     rule = rule_of(method, solver, ratio, allocation)
     model = _unwrapped(model)
     check_initialized(model)
@@ -161,6 +167,8 @@ def prune_blocks(
     targets, left_out = targets_of(model, found, ignored_scope)
     check_masks(rule, targets)
     every = [target for some in targets.values() for target in some]
+    if files is None:
+        check_finite(every)
     scores = given(model, rule, every, left_out)
     batches = list(batches_of(data, None, "Reading batches", names=("data", "num_batches")))
     ratios = ratios_of(model, rule, every, left_out, allocation, blocks, batches, ignored_scope)
@@ -175,7 +183,7 @@ def prune_blocks(
             must_be_called=blocks is not None,
         )
         walk.check()
-        run = OneShot(model, walk, targets, rule, ratios, scores, propagate, reconstruct, folder, files)
+        run = OneShot(model, walk, targets, rule, ratios, scores, propagate, reconstruct, folder, memory, files)
         if folder is not None:
             folder.begin(
                 {
@@ -184,6 +192,7 @@ def prune_blocks(
                     "method, ratio, solver": f"{rule} {sorted((t.name, one) for t, one in ratios.items())}",
                     "propagate": str(propagate),
                     "reconstruct": repr(reconstruct),
+                    "memory": str(memory),
                     "ignored_scope": repr([target.name for target in every]),
                     "model": _digest_outside(model, walk.blocks),
                 },

@@ -22,6 +22,7 @@ from pyprune.modules.targets import Target, find_targets
 from pyprune.modules.undo import Change
 from pyprune.oneshot.block_fisher import BlockFisher
 from pyprune.oneshot.m_fac import MFac
+from pyprune.oneshot.system import unrounded
 from pyprune.selection.choose_masks import choose_masks
 from pyprune.selection.coupled import check_no_coupled
 from pyprune.selection.find_prunable import check_kind
@@ -143,7 +144,8 @@ def _named(
 ) -> Tensor:
     """Return what a solver finds; what it raises says of which weight."""
     try:
-        return solve(target.parameter.detach(), gradients, mask)[0]
+        with unrounded(target.parameter.device):
+            return solve(target.parameter.detach(), gradients, mask)[0]
     except ValueError as error:
         raise ValueError(f"{target.name}: {error}") from error
 

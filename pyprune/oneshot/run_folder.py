@@ -8,13 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyprune.checks import check_path, shown
 from pyprune.files import whole_file
 from pyprune.oneshot.one_shot_result import PrunedWeight, weights_of
-from pyprune.oneshot.stored import InFolder
+from pyprune.oneshot.stored import InFolder, read_file, write_file
 
 _VERSION = 1
 _PROGRESS = "progress.json"
@@ -51,7 +50,7 @@ class RunFolder:
         TypeError, ValueError: if it is no such path, cannot be written to, or has a run in it that is not to go on.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> folder = RunFolder(tempfile.mkdtemp(), resume=False)
         >>> folder.begin({"data": "a"}, {"0": "b"})
         >>> folder.finish(Done("0"), {"0.weight": torch.ones(1)})
@@ -122,8 +121,7 @@ class RunFolder:
             now: what says which weights it has.
         """
         if tensors is not None:
-            with whole_file(self._file(len(self.done))) as unfinished:
-                torch.save({name: tensor.detach().cpu() for name, tensor in tensors.items()}, unfinished)
+            write_file(self._file(len(self.done)), {name: one.detach().cpu() for name, one in tensors.items()})
         self._content["done"].append(asdict(done))
         self._content.setdefault("ended", {})[done.block] = now
         self._content["turns"] = {"outputs": self.outputs.turns, "dense": self.dense.turns}
@@ -134,7 +132,7 @@ class RunFolder:
 
     def tensors(self, place: int) -> dict[str, Tensor]:
         """Return what a block that is done has become."""
-        found: dict[str, Tensor] = torch.load(self._file(place), mmap=True, weights_only=True)
+        found: dict[str, Tensor] = read_file(self._file(place))
         return found
 
     def end(self) -> None:

@@ -83,4 +83,5 @@ def output_size(weight: Tensor, gram: Tensor) -> float:
         5.0
     """
     wide = weight.to(gram.dtype)
-    return float(((wide @ gram) * wide).sum(dtype=torch.float64))
+    with torch.autocast(gram.device.type, enabled=False):  # it would round the product to half types
+        return float(((wide @ gram) * wide).sum(dtype=torch.float64))

@@ -16,21 +16,29 @@ from pyprune.modules.targets import Target
 from pyprune.oneshot.matrices import as_matrices, as_weight, from_matrices, matrices
 from pyprune.oneshot.one_shot_result import PrunedWeight
 from pyprune.oneshot.rule import Rule
-from pyprune.oneshot.solution import output_size, relative_error
+from pyprune.oneshot.solution import output_size
 from pyprune.oneshot.sparsegpt import SparseGPT
 from pyprune.oneshot.weight_input import InputPart, WeightInput
 from pyprune.selection.choose_masks import choose_masks
+
+# From this share of what a mask keeps on it is told that a solver made it zero with its inputs: a few units that are
+# never active are nothing special.
+_MANY = 0.1
 
 _Place = tuple[Tensor | slice, Tensor | slice]
 
 
 @dataclass(frozen=True, eq=False)
 class Solved:
-    """What a weight is to become: its new values (None if they stay) and its mask, and what is said of it."""
+    """What a weight is to become: its new values (None if they stay) and its mask, and what is said of it.
+
+    It ``lost_kept`` ones if a solver made many weights zero that the mask keeps, since their inputs are always zero.
+    """
 
     values: Tensor | None
     mask: Tensor
     said: PrunedWeight
+    lost_kept: bool = False
 
 
 @torch.no_grad()
@@ -71,7 +79,7 @@ def solve_block(
         removed = int(ops.count_zeros([mask]))
         tokens = tuple(into.tokens.tolist())
         said = PrunedWeight(block, target.name, removed, mask.numel(), *errors, damping, tokens, seconds)
-        solved[target] = Solved(values, mask, said)
+        solved[target] = Solved(values, mask, said, values is not None and _loses_kept(target, into, values, mask))
     return solved
 
 
@@ -169,12 +177,22 @@ def _errors(target: Target, into: WeightInput, values: Tensor | None, mask: Tens
     whole, lost = 0.0, [0.0] * len(after)
     for part, group, place in _pieces(into, len(before)):
         gram = _gram(part, group)
-        size = output_size(before[group][place], gram)
-        whole += size
+        there = before[group][place].to(gram.dtype)
+        whole += output_size(there, gram)
         for i, one in enumerate(after):
-            lost[i] += size * relative_error(before[group][place], one[group][place], gram)
+            lost[i] += max(0.0, output_size(one[group][place].to(gram.dtype) - there, gram))
     errors = [one / whole if whole else 0.0 for one in lost]
     return errors[0], errors[-1]
+
+
+def _loses_kept(target: Target, into: WeightInput, values: Tensor, mask: Tensor) -> bool:
+    """Whether many weights that the mask keeps are zero now because no input of theirs was ever anything else."""
+    lost = as_matrices(mask & (values == 0) & (raw_weight(target) != 0), target.layout)
+    count = sum(
+        int(lost[group][place][:, _gram(part, group).diagonal() == 0].sum())
+        for part, group, place in _pieces(into, len(lost))
+    )
+    return count > _MANY * int(mask.sum())
 
 
 # ---- parts of weights ----

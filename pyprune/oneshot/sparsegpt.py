@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from pyprune import ops
-from pyprune.checks import check_count, shown
+from pyprune.checks import check_bool, check_count, shown
 from pyprune.methods.allocation import removed_count
 from pyprune.methods.scope import Scope, columns
 from pyprune.oneshot.choose import choose
 from pyprune.oneshot.grids import Grid
+from pyprune.oneshot.least_squares import solve_kept
 from pyprune.oneshot.solution import Solution
-from pyprune.oneshot.system import check_asked, check_damping, cholesky, damped, system_of
+from pyprune.oneshot.system import check_asked, check_damping, cholesky, damped, system_of, unrounded
 
 _PANEL = 128  # columns that are factorised at a time
 
@@ -23,6 +24,7 @@ class SparseGPT:
     """What `sparsegpt` returns."""
 
     block: int
+    polish: bool
     damping: float
     quantize: Grid | None = None
     name: str = "SparseGPT"
@@ -35,16 +37,22 @@ class SparseGPT:
         """Choose a mask and solve for what it keeps, as `Solver` says; scope None is ``columns(block)``."""
         scope, ratio = check_asked(columns(self.block) if scope is None else scope, ratio)
         system = system_of(weight, gram, mask)
-        with torch.autocast(weight.device.type, enabled=False):  # it would round products to half types
-            factor, damping = damped(system.gram, self.damping, _factor)
-            on_grid = None if self.quantize is None else _OnGrid(self.quantize, *self.quantize.steps(weight))
-            walk = _Walk(system.weight, factor, mask, scope, ratio, on_grid)
+        factor, damping = damped(system.gram, self.damping, _factor)
+        on_grid = None if self.quantize is None else _OnGrid(self.quantize, *self.quantize.steps(weight))
+        with unrounded(weight.device):
+            values = system.weight.clone() if self.polish else system.weight
+            walk = _Walk(values, factor, mask, scope, ratio, on_grid)
             for start, end in _spans(0, weight.shape[1], scope.width or self._width(scope)):
                 walk.choose(start, end)
                 for part in _spans(start, end, self._width(scope)):
                     walk.solve(*part)
         if self.quantize is None and bool(walk.mask.all()):
             return system.solution(walk.weight, walk.mask, damping)
+        if self.polish:
+            solved, damping = damped(
+                system.gram, damping, lambda matrix: solve_kept(system.weight, matrix, walk.mask)
+            )
+            return system.solution(solved, walk.mask, damping)
         return Solution(walk.weight.to(torch.promote_types(weight.dtype, torch.float32)), walk.mask, damping)
 
     def _width(self, scope: Scope) -> int:
@@ -54,7 +62,9 @@ class SparseGPT:
         return max(1, self.block // scope.of) * scope.of if scope.of else self.block
 
 
-def sparsegpt(*, block: int = 128, damping: float = 0.01, quantize: Grid | None = None) -> SparseGPT:
+def sparsegpt(
+    *, block: int = 128, polish: bool = False, damping: float = 0.01, quantize: Grid | None = None
+) -> SparseGPT:
     """Prune column by column, and let the columns that follow make up for what each loses (Optimal Brain Surgeon).
 
     An element (row, j) costs c^2 / (2 U_jj^2), with c its value when column j is reached and U the Cholesky factor of
@@ -73,6 +83,8 @@ def sparsegpt(*, block: int = 128, damping: float = 0.01, quantize: Grid | None 
 
     Args:
         block: how many columns are solved before those that follow are told.
+        polish: whether the weights that are kept are solved by least squares in the end: half of the way to ADMM, and
+            several times the work.
         damping: lambda as a share of the mean of H's diagonal. If H cannot be factorised with it, it is taken ten
             times as large, until it can; the solution says what was used.
 
@@ -93,10 +105,13 @@ def sparsegpt(*, block: int = 128, damping: float = 0.01, quantize: Grid | None 
         ([[False, True]], [[0.0, 3.6]])
     """
     block = check_count("block", block, least=1, what="a number of columns, at least 1")
+    polish = check_bool("polish", polish)
     damping = check_damping(damping)
     if quantize is not None and not isinstance(quantize, Grid):
         raise TypeError(f"quantize is {shown(quantize)}; give pyprune.solvers.grid(bits=...), or None")
-    return SparseGPT(block, damping, quantize)
+    if quantize is not None and polish:
+        raise ValueError("polish is True, which solves again without a grid, and quantize is given; give one of them")
+    return SparseGPT(block, polish, damping, quantize)
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +153,9 @@ class _Walk:
         self.weight, self.factor, self.base, self.scope, self.ratio = weight, factor, base, scope, ratio
         self.on_grid = on_grid
         self.sums = torch.zeros_like(weight)
-        self.mask = torch.ones_like(weight, dtype=torch.bool) if base is None else base.clone()
+        self.mask = torch.ones_like(weight, dtype=torch.bool)
+        if base is not None:
+            self.mask.copy_(base)
         self.by_group = scope.name == "n_of_m" and scope.dim == "in" and ratio in (None, scope.ratio)
         if not self.by_group and scope.name != "columns":
             self.mask = choose(weight * factor.diagonal(), scope, ratio, base)

@@ -1,11 +1,12 @@
 """What blocks gave for each batch, kept for the passes of the next block: in memory, or in files of a folder."""
 
+import copy
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
 from pyprune.files import whole_file
 
@@ -102,8 +103,7 @@ class InFolder:
                 f"store is a folder, and blocks of {key} return a {type(strange[0]).__name__}, which is no tensor "
                 'and cannot be kept in a file; give store="memory"'
             )
-        with whole_file(self._path(self._next, batch)) as unfinished:
-            torch.save(packed(output), unfinished)
+        write_file(self._path(self._next, batch), packed(output))
         self._put.add(key)
 
     def get(self, key: str, batch: int) -> Any:
@@ -130,7 +130,55 @@ class InFolder:
         return self.folder / f"{turn:06d}-{batch:06d}.pt"
 
     def _read(self, turn: int, batch: int) -> Any:
-        return unpacked(torch.load(self._path(turn, batch), mmap=True, weights_only=True))
+        return unpacked(read_file(self._path(turn, batch)))
+
+
+def write_file(path: Path, content: Any) -> None:
+    """Write tensors, and what holds them, to a file.
+
+    Raises:
+        OSError: if it cannot be written, for which torch has no error of its own.
+    """
+    with whole_file(path) as unfinished:
+        try:
+            torch.save(content, unfinished)
+        except RuntimeError as error:
+            raise OSError(f"{path} cannot be written, perhaps because the disk is full: {error!s:.200}") from error
+
+
+def read_file(path: Path) -> Any:
+    """Return what `write_file` wrote; tensors are mapped.
+
+    Raises:
+        ValueError: if it is not there, or is something else.
+    """
+    try:
+        return torch.load(path, mmap=True, weights_only=True)
+    except Exception as error:  # torch has no error of its own for what is no file of torch.save
+        raise ValueError(
+            f"{path} is lost or damaged, and a run that it is part of cannot go on ({type(error).__name__}: "
+            f"{error!s:.200}); begin again, in another folder"
+        ) from error
+
+
+def copied(output: Any) -> Any:
+    """Return a copy of an output, which may be written to."""
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf), output)
+
+
+def check_seen(name: str, output: Any) -> None:
+    """Raise unless torch sees a tensor in what a block gives.
+
+    Raises:
+        ValueError: if all there is lies in objects that torch does not look into.
+    """
+    leaves = tree_leaves(output)
+    if not any(isinstance(leaf, Tensor) for leaf in leaves):
+        kinds = " and ".join(sorted({type(leaf).__name__ for leaf in leaves})) or type(output).__name__
+        raise ValueError(
+            f"{name} returns a {kinds}, in which torch sees no tensor; let blocks return tensors, or tuples or dicts "
+            "of them, or make the class known to torch: torch.export.register_dataclass does that for dataclasses"
+        )
 
 
 def packed(output: Any) -> tuple[Any, list[str]]:
@@ -138,7 +186,9 @@ def packed(output: Any) -> tuple[Any, list[str]]:
     leaves, structure = tree_flatten(output)
     devices = [str(leaf.device) if isinstance(leaf, Tensor) else "" for leaf in leaves]
     with torch.inference_mode(False):  # what is made under it could not be used outside of it
-        copies = [leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        copies = [
+            leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else copy.deepcopy(leaf) for leaf in leaves
+        ]
     return tree_unflatten(copies, structure), devices
 
 

@@ -145,7 +145,8 @@ def damped(gram: Tensor, damping: float, attempt: Callable[[Tensor], _T | None])
     def add(share: float) -> _T | None:
         matrix = gram.clone()
         matrix.diagonal().add_(share * mean)
-        return attempt(matrix)
+        with unrounded(gram.device):
+            return attempt(matrix)
 
     return with_damping(damping, gram.dtype, add)
 
@@ -169,6 +170,11 @@ def cholesky(matrix: Tensor) -> Tensor | None:
     """Return the lower Cholesky factor, or None if there is none."""
     factor, failed = torch.linalg.cholesky_ex(matrix)
     return None if bool(failed.any()) or not is_finite(factor) else factor
+
+
+def unrounded(device: torch.device) -> torch.autocast:
+    """Return a context in which autocast does not round products to half types, whatever is around it."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def described(tensor: Tensor) -> str:

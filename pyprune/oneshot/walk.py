@@ -10,9 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch import nn
 
 from pyprune.calibration.padding import Padding
 from pyprune.console import listed
@@ -20,7 +18,7 @@ from pyprune.modules.evaluation import forward
 from pyprune.modules.undo import undoing
 from pyprune.oneshot.digest import digest
 from pyprune.oneshot.find_blocks import Block
-from pyprune.oneshot.stored import InMemory, Stored
+from pyprune.oneshot.stored import InMemory, Stored, check_seen, copied
 
 _WHAT = "a batch of data"
 
@@ -95,7 +93,7 @@ class Walk:
         """Raise ValueError unless each block gives for the first batch what it gives in a pass of the whole model.
 
         Blocks of a list normally need only what the last one of it gave; where that is not so, as in a U-Net, what
-        each one gives is kept.
+        each one gives is kept. A block in whose output torch sees no tensor is refused, too.
         """
         expected: list[str] = []
 
@@ -130,6 +128,7 @@ class Walk:
                 output = self._pass(blocks, place, 0, stored)
             except Exception as error:  # the model's own code may raise anything on what it does not expect
                 return f"{block.name} fails ({type(error).__name__}: {error!s:.200})"
+            check_seen(block.name, output)
             if digest(output) != expected[place]:
                 return f"{block.name} gives something else than in a pass of the whole model"
             stored.put(block.of, 0, output)
@@ -153,7 +152,7 @@ class Walk:
             def run(*args: Any, **keywords: Any) -> Any:
                 if of not in kept:
                     kept[of] = stored.get(of, number)
-                return tree_map_only(Tensor, Tensor.clone, kept[of])  # models write into what they get
+                return copied(kept[of])  # models write into what they get
 
             return run
 
@@ -163,12 +162,6 @@ class Walk:
             except _Stop:
                 return given[0]
         raise ValueError(f"batch {number} of data does not reach {block.name}; give batches that do, or other blocks")
-
-    def positions(self, output: Tensor) -> Tensor | None:
-        """Return which positions of an output of the last pass are no padding, (batch, positions), if all is said."""
-        found = [real for real in self.padding.real if output.dim() > 2 and output.shape[:2] == real.shape]
-        same = bool(found) and all(torch.equal(found[0], one) for one in found)
-        return found[0].to(output.device) if same else None
 
 
 def _in_order(

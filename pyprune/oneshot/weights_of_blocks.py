@@ -10,13 +10,20 @@ from pyprune.console import listed
 from pyprune.methods.importance import wanda
 from pyprune.methods.name_rules import by_name
 from pyprune.modules.ignored_scope import IgnoredScope
-from pyprune.modules.masks import Mask
+from pyprune.modules.masks import Mask, raw_weight
 from pyprune.modules.norms import NORMS
-from pyprune.modules.targets import Target, all_parameters, find_targets_and_zeros, ignored_in
+from pyprune.modules.targets import (
+    Target,
+    all_parameters,
+    find_targets_and_zeros,
+    ignored_in,
+    layer_weights,
+)
 from pyprune.oneshot.allocations import BlockAllocation
 from pyprune.oneshot.allocations import ratios as ratios_by
 from pyprune.oneshot.find_blocks import Block
 from pyprune.oneshot.rule import Rule
+from pyprune.oneshot.system import is_finite
 from pyprune.selection.find_prunable import Prunable, check_kind
 from pyprune.selection.prune import statistics_of
 
@@ -49,6 +56,13 @@ def targets_of(
             "name it in ignored_scope"
         )
     return found, left_out
+
+
+def check_finite(targets: Sequence[Target]) -> None:
+    """Raise if weights have elements that a solver would spread, and no score can order."""
+    bad = [target.name for target in targets if not is_finite(raw_weight(target))]
+    if bad:
+        raise ValueError(f"{listed(bad)} has NaN or infinite elements; mend the model, or name it in ignored_scope")
 
 
 def check_masks(rule: Rule, targets: Mapping[str, Sequence[Target]]) -> None:
@@ -88,7 +102,7 @@ def ratios_of(
     ratio = rule.amount.ratio
     if isinstance(allocation, BlockAllocation):
         needs = allocation.needs != "none"
-        calibration = calibrate(model, batches, wanda(), ignored_scope=ignored_scope) if needs else None
+        calibration = calibrate(model, batches, wanda(), ignored_scope=_only(model, targets)) if needs else None
         most = rule.scope.ratio if rule.scope is not None and rule.scope.ratio is not None else 1.0
         ratio = ratios_by(
             model,
@@ -103,6 +117,14 @@ def ratios_of(
         return dict.fromkeys(targets)
     names = [tuple(owner.name for owner in target.owners) for target in targets]
     return dict(zip(targets, by_name(ratio, names, 0.0, left_out=left_out), strict=True))
+
+
+def _only(model: nn.Module, targets: Sequence[Target]) -> IgnoredScope:
+    """Return what leaves out all weights but these."""
+    known = {owner.name for target in targets for owner in target.owners}
+    # Of what is outside of blocks, also weights that are no parameters, because something computes them.
+    owners = [*layer_weights(model), *(owner for one in all_parameters(model) for owner in one.owners)]
+    return IgnoredScope(names=sorted({owner.name for owner in owners} - known), all_zero=False)
 
 
 def missed_in(

@@ -3,6 +3,8 @@
 from pyprune.ops._blocks import unit_shape
 from pyprune.ops._library import CUDA_KERNELS_LOADED, CUDA_PROBLEM, WEIGHT_DTYPES, check_bases
 from pyprune.ops.count_zeros import count_zeros
+from pyprune.ops.cut import Cut, cut
+from pyprune.ops.drop import drop
 from pyprune.ops.expand import expand
 from pyprune.ops.fold import fold
 from pyprune.ops.gate import bernoulli_gate, check_gate_shape, check_hard_concrete, hard_concrete_gate
@@ -23,11 +25,14 @@ __all__ = [
     "CUDA_PROBLEM",
     "PACK_DTYPES",
     "WEIGHT_DTYPES",
+    "Cut",
     "bernoulli_gate",
     "check_bases",
     "check_gate_shape",
     "check_hard_concrete",
     "count_zeros",
+    "cut",
+    "drop",
     "expand",
     "fold",
     "gate_noise",

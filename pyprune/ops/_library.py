@@ -1,6 +1,7 @@
 """Load the native kernels and check what every operator takes."""
 
 import ctypes
+import math
 import pkgutil
 import sys
 from collections.abc import Callable, Sequence
@@ -184,6 +185,21 @@ def check_unit_masks(
                 f"{name}[{index}] is {tuple(units.shape)} on {units.device}; units of {tuple(block)} in a "
                 f"tensor of shape {tuple(tensor.shape)} on {tensor.device} need {expected} there"
             )
+
+
+def check_scales(scales: Tensor, weights: Sequence[Tensor]) -> None:
+    """Raise unless there is one positive, finite float64 scale per weight, on its device."""
+    check_tensor(scales, "scales", (torch.float64,))
+    if scales.shape != (len(weights),) or (weights and scales.device != weights[0].device):
+        raise ValueError(
+            f"scales is of shape {tuple(scales.shape)} on {scales.device}; expected ({len(weights)},) on the device "
+            "of the weights"
+        )
+    # On a GPU they are not read: that would wait for it.
+    if scales.is_cpu and not has_no_addresses():
+        for index, scale in enumerate(scales.tolist()):
+            if not 0 < scale < math.inf:
+                raise ValueError(f"scales[{index}] is {scale}; scales must be positive and finite")
 
 
 def check_bases(bases: Sequence[Tensor | None], weights: Sequence[Tensor]) -> None:

@@ -1,14 +1,20 @@
 """Exact k-smallest masks over a list of weights, without concatenating or sorting them."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from pyprune.checks import LARGEST_INT, check_bool, check_count, shown
-from pyprune.ops._library import WEIGHT_DTYPES, check_bases, check_masks, check_tensor, check_tensors, register_fake
-from pyprune.ops._memory import check_memory, has_no_addresses
+from pyprune.ops._library import (
+    WEIGHT_DTYPES,
+    check_bases,
+    check_masks,
+    check_scales,
+    check_tensors,
+    register_fake,
+)
+from pyprune.ops._memory import check_memory
 from pyprune.ops.norms import inverse_norms
 
 
@@ -72,7 +78,7 @@ def threshold(
     if normalize and scales is not None:
         raise ValueError("give scales, or normalize=True, not both")
     if scales is not None:
-        _check_scales(scales, weights)
+        check_scales(scales, weights)
     fresh = masks is None
     if masks is None:
         masks = [torch.empty_like(weight, dtype=torch.bool) for weight in weights]
@@ -113,20 +119,6 @@ def _counts(removed: int | Sequence[int], sizes: list[int]) -> list[int]:
             raise ValueError(f"{name}: cannot remove {shown(count)} of {limit} elements; allowed are 0 to {limit}")
         result.append(count)
     return result
-
-
-def _check_scales(scales: Tensor, weights: Sequence[Tensor]) -> None:
-    check_tensor(scales, "scales", (torch.float64,))
-    if scales.shape != (len(weights),) or (weights and scales.device != weights[0].device):
-        raise ValueError(
-            f"scales is of shape {tuple(scales.shape)} on {scales.device}; expected ({len(weights)},) on the device "
-            "of the weights"
-        )
-    # On a GPU they are not read: that would wait for it.
-    if scales.is_cpu and not has_no_addresses():
-        for index, scale in enumerate(scales.tolist()):
-            if not 0 < scale < math.inf:
-                raise ValueError(f"scales[{index}] is {scale}; scales must be positive and finite")
 
 
 def _laid_out(bases: Sequence[Tensor | None], masks: Sequence[Tensor]) -> list[Tensor | None]:

@@ -1,7 +1,7 @@
 """Global selection in which each weight has a least and a most that it may lose."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ def capped_threshold(
     if normalize:
         scales = ops.inverse_norms(weights)
 
-    def threshold(chosen: list[bool], count: int | list[int]) -> tuple[Tensor, Tensor]:
+    def threshold(chosen: Sequence[bool], count: int | list[int]) -> tuple[Tensor, Tensor]:
         """Write the masks of some weights; the others become empty, so that the order of scores stays as it is."""
 
         def some(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -67,16 +67,51 @@ def capped_threshold(
         found, nonfinite = ops.threshold(some(weights), count, scales=scales, bases=bases_of_some, masks=some(masks))
         return nonfinite, ops.count_zeros(found)
 
-    free = [at_least < at_most for at_least, at_most in zip(low, high, strict=True)]
-    lost, masked = list(low), [-1] * len(weights)
     nonfinite = torch.zeros(len(weights), dtype=torch.int64, device=weights[0].device if weights else None)
-    while any(free):
-        left = removed - sum(loss for loss, is_free in zip(lost, free, strict=True) if not is_free)
-        found, zeros = threshold(free, left)
+
+    def count_lost(chosen: Sequence[bool], count: int) -> list[int] | None:
+        nonlocal nonfinite
+        found, zeros = threshold(chosen, count)
         nonfinite = torch.maximum(nonfinite, found)
         bad, masked = torch.stack([nonfinite, zeros]).tolist()
-        if any(bad):
-            return list(masks), nonfinite
+        return None if any(bad) else masked
+
+    shares = capped_counts(removed, low, high, count_lost)
+    if shares is None:
+        return list(masks), nonfinite
+    lost, at_cap = shares
+    if any(at_cap):
+        found, _ = threshold(at_cap, [loss if here else 0 for loss, here in zip(lost, at_cap, strict=True)])
+        nonfinite = torch.maximum(nonfinite, found)
+    return list(masks), nonfinite
+
+
+def capped_counts(
+    removed: int,
+    low: Sequence[int],
+    high: Sequence[int],
+    count_lost: Callable[[Sequence[bool], int], list[int] | None],
+) -> tuple[list[int], list[bool]] | None:
+    """Return how many elements each weight loses, and which do not lose what the last count said.
+
+    Args:
+        removed: how many go in all.
+        low, high: how many each loses at least and at most.
+        count_lost: takes which weights compete, and how many elements go of these, and returns how many each loses;
+            or None to give up.
+
+    Example:
+        >>> capped_counts(3, [0, 0], [1, 9], lambda chosen, count: [count * chosen[0], count * (not chosen[0])])
+        ([1, 2], [True, False])
+    """
+    free = [at_least < at_most for at_least, at_most in zip(low, high, strict=True)]
+    lost, masked = list(low), [-1] * len(low)
+    while any(free):
+        left = removed - sum(loss for loss, is_free in zip(lost, free, strict=True) if not is_free)
+        counted = count_lost(free, left)
+        if counted is None:
+            return None
+        masked = counted
         competing = [i for i, is_free in enumerate(free) if is_free]
         for i in competing:
             lost[i] = min(max(masked[i], low[i]), high[i])
@@ -86,11 +121,7 @@ def capped_threshold(
         # The cut can only rise if too few went, and fall if too many: weights at that cap stay there for good.
         for i in competing:
             free[i] = masked[i] > low[i] if excess > 0 else masked[i] < high[i]
-    at_cap = [not is_free or loss != now for is_free, loss, now in zip(free, lost, masked, strict=True)]
-    if any(at_cap):
-        found, _ = threshold(at_cap, [loss if here else 0 for loss, here in zip(lost, at_cap, strict=True)])
-        nonfinite = torch.maximum(nonfinite, found)
-    return list(masks), nonfinite
+    return lost, [not is_free or loss != now for is_free, loss, now in zip(free, lost, masked, strict=True)]
 
 
 def _limits(

@@ -18,7 +18,7 @@ from pyprune import ops
 from pyprune.checks import check_path
 from pyprune.sparse.blocks import blocks_of, elements_in, expand_blocks
 from pyprune.sparse.codec import decompress, join
-from pyprune.sparse.format import Stored, contents_of
+from pyprune.sparse.format import Stored, contents_of, entries_of
 from pyprune.sparse.header import is_shape, read_header
 
 T = TypeVar("T")
@@ -93,6 +93,10 @@ class SparseFile:
         stored = self._stored(name)
         return stored.shape if stored.shape is not None else self._checked(name, self._shape_entry, stored)
 
+    def entries(self, name: str) -> list[str]:
+        """List the entries of the file that stand for a tensor."""
+        return entries_of(self._stored(name))
+
     def read(self, name: str) -> Tensor:
         """Return a tensor, dense, in memory of its own.
 
@@ -103,6 +107,16 @@ class SparseFile:
         stored = self._stored(name)
         self._checked(name, self._check_crc32, stored)
         return self._checked(name, self._read_sparse if stored.sparse else self._read_dense, stored)
+
+    def view(self, name: str) -> Tensor:
+        """Return a tensor as it lies in the file, unchecked and not to be written; one that is packed is read.
+
+        It takes no memory but that of the page cache, and is there until the file is closed and all views are gone.
+        """
+        stored = self._stored(name)
+        if stored.sparse or stored.codec:
+            return self.read(name)
+        return self._tensor(stored.names.values)
 
     def verify(self, name: str) -> None:
         """Raise ValueError if the bytes of a tensor are not those that were written; see `read` for the rest."""

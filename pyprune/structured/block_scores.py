@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyprune.calibration.padding import Padding
 from pyprune.checks import check_choice, check_number
 from pyprune.modules.evaluation import forward
 from pyprune.structured.blocks import Block, bypassing, find_blocks, repeated
@@ -26,7 +27,7 @@ def block_scores(model: nn.Module, examples: Any, *, importance: str = "influenc
 
     Args:
         model, examples: as for `drop_blocks`; the model is only run.
-        importance: ``"influence"``, 1 - cos(input, output), the mean over all tokens (ShortGPT); or
+        importance: ``"influence"``, 1 - cos(input, output), the mean over all tokens but padding (ShortGPT); or
             ``"output_error"``, the relative change of the model's output without the block.
 
     Returns:
@@ -60,7 +61,7 @@ def block_scores(model: nn.Module, examples: Any, *, importance: str = "influenc
 
 
 def influence(model: nn.Module, examples: Iterable[Any], blocks: Iterable[Block]) -> dict[str, float]:
-    """Return 1 - cos(input, output) of each block, the mean over all tokens of all examples.
+    """Return 1 - cos(input, output) of each block, the mean over all tokens of all examples but padding.
 
     A token is a vector along the last dimension; of inputs with four dimensions and more, images, each is one vector.
 
@@ -77,17 +78,22 @@ def influence(model: nn.Module, examples: Iterable[Any], blocks: Iterable[Block]
     sums = dict.fromkeys(names.values(), 0.0)
     tokens = dict.fromkeys(names.values(), 0)
     given: dict[nn.Module, Tensor] = {}
+    padding = Padding(model)
 
     def before(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         given[module] = first_argument(args, keywords).clone()  # blocks may write into it
 
     def after(module: nn.Module, args: Any, keywords: Any, output: Any) -> None:
-        cosines = _cosines(given.pop(module), output[0] if isinstance(output, tuple) else output)
+        tensor = output[0] if isinstance(output, tuple) else output
+        cosines, real = _cosines(given.pop(module), tensor), padding.positions(tensor)
+        if real is not None and cosines.shape == real.shape:
+            cosines = cosines[real]
         sums[names[module]] += float((1 - cosines).sum())
         tokens[names[module]] += cosines.numel()
 
     with hooked(model, [(one, before) for one in names], [(one, after) for one in names]):
         for inputs in examples:
+            padding.begin(inputs)
             forward(model, inputs, "examples")
     return {name: sums[name] / max(1, tokens[name]) for name in sums}
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from pyprune.calibration.padding import Padding
 from pyprune.checks import check_choice, check_number
 from pyprune.console import listed, warn
 from pyprune.modules.evaluation import forward
@@ -24,7 +25,7 @@ def expert_scores(model: nn.Module, examples: Any, *, importance: str = "output"
     Args:
         model, examples: as for `drop_experts`; the model is only run.
         importance: ``"output"``, the mean norm of what the expert adds to the tokens that are routed to it, its
-            output times its weight (REAP); or ``"use"``, the share of tokens that are.
+            output times its weight (REAP); or ``"use"``, the share of tokens that are. Padding does not count.
 
     Returns:
         A score for each expert by its name (higher = keep), such as a later
@@ -66,8 +67,9 @@ def expert_scores(model: nn.Module, examples: Any, *, importance: str = "output"
 class _Tally:
     """Of each expert of a mixture: how many tokens it got, and the sum of the norms of what it added to them."""
 
-    def __init__(self, mixture: Mixture) -> None:
+    def __init__(self, mixture: Mixture, padding: Padding) -> None:
         self.mixture = mixture
+        self.padding = padding
         self.tokens = 0
         self.routed = torch.zeros(mixture.count, dtype=torch.float64)
         self.added = torch.zeros(mixture.count, dtype=torch.float64)
@@ -86,14 +88,14 @@ class _Tally:
             return
         self.is_done = True
         index, weights = found
-        self.tokens += len(index)
+        real = self._count(len(index), index.device)
         for slot in range(index.shape[1]):
             one = {id(index): index[:, slot : slot + 1], id(weights): torch.ones_like(weights[:, :1])}
             alone = module.forward(
                 *(one.get(id(x), x) for x in args), **{key: one.get(id(x), x) for key, x in keywords.items()}
             )
             norms = _tensor(alone).reshape(len(index), -1).norm(dim=-1) * weights[:, slot].abs()
-            is_expert = index[:, slot] < self.mixture.count  # other numbers are none
+            is_expert = real & (index[:, slot] < self.mixture.count)  # other numbers are none
             self.note(index[is_expert, slot], norms[is_expert])
 
     def after_block(self, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
@@ -104,12 +106,19 @@ class _Tally:
         self.is_inside = True
         whole = _tensor(output)
         whole_norms = whole.norm(dim=-1).flatten()
-        self.tokens += len(whole_norms)
+        real = self._count(len(whole_norms), whole.device)
         for expert in range(self.mixture.count):
             norms = (whole - _tensor(self._without(expert, args, keywords))).norm(dim=-1).flatten()
-            is_routed = norms > _SMALL * whole_norms
+            is_routed = real & (norms > _SMALL * whole_norms)
             self.note(torch.full_like(norms[is_routed], expert, dtype=torch.int64), norms[is_routed])
         self.is_inside = False
+
+    def _count(self, tokens: int, device: torch.device) -> Tensor:
+        """Count tokens, and return which are no padding."""
+        real = self.padding.tokens(tokens)
+        real = torch.ones(tokens, dtype=torch.bool) if real is None else real
+        self.tokens += int(real.sum())
+        return real.to(device)
 
     def _without(self, expert: int, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         one = self.mixture
@@ -160,11 +169,13 @@ def use_and_output(
 
     Paper: Lasby et al. 2025, "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression" (the second).
     """
-    tallies = [_Tally(one) for one in mixtures]
+    padding = Padding(model)
+    tallies = [_Tally(one, padding) for one in mixtures]
     after = [(one.mixture.module, one.after_experts) for one in tallies if one.mixture.fused]
     after += [(one.mixture.block, one.after_block) for one in tallies]
     with hooked(model, after=after):
         for inputs in examples:
+            padding.begin(inputs)
             forward(model, inputs, "examples")
     use: dict[str, float] = {}
     output: dict[str, float] = {}

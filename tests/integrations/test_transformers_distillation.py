@@ -29,9 +29,9 @@ def texts(count=8):
 def trained(folder, model, *callbacks, **options):
     """Train for two steps in order, by plain SGD."""
     arguments = transformers.TrainingArguments(
-        str(folder), per_device_train_batch_size=4, num_train_epochs=1, learning_rate=0.1,
-        lr_scheduler_type="constant", max_grad_norm=0.0, optim="sgd", use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
-        train_sampling_strategy="sequential", **options,
+        str(folder), per_device_train_batch_size=4, num_train_epochs=1, learning_rate=0.1, optim="sgd",
+        lr_scheduler_type="constant", max_grad_norm=0.0, use_cpu=True, report_to=[], save_strategy="no",
+        disable_tqdm=True, train_sampling_strategy="sequential", **options,
     )  # fmt: skip
     transformers.Trainer(model, arguments, train_dataset=texts(), callbacks=list(callbacks)).train()
     return model

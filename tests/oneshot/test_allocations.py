@@ -216,7 +216,7 @@ MEANS = pyprune.Calibration("mean output", (), {}, 1)
                 MODEL, allocations.progression(), 0.5, ignored_scope=IgnoredScope(names=["1"])
             ),
             ValueError,
-            "blocks have no weight to prune",
+            "has no weight to prune",
         ),
     ],
 )

@@ -166,5 +166,7 @@ def test_grid_refuses_wrong_options(options, error, words):
 def test_sparsegpt_refuses_what_is_no_grid():
     with pytest.raises(TypeError, match="quantize"):
         solvers.sparsegpt(quantize=4)
+    with pytest.raises(ValueError, match="polish"):
+        solvers.sparsegpt(quantize=solvers.grid(bits=4), polish=True)
     with pytest.raises(ValueError, match="weight"):
         solvers.grid(bits=4).steps(torch.full((2, 2), math.nan))

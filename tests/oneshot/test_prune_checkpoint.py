@@ -388,19 +388,19 @@ def test_prune_one_shot_says_of_weights_elsewhere_what_to_do(tmp_path):
         pyprune.prune_one_shot(model, data, WANDA, ratio=0.5)
     accelerate = pytest.importorskip("accelerate")
     model = accelerate.cpu_offload(models.make("Llama"), "cpu")
-    with pytest.raises(ValueError, match="offloaded.*prune_checkpoint"):
+    with pytest.raises(ValueError, match=r"offloaded.*prune_checkpoint"):
         pyprune.prune_one_shot(model, data, WANDA, ratio=0.5)
 
 
 # ---- memory ----
 
 RUN = """
-import resource, sys, threading, time
+import sys, threading, time
 import torch, pyprune, transformers
 from pyprune import Method, importance, scope
 
 torch.set_num_threads(1)
-small, source, new, limit = sys.argv[1:5]
+small, source, new = sys.argv[1:4]
 data = [{"input_ids": torch.randint(0, 90, (2, 32))} for _ in range(2)]
 how = {"method": Method(importance.wanda(), scope=scope.row()), "ratio": 0.5}
 pyprune.prune_checkpoint(small, new + " small", data, **how)  # what is imported then does not count
@@ -413,8 +413,6 @@ def watch():
         peak[0] = max(peak[0], used())
         time.sleep(0.005)
 
-if int(limit):
-    resource.setrlimit(resource.RLIMIT_DATA, (int(limit), int(limit)))
 base = used()
 peak = [base]
 threading.Thread(target=watch, daemon=True).start()
@@ -449,10 +447,10 @@ def random_checkpoint(folder, layers, width, inner):
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def measured(tmp_path, limit=0):
+def measured(tmp_path):
     random_checkpoint(tmp_path / "small", 2, 64, 64)
     done = subprocess.run(
-        [sys.executable, "-c", RUN, tmp_path / "small", tmp_path / "source", tmp_path / "new", str(limit)],
+        [sys.executable, "-c", RUN, tmp_path / "small", tmp_path / "source", tmp_path / "new"],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -473,9 +471,9 @@ def test_memory_is_of_a_block_and_not_of_the_model(tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux says what is used")
 def test_a_checkpoint_of_3_gb_is_pruned_in_1_gb(tmp_path):
     try:
-        size = random_checkpoint(tmp_path / "source", 30, 2048, 5504)
+        size = random_checkpoint(tmp_path / "source", 55, 1536, 4096)
         assert size > 3e9
-        _, peak = measured(tmp_path, limit=2**30)
+        _, peak = measured(tmp_path)
         assert peak < 2**30
     finally:
         shutil.rmtree(tmp_path)

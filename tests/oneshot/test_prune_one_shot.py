@@ -1,5 +1,6 @@
 """A model pruned block by block: what goes, what is written, what is said."""
 
+import copy
 import warnings
 from dataclasses import dataclass
 
@@ -8,11 +9,13 @@ import torch
 from torch import nn
 
 import pyprune
-from pyprune import Method, importance, scope
+from pyprune import Method, importance, scope, solvers
 from pyprune.oneshot.find_blocks import find_blocks
+from pyprune.oneshot.run_folder import RunFolder
 from pyprune.oneshot.solution import Solution
 from tests.oneshot import models
 
+NAN = float("nan")
 WANDA = Method(importance.wanda(), scope=scope.row())
 MAGNITUDE = Method(importance.magnitude(), scope=scope.tensor())
 
@@ -236,6 +239,48 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path):
         assert_equal(state(made()), state(model))
 
 
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"PK")])
+@pytest.mark.parametrize("which", ["block-00000.pt", "outputs/*"])
+def test_a_run_of_which_files_are_lost_does_not_go_on(which, damage, tmp_path, monkeypatch):
+    finish, write = RunFolder.finish, torch.save
+
+    def stopping(self, done, tensors, now=""):
+        finish(self, done, tensors, now)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunFolder, "finish", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(made(), **RUNS["wanda"], store=tmp_path)
+    monkeypatch.undo()
+
+    def failing(content, path):
+        write(content, path)
+        raise RuntimeError("unexpected pos 64 vs 0")  # as torch does on a full disk
+
+    monkeypatch.setattr(torch, "save", failing)
+    with pytest.raises(OSError, match="cannot be written, perhaps because the disk is full"):
+        run(made(), **RUNS["wanda"], store=tmp_path, resume=True)
+    monkeypatch.undo()
+    damage(next(iter(tmp_path.glob(which))))
+    with pytest.raises(ValueError, match=r"is lost or damaged.*in another folder"):
+        run(made(), **RUNS["wanda"], store=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("name", ["sparsegpt", "admm", "least_squares", None])
+def test_weights_that_are_kept_and_become_zero_are_told(name):
+    solver = name and getattr(pyprune.solvers, name)()
+    method = scope.tensor() if solver and solver.chooses else WANDA
+    data = torch.randn(50, 8)
+    for dead, is_told in ((1, False), (6, bool(solver))):
+        data[:, :dead] = 0
+        model = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), nn.Sequential(nn.Linear(8, 8), nn.Tanh()))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = pyprune.prune_one_shot(model, [data], method, ratio=0.25, solver=solver)
+        assert any(note.startswith("0.0.weight: some inputs are zero") for note in result.notes) == is_told
+        assert not any(note.startswith("1.0.weight") for note in result.notes)
+
+
 @pytest.mark.parametrize("solver", [None, Exact(), Exact(True), pyprune.solvers.admm()])
 def test_ratio_0_leaves_all_bits(solver):
     method = scope.tensor() if solver is not None and solver.chooses else MAGNITUDE
@@ -279,6 +324,22 @@ def test_what_cannot_be_is_refused_before_anything_is_changed(arguments, message
     assert_equal(state(made()), state(model))
 
 
+@pytest.mark.parametrize(("lr", "said"), [(1e200, "NaN or infinity"), (10.0, "no better"), (1e-4, None)])
+def test_reconstructions_that_fail_are_told(lr, said):
+    expected = run(made(), **RUNS["wanda"])
+    model = made()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = run(model, **RUNS["wanda"], reconstruct=pyprune.solvers.reconstruct(steps=2, lr=lr))
+    notes = [note for note in result.notes if "not reconstructed" in note]
+    if said is None:
+        assert not notes
+    else:
+        assert [note.startswith("layers.0, layers.1, layers.2: ") and said in note for note in notes] == [True]
+        assert result.errors == pytest.approx(expected.errors)
+        assert all(before == after for before, after in result.fits.values())
+
+
 def test_weights_that_cannot_be_pruned_are_refused():
     tied = made()
     tied.layers[1].up.weight = tied.layers[0].up.weight
@@ -287,6 +348,16 @@ def test_weights_that_cannot_be_pruned_are_refused():
         run(tied, **RUNS["wanda"])
     with pytest.raises(ValueError, match="is on the meta device"):
         run(meta, **RUNS["wanda"])
+    for bad in (NAN, float("-inf")):
+        broken = made()
+        with torch.no_grad():
+            broken.layers[2].down.weight[1, 3] = bad
+        before = state(broken)
+        for kind in ("wanda", "dense inputs"):
+            with pytest.raises(ValueError, match=r"layers\.2\.down\.weight has NaN or infinite elements"):
+                run(broken, **RUNS[kind])
+        for name, one in state(broken).items():
+            torch.testing.assert_close(one, before[name], rtol=0, atol=0, equal_nan=True)
     outside = made()
     outside.head.weight = outside.embed.weight = nn.Parameter(torch.ones(8, 4).double())
     outside.head = nn.Identity()
@@ -332,13 +403,20 @@ def test_the_result_is_a_table_a_file_and_a_picture(tmp_path):
     assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
 
 
+SOLVED = {
+    "least squares": {"method": WANDA, "ratio": 0.5, "solver": pyprune.solvers.least_squares()},
+    "SparseGPT": {"method": scope.n_of_m(keep=2, of=4), "solver": pyprune.solvers.sparsegpt()},
+}
+
+
 @pytest.mark.parametrize("name", ["Mixtral", "GPT-2", "T5", "TransformerEncoder"])
-def test_all_layers_of_blocks_are_pruned(name):
+@pytest.mark.parametrize("solver", SOLVED)
+def test_all_layers_of_blocks_are_pruned(name, solver):
     model, data = models.make(name), models.batches(name)
     inner = [one for block in find_blocks(model) for one in block.module.parameters() if one.dim() > 1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        result = pyprune.prune_one_shot(model, data, WANDA, ratio=0.5, solver=pyprune.solvers.least_squares())
+        result = pyprune.prune_one_shot(model, data, **SOLVED[solver])
     assert sum(weight.total for weight in result.weights) > 0.97 * sum(one.numel() for one in inner)
     assert result.ratio == pytest.approx(0.5, abs=0.01)
     assert all(weight.error <= weight.error_masked + 1e-6 for weight in result.weights)
@@ -374,6 +452,20 @@ def test_allocation_shares_the_ratio_out():
     assert [round(sum(some) / 2, 2) for some in by_block.values()] == [0.3, 0.5, 0.7]
     owl = run(made(), **RUNS["wanda"] | {"method": MAGNITUDE, "allocation": pyprune.allocations.owl()})
     assert owl.ratio == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["progression", "owl", "alpha_pruning"])
+def test_allocation_does_not_look_at_what_is_outside_of_blocks(name, recwarn):
+    model = made()
+    model.head = nn.utils.parametrizations.spectral_norm(model.head)
+    model.table = nn.Embedding(5, 4).double()
+    model.register_parameter("whole", nn.Parameter(torch.ones(3, 3, dtype=torch.int8), requires_grad=False))
+    plain = model.forward
+    model.forward = lambda inputs: plain(inputs + model.table(torch.tensor(1)))
+    allocation = getattr(pyprune.allocations, name)()
+    result = run(model, **RUNS["wanda"] | {"method": MAGNITUDE, "allocation": allocation})
+    assert sum(one.removed for one in result.weights) == sum(one.total for one in result.weights) // 2
+    assert not [one for one in recwarn if "table" in str(one.message)]
 
 
 def test_the_importance_of_solvers_is_refused_elsewhere():
@@ -419,3 +511,17 @@ def test_flags_buffers_and_random_numbers_stay():
     assert not model.head.weight.requires_grad
     assert model.layers[0].up.weight.requires_grad
     assert torch.is_grad_enabled()
+
+
+def test_prune_one_shot_solves_in_blocks_of_columns_where_a_gram_would_not_fit():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(512, 16))
+    dense = copy.deepcopy(model)
+    data = torch.randn(256, 512)
+    half = scope.n_of_m(keep=2, of=4)
+    with pytest.warns(UserWarning, match="0.weight: cut into 4 blocks of columns"):
+        pyprune.prune_one_shot(model, [data], half, solver=solvers.sparsegpt(), blocks=["0"], memory=4 * 4 * 128**2)
+    for columns in torch.arange(512).split(128):
+        weight, inputs = dense[0].weight.detach()[:, columns], data[:, columns]
+        alone = solvers.sparsegpt().solve(weight, inputs.T @ inputs, scope=half, ratio=None, mask=None)
+        torch.testing.assert_close(model[0].weight[:, columns], alone.weight, rtol=1e-4, atol=1e-5)

@@ -319,3 +319,26 @@ def test_sparsegpt_refuses_what_does_not_fit(name):
     given = {"weight": torch.ones(3, 4), "gram": torch.eye(4), "scope": scope.row(), "ratio": 0.5, "mask": None}
     with pytest.raises(error, match=words):
         solvers.sparsegpt().solve(**{**given, **change})
+
+
+@pytest.mark.parametrize(
+    ("kind", "among", "ratio", "has_base"),
+    [
+        ("correlated", None, 0.5, False),
+        ("correlated", scope.tensor(), 0.7, True),
+        ("few tokens", scope.row(), 0.5, False),
+        ("dead", scope.n_of_m(keep=2, of=4), None, False),
+        ("correlated", scope.tensor(), 0.0, False),
+    ],
+)
+def test_sparsegpt_polished_is_least_squares_on_its_mask(kind, among, ratio, has_base):
+    weight, gram = problem(8, 48, kind=kind)
+    base = torch.rand(8, 48) > 0.2 if has_base else None
+    asked = {"scope": among, "ratio": ratio, "mask": base}
+    plain = solvers.sparsegpt().solve(weight, gram, **asked)
+    polished = solvers.sparsegpt(polish=True).solve(weight, gram, **asked)
+    assert torch.equal(polished.mask, plain.mask)
+    expected = solvers.least_squares().solve(weight, gram, scope=None, ratio=None, mask=plain.mask)
+    torch.testing.assert_close(polished.weight, expected.weight, rtol=1e-6, atol=1e-6)
+    if ratio != 0:
+        assert not torch.allclose(polished.weight, plain.weight, rtol=1e-3)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pyprune import scope, solvers
+from pyprune.oneshot.solution import relative_error
 from pyprune.oneshot.system import cholesky, damped, system_of
 from tests.oneshot.layers import layer
 
@@ -36,6 +37,48 @@ def test_solve_returns_float32_or_the_float64_of_the_weight_and_leaves_its_argum
     assert torch.equal(weight, before[0])
     assert torch.equal(gram, before[1])
     assert solution.damping == 0.01
+
+
+GRADIENTS = {"block Fisher": solvers.block_fisher(), "M-FAC": solvers.m_fac()}
+
+
+@pytest.mark.parametrize("name", [*SOLVERS, *GRADIENTS])
+def test_solve_under_autocast_is_that_without(name):
+    weight, gram = layer()
+    solver = {**SOLVERS, **GRADIENTS}[name]
+    if name in GRADIENTS:
+        gram = torch.randn(20, weight.numel(), generator=torch.Generator().manual_seed(0))
+    plain = solver.solve(weight, gram, scope=scope.row(), ratio=0.5, mask=weight > 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        solution = solver.solve(weight, gram, scope=scope.row(), ratio=0.5, mask=weight > 0)
+        error = relative_error(weight, weight / 2, torch.eye(weight.shape[1]))
+    assert torch.equal(solution.mask, plain.mask)
+    assert torch.equal(solution.weight, plain.weight)
+    assert error == pytest.approx(0.25, abs=1e-6)
+
+
+def strided(tensor):
+    apart = tensor.new_zeros(2 * tensor.shape[0], 3 * tensor.shape[1])[::2, ::3]
+    return [tensor.T.contiguous().T, apart.copy_(tensor)]
+
+
+SCOPES = {"tensor": scope.tensor(), "row": scope.row(), "n_of_m": scope.n_of_m(keep=2, of=4)}
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("competing", SCOPES)
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["weight", "gram", "mask"])
+def test_solve_of_tensors_of_any_strides(name, competing, which):
+    weight, gram = layer()
+    mask = (torch.arange(weight.numel()) % 4 < 2).view(weight.shape)
+    plain = [weight, gram, mask]
+    options = {"scope": SCOPES[competing], "ratio": None if competing == "n_of_m" else 0.5}
+    expected = SOLVERS[name].solve(weight, gram, mask=mask, **options)
+    for other in strided(plain[which]):
+        one, two, three = (*plain[:which], other, *plain[which + 1 :])
+        solution = SOLVERS[name].solve(one, two, mask=three, **options)
+        assert torch.equal(solution.mask, expected.mask)
+        torch.testing.assert_close(solution.weight, expected.weight, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", SOLVERS)

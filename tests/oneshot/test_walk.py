@@ -1,6 +1,7 @@
 """Blocks run one by one give what they give in a pass of the whole model, bit for bit."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -225,6 +226,43 @@ def test_a_model_with_a_cache_is_walked_exactly():
     batches = [{**batch, "use_cache": True} for batch in models.batches("Llama")]
     found = walked(model, batches)
     assert_same(found, at_once(model, batches, found))
+
+
+@dataclasses.dataclass
+class Output:
+    hidden: Tensor
+
+
+class Wrapping(nn.Module):
+    """Blocks whose outputs are objects that torch does not look into, and a model that writes into these."""
+
+    def __init__(self, has_tensor):
+        super().__init__()
+        self.has_tensor = has_tensor
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        for layer in self.layers:
+            layer.forward = self.wrapped(layer.forward)
+
+    def wrapped(self, plain):
+        def run(hidden):
+            output = Output(plain(hidden))
+            return (output.hidden.mean(), output) if self.has_tensor else output
+
+        return run
+
+    def forward(self, hidden):
+        for layer in self.layers:
+            output = layer(hidden)
+            hidden = (output[1] if self.has_tensor else output).hidden.add_(1)
+        return hidden
+
+
+def test_walk_keeps_objects_as_they_were_and_refuses_blocks_of_which_it_sees_nothing():
+    model = Wrapping(has_tensor=True)
+    found = walked(model, list(torch.randn(2, 3, 4)))
+    assert all(mean == output.hidden.mean() for some in found.values() for mean, output in some)
+    with pytest.raises(ValueError, match=r"layers.0 returns a Output, in which torch sees no tensor"):
+        walked(Wrapping(has_tensor=False), [torch.randn(3, 4)])
 
 
 def test_walk_by_a_folder_is_the_same(tmp_path):

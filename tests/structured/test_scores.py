@@ -105,3 +105,42 @@ def test_scores_see_a_model_with_masks():
     model = Stack()
     pyprune.prune(model, "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.5)
     assert len(block_scores(model, X)) == 4
+
+
+class Residual(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.moe = kind()
+
+    def forward(self, x):
+        output = self.moe(x)
+        return x + (output[0] if isinstance(output, tuple) else output)
+
+
+class Padded(nn.Module):
+    """Residual blocks, each with experts, over positions that do not see each other."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.layers = nn.ModuleList(Residual(kind) for _ in range(3))
+
+    def forward(self, inputs_embeds, attention_mask):
+        for layer in self.layers:
+            inputs_embeds = layer(inputs_embeds)
+        return inputs_embeds
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_do_not_count_padding(kind):
+    torch.manual_seed(0)
+    model = Padded(kind)
+    mask = torch.tensor([[1] * 5, [0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
+    padded = {"inputs_embeds": X, "attention_mask": mask}
+    texts = [
+        {"inputs_embeds": x[real.bool()][None], "attention_mask": torch.ones(1, int(real.sum()))}
+        for x, real in zip(X, mask, strict=True)
+    ]
+    assert block_scores(model, padded) == pytest.approx(block_scores(model, texts), rel=1e-4)
+    for importance in ("use", "output"):
+        scores = expert_scores(model, padded, importance=importance)
+        assert scores == pytest.approx(expert_scores(model, texts, importance=importance), rel=1e-4)

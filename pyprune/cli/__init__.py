@@ -1,0 +1,1 @@
+"""The command line: checkpoints pruned, measured and compressed from the shell."""
