@@ -50,6 +50,7 @@ from pyprune.structured.remembered import plan_of
 from pyprune.structured.shrink import shrink
 from pyprune.structured.shrunk import Shrunk
 from pyprune.training.ac_dc import AcDcPruner, ac_dc
+from pyprune.training.distillation import distillation_loss, squarehead_loss
 from pyprune.training.gmp import gmp
 from pyprune.training.iterative import IterativeResult, PruningRound, iterative_prune, lottery_ticket
 from pyprune.training.keep_sparse import KeepSparse, keep_sparse
@@ -65,6 +66,7 @@ from pyprune.training.schedulers import (
 )
 from pyprune.training.slimming import slimming_loss
 from pyprune.training.snip import snip
+from pyprune.training.teacher import Distillation
 
 __version__ = build_info()["pyprune"]
 
@@ -72,6 +74,7 @@ __all__ = [
     "AcDcPruner",
     "Calibration",
     "Dataset",
+    "Distillation",
     "Dropped",
     "ExponentialMagnitudePruningScheduler",
     "ExponentialRBPruningScheduler",
@@ -118,6 +121,7 @@ __all__ = [
     "calibrate",
     "check_optimizer",
     "coupled_groups",
+    "distillation_loss",
     "drop_blocks",
     "drop_experts",
     "expert_scores",
@@ -154,6 +158,7 @@ __all__ = [
     "slimming_loss",
     "snip",
     "solvers",
+    "squarehead_loss",
     "strip",
     "torch_prune",
     "upgrade_checkpoint",

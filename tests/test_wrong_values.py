@@ -550,8 +550,43 @@ ROWS: dict[str, Row] = {
     "alpha_pruning": Row(allocations.alpha_pruning, same(epsilon=0.2), {"epsilon": SHARE - {"0", "0.0"}}),
     "solvers.sparsegpt": Row(
         solvers.sparsegpt,
-        same(block=128, polish=True, damping=0.01),
-        {"block": COUNT, "polish": FLAG, "damping": SHARE | {"1", "1.0", "np.int64(1)"}},
+        same(block=128, polish=False, damping=0.01, quantize=None),
+        {"block": COUNT, "polish": FLAG, "damping": SHARE | {"1", "1.0", "np.int64(1)"}, "quantize": OPTIONAL},
+    ),
+    "solvers.grid": Row(
+        solvers.grid,
+        same(bits=4, symmetric=True, group=None),
+        {"bits": {"2", "5"}, "symmetric": FLAG, "group": COUNT | OPTIONAL},
+    ),
+    "distillation_loss": Row(
+        pyprune.distillation_loss,
+        lambda: {
+            "student": torch.ones(2, 3),
+            "teacher": torch.ones(2, 3),
+            "temperature": 2.0,
+            "mask": torch.ones(2),
+            "labels": torch.ones(2),
+        },
+        {"student": set(), "teacher": set(), "temperature": POSITIVE, "mask": OPTIONAL, "labels": OPTIONAL},
+    ),
+    "squarehead_loss": Row(
+        pyprune.squarehead_loss,
+        lambda: {"student": [torch.ones(2, 3)], "teacher": [torch.ones(2, 3)], "mask": torch.ones(2)},
+        {"student": set(), "teacher": set(), "mask": OPTIONAL | {"tensor(0.25)"}},
+    ),
+    "Distillation": Row(
+        pyprune.Distillation,
+        lambda: {
+            "model": net(),
+            "teacher": net(),
+            "pairs": ["0"],
+            "temperature": 2.0,
+            "task_weight": 0.5,
+            "logits_weight": 0.5,
+            "hidden_weight": 1.0,
+        },
+        {"teacher": MODULES, "pairs": {"['0']", "[]", "()", "{}"}, "temperature": POSITIVE}
+        | dict.fromkeys(("task_weight", "logits_weight", "hidden_weight"), NOT_NEGATIVE),
     ),
     "solvers.reconstruct": Row(
         solvers.reconstruct,

@@ -26,9 +26,10 @@ from pyprune.integrations.compressed import save_compressed
 from pyprune.integrations.compressed_loading import register
 from pyprune.integrations.pretrained import from_pretrained, save_pretrained
 from pyprune.integrations.training import Start, Training, check_options, start_of
+from pyprune.integrations.transformers_distillation import DistillationCallback
 from pyprune.recipes.recipe import Recipe
 
-__all__ = ["PruningCallback", "from_pretrained", "save_compressed", "save_pretrained"]
+__all__ = ["DistillationCallback", "PruningCallback", "from_pretrained", "save_compressed", "save_pretrained"]
 
 register()
 

@@ -17,6 +17,7 @@ from pyprune.oneshot.matrices import as_matrices, as_weight, from_matrices, matr
 from pyprune.oneshot.one_shot_result import PrunedWeight
 from pyprune.oneshot.rule import Rule
 from pyprune.oneshot.solution import output_size
+from pyprune.oneshot.sparsegpt import SparseGPT
 from pyprune.oneshot.weight_input import InputPart, WeightInput
 from pyprune.selection.choose_masks import choose_masks
 
@@ -143,7 +144,8 @@ def _solved(
 ) -> tuple[Tensor | None, Tensor, float | None]:
     """Return the new values of a weight, None if they stay; its mask; and the damping."""
     there = torch.ones_like(target.parameter, dtype=torch.bool) if mask is None else mask
-    if rule.solver is None or (ratio == 0 and bool(there.all())):
+    quantises = isinstance(rule.solver, SparseGPT) and rule.solver.quantize is not None
+    if rule.solver is None or (ratio == 0 and bool(there.all()) and not quantises):
         return None, there, None
     values = matrices(target)
     kept = as_matrices(there, target.layout).clone()

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from pyprune import ops
-from pyprune.checks import check_bool, check_count
+from pyprune.checks import check_bool, check_count, shown
 from pyprune.methods.allocation import removed_count
 from pyprune.methods.scope import Scope, columns
 from pyprune.oneshot.choose import choose
+from pyprune.oneshot.grids import Grid
 from pyprune.oneshot.least_squares import solve_kept
 from pyprune.oneshot.solution import Solution
 from pyprune.oneshot.system import check_asked, check_damping, cholesky, damped, system_of, unrounded
@@ -25,6 +26,7 @@ class SparseGPT:
     block: int
     polish: bool
     damping: float
+    quantize: Grid | None = None
     name: str = "SparseGPT"
     chooses: bool = True
 
@@ -36,13 +38,15 @@ class SparseGPT:
         scope, ratio = check_asked(columns(self.block) if scope is None else scope, ratio)
         system = system_of(weight, gram, mask)
         factor, damping = damped(system.gram, self.damping, _factor)
+        on_grid = None if self.quantize is None else _OnGrid(self.quantize, *self.quantize.steps(weight))
         with unrounded(weight.device):
-            walk = _Walk(system.weight.clone() if self.polish else system.weight, factor, mask, scope, ratio)
+            values = system.weight.clone() if self.polish else system.weight
+            walk = _Walk(values, factor, mask, scope, ratio, on_grid)
             for start, end in _spans(0, weight.shape[1], scope.width or self._width(scope)):
                 walk.choose(start, end)
                 for part in _spans(start, end, self._width(scope)):
                     walk.solve(*part)
-        if bool(walk.mask.all()):
+        if self.quantize is None and bool(walk.mask.all()):
             return system.solution(walk.weight, walk.mask, damping)
         if self.polish:
             solved, damping = damped(
@@ -52,11 +56,15 @@ class SparseGPT:
         return Solution(walk.weight.to(torch.promote_types(weight.dtype, torch.float32)), walk.mask, damping)
 
     def _width(self, scope: Scope) -> int:
-        """Return how many columns the kernel takes at a time: whole groups of N:M."""
+        """Return how many columns are solved at a time: whole groups of N:M, which the kernel chooses by itself."""
+        if scope.of and self.quantize is not None:
+            return scope.of
         return max(1, self.block // scope.of) * scope.of if scope.of else self.block
 
 
-def sparsegpt(*, block: int = 128, polish: bool = False, damping: float = 0.01) -> SparseGPT:
+def sparsegpt(
+    *, block: int = 128, polish: bool = False, damping: float = 0.01, quantize: Grid | None = None
+) -> SparseGPT:
     """Prune column by column, and let the columns that follow make up for what each loses (Optimal Brain Surgeon).
 
     An element (row, j) costs c^2 / (2 U_jj^2), with c its value when column j is reached and U the Cholesky factor of
@@ -96,11 +104,34 @@ def sparsegpt(*, block: int = 128, polish: bool = False, damping: float = 0.01) 
         >>> found.mask.tolist(), [[round(value, 3) for value in row] for row in found.weight.tolist()]
         ([[False, True]], [[0.0, 3.6]])
     """
-    return SparseGPT(
-        check_count("block", block, least=1, what="a number of columns, at least 1"),
-        check_bool("polish", polish),
-        check_damping(damping),
-    )
+    block = check_count("block", block, least=1, what="a number of columns, at least 1")
+    polish = check_bool("polish", polish)
+    damping = check_damping(damping)
+    if quantize is not None and not isinstance(quantize, Grid):
+        raise TypeError(f"quantize is {shown(quantize)}; give pyprune.solvers.grid(bits=...), or None")
+    if quantize is not None and polish:
+        raise ValueError("polish is True, which solves again without a grid, and quantize is given; give one of them")
+    return SparseGPT(block, polish, damping, quantize)
+
+
+@dataclass(frozen=True, eq=False)
+class _OnGrid:
+    """A grid for one weight."""
+
+    grid: Grid
+    scale: Tensor
+    zero_point: Tensor
+
+    def solve(self, weight: Tensor, sums: Tensor, factor: Tensor, mask: Tensor, start: int) -> None:
+        """Do what `ops.sparsegpt_block` does, with rounded values: d_j = w_j - q_j where the mask keeps, too."""
+        for j in range(weight.shape[1]):
+            column = slice(j, j + 1)
+            before = sums[:, column] + sums[:, :j] @ factor[:j, column]
+            values = weight[:, column] + before / factor[j, j]
+            values = self.grid.round(values, self.scale, self.zero_point, start=start + j)
+            values = torch.where(mask[:, column], values, torch.zeros_like(values))
+            sums[:, column] = weight[:, column] - values
+            weight[:, column] = values
 
 
 class _Walk:
@@ -111,24 +142,35 @@ class _Walk:
     """
 
     def __init__(
-        self, weight: Tensor, factor: Tensor, base: Tensor | None, scope: Scope, ratio: float | None
+        self,
+        weight: Tensor,
+        factor: Tensor,
+        base: Tensor | None,
+        scope: Scope,
+        ratio: float | None,
+        on_grid: _OnGrid | None,
     ) -> None:
         self.weight, self.factor, self.base, self.scope, self.ratio = weight, factor, base, scope, ratio
+        self.on_grid = on_grid
         self.sums = torch.zeros_like(weight)
         self.mask = torch.ones_like(weight, dtype=torch.bool)
         if base is not None:
             self.mask.copy_(base)
-        self.in_kernel = scope.name == "n_of_m" and scope.dim == "in" and ratio in (None, scope.ratio)
-        if not self.in_kernel and scope.name != "columns":
+        self.by_group = scope.name == "n_of_m" and scope.dim == "in" and ratio in (None, scope.ratio)
+        if not self.by_group and scope.name != "columns":
             self.mask = choose(weight * factor.diagonal(), scope, ratio, base)
 
     def choose(self, start: int, end: int) -> None:
         """Choose the mask of some columns that are next, where it is chosen now."""
-        if self.in_kernel or self.scope.name not in ("columns", "tensor", "row"):
+        in_kernel = self.by_group and self.on_grid is None
+        if in_kernel or not (self.by_group or self.scope.name in ("columns", "tensor", "row")):
             return
         part = slice(start, end)
         scores, mask = self._scores(start, end), self.mask[:, part]
         base = None if self.base is None else self.base[:, part]
+        if self.by_group:
+            mask.copy_(choose(scores, self.scope, self.ratio, base))
+            return
         if self.scope.name == "row":
             mask.copy_(_drop_in_rows(scores, (~mask).sum(1), base))
             return
@@ -148,8 +190,12 @@ class _Walk:
     def solve(self, start: int, end: int) -> None:
         """Solve some columns, whose mask is chosen, and tell those that follow."""
         weight, sums, mask = (one[:, start:end] for one in (self.weight, self.sums, self.mask))
-        keep, of = (self.scope.keep, self.scope.of) if self.in_kernel else (0, 0)
-        ops.sparsegpt_block(weight, sums, self.factor[start:end, start:end].contiguous(), mask, keep=keep, of=of)
+        factor = self.factor[start:end, start:end].contiguous()
+        if self.on_grid is not None:
+            self.on_grid.solve(weight, sums, factor, mask, start)
+        else:
+            keep, of = (self.scope.keep, self.scope.of) if self.by_group else (0, 0)
+            ops.sparsegpt_block(weight, sums, factor, mask, keep=keep, of=of)
         if end < self.weight.shape[1]:
             self.sums[:, end:].addmm_(sums, self.factor[start:end, end:])
 

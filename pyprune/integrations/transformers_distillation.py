@@ -1,0 +1,133 @@
+"""A teacher beside the model of a Hugging Face ``Trainer``."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from pyprune.checks import check_number, shown
+from pyprune.training.distillation import check_temperature
+from pyprune.training.teacher import Distillation
+
+
+class DistillationCallback(TrainerCallback):
+    """Let a model learn from a teacher in a Hugging Face ``Trainer``, as `pyprune.Distillation` says.
+
+    The loss that the model returns becomes that with the teacher, in training only; it is what is logged. So the
+    model must compute its loss itself: with ``compute_loss_func`` or label smoothing it raises. Nothing is saved: to
+    resume, make the callback anew.
+
+    Args:
+        teacher: the dense model; it is moved to the device of the training.
+        pairs, temperature, task_weight, logits_weight, hidden_weight: as for `pyprune.Distillation`.
+        start, end: epochs between which it learns from the teacher; None for to the end. Outside of them the loss is
+            that of the task.
+
+    Raises:
+        TypeError, ValueError: for wrong numbers, when training begins for what `Distillation` refuses, and in the
+            first step for a model without a loss.
+
+    Example:
+        >>> callback = DistillationCallback(nn.Linear(4, 4), temperature=2.0)
+        >>> # Trainer(model, args, train_dataset=dataset, callbacks=[PruningCallback(...), callback]).train()
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        *,
+        pairs: Sequence[str] | Mapping[str, str] = (),
+        temperature: float = 1.0,
+        task_weight: float = 0.5,
+        logits_weight: float = 0.5,
+        hidden_weight: float = 1.0,
+        start: float = 0.0,
+        end: float | None = None,
+    ) -> None:
+        if not isinstance(teacher, nn.Module):
+            raise TypeError(f"teacher is {shown(teacher)}; give an nn.Module")
+        self._teacher, self._pairs, self._temperature = teacher, pairs, check_temperature(temperature)
+        self._weights = task_weight, logits_weight, hidden_weight
+        self._start = check_number("start", start, what="an epoch, at least 0", least=0)
+        self._end = math.inf
+        if end is not None:
+            self._end = check_number(
+                "end", end, what="an epoch after start, or None", least=self._start, open_ends=True
+            )
+        self._distillation: Distillation | None = None
+        self._is_on = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: object
+    ) -> None:
+        """Begin to look at the model."""
+        self._let_go()
+        task, logits, hidden = self._weights
+        self._distillation = Distillation(
+            model,
+            self._teacher.to(args.device),
+            pairs=self._pairs,
+            temperature=self._temperature,
+            task_weight=task,
+            logits_weight=logits,
+            hidden_weight=hidden,
+        )
+        self._hook = model.register_forward_hook(_WithTeacher(self), with_kwargs=True)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        """Say whether it is time to learn."""
+        self._is_on = self._start <= (state.epoch or 0.0) < self._end
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        """Let go of the model."""
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._distillation is not None:
+            self._distillation.remove()
+            self._hook.remove()
+            self._distillation = None
+
+    def new_loss(self, keywords: Mapping[str, Any], output: Any) -> Tensor | None:
+        """Return what the loss of the model's output becomes; None for it to stay."""
+        if self._distillation is None or not self._is_on:
+            return None
+        loss = getattr(output, "loss", None)
+        if not isinstance(loss, Tensor):
+            raise ValueError(
+                "the model returns no loss, to which that of the teacher could be added: let the batches have "
+                "labels, and leave compute_loss_func and label_smoothing_factor out; or use pyprune.Distillation in "
+                "compute_loss of a Trainer of your own"
+            )
+        extra = self._distillation.extra_loss()
+        labels, items = keywords.get("labels"), keywords.get("num_items_in_batch")
+        if items is not None and isinstance(labels, Tensor):
+            # The task's loss is a sum over tokens by those of all batches that accumulate.
+            extra = extra * (labels != -100).sum() / items
+        return self._weights[0] * loss + extra
+
+
+class _WithTeacher:
+    """A hook on the model; copies and pickles of the model get one that does nothing."""
+
+    def __init__(self, callback: DistillationCallback | None = None) -> None:
+        self.callback = callback
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(self), ()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
+        if self.callback is None or not module.training or not torch.is_grad_enabled():
+            return None
+        loss = self.callback.new_loss(keywords, output)
+        if loss is None:
+            return None
+        output.loss = loss
+        return output
