@@ -30,11 +30,12 @@ class RetrainFree:
     """What `prune_retrain_free` has done to a model; `str` and notebooks show a table.
 
     Attributes:
-        groups: what is left of each group, `UnitsLeft`.
+        groups: what is left of each group, ``UnitsLeft``.
         tuned: the layers whose units were scaled. Each has a ``name``, its number of ``units``, its error ``before``
             and ``after``, relative to the dense model's outputs, and its ``least`` and ``most`` scale.
         skipped: layers that were not tuned, with the reason.
-        macs_before, macs_after: multiply-accumulates of the examples, before and after `shrink`.
+        macs_before: multiply-accumulates of the examples.
+        macs_after: those after `shrink`.
     """
 
     groups: tuple[UnitsLeft, ...]

@@ -70,8 +70,8 @@ def sparsegpt(
     An element (row, j) costs c^2 / (2 U_jj^2), with c its value when column j is reached and U the Cholesky factor of
     the inverse of H + lambda I, of which the columns from j on are left. What goes is chosen by that cost:
 
-    - `columns(width)`, the rule of the paper with 128: of all rows of so many columns, when they are reached. Without
-      a scope it is ``columns(block)``.
+    - ``columns(width)``, the rule of the paper with 128: of all rows of so many columns, when they are reached.
+      Without a scope it is ``columns(block)``.
     - `n_of_m` along inputs: of each group, when it is reached.
     - `tensor` and `row`: how many go of each block is what the costs before the first column say, which of these the
       costs when the block is reached. The error is smaller than with blocks that all lose the same share: on

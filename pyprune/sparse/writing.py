@@ -50,7 +50,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Written:
-    """What `write_sparse` wrote.
+    """What was written to a sparse file.
 
     Attributes:
         file_bytes: of the file.
