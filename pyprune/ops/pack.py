@@ -33,9 +33,9 @@ def pack(
             keep it where they are True.
 
     Returns:
-        The bits, and the values. A tensor of n elements has the bits ``[ceil(n / 8)]``, uint8, where bit i is element i
-        in the order of the flat index, least significant first, and those beyond n are 0. Its values are what is kept,
-        in that order, ``[kept]``, of its dtype.
+        The bits, and the values. A tensor of n elements has the bits ``[ceil(n / 8)]``, uint8, where bit i is
+        element i in the order of the flat index, least significant first, and those beyond n are 0. Its values
+        are what is kept, in that order, ``[kept]``, of its dtype.
 
     Raises:
         TypeError, ValueError: for other dtypes, mixed devices, or masks that do not fit.
