@@ -9,37 +9,16 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyprune.console import listed
 from pyprune.files import whole_file
+from pyprune.sparse.header import MOST_BYTES, read_header
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-
-_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-}
-# Headers are a few MB at most, so what says more is no such file.
-_LONGEST_HEADER = 10**8
 
 
 @dataclass(frozen=True)
@@ -132,26 +111,13 @@ def _header(path: Path) -> Iterator[tuple[str, Entry]]:
     """Yield what a file says of its tensors."""
     try:
         with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > _LONGEST_HEADER:
-                raise ValueError(f"a header of {length:,} bytes")
-            header = json.loads(file.read(length))
-        size = path.stat().st_size
-        for name, one in header.items():
-            if name != "__metadata__":
-                yield name, _entry(path, 8 + length, size, name, one)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            start = file.read(8)
+            start += file.read(min(int.from_bytes(start, "little"), MOST_BYTES))
+            header = read_header(start, os.fstat(file.fileno()).st_size)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} is no safetensors file, or is damaged: {error!s:.200}") from error
-
-
-def _entry(path: Path, start: int, size: int, name: str, one: Mapping[str, Any]) -> Entry:
-    if one["dtype"] not in _DTYPES:
-        raise ValueError(f"{name} is of dtype {one['dtype']!r:.20}, which is not one of {', '.join(_DTYPES)}")
-    begin, end = one["data_offsets"]
-    entry = Entry(path, start + int(begin), _DTYPES[one["dtype"]], tuple(map(int, one["shape"])))
-    if not 0 <= begin <= end or end - begin != entry.size or start + end > size or min(entry.shape, default=0) < 0:
-        raise ValueError(f"{name} of shape {entry.shape} does not lie in it whole")
-    return entry
+    for name, one in header.entries.items():
+        yield name, Entry(path, header.data + one.begin, one.dtype, one.shape)
 
 
 class NewShards:

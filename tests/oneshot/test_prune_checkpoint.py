@@ -296,7 +296,7 @@ DAMAGED = {
         ),
         "names x, which are not in",
     ),
-    "a file that was cut": (cut, "damaged.*does not lie in it whole"),
+    "a file that was cut": (cut, "damaged.*is cut off"),
     "a file of something else": (garbage, "damaged"),
     "a weight missing": (without("model.layers.1.mlp.up_proj.weight"), r"has model\.layers\.1\.mlp\.up_proj\.weight"),
     "another shape": (
