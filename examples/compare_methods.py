@@ -95,6 +95,7 @@ RULES = (
     Rule("Fisher, damped", DAMPED, MODEL, EVERYWHERE, "#882255", data="samples"),
     Rule("Fisher", importance.fisher(), TENSOR, (CHANNEL,), "#CC79A7", data="samples"),
     Rule("Wanda", importance.wanda(), ROW, EVERYWHERE, "#009E73", data="inputs"),
+    Rule("RIA", importance.ria(), TENSOR, EVERYWHERE, "#66CC99", data="inputs"),
     Rule("geometric median", importance.geometric_median(), TENSOR, (CHANNEL,), "#8C564B"),
     Rule("BatchNorm scale", importance.batch_norm_scale(), TENSOR, (CHANNEL,), "#999933", for_relu=True),
     Rule("APoZ", importance.apoz(), TENSOR, (CHANNEL,), "#117733", data="inputs", for_relu=True),
