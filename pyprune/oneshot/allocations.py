@@ -16,6 +16,7 @@ from pyprune.methods.allocation import check_ratio
 from pyprune.methods.importance import Statistic, wanda
 from pyprune.methods.layout import as_matrices
 from pyprune.methods.unit_groups import Weight
+from pyprune.modules.attachments import check_module
 from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.modules.targets import Target, find_targets_and_zeros
 from pyprune.oneshot.find_blocks import find_blocks
@@ -171,6 +172,7 @@ def ratios(
     """
     if not isinstance(allocation, BlockAllocation):
         raise TypeError(f"allocation is {shown(allocation)}; give what a function of pyprune.allocations returns")
+    check_module(model)
     wanted = check_ratio(ratio)
     most = check_number("max_ratio", max_ratio, what="a number in (0, 1]", least=0, most=1)
     if calibration is not None and not isinstance(calibration, Calibration):

@@ -49,6 +49,7 @@ class Walk:
             last one gave, and what the model's own code makes of that.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
         >>> blocks = [Block("2", model[2], ""), Block("0", model[0], "")]
         >>> with torch.no_grad():
