@@ -178,8 +178,6 @@ def ratios(
     if calibration is not None and not isinstance(calibration, Calibration):
         raise TypeError(f"calibration is {shown(calibration)}; give what pyprune.calibrate returned")
     targets = _targets_of_blocks(model, blocks, ignored_scope)
-    if allocation.needs == "input norm":  # tables have no inputs
-        targets = [[target for target in block if not target.layout.is_table] for block in targets]
     statistics = _statistics(allocation, targets, calibration)
     weights = [[_weight(target, statistics) for target in block] for block in targets]
     sizes = [{weight.name: weight.values.numel() for weight in block} for block in weights]

@@ -67,13 +67,12 @@ class OneShot:
     def _prune(self, place: int, block: Block) -> Done:
         targets = self.targets[block.name]
         is_last = place == len(self.walk.blocks) - 1
-        outputs = None if is_last else self.walk.stored
         with Change(self.model, values=self._values(block, targets)):
             if not targets:
-                self.walk.run(place, into=outputs)
+                self.walk.run(place, into=None if is_last else self.walk.stored)
                 if self._dense is not self.walk.stored and not is_last:
                     self.walk.run(place, into=self._dense, over=self._dense)
-                return self._finish(Done(block.name), {}, targets)
+                return self._finish(block, Done(block.name), {})
             if self._dense is not self.walk.stored:
                 self.walk.run(place, into=self._dense, over=self._dense)
             keeps = not self.propagate and (not is_last or self.reconstruct is not None)
@@ -97,7 +96,7 @@ class OneShot:
             if self.propagate and not is_last:
                 self.walk.run(place, into=self.walk.stored)
             weights = tuple(one.said for one in solved.values())
-            return self._finish(Done(block.name, weights, tuple(notes), fit), solved, targets)
+            return self._finish(block, Done(block.name, weights, tuple(notes), fit), solved)
 
     def restore(self, place: int) -> Done:
         """Let a block that is done be what it has become."""
@@ -128,12 +127,11 @@ class OneShot:
             return list(block.module.parameters())
         return [target.parameter for target in targets]
 
-    def _finish(self, done: Done, solved: Mapping[Target, Solved], targets: Sequence[Target]) -> Done:
+    def _finish(self, block: Block, done: Done, solved: Mapping[Target, Solved]) -> Done:
         self.walk.stored.turn()
         if self._dense is not self.walk.stored:
             self._dense.turn()
         if self.folder is not None:
-            block = next(block for block in self.walk.blocks if block.name == done.block)
             tensors = None if self.files is not None else self._tensors(block.module, solved)
             if self.files is not None:
                 self.files.write(block)

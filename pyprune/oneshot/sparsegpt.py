@@ -87,6 +87,8 @@ def sparsegpt(
             several times the work.
         damping: lambda as a share of the mean of H's diagonal. If H cannot be factorised with it, it is taken ten
             times as large, until it can; the solution says what was used.
+        quantize: what `grid` returns: each kept weight is rounded to it when its column is reached, and the columns
+            that follow make up for that, too. Column by column in torch, so slowly. Not with ``polish``.
 
     Raises:
         TypeError, ValueError: for other values; when it solves, for a scope in which weights compete, or matrices

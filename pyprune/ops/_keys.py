@@ -5,8 +5,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 Integers = np.ndarray[Any, np.dtype[Any]]
+_SAME_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,13 @@ class Keys:
                 int(places[fits]) if fits < len(places) else above,
             )
         return below
+
+
+def magnitude_bits(tensor: Tensor) -> Tensor:
+    """Return the bits of |w|, as integers of the same size, in one row."""
+    flat = tensor.detach().reshape(-1)
+    integers = _SAME_SIZE[flat.element_size()]
+    return flat.view(integers) & torch.iinfo(integers).max
 
 
 def largest_key(wide: bool) -> int:

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from pyprune.checks import check_count
-from pyprune.ops._keys import Integers, Keys, largest_key
+from pyprune.ops._keys import Integers, Keys, largest_key, magnitude_bits
 from pyprune.ops._library import WEIGHT_DTYPES, check_scales, check_tensors, register_fake
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # At the first look half types have a counter for each magnitude; at later ones, which see few, there may be more.
 _FIRST_BITS, _LATER_BITS = 15, 18
 _MOST_COUNTERS = 1 << 20
@@ -201,9 +200,7 @@ def magnitude_counts(tensor: Tensor, low: int, shift: int, bins: int) -> tuple[I
         ([0, 16256], 0)
     """
     if tensor.is_cuda:
-        flat = tensor.detach().reshape(-1)
-        integers = _INTEGERS[flat.element_size()]
-        bits = (flat.view(integers) & torch.iinfo(integers).max).long()
+        bits = magnitude_bits(tensor).long()
         places = (bits - low) >> shift
         counts = torch.bincount(places[(places >= 0) & (places < bins)], minlength=bins).cpu().numpy()
         return counts, int((bits < low).sum())

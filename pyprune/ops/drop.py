@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from pyprune.checks import shown
-from pyprune.ops._keys import Keys
+from pyprune.ops._keys import Keys, magnitude_bits
 from pyprune.ops._library import WEIGHT_DTYPES, check_scales, check_tensors
 from pyprune.ops._memory import check_memory
 from pyprune.ops.count_zeros import count_zeros
 from pyprune.ops.cut import Cut
 from pyprune.ops.fold import fold
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PIECE = 1 << 18  # elements, of which all that is needed on the way stays in cache
 
 
@@ -67,9 +66,7 @@ def kept_by(cut: Cut, tensor: Tensor, scale: float | None = None) -> tuple[Tenso
         [False, True, True]
     """
     keys = Keys(tensor.dtype, scale, cut.wide)
-    integers = _INTEGERS[tensor.element_size()]
-    flat = tensor.detach().reshape(-1)
-    bits = flat.view(integers) & torch.iinfo(integers).max
+    bits = magnitude_bits(tensor)
     under, equal = _bounds(keys, cut.key)
     if not cut.ties or under == equal:
         return (bits > under).view(tensor.shape), cut
