@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.console import listed, warn
-from pyprune.modules.attachments import wrapped_name
+from pyprune.modules.attachments import unwrapped
 from pyprune.modules.targets import Target
 from pyprune.modules.uses import Use
 
@@ -44,8 +44,7 @@ class Padding:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        while (wrapped := wrapped_name(model)) is not None:
-            model = model._modules[wrapped]  # type: ignore[assignment]
+        model = unwrapped(model)
         self._model = model
         attentions = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
         # In the order of torch's attention, unless it says otherwise.

@@ -99,6 +99,18 @@ def wrapped_name(module: nn.Module) -> str | None:
     return next((name for name in _WRAPPED_AS if name in module._modules and _wraps(module, name)), None)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model that a wrapper, or several, only wrap; itself if nothing does.
+
+    Example:
+        >>> unwrapped(nn.DataParallel(nn.Linear(2, 2)))
+        Linear(in_features=2, out_features=2, bias=True)
+    """
+    while (name := wrapped_name(model)) is not None:
+        model = model.get_submodule(name)
+    return model
+
+
 def _wraps(module: nn.Module, name: str) -> bool:
     """Whether there is nothing in a module but what is in this child; wrappers may know it by other names, too."""
     wrapped, others = module._modules[name], [child for child in module._modules.values() if child is not None]

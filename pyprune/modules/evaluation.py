@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils._pytree import tree_leaves
 
 from pyprune.checks import shown
-from pyprune.modules.attachments import parameters_of, wrapped_name
+from pyprune.modules.attachments import parameters_of, unwrapped
 from pyprune.modules.undo import Before, undoing
 
 _NO_TENSORS = (np.ndarray, np.generic, int, float, complex, str, bytes, type(None))
@@ -56,8 +56,7 @@ def forward(model: nn.Module, inputs: Any, name: str = "examples_inputs") -> Any
 
 def _misfit(model: nn.Module, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> str | None:
     """Say why the model's forward cannot be called so, if that is it: batches often have labels beside the inputs."""
-    while (wrapped := wrapped_name(model)) is not None:
-        model = model._modules[wrapped]  # type: ignore[assignment]
+    model = unwrapped(model)
     try:
         signature = inspect.signature(model.forward)
     except (TypeError, ValueError):  # of what is not written in Python

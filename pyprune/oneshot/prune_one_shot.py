@@ -13,7 +13,7 @@ from pyprune.checks import check_bool, check_count, shown
 from pyprune.console import listed, tracked, warn
 from pyprune.methods.method import Method, PruneMode
 from pyprune.methods.scope import Scope
-from pyprune.modules.attachments import check_module, wrapped_name
+from pyprune.modules.attachments import check_module, unwrapped, wrapped_name
 from pyprune.modules.evaluation import check_initialized, evaluating, layers_apart, untouched
 from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.oneshot.allocations import BlockAllocation
@@ -161,7 +161,7 @@ def prune_blocks(
         raise TypeError(f"reconstruct is {shown(reconstruct)}; give pyprune.solvers.reconstruct(), or None")
     memory = check_count("memory", memory, what="bytes, an integer, at least 1", least=1)
     rule = rule_of(method, solver, ratio, allocation)
-    model = _unwrapped(model)
+    model = unwrapped(model)
     check_initialized(model)
     found = find_blocks(model, blocks)
     targets, left_out = targets_of(model, found, ignored_scope)
@@ -227,12 +227,6 @@ def _check_has_values(model: nn.Module) -> None:
 
 def _is_memory(store: object) -> bool:
     return isinstance(store, str) and store == "memory"
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    while (name := wrapped_name(model)) is not None:
-        model = model._modules[name]  # type: ignore[assignment]
-    return model
 
 
 @contextmanager

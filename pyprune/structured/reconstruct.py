@@ -9,7 +9,7 @@ from torch import nn
 from pyprune.calibration.batches import Dataset, batches_of
 from pyprune.checks import check_choice, check_count, check_number
 from pyprune.console import listed, tracked, warn
-from pyprune.modules.attachments import check_module, wrapped_name
+from pyprune.modules.attachments import check_module, unwrapped
 from pyprune.modules.evaluation import check_initialized
 from pyprune.modules.ignored_scope import IgnoredScope
 from pyprune.modules.undo import Change
@@ -93,7 +93,7 @@ def reconstruct(
     memory = check_count("memory", memory, what="bytes, an integer, 0 or more")
     if ignored_scope is not None and not isinstance(ignored_scope, IgnoredScope):
         raise TypeError(f"ignored_scope is a {type(ignored_scope).__name__}; give a pyprune.IgnoredScope")
-    dense, model = _unwrapped(dense), _unwrapped(model)
+    dense, model = unwrapped(dense), unwrapped(model)
     for one in (dense, model):
         check_initialized(one)
     source = batches_of(batches, num_batches, "Reading batches", names=("batches", "num_batches"))
@@ -131,9 +131,3 @@ def _warn_of_zeros(readers: Iterable[Reader]) -> None:
             f"zeros in {listed(zeros)} are held by nothing, so reconstruct fills them up; put pyprune.keep_sparse on "
             "before, or shrink the model"
         )
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    while (name := wrapped_name(model)) is not None:
-        model = model._modules[name]  # type: ignore[assignment]
-    return model

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from pyprune.modules.attachments import check_module, wrapped_name
+from pyprune.modules.attachments import check_module, unwrapped
 from pyprune.structured.plan import Plan
 
 _PLACE = "_pyprune_plan"
@@ -37,8 +37,7 @@ def plan_of(model: nn.Module) -> Plan | None:
         {1: [0, 1]}
     """
     check_module(model)
-    while (wrapped := wrapped_name(model)) is not None:
-        model = model.get_submodule(wrapped)
+    model = unwrapped(model)
     plans = {
         name: plan
         for name, module in model.named_modules(remove_duplicate=False)
