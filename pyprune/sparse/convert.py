@@ -44,11 +44,9 @@ def compress_checkpoint(
     if codec is not None:
         check_choice("codec", codec, CODECS)
     check_choice("layout", layout, LAYOUTS)
-    if codec is not None and layout != "pyprune":
-        raise ValueError(f'layout "{layout}" has no codec; leave out codec="{codec}", or give layout="pyprune"')
+    options = Options(codec, layout, check_bool("keep_negative_zero", keep_negative_zero))
     if codec is not None:
         zstd()
-    options = Options(codec, layout, check_bool("keep_negative_zero", keep_negative_zero))
     written: list[Written] = []
 
     def write(file: SparseFile, path: Path) -> None:

@@ -27,6 +27,12 @@ class Options:
     keep_negative_zero: bool = False
     min_zeros: float = 0.1
 
+    def __post_init__(self) -> None:
+        if self.codec is not None and self.layout != "pyprune":
+            raise ValueError(
+                f'layout "{self.layout}" has no codec; leave out codec="{self.codec}", or give layout="pyprune"'
+            )
+
 
 @dataclass(frozen=True)
 class Part:

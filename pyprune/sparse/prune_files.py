@@ -102,8 +102,6 @@ def prune_files(
         {'up.weight': 3686}
     """
     if compress is not None and compress.codec is not None:
-        if compress.layout != "pyprune":
-            raise ValueError(f'layout "{compress.layout}" has no codec; leave it out, or give layout="pyprune"')
         zstd()
     amount = check_amount(method, Amount(ratio, allocation, min_ratio, max_ratio))  # type: ignore[arg-type]
     with Checkpoint(source) as checkpoint:

@@ -72,8 +72,6 @@ def save_sparse(
         check_bool("keep_negative_zero", keep_negative_zero),
         check_number("min_zeros", min_zeros, what="a share of zeros in [0, 1]", least=0, most=1),
     )
-    if codec is not None and layout != "pyprune":
-        raise ValueError(f'layout "{layout}" has no codec; leave out codec="{codec}", or write layout="pyprune"')
     metadata = _check_metadata(metadata)
     tensors = _tensors_of(model)
     sources, tied = _without_ties(tensors)
