@@ -143,8 +143,9 @@ def _prune(commands: Commands) -> None:
         "-r", "--ratio", type=fraction, help="the share of the weights that goes; all groups of --n-of-m"
     )
     how.add_argument(
-        "--method", choices=("magnitude", "lamp", "random", "wanda", "scores"), default="magnitude",
-        help="lamp: magnitude, normalised by LAMP; wanda: |w| times the norm of its input (--norms)",
+        "--method", choices=("magnitude", "lamp", "random", "wanda", "ria", "scores"),
+        help="default magnitude; lamp: magnitude, normalised by LAMP; wanda: |w| times the norm of its input "
+        "(--norms or --data); ria: relative magnitude times that norm (--data)",
     )  # fmt: skip
     how.add_argument(
         "--normalize", choices=("none", "l2", "mean", "gaussian", "lamp"),
@@ -159,8 +160,9 @@ def _prune(commands: Commands) -> None:
         "by inputs",
     )  # fmt: skip
     how.add_argument(
-        "--allocation", choices=("uniform", "erk", "er"), default="uniform", help="of scope tensor or row"
-    )
+        "--allocation", choices=("uniform", "erk", "er", "owl", "alpha-pruning", "progression"), default="uniform",
+        help="of scope tensor or row; erk and er without --data, the last three with it",
+    )  # fmt: skip
     how.add_argument("--min-ratio", type=share, default=0.0, metavar="R", help="what each tensor loses at least")
     how.add_argument("--max-ratio", type=share, default=1.0, metavar="R", help="what each tensor loses at most")
     how.add_argument(
@@ -169,7 +171,8 @@ def _prune(commands: Commands) -> None:
     how.add_argument(
         "--scores", metavar="FILE", help="safetensors with a score of each weight, of which the lowest go"
     )
-    how.add_argument("--seed", type=int, default=0, help="of --method random")
+    how.add_argument("--seed", type=int, default=0, help="of --method random, and of the samples")
+    _data(parser)
     which = parser.add_argument_group(
         "which tensors", "patterns are regular expressions that match a name's beginning"
     )
@@ -189,6 +192,30 @@ def _prune(commands: Commands) -> None:
     parser.add_argument("--max-memory", type=size, metavar="SIZE", help="an error if more is needed, as in 512M")
     parser.add_argument("--dry-run", action="store_true", help="find what goes and write nothing")
     parser.set_defaults(error=parser.error)
+
+
+def _data(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "what text says",
+        "IN is a folder of transformers with its tokenizer; it is pruned block by block over the text, as "
+        "pyprune.prune_checkpoint does it. By default each row, or with a solver each weight, loses its share.",
+    )
+    group.add_argument("--data", metavar="FILE", help="text, or JSON lines with a field of text (FILE.jsonl)")
+    group.add_argument("--field", metavar="NAME", help='of JSON lines; default "text"')
+    group.add_argument("--samples", type=count, metavar="N", help="of the text; default 128, or what there is")
+    group.add_argument(
+        "--length", type=count, metavar="N", help="tokens of a sample; default 2048, or what the model takes"
+    )
+    group.add_argument(
+        "--solver", choices=("least-squares", "swaps", "sparsegpt", "admm"),
+        help="of the weights that are kept; the last two choose what goes, too, in place of --method",
+    )  # fmt: skip
+    group.add_argument(
+        "--reconstruct", action="store_true", help="train what a block keeps until it gives what the dense one gave"
+    )
+    group.add_argument(
+        "--blocks", metavar="NAME", action="append", help="lists of layers, or modules; default the lists that repeat"
+    )
 
 
 def _packing(group: Any, *, compress: bool) -> None:

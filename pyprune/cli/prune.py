@@ -20,6 +20,11 @@ def run(args: argparse.Namespace, output: Output) -> int:
     """Prune, and print what went of each tensor."""
     _check_usage(args)
     method = method_of(args)
+    if args.data is not None:
+        # Only here: the solvers, and transformers.
+        from pyprune.cli import prune_by_data
+
+        return prune_by_data.run(args, output, prune_by_data.method_with_data(args, method), _options(args))
     which = {"include": args.include, "exclude": args.exclude, "min_size": args.min_size}
     with Checkpoint(args.input) as checkpoint:
         weights = len(find_weights(checkpoint, **which).names)
@@ -50,11 +55,17 @@ def method_of(args: argparse.Namespace) -> Method:
 
 
 def _check_usage(args: argparse.Namespace) -> None:
-    wrong = {
+    more = _wrong_without_data if args.data is None else _wrong_with_data
+    for message, is_wrong in {**_wrong(args), **more(args)}.items():
+        if is_wrong:
+            args.error(message)
+
+
+def _wrong(args: argparse.Namespace) -> dict[str, bool]:
+    return {
         "give --ratio, the share of the weights that goes": args.ratio is None and args.n_of_m is None,
         "give OUT, or --dry-run": args.output is None and not args.dry_run,
         "--n-of-m says what competes; leave out --scope": args.n_of_m is not None and args.scope is not None,
-        "--method wanda needs --norms FILE": args.method == "wanda" and args.norms is None,
         "--norms is for --method wanda": args.method != "wanda" and args.norms is not None,
         "--method scores needs --scores FILE": args.method == "scores" and args.scores is None,
         "--scores is for --method scores": args.method != "scores" and args.scores is not None,
@@ -64,9 +75,38 @@ def _check_usage(args: argparse.Namespace) -> None:
         "--codec, --layout and --keep-negative-zero say how to --compress": not args.compress
         and (args.codec != "none" or args.layout != "pyprune" or args.keep_negative_zero),
     }
-    for message, is_wrong in wrong.items():
-        if is_wrong:
-            args.error(message)
+
+
+def _wrong_without_data(args: argparse.Namespace) -> dict[str, bool]:
+    only = {name: getattr(args, name) for name in ("field", "samples", "length", "solver", "reconstruct", "blocks")}
+    return {
+        "--method wanda needs --norms FILE, or --data FILE": args.method == "wanda" and args.norms is None,
+        "--method ria needs --data FILE": args.method == "ria",
+        f"--{next(filter(only.get, only), '')} needs --data FILE": any(only.values()),
+        f"--allocation {args.allocation} needs --data FILE": args.allocation not in ("uniform", "erk", "er"),
+    }
+
+
+def _wrong_with_data(args: argparse.Namespace) -> dict[str, bool]:
+    chooses = args.solver in ("sparsegpt", "admm")
+    others = {
+        "--norms": args.norms is not None,
+        "--inputs-first": bool(args.inputs_first),
+        "--min-ratio": args.min_ratio > 0,
+        "--max-ratio": args.max_ratio < 1,
+        "--min-size": args.min_size > 1,
+        "--max-memory": args.max_memory is not None,
+        "--dry-run": args.dry_run,
+        f"--method {args.method}": args.method in ("lamp", "scores"),
+        f"--allocation {args.allocation}": args.allocation in ("erk", "er"),
+    }
+    return {
+        f"{next(filter(others.get, others), '')} is not for --data": any(others.values()),
+        "--data prunes block by block, so weights of the model cannot compete; give --scope tensor or row": args.scope
+        == "model",
+        f"--solver {args.solver} chooses single weights itself; leave out --method, --normalize and --unit": chooses
+        and (args.method is not None or args.normalize is not None or args.unit != "element"),
+    }
 
 
 def _importance(args: argparse.Namespace) -> Importance:
@@ -75,8 +115,8 @@ def _importance(args: argparse.Namespace) -> Importance:
     if args.method == "scores":
         return importance.given({})
     normalize: Normalization | None = "lamp" if args.method == "lamp" else args.normalize
-    if args.method == "wanda":
-        return importance.wanda(normalize or "none")
+    if args.method in ("wanda", "ria"):
+        return (importance.wanda if args.method == "wanda" else importance.ria)(normalize=normalize or "none")
     if normalize is None:
         normalize = "l2" if _scope(args).name == "model" else "none"
     return importance.magnitude(normalize=normalize)
@@ -85,7 +125,7 @@ def _importance(args: argparse.Namespace) -> Importance:
 def _scope(args: argparse.Namespace) -> Scope:
     if args.n_of_m is not None:
         return scope.n_of_m(keep=args.n_of_m[0], of=args.n_of_m[1])
-    name = args.scope or ("row" if args.method == "wanda" else "model")
+    name = args.scope or ("row" if args.method == "wanda" or args.data is not None else "model")
     return {"model": scope.model, "tensor": scope.tensor, "row": scope.row}[name]()
 
 
