@@ -119,8 +119,8 @@ def _batches(args: argparse.Namespace, transformers: Any, config: Any, source: s
     last = max(int(sample.max()) for sample in samples)
     if last >= text.vocab_size:
         raise ValueError(
-            f"the tokenizer in {source} gives token {last}, and the model has {text.vocab_size}; give the folder with "
-            "the model's own tokenizer"
+            f"the tokenizer in {source} gives token {last}, and the model has {text.vocab_size}; give the folder "
+            "with the model's own tokenizer"
         )
     names = ("input_ids", "decoder_input_ids") if config.is_encoder_decoder else ("input_ids",)
     return [dict.fromkeys(names, sample) for sample in samples]
@@ -193,8 +193,8 @@ def _report(
     )
     solved = f", solved by {args.solver}" if args.solver not in (None, how) else ""
     output.line(
-        f"{zeros:,} of {size:,} elements are zero ({percent(zeros, size)}): {how}{solved}, over {len(batches)} samples "
-        f"of {length} tokens. What lies outside of blocks was left alone; error is the share of a layer's output that "
+        f"{zeros:,} of {size:,} elements are zero ({percent(zeros, size)}): {how}{solved}, over {len(batches)} "
+        f"samples of {length} tokens. What lies outside of blocks was left alone; error is the share of a layer's output that "
         "is lost."
     )
     output.line(

@@ -80,9 +80,7 @@ def _field(line: str, field: str, place: str) -> str:
 def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return what a tokenizer puts before and after a text."""
     inner, whole = _plain(tokenizer, "a"), list(tokenizer("a")["input_ids"])
-    begin = next(
-        (one for one in range(len(whole)) if inner and whole[one : one + len(inner)] == inner), len(whole)
-    )
+    begin = next((one for one in range(len(whole)) if inner and whole[one : one + len(inner)] == inner), len(whole))
     return whole[:begin], whole[begin + len(inner) :]
 
 

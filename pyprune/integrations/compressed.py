@@ -1,6 +1,5 @@
 """Models of transformers in compressed checkpoints; `pyprune.integrations.transformers` has this function."""
 
-import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -10,14 +9,13 @@ from typing import Any
 from torch import nn
 
 from pyprune.checks import check_choice, check_path
-from pyprune.integrations.compressed_loading import METHOD
 from pyprune.integrations.pretrained import save_pretrained
 from pyprune.sparse.codec import zstd
 from pyprune.sparse.convert import compress_checkpoint
 from pyprune.sparse.format import CODECS
+from pyprune.sparse.model_config import CONFIG
 from pyprune.sparse.writing import Written
 
-_CONFIG = "config.json"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
 
 
@@ -70,10 +68,9 @@ def save_compressed(
         dense, small = Path(beside, "dense"), Path(beside, "small")
         save_pretrained(model, dense, max_shard_size=max_shard_size)
         written = compress_checkpoint(dense, small, codec=codec)
-        _mark(small / _CONFIG)
         folder.mkdir(exist_ok=True)
         # The config comes last: without it there is no model in the folder.
-        for file in sorted(small.iterdir(), key=lambda one: (one.name == _CONFIG, one.name)):
+        for file in sorted(small.iterdir(), key=lambda one: (one.name == CONFIG, one.name)):
             os.replace(file, folder / file.name)
     return _sum(written)
 
@@ -85,13 +82,6 @@ def _check_plain(model: Any) -> None:
         raise ValueError(
             "the model has adapters, and only these would be saved; merge them, or delete_adapter() before"
         )
-
-
-def _mark(config: Path) -> None:
-    """Say in a config that the weights beside it are compressed."""
-    fields = json.loads(config.read_text(encoding="utf-8"))
-    fields["quantization_config"] = {"quant_method": METHOD}
-    config.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def _sum(done: Sequence[Written]) -> Written:

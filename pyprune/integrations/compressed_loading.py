@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from pyprune.sparse.format import KEY
 from pyprune.sparse.header import NAMES
+from pyprune.sparse.model_config import METHOD
 from pyprune.sparse.reading import SparseFile
 
-METHOD = "pyprune"
 _PARAMETERS = ["model", "state_dict", "checkpoint_files", "load_config", "expected_keys"]
 
 
@@ -107,7 +107,7 @@ def _wrap() -> None:
 
 
 def _are_ours(files: Sequence[str] | None, quantizer: Any) -> bool:
-    """Whether a config says that files are compressed, or they themselves do, which the command line wrote."""
+    """Whether a config says that files are compressed, or they themselves do, which `save_sparse` wrote."""
     if quantizer is not None:
         return bool(quantizer.quantization_config.quant_method == METHOD)
     return any(file.endswith(".safetensors") and _is_compressed(file) for file in files or ())

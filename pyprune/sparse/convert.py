@@ -31,6 +31,9 @@ def compress_checkpoint(
 ) -> list[Written]:
     """Write a checkpoint of which tensors with zeros are packed; return what `save_sparse` does, for each file.
 
+    Of a folder with a ``config.json`` of transformers, that says so: ``from_pretrained`` reads it after
+    ``import pyprune.integrations.transformers``, and stops without.
+
     Args:
         source: a safetensors file, a folder with one, or of shards with their index.
         target: where nothing is: a file if source is one, otherwise a folder.
@@ -54,7 +57,7 @@ def compress_checkpoint(
         written.append(write_sparse(path, sources, options, tied=file.tied, metadata=others(file)))
 
     with Checkpoint(source) as checkpoint:
-        write_like(checkpoint, target, write)
+        write_like(checkpoint, target, write, layout=layout)
     return written
 
 

@@ -9,11 +9,16 @@ from pathlib import Path
 
 from pyprune.checks import check_path
 from pyprune.sparse.checkpoint import Checkpoint
+from pyprune.sparse.model_config import say_how_stored
 from pyprune.sparse.reading import SparseFile
 
 
 def write_like(
-    checkpoint: Checkpoint, target: str | os.PathLike[str], write: Callable[[SparseFile, Path], object]
+    checkpoint: Checkpoint,
+    target: str | os.PathLike[str],
+    write: Callable[[SparseFile, Path], object],
+    *,
+    layout: str | None = None,
 ) -> None:
     """Write a checkpoint with the files of another, in their order; other files are copied, the index made anew.
 
@@ -21,6 +26,7 @@ def write_like(
         checkpoint: what it comes from.
         target: the path of a file if that is one file, otherwise of a folder. Nothing may be there.
         write: writes what one of its files becomes to a path.
+        layout: in which tensors are packed; None if they are dense. A config of transformers says it.
 
     Raises:
         FileExistsError: if something is there.
@@ -38,6 +44,7 @@ def write_like(
             copy(other, unfinished / other.name)
         if checkpoint.index_file is not None:
             _write_index(checkpoint, unfinished)
+        say_how_stored(unfinished, [file.path.name for file in checkpoint.files], layout)
 
 
 def check_target(checkpoint: Checkpoint, target: str | os.PathLike[str]) -> None:

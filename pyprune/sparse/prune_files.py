@@ -124,7 +124,8 @@ def prune_files(
                     for _ in pruned.pieces(name):
                         pass
             else:
-                write_like(checkpoint, target, lambda file, path: _write(file, path, pruned, compress))
+                layout = None if compress is None else compress.layout
+                write_like(checkpoint, target, lambda file, path: _write(file, path, pruned, compress), layout=layout)
     sizes = {weight.name: prod(weight.shape) for weight in weights}
     return PrunedFiles(
         {name: zeros[name] for name in found.names}, sizes, found.left_alone, choice.removed, choice.score

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ transformers = pytest.importorskip("transformers")
 
 from pyprune.integrations import compressed, compressed_loading  # noqa: E402
 from pyprune.integrations.transformers import from_pretrained, save_compressed, save_pretrained  # noqa: E402
-from pyprune.sparse.convert import compress_checkpoint  # noqa: E402
+from pyprune_command.main import main  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TOKENS = torch.randint(5, 60, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -89,6 +90,15 @@ def load(loader, folder, **options):
     return model
 
 
+def check_not_loaded(loader, folder):
+    """Check that a process without pyprune stops."""
+    code = f"import sys, transformers\ntransformers.{loader.__name__}.from_pretrained({str(folder)!r})"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 1
+    assert "Unknown quantization type, got pyprune" in found.stderr
+    assert found.stderr.splitlines()[-1].startswith("RuntimeError: ")  # shapes, or experts that cannot be merged
+
+
 def weights(folder):
     return sorted(folder.glob("*.safetensors"))
 
@@ -142,12 +152,40 @@ def test_save_compressed_again_and_from_a_stripped_model(tmp_path):
 
 
 @pytest.mark.parametrize("shards", [None, "30KB"])
-def test_from_pretrained_loads_a_folder_that_was_compressed_as_files(shards, tmp_path):
-    model, loader = masked(tied_llama)
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+@pytest.mark.parametrize("make", [tied_llama, gpt2, bert])
+def test_from_pretrained_loads_what_the_command_compressed(make, codec, shards, tmp_path):
+    if codec == "zstd":
+        pytest.importorskip("zstandard")
+    model, loader = masked(make)
     save_pretrained(model, tmp_path / "dense", max_shard_size=shards)
-    compress_checkpoint(tmp_path / "dense", tmp_path / "small")
-    assert "quantization_config" not in (tmp_path / "small" / "config.json").read_text()
-    same(load(loader, tmp_path / "small"), model)
+    small, dense, again = (str(tmp_path / name) for name in ("small", "dense", "again"))
+    assert main(["compress", dense, small, "--codec", codec, "-q"]) == 0
+    same(load(loader, small), model)
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    assert config["quantization_config"] == {"quant_method": "pyprune"}
+    check_not_loaded(loader, small)
+    assert main(["expand", small, again, "-q"]) == 0
+    files = [{one.name: one.read_bytes() for one in Path(folder).glob("*.json")} for folder in (dense, again)]
+    assert files[0]["config.json"] == files[1]["config.json"]
+    same(load(loader, again), model)
+
+
+def test_prune_packs_and_unpacks_for_from_pretrained(tmp_path):
+    model, loader = masked()
+    save_compressed(model, tmp_path / "small")
+    for name, options in {"dense": [], "packed": ["--compress"]}.items():
+        assert main(["prune", str(tmp_path / "small"), str(tmp_path / name), "-r", "0.9", "-q", *options]) == 0
+    same(load(loader, tmp_path / "packed"), load(loader, tmp_path / "dense"))
+    assert "quantization_config" not in (tmp_path / "dense" / "config.json").read_text()
+    check_not_loaded(loader, tmp_path / "packed")
+
+
+def test_from_pretrained_loads_a_file_of_save_sparse_beside_a_config(tmp_path):
+    model, loader = masked()
+    model.config.save_pretrained(tmp_path)
+    pyprune.save_sparse(model, tmp_path / "model.safetensors")
+    same(load(loader, tmp_path), model)
 
 
 @pytest.mark.parametrize("make", [llama, mixtral])
@@ -219,11 +257,7 @@ def test_without_pyprune_a_compressed_model_is_not_loaded(make, codec, tmp_path)
         pytest.importorskip("zstandard")
     model, loader = masked(make)
     save_compressed(model, tmp_path, codec=codec)
-    code = f"import sys, transformers\ntransformers.{loader.__name__}.from_pretrained({str(tmp_path)!r})"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert found.returncode == 1
-    assert "Unknown quantization type, got pyprune" in found.stderr
-    assert found.stderr.splitlines()[-1].startswith("RuntimeError: ")  # shapes, or experts that cannot be merged
+    check_not_loaded(loader, tmp_path)
 
 
 def damaged(file, change):
