@@ -194,8 +194,8 @@ def _report(
     solved = f", solved by {args.solver}" if args.solver not in (None, how) else ""
     output.line(
         f"{zeros:,} of {size:,} elements are zero ({percent(zeros, size)}): {how}{solved}, over {len(batches)} "
-        f"samples of {length} tokens. What lies outside of blocks was left alone; error is the share of a layer's output that "
-        "is lost."
+        f"samples of {length} tokens. What lies outside of blocks was left alone; error is the share of a layer's "
+        "output that is lost."
     )
     output.line(
         f"Written packed to {args.output}; `pyprune expand` makes it dense."

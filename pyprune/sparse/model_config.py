@@ -37,8 +37,8 @@ def say_how_stored(folder: Path, names: list[str], layout: str | None) -> None:
         if layout is not None:
             method = entry.get("quant_method") if isinstance(entry, dict) else entry
             warn(
-                f"{CONFIG} says that the model is quantised ({shown(method)}), and cannot say that it is packed, too: "
-                "transformers will not load it; expand it before"
+                f"{CONFIG} says that the model is quantised ({shown(method)}), and cannot say that it is packed, "
+                "too: transformers will not load it; expand it before"
             )
         return
     config.pop(_ENTRY, None)

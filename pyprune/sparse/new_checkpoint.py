@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -77,7 +78,8 @@ def whole_folder(target: Path) -> Iterator[Path]:
         >>> [path.name for path in target.iterdir()], len(list(target.parent.iterdir()))
         (['a'], 1)
     """
-    unfinished = target.absolute().with_name(f".{target.name}.{os.getpid()}.unfinished")
+    # No process number: in containers the next one has the same, and one that was killed leaves its folder.
+    unfinished = target.absolute().with_name(f".{target.name}.{secrets.token_hex(4)}.unfinished")
     try:
         unfinished.mkdir()
         yield unfinished
