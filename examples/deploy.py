@@ -1,10 +1,10 @@
 """Run pruned models in other runtimes: are the outputs right, how large are files, how long does a pass take?
 
 A ResNet-18 and all-MiniLM-L6-v2, a trained sentence encoder, each dense, with 50 and 80 % of its weights zero
-(masked, stripped), and made smaller (half of the channels, or of the hidden units and heads, shrunk), go through torch.export,
-AOTInductor, ONNX and onnxruntime (also with the zeros left out of the file), OpenVINO and ExecuTorch with XNNPACK.
-What is not installed or fails has a row, too, and says why. Nothing is trained: sizes and times do not ask for what
-the weights are.
+(masked, stripped), and made smaller (half of the channels, or of the hidden units and heads, shrunk), go through
+torch.export, AOTInductor, ONNX and onnxruntime (also with the zeros left out of the file), OpenVINO and ExecuTorch
+with XNNPACK. What is not installed or fails has a row, too, and says why. Nothing is trained: sizes and times do not
+ask for what the weights are.
 
 Run it with ``make deploy`` (a quarter of an hour on two cores); ``--json PATH`` writes what was measured.
 """
