@@ -1,4 +1,5 @@
 import gzip
+import importlib
 import importlib.util
 import inspect
 import io
@@ -273,3 +274,52 @@ def test_pitch_runs():
     assert float(dense[1]) > 80
     assert float(pruned[3]) > 70
     assert float(pruned[-1]) < 0.5 * float(dense[-1])  # MB after gzip
+
+
+@pytest.mark.usefixtures("imports_examples")
+@pytest.mark.filterwarnings("ignore")
+def test_deploy_measures_and_says_what_fails(monkeypatch):
+    import deploy
+
+    def missing(model, inputs, folder):
+        importlib.import_module("a_runtime_that_nobody_has")
+
+    monkeypatch.setitem(deploy.RUNTIMES, "missing", missing)
+    monkeypatch.setitem(deploy.RUNTIMES, "zeros", lambda model, inputs, folder: lambda: torch.zeros(1, 100))
+    model, inputs = deploy.resnet(widths=(8, 16), size=32)
+    variants = deploy.variants_of(model, inputs)
+    rows = {
+        name: deploy.rows_of("ResNet", name, variants, inputs, 0.0)
+        for name in ("eager", "torch.export", "missing", "zeros")
+    }
+    assert [row.variant for row in rows["eager"]] == list(variants)
+    assert all(row.difference < 1e-5 and row.milliseconds > 0 and not row.failed for row in rows["torch.export"])
+    assert rows["torch.export"][2].gzipped < 0.6 * rows["torch.export"][0].gzipped  # 80 % zeros
+    assert rows["torch.export"][3].megabytes < rows["torch.export"][0].megabytes  # shrunk
+    assert {row.failed for row in rows["missing"]} == {"not installed: a_runtime_that_nobody_has"}
+    assert all(row.difference == pytest.approx(1) for row in rows["zeros"])
+    monkeypatch.setattr(deploy, "console", console := rich.console.Console(width=120, file=io.StringIO()))
+    deploy.show([row for some in rows.values() for row in some])
+    assert console.file.getvalue().count("not installed: a_runtime_that_nobody_has") == 4
+
+
+@pytest.mark.usefixtures("imports_examples")
+def test_deploy_leaves_zeros_out_of_the_file(tmp_path):
+    onnx = pytest.importorskip("onnx", reason="pip install onnx")
+    import deploy
+
+    values = torch.zeros(4, 3, 5)
+    values[1, 2, 3], values[3, 0, 0] = 7, -2
+    tensors = {"sparse": values.numpy(), "dense": torch.ones(4, 3, 5).numpy()}
+    initializers = [onnx.numpy_helper.from_array(array, name) for name, array in tensors.items()]
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [], initializers)), tmp_path / "model.onnx")
+    deploy.leave_out_zeros(tmp_path / "model.onnx")
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    assert [one.name for one in graph.initializer] == ["dense"]
+    (sparse,) = graph.sparse_initializer
+    assert (sparse.values.name, list(sparse.dims)) == ("sparse", [4, 3, 5])
+    back = torch.zeros(60)
+    back[torch.tensor(onnx.numpy_helper.to_array(sparse.indices))] = torch.tensor(
+        onnx.numpy_helper.to_array(sparse.values)
+    )
+    assert torch.equal(back.view(4, 3, 5), values)
