@@ -1,8 +1,8 @@
 """Prune and quantise a trained transformer without training: which is worth its bytes, zeros or fewer bits?
 
-The models and texts are those of one_shot.py, and so is how they are judged. All matrices of the blocks are pruned by
-SparseGPT (`prune_one_shot`), and their weights become float32, bfloat16 or integers of 8, 4 or 3 bits, with a scale
-for each row or (g128) for each 128 columns of it. They are rounded in one of two ways: "after" pruning, to the nearest
+The models and texts are those of one_shot.py, and so is how they are judged. All matrices of the blocks are pruned
+by SparseGPT (`prune_one_shot`), and their weights become float32, bfloat16 or integers of 8, 4 or 3 bits, a scale
+for each row or (g128) for each 128 columns of it. They are rounded in one of two ways: "after" pruning, to the next
 point of the grid of the dense weight, and "jointly", by ``solvers.sparsegpt(quantize=...)``, where the columns that
 follow make up for what was rounded, too.
 
@@ -10,8 +10,9 @@ Bits are those of a weight of these matrices, with scales of 16 bits: "packed", 
 and the values that are not zero, whichever is less, and "entropy", what coding integers one by one takes at least.
 "Not dominated" is what no other row has in fewer packed bits with a better judgement.
 
-Run it with ``make compound`` (eight minutes on one core), and ``make compound MODEL=smollm2`` (some hours; less
-with ``ARGS="--patterns dense '50 %' --types int8 int4-g128"``). ``--json PATH`` writes the table, ``--plot PATH`` draws the picture of the documentation.
+Run it with ``make compound`` (eight minutes on one core), and ``make compound MODEL=smollm2`` (over an hour; half of
+that with ``ARGS="--patterns dense '50 %' '70 %'"``). ``--json PATH`` writes the table, ``--plot PATH`` draws it as in
+the documentation.
 """
 
 import argparse
@@ -238,7 +239,7 @@ def main() -> None:
             console.print(f"{pattern}, {row.type} {row.way}: {case.judged_by} {row.judged:.4f}", highlight=False)
     show(case, rows, what)
     if arguments.json is not None:
-        content = {"model": case.name, "judged_by": case.judged_by, "texts": what, "rows": [asdict(row) for row in rows]}
+        content = {"model": case.name, "judged_by": case.judged_by, "texts": what, "rows": [*map(asdict, rows)]}
         arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if arguments.plot is not None:
         plot(case, rows, arguments.plot)

@@ -119,8 +119,8 @@ def add_teacher(
     """
     if not pl_module.automatic_optimization:
         raise ValueError(
-            "with manual optimization training_step returns no loss, to which that of the teacher could be added; make "
-            "a pyprune.Distillation in the LightningModule, and call its loss there"
+            "with manual optimization training_step returns no loss, to which that of the teacher could be added; "
+            "make a pyprune.Distillation in the LightningModule, and call its loss there"
         )
     strategy = trainer.strategy
     step = strategy.training_step

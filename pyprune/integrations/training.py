@@ -46,7 +46,7 @@ def start_of(
     if isinstance(prune, (str, os.PathLike)):
         prune = Recipe.from_file(prune)
     if isinstance(prune, Recipe):
-        prune.check_teacher(teacher)
+        prune._check_teacher(teacher)
         return partial(prune.apply, examples_inputs=examples_inputs, teacher=teacher)
     if teacher is not None:
         raise ValueError("teacher is for a recipe that has one; beside other pruning take DistillationCallback")

@@ -55,8 +55,8 @@ class PruningCallback(TrainerCallback):
         steps_per_epoch: steps of the optimizer per epoch; worked out from the number of batches if None.
         examples_inputs: as in `prune`, for a recipe or `keep_sparse`; without it, weights of layers that are not
             torch's own (those of GPT-2, for one) are not found.
-        teacher: the dense model, for a recipe with a teacher; it is moved to the device of the training, and the model
-            must compute its loss itself, as for `DistillationCallback`.
+        teacher: the dense model, for a recipe with a teacher; it is moved to the device of the training, and the
+            model must compute its loss itself, as for `DistillationCallback`.
         resume_from: the checkpoint that training goes on from. Only needed if it is not in ``args.output_dir``,
             because the ``Trainer`` does not tell callbacks.
 

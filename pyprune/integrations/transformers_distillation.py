@@ -115,6 +115,7 @@ class WithTeacher:
         return type(self), ()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
+        """Change the output, if it is time."""
         if self.now is None or not module.training or not torch.is_grad_enabled():
             return None
         distillation = self.now()

@@ -175,8 +175,8 @@ class Recipe:
             steps_per_epoch: how often ``optimizer.step()`` is called per epoch: batches by those that are
                 accumulated.
             examples_inputs: as in `prune`, for all stages.
-            teacher: the dense model, for a recipe with a teacher: ``copy.deepcopy(model)``, made before sparse weights
-                are loaded, or a larger one. Train with ``loss`` of what this returns.
+            teacher: the dense model, for a recipe with a teacher: ``copy.deepcopy(model)``, made before sparse
+                weights are loaded, or a larger one. Train with ``loss`` of what this returns.
 
         Returns:
             What must be told of each step. Call its ``step()`` after that of the optimizer, and ``finish()`` at the
@@ -186,18 +186,11 @@ class Recipe:
             TypeError, ValueError: for wrong arguments, or a stage that does not fit the model. The model is then as
                 it was.
         """
-        self.check_teacher(teacher)
+        self._check_teacher(teacher)
         return start(self.stages, model, optimizer, steps_per_epoch, examples_inputs, self.teacher, teacher)
 
-    def check_teacher(self, teacher: object) -> None:
-        """Raise unless this is the teacher that the recipe needs: a module, or None without one.
-
-        Raises:
-            TypeError, ValueError: otherwise.
-
-        Example:
-            >>> Recipe.from_string("stages: [constant]").check_teacher(None)
-        """
+    def _check_teacher(self, teacher: object) -> None:
+        """Raise unless this is the teacher that the recipe needs: a module, or None without one."""
         if self.teacher is None and teacher is not None:
             raise ValueError("teacher was given, and the recipe has none; add a line teacher: to it, or leave it out")
         if self.teacher is not None and not isinstance(teacher, nn.Module):

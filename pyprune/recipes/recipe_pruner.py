@@ -81,12 +81,12 @@ class RecipePruner:
         Example:
             >>> import copy, torch
             >>> from pyprune import Recipe
-            >>> recipe = Recipe.from_string("{stages: [constant], teacher: {end: 1, logits_weight: 0.25}}")
+            >>> recipe = Recipe.from_string("{stages: [prune: {final: 0.5, end: 2}], teacher: {}}")
             >>> model = nn.Linear(4, 2)
             >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
             >>> pruner = recipe.apply(model, optimizer, steps_per_epoch=1, teacher=copy.deepcopy(model))
             >>> task = model(torch.ones(3, 4)).square().sum()
-            >>> round(float(pruner.loss(task) / task), 3)  # a teacher that says the same adds nothing
+            >>> round((pruner.loss(task) / task).item(), 3)  # a teacher that says the same adds nothing
             0.5
         """
         distillation = self._due()
@@ -262,9 +262,7 @@ def start(
             distillation = taught.begin(model, teacher)
             until = math.inf if taught.end is None else steps_of(taught.end, steps_per_epoch)
             learns = steps_of(taught.start, steps_per_epoch), until
-        return RecipePruner(
-            model, optimizers, steps_per_epoch, pruners[::-1], hold, hold_from, distillation, learns
-        )
+        return RecipePruner(model, optimizers, steps_per_epoch, pruners[::-1], hold, hold_from, distillation, learns)
 
 
 _STATE = {"step_count", "steps_per_epoch", "pruners", "held"}

@@ -47,9 +47,7 @@ class Taught:
                 f"{self.where}.module: {self.module!r} is no module of the model; see its named_modules()"
             ) from error
         try:
-            return Distillation(
-                learner, teacher, pairs=self.pairs, temperature=self.temperature, **self.weights
-            )
+            return Distillation(learner, teacher, pairs=self.pairs, temperature=self.temperature, **self.weights)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{self.where}: {error}") from error
 
