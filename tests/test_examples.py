@@ -3,8 +3,10 @@ import importlib
 import importlib.util
 import inspect
 import io
+import math
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -163,6 +165,53 @@ def test_one_shot_prunes_by_every_solver_and_shows_it(tmp_path, capsys):
     assert "1 - cosine of the dense model: 0." in shown
     plot(case, rows, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("imports_examples")
+def test_compound_counts_bits_and_shows_who_wins(tmp_path, capsys):
+    from compound import PATTERNS, TYPES, measure, not_dominated, plot, show
+    from one_shot import Case
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh()) for _ in range(2)))
+    batches = [torch.randn(64, 64) @ torch.randn(64, 64) for _ in range(2)]
+    dense = model(batches[0]).detach()
+    case = Case("two layers", "1 - cosine", model, batches, lambda pruned: float((pruned(batches[0]) - dense).norm()))
+    rows = [row for pattern in PATTERNS for row in measure(case, pattern, list(TYPES))]
+    found = {(row.pattern, row.type, row.way): row for row in rows}
+    assert len(found) == len(rows) == 6 * (2 + 4 * 2)
+    assert found["dense", "float32", ""].judged == 0
+    # 64 columns are two groups of 32, and one of 128; each scale has 16 bits.
+    expected = {"float32": 32, "bfloat16": 16, "int8": 8 + 16 / 64, "int4-g32": 4 + 0.5}
+    for one, bits in expected.items():
+        assert found["dense", one, "" if "float" in one else "after"].packed == pytest.approx(bits)
+    half = found["50 %", "bfloat16", ""]
+    assert (half.sparsity, half.packed) == pytest.approx((0.5, 1 + 16 / 2), abs=1e-3)
+    assert half.megabytes == pytest.approx(2 * 64 * 64 * 9 / 8e6, rel=1e-3)
+    for pattern, (ratio, _) in PATTERNS.items():
+        for one in ("int4-g32", "int3-g128"):
+            after, jointly = (found[pattern, one, way] for way in ("after", "jointly"))
+            assert jointly.judged < after.judged or pattern in ("70 %", "80 %")
+            assert jointly.sparsity >= (0.5 if ratio is None else ratio) - 1e-3
+            assert jointly.entropy < jointly.packed
+    assert not (model[0][0].weight == 0).any()
+    best = not_dominated(rows)
+    assert all(a.packed < b.packed and a.judged > b.judged for a, b in pairwise(best))
+    assert all(any(b.packed <= row.packed and b.judged <= row.judged for b in best) for row in rows)
+    show(case, rows, "noise")
+    shown = capsys.readouterr().out
+    assert shown.count("*") == len(best)
+    plot(case, rows, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("imports_examples")
+def test_entropy_of_counts_the_integers_of_a_weight():
+    from compound import entropy_of
+
+    weight = torch.tensor([[0.0, 0.5, 0.0, 2.0], [0.0, 3.0, 0.0, 0.0]])
+    scale = torch.tensor([[0.5, 2.0], [3.0, 1.0]])  # integers 0 1 0 1 and 0 1 0 0
+    assert entropy_of(weight, scale, 2) == pytest.approx(5 * math.log2(8 / 5) + 3 * math.log2(8 / 3))
 
 
 @pytest.mark.usefixtures("imports_examples")
