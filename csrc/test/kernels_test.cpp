@@ -80,10 +80,23 @@ void test_pack(int64_t count, int percent) {
     for (int64_t i = 0; i < static_cast<int64_t>(bits.size()) * 8; ++i) {
       EXPECT((bits[i / 8] >> (i % 8) & 1) == (i < count && (data[i] & significant) != 0));
     }
-    std::vector<Bits> values(found), out(count, static_cast<Bits>(~Bits{0}));
+    std::vector<Bits> values(found);
     PYPRUNE_KERNEL(pack_values)(data.data(), sizeof(Bits), bits.data(), values.data(), count, found);
-    PYPRUNE_KERNEL(unpack_values)(bits.data(), values.data(), sizeof(Bits), out.data(), count, found);
-    EXPECT(values == kept && out == wanted);
+    EXPECT(values == kept);
+    // Rows that begin at a line of the cache, or in it.
+    for (const int64_t shift : {0, 1}) {
+      const std::unique_ptr<Bits, decltype(&std::free)> memory(
+          static_cast<Bits*>(std::aligned_alloc(64, ((count + shift) * sizeof(Bits) + 63) / 64 * 64)), &std::free);
+      for (const bool past_caches : {false, true}) {
+        Bits* const out = memory.get() + shift;
+        std::fill_n(out, count, static_cast<Bits>(~Bits{0}));
+        PYPRUNE_KERNEL(unpack_values)(bits.data(), values.data(), sizeof(Bits), out, count, found, past_caches);
+        EXPECT(std::equal(wanted.begin(), wanted.end(), out));
+      }
+    }
+    std::vector<Bits> exact(count);
+    PYPRUNE_KERNEL(unpack_values)(bits.data(), values.data(), sizeof(Bits), exact.data(), count, found, false);
+    EXPECT(exact == wanted);
   });
 }
 

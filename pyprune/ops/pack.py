@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pyprune.checks import check_bool, check_count, check_items
 from pyprune.ops._library import WEIGHT_DTYPES, check_masks, check_one_each, check_tensors, register_fake
+from pyprune.ops._memory import check_memory
 
 # All whose elements have 1, 2, 4 or 8 bytes, of which none that is set means zero.
 PACK_DTYPES = (
@@ -58,18 +59,26 @@ def pack(
 
 
 @torch.no_grad()
-def unpack(bits: Sequence[Tensor], values: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+def unpack(
+    bits: Sequence[Tensor],
+    values: Sequence[Tensor],
+    shapes: Sequence[Sequence[int]],
+    *,
+    out: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
     """Return the tensors that `pack` took: values where bits are set, zeros elsewhere.
 
-    Bits are counted before memory is taken for the results.
+    Bits are counted before memory is taken for the results, or written to.
 
     Args:
         bits, values: what `pack` returned.
         shapes: of the tensors.
+        out: contiguous tensors of these shapes, of the dtypes and devices of their values, which become the results.
+            Fresh memory takes longer than all else.
 
     Raises:
         TypeError, ValueError: for other dtypes or mixed devices; if bits are set beyond the last element, or if
-            there are not as many values as bits that are set.
+            there are not as many values as bits that are set. ``out`` then is as it was.
 
     Example:
         >>> [tensor] = unpack([torch.tensor([0b101010], dtype=torch.uint8)], [torch.tensor([2, 4, 6])], [(2, 3)])
@@ -95,15 +104,39 @@ def unpack(bits: Sequence[Tensor], values: Sequence[Tensor], shapes: Sequence[Se
                 f"values[{index}] has shape {tuple(some.shape)} on {some.device}; give a row of values on the device "
                 f"of its bits, {row.device}"
             )
+    if out is not None:
+        _check_out(out, bits, values, sizes)
     if not bits:
         return []
     rows, packed = [one.detach().contiguous() for one in bits], [one.detach().contiguous() for one in values]
     try:
+        if out is not None:
+            torch.ops.pyprune.unpack_into(rows, packed, [one.detach() for one in out])
+            torch.autograd.graph.increment_version(list(out))
+            return list(out)
         tensors = torch.ops.pyprune.unpack(rows, packed, counts)
     except RuntimeError:  # it counts anyway, and returns nothing if something does not fit
         _check_bits(rows, packed, counts)
         raise
     return [tensor.view(shape) for tensor, shape in zip(tensors, sizes, strict=True)]
+
+
+def _check_out(
+    out: Sequence[Tensor], bits: Sequence[Tensor], values: Sequence[Tensor], sizes: list[tuple[int, ...]]
+) -> None:
+    check_tensors(out, "out", PACK_DTYPES)
+    check_one_each(out, "out", bits, "row of bits")
+    for index, (tensor, some, shape) in enumerate(zip(out, values, sizes, strict=True)):
+        if tensor.shape != shape or not tensor.is_contiguous():
+            raise ValueError(
+                f"out[{index}] has shape {tuple(tensor.shape)} and strides {tensor.stride()}; it must be contiguous, "
+                f"of shape {shape}"
+            )
+        if tensor.dtype != some.dtype or tensor.device != some.device:
+            raise ValueError(
+                f"out[{index}] is {tensor.dtype} on {tensor.device}; values[{index}] is {some.dtype} on {some.device}"
+            )
+    check_memory({"out": out}, {"bits": bits, "values": values})
 
 
 _SHAPES = "a shape per row of bits, as in shapes=[(2, 3)]"
@@ -139,3 +172,4 @@ def _fake_unpack(bits: list[Tensor], values: list[Tensor], counts: list[int]) ->
 
 register_fake("pyprune::pack", _fake_pack)
 register_fake("pyprune::unpack", _fake_unpack)
+register_fake("pyprune::unpack_into", lambda bits, values, out: None)

@@ -1,6 +1,5 @@
 """One tensor, as the entries that stand for it in a file."""
 
-import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyprune import ops
+from pyprune.ops.crc32 import crc32
 from pyprune.sparse.blocks import expand_blocks, find_block
 from pyprune.sparse.codec import Bytes, compress, is_coded, split
 from pyprune.sparse.format import names_of
@@ -186,5 +186,7 @@ def _numbers(name: str, numbers: Any) -> Part:
 def _crc32(parts: list[Part]) -> int:
     found = 0
     for part in parts:
-        found = zlib.crc32(part.data.data, found)
+        # Frames are in the memory of bytes, which torch takes with a warning only.
+        data = part.data if part.data.flags.writeable else part.data.copy()
+        found = crc32(torch.from_numpy(data), found)
     return found

@@ -2,7 +2,6 @@
 
 import mmap
 import os
-import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from math import prod
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from pyprune import ops
 from pyprune.checks import check_path
+from pyprune.ops.crc32 import crc32
 from pyprune.sparse.blocks import blocks_of, elements_in, expand_blocks
 from pyprune.sparse.codec import decompress, join
 from pyprune.sparse.format import Stored, contents_of, entries_of
@@ -154,6 +154,10 @@ class SparseFile:
             data = memoryview(bytearray(data))
         return torch.frombuffer(data, dtype=found.dtype).view(found.shape)
 
+    def _raw(self, entry: str) -> Tensor:
+        data = self._entry_bytes(entry)
+        return torch.frombuffer(data, dtype=torch.uint8) if len(data) else torch.empty(0, dtype=torch.uint8)
+
     def _check_crc32(self, stored: Stored) -> None:
         if not stored.crc32:
             return
@@ -164,7 +168,7 @@ class SparseFile:
         ):
             found = 0
             for entry in entries:
-                found = zlib.crc32(self._entry_bytes(entry), found)
+                found = crc32(self._raw(entry), found)
             if found != wanted:
                 raise ValueError(f"its {what} are damaged: their CRC-32 is {found:08x}, and must be {wanted:08x}")
         if (stored.sparse or stored.codec) and self._shape_entry(stored) != stored.shape:
