@@ -42,6 +42,8 @@ STABLE_TORCH_LIBRARY(pyprune, m) {
   m.def("pack(Tensor[] tensors, Tensor[] masks, bool negative_zeros) -> (Tensor[], Tensor[])");
   m.def("unpack(Tensor[] bits, Tensor[] values, int[] counts) -> Tensor[]");
   m.def("unpack_into(Tensor[] bits, Tensor[] values, Tensor(a!)[] out) -> ()");
+  // How many bits are set in each row of bytes, int64 [n]. For the CPU.
+  m.def("count_bits(Tensor[] rows) -> Tensor");
 
   // CRC-32 of bytes in a row, as zlib's, after what had the CRC-32 `start`. For the CPU.
   m.def("crc32(Tensor bytes, int start) -> int");

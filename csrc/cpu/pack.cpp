@@ -119,6 +119,28 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> pack(const std::vector<Tens
   return {bits, values};
 }
 
+void count_in(const std::vector<Tensor>& rows, Bits& found) {
+  found.count([&, run = PYPRUNE_KERNEL(count_bits)](const Chunk& chunk) {
+    return run(data_of<uint8_t>(rows[chunk.tensor]) + chunk.start / 8, (chunk.count + 7) / 8);
+  });
+}
+
+Tensor count_bits(const std::vector<Tensor> rows) {
+  std::vector<int64_t> counts;
+  for (const Tensor& row : rows) {
+    check_packable(row);
+    check_on_cpu(row);
+    STD_TORCH_CHECK(row.element_size() == 1, "bits must be bytes");
+    counts.push_back(8 * row.numel());
+  }
+  Bits found(counts);
+  count_in(rows, found);
+  Tensor result =
+      torch::stable::empty({static_cast<int64_t>(rows.size())}, torch::headeronly::ScalarType::Long);
+  std::copy(found.in_tensor.begin(), found.in_tensor.end(), static_cast<int64_t*>(result.mutable_data_ptr()));
+  return result;
+}
+
 // Counts the bits of rows, which must be those of so many elements and of as many values.
 Bits counted(const std::vector<Tensor>& bits, const std::vector<Tensor>& values, const std::vector<int64_t>& counts) {
   check_unpack(bits, values, counts);
@@ -129,9 +151,7 @@ Bits counted(const std::vector<Tensor>& bits, const std::vector<Tensor>& values,
                     "bits behind the last element must be 0");
   }
   Bits found(counts);
-  found.count([&, run = PYPRUNE_KERNEL(count_bits)](const Chunk& chunk) {
-    return run(data_of<uint8_t>(bits[chunk.tensor]) + chunk.start / 8, (chunk.count + 7) / 8);
-  });
+  count_in(bits, found);
   for (size_t i = 0; i < bits.size(); ++i) {
     STD_TORCH_CHECK(found.in_tensor[i] == values[i].numel(), "there must be as many values as bits that are set");
   }
@@ -177,5 +197,6 @@ void unpack_into(const std::vector<Tensor> bits, const std::vector<Tensor> value
 STABLE_TORCH_LIBRARY_IMPL(pyprune, CPU, m) {
   m.impl("pack", TORCH_BOX(&pyprune::pack));
   m.impl("unpack", TORCH_BOX(&pyprune::unpack));
+  m.impl("count_bits", TORCH_BOX(&pyprune::count_bits));
   m.impl("unpack_into", TORCH_BOX(&pyprune::unpack_into));
 }

@@ -85,25 +85,8 @@ def unpack(
         >>> tensor.tolist()
         [[0, 2, 0], [4, 0, 6]]
     """
-    check_tensors(bits, "bits", _BITS)
-    check_tensors(values, "values", PACK_DTYPES)
-    check_one_each(values, "values", bits, "row of bits")
-    if isinstance(shapes, Tensor):
-        raise TypeError(f"shapes is a {type(shapes).__name__}; give {_SHAPES}")
-    sizes = [_shape(f"shapes[{index}]", shape) for index, shape in enumerate(check_items("shapes", shapes, _SHAPES))]
-    if len(sizes) != len(bits):
-        raise ValueError(f"got {len(sizes)} shapes for {len(bits)} rows of bits; give one per row")
+    sizes = _check_rows(bits, values, shapes)
     counts = [prod(shape) for shape in sizes]
-    for index, (row, some, count) in enumerate(zip(bits, values, counts, strict=True)):
-        if row.shape != (-(-count // 8),):
-            raise ValueError(
-                f"bits[{index}] has shape {tuple(row.shape)}; {count} elements need {-(-count // 8)} bytes in a row"
-            )
-        if some.dim() != 1 or some.device != row.device:
-            raise ValueError(
-                f"values[{index}] has shape {tuple(some.shape)} on {some.device}; give a row of values on the device "
-                f"of its bits, {row.device}"
-            )
     if out is not None:
         _check_out(out, bits, values, sizes)
     if not bits:
@@ -119,6 +102,43 @@ def unpack(
         _check_bits(rows, packed, counts)
         raise
     return [tensor.view(shape) for tensor, shape in zip(tensors, sizes, strict=True)]
+
+
+def check_packed(bits: Tensor, values: Tensor, shape: Sequence[int]) -> None:
+    """Raise what `unpack` would raise for a tensor, without memory for it.
+
+    Example:
+        >>> check_packed(torch.tensor([3], dtype=torch.uint8), torch.ones(1), (2,))
+        Traceback (most recent call last):
+        ValueError: values[0] has 1 values for 2 bits that are set; there must be as many
+    """
+    [checked] = _check_rows([bits], [values], [shape])
+    _check_bits([bits], [values], [prod(checked)])
+
+
+def _check_rows(
+    bits: Sequence[Tensor], values: Sequence[Tensor], shapes: Sequence[Sequence[int]]
+) -> list[tuple[int, ...]]:
+    check_tensors(bits, "bits", _BITS)
+    check_tensors(values, "values", PACK_DTYPES)
+    check_one_each(values, "values", bits, "row of bits")
+    if isinstance(shapes, Tensor):
+        raise TypeError(f"shapes is a {type(shapes).__name__}; give {_SHAPES}")
+    sizes = [_shape(f"shapes[{index}]", shape) for index, shape in enumerate(check_items("shapes", shapes, _SHAPES))]
+    if len(sizes) != len(bits):
+        raise ValueError(f"got {len(sizes)} shapes for {len(bits)} rows of bits; give one per row")
+    for index, (row, some, shape) in enumerate(zip(bits, values, sizes, strict=True)):
+        count = prod(shape)
+        if row.shape != (-(-count // 8),):
+            raise ValueError(
+                f"bits[{index}] has shape {tuple(row.shape)}; {count} elements need {-(-count // 8)} bytes in a row"
+            )
+        if some.dim() != 1 or some.device != row.device:
+            raise ValueError(
+                f"values[{index}] has shape {tuple(some.shape)} on {some.device}; give a row of values on the device "
+                f"of its bits, {row.device}"
+            )
+    return sizes
 
 
 def _check_out(
@@ -139,6 +159,17 @@ def _check_out(
     check_memory({"out": out}, {"bits": bits, "values": values})
 
 
+def count_bits(bits: Sequence[Tensor]) -> list[int]:
+    """Return how many bits are set in each row of bytes, contiguous on the CPU.
+
+    Example:
+        >>> count_bits([torch.tensor([3, 255], dtype=torch.uint8)])
+        [10]
+    """
+    found: list[int] = torch.ops.pyprune.count_bits(list(bits)).tolist()
+    return found
+
+
 _SHAPES = "a shape per row of bits, as in shapes=[(2, 3)]"
 
 
@@ -150,13 +181,12 @@ def _shape(name: str, shape: object) -> tuple[int, ...]:
 
 def _check_bits(bits: Sequence[Tensor], values: Sequence[Tensor], counts: Sequence[int]) -> None:
     for index, (row, some, count) in enumerate(zip(bits, values, counts, strict=True)):
-        each = (row.unsqueeze(1) >> torch.arange(8, device=row.device)) & 1
-        if each.flatten()[count:].any():
+        if count % 8 and int(row[-1]) >> count % 8:
             raise ValueError(f"bits[{index}] has bits set beyond the last of its {count} elements; they must be 0")
-        if int(each.sum()) != some.numel():
+        [kept] = count_bits([row.cpu()])
+        if kept != some.numel():
             raise ValueError(
-                f"values[{index}] has {some.numel()} values for {int(each.sum())} bits that are set; there must be "
-                "as many"
+                f"values[{index}] has {some.numel()} values for {kept} bits that are set; there must be as many"
             )
 
 
@@ -172,4 +202,5 @@ def _fake_unpack(bits: list[Tensor], values: list[Tensor], counts: list[int]) ->
 
 register_fake("pyprune::pack", _fake_pack)
 register_fake("pyprune::unpack", _fake_unpack)
+register_fake("pyprune::count_bits", lambda rows: rows[0].new_empty(len(rows), dtype=torch.int64))
 register_fake("pyprune::unpack_into", lambda bits, values, out: None)

@@ -16,6 +16,7 @@ from torch import Tensor
 from pyprune import ops
 from pyprune.checks import check_path
 from pyprune.ops.crc32 import crc32
+from pyprune.ops.pack import check_packed, count_bits
 from pyprune.sparse.blocks import blocks_of, elements_in, expand_blocks
 from pyprune.sparse.codec import decompress, join
 from pyprune.sparse.format import Stored, contents_of, entries_of
@@ -108,6 +109,27 @@ class SparseFile:
         self._checked(name, self._check_crc32, stored)
         return self._checked(name, self._read_sparse if stored.sparse else self._read_dense, stored)
 
+    def is_direct(self, name: str) -> bool:
+        """Whether a tensor can be written to where it is to be, without another one on the way."""
+        stored = self._stored(name)
+        return not stored.codec and not stored.zero
+
+    def check(self, name: str) -> None:
+        """Raise what `read` would raise of a tensor that is direct, without memory for it."""
+        stored = self._stored(name)
+        self._checked(name, self._check_crc32, stored)
+        if stored.sparse:
+            self._checked(name, lambda stored: check_packed(*self._packed(stored)), stored)
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Write a tensor that is direct, and was checked, into a contiguous one of its dtype and shape on the CPU."""
+        stored = self._stored(name)
+        if stored.sparse:
+            bits, values, shape = self._checked(name, self._packed, stored)
+            ops.unpack([bits], [values], [shape], out=[out])
+        else:
+            out.copy_(self._tensor(stored.names.values))
+
     def view(self, name: str) -> Tensor:
         """Return a tensor as it lies in the file, unchecked and not to be written; one that is packed is read.
 
@@ -195,6 +217,11 @@ class SparseFile:
         return self._tensor(stored.names.values).clone()
 
     def _read_sparse(self, stored: Stored) -> Tensor:
+        bits, values, shape = self._packed(stored)
+        [tensor] = ops.unpack([bits], [values], [shape])
+        return _add_zero(tensor, self._tensor(stored.names.zero)) if stored.zero else tensor
+
+    def _packed(self, stored: Stored) -> tuple[Tensor, Tensor, tuple[int, ...]]:
         shape = self._shape_entry(stored) if stored.shape is None else stored.shape
         block = stored.block
         if block == (0, 0):
@@ -210,7 +237,7 @@ class SparseFile:
         if block is not None:
             blocks = blocks_of(shape, block)
             # As many values as blocks cover, or the mask is not worth its memory.
-            [mask] = ops.unpack([bits], [torch.ones(_count(bits), dtype=torch.bool)], [blocks])
+            [mask] = ops.unpack([bits], [torch.ones(count_bits([bits])[0], dtype=torch.bool)], [blocks])
             if elements_in(mask, block, shape) != self._kept(stored):
                 raise ValueError(
                     f"it has {self._kept(stored)} values for blocks of {elements_in(mask, block, shape)} elements; "
@@ -218,8 +245,7 @@ class SparseFile:
                 )
             [bits], _ = ops.pack([expand_blocks(mask, block, shape)])
         values = self._decoded(stored, self._kept(stored)) if stored.codec else self._tensor(stored.names.values)
-        [tensor] = ops.unpack([bits], [values.flatten()], [shape])
-        return _add_zero(tensor, self._tensor(stored.names.zero)) if stored.zero else tensor
+        return bits, values.flatten(), shape
 
     def _kept(self, stored: Stored) -> int:
         return self.header.entries[stored.names.values].count if stored.nnz is None else stored.nnz
@@ -235,10 +261,6 @@ class SparseFile:
     def _decoded(self, stored: Stored, count: int) -> Tensor:
         low = self._tensor(stored.names.values).numpy()
         return join(low, decompress(self._entry_bytes(stored.names.high), count), stored.dtype)
-
-
-def _count(bits: Tensor) -> int:
-    return int(np.unpackbits(bits.numpy()).sum())
 
 
 def _without_padding(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
