@@ -130,6 +130,10 @@ class SparseFile:
         else:
             out.copy_(self._tensor(stored.names.values))
 
+    def is_view(self, name: str) -> bool:
+        """Whether `view` returns it as it lies in the file."""
+        return self.entries(name) == [name]
+
     def view(self, name: str) -> Tensor:
         """Return a tensor as it lies in the file, unchecked and not to be written; one that is packed is read.
 
