@@ -7,6 +7,7 @@
 
 #include "../cpu/gate_segments.h"
 #include "../cpu/kernels/count_zeros.h"
+#include "../cpu/kernels/crc32.h"
 #include "../cpu/kernels/fold.h"
 #include "../cpu/kernels/gate.h"
 #include "../cpu/kernels/gate_penalty.h"
@@ -98,6 +99,19 @@ void test_pack(int64_t count, int percent) {
     PYPRUNE_KERNEL(unpack_values)(bits.data(), values.data(), sizeof(Bits), exact.data(), count, found, false);
     EXPECT(exact == wanted);
   });
+}
+
+void test_crc32(int64_t count) {
+  std::vector<uint8_t> data(count);
+  uint32_t wanted = 0x12345678;
+  for (uint8_t& byte : data) {
+    byte = static_cast<uint8_t>(random_bits());
+    wanted ^= byte;
+    for (int bit = 0; bit < 8; ++bit) {
+      wanted = (wanted >> 1) ^ ((wanted & 1) != 0 ? 0xedb88320u : 0u);
+    }
+  }
+  with_each_capability([&] { EXPECT(PYPRUNE_KERNEL(crc32_of)(data.data(), count, 0x12345678) == wanted); });
 }
 
 template <class Bits>
@@ -340,6 +354,7 @@ void run() {
     });
   }
   for (const int64_t length : kLengths) {
+    test_crc32(length);
     for (const int percent : {0, 50, 95, 100}) {
       test_pack<uint8_t>(length, percent);
       test_pack<uint16_t>(length, percent);
