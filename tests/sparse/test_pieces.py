@@ -85,7 +85,7 @@ def test_write_sparse_refuses_pieces_that_change(tmp_path, monkeypatch):
         yield tensor.view(-1).clone()
         tensor[:5] = 1
 
-    with pytest.raises(ValueError, match="w of shape .* got .* bytes"):
+    with pytest.raises(ValueError, match=r"w of shape .* got .* bytes"):
         write_sparse(tmp_path / "w", [Source("w", tensor.dtype, tensor.shape, lambda: tensor, changing)])
     assert not list(tmp_path.iterdir())
 
