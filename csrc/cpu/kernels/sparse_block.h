@@ -28,6 +28,8 @@ struct SparseLists {
   int64_t entries;         // of the whole weight
   int64_t block;           // of columns
   int64_t first, groups;   // of rows
+
+  int64_t list() const { return block * shape.groups() + first; }
 };
 
 }  // namespace pyprune
