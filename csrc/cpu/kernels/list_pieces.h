@@ -54,7 +54,8 @@ template <SparseLayout kLayout, class Use>
 inline void pieces(const SparseLists& lists, int64_t list, PieceRoom& room, const Use& use) {
   const Span span(lists, lists.offsets + list);
   if constexpr (kLayout == SparseLayout::kBitmask) {
-    const int64_t count = columns_of_mask(lists.index + list * kMaskBytes, room.columns), filled = (count + 3) / 4 * 4;
+    const int64_t count = columns_of_mask(lists.index + list * kMaskBytes, room.columns),
+                  filled = (count + 3) / 4 * 4;
     widen(lists.type, lists.values, std::min(span.begin, lists.entries), count, room.values);
     for (int64_t i = count; i < filled; ++i) {
       room.columns[i] = kMaskWidth;

@@ -105,36 +105,6 @@ void add_all(const SparseLists& lists, const float* panel, float* sums) {
   }
 }
 
-template <SparseLayout kLayout>
-void add_to_one(const SparseLists& lists, const float* panel, float* sums) {
-  PieceRoom room;
-  const int64_t first = lists.list();
-  for (int64_t list = first; list < first + lists.groups; ++list) {
-    pieces<kLayout>(lists, list, room, [&](const float* values, const auto* columns, int64_t count) {
-      float sum[4] = {};
-      if constexpr (kLayout == SparseLayout::kBlock4) {
-        for (int64_t i = 0; i < count; ++i) {
-          const float x = panel[columns[i]];
-          for (int64_t row = 0; row < 4; ++row) {
-            sum[row] += values[4 * i + row] * x;
-          }
-        }
-        for (int64_t row = 0; row < 4; ++row) {
-          sums[row] += sum[row];
-        }
-      } else {
-        for (int64_t i = 0; i < count; i += 4) {
-          for (int64_t k = 0; k < 4; ++k) {
-            sum[k] += values[i + k] * panel[columns[i + k]];
-          }
-        }
-        *sums += (sum[0] + sum[1]) + (sum[2] + sum[3]);
-      }
-    });
-    sums += kLayout == SparseLayout::kBlock4 ? 4 : 1;
-  }
-}
-
 }  // namespace
 
 int64_t least_lanes() {
@@ -152,10 +122,6 @@ void add_lists(const SparseLists& lists, const float* panel, int64_t lanes, floa
       default: return add_all<layout, 64>(lists, panel, sums);
     }
   });
-}
-
-void add_lists_to_one(const SparseLists& lists, const float* panel, float* sums) {
-  with_layout(lists.shape.layout, [&](auto layout) { add_to_one<layout>(lists, panel, sums); });
 }
 
 }  // namespace pyprune::PYPRUNE_CAPABILITY
