@@ -16,7 +16,7 @@ SPARSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 _FLOATS = SPARSE_DTYPES[:3]
 _MASK_WIDTH, _NARROW, _WIDEST, _MOST_COLUMNS = 256, 128, 248, 65_535
 _MOST_ENTRIES = 2**31 - 1
-_FEW = 0.2  # of the weights: then blocks of columns are wide
+_FEW = 0.25  # of the weights: then blocks of columns are wide
 _ELEMENTS_TOGETHER = 1 << 22  # of a weight that are packed at a time
 _FAULTS = (
     "",
@@ -261,7 +261,7 @@ def check_packed(packed: SparseWeight) -> None:
     check_tensor(values, "packed.values", SPARSE_DTYPES, values=True)
     check_tensor(index, "packed.index", (torch.uint8,), values=True)
     check_tensor(offsets, "packed.offsets", (torch.int32,), values=True)
-    check_choice("packed.layout", layout, SPARSE_LAYOUTS)
+    _layout(layout, "packed.layout")
     rows, columns = _shape(packed.shape, "packed.shape")
     height, slack = _height(layout), _slack(layout)
     groups = -(-rows // height)
@@ -302,8 +302,10 @@ def _slack(layout: str) -> int:
     return 288 if layout == "bitmask" else 32
 
 
-def _layout(layout: object) -> str:
-    return check_choice("layout", layout, SPARSE_LAYOUTS)
+def _layout(layout: object, name: str = "layout") -> str:
+    if type(layout) is str and layout in SPARSE_LAYOUTS:  # at every call of a layer
+        return layout
+    return check_choice(name, layout, SPARSE_LAYOUTS)
 
 
 def _stored(dtype: object, own: torch.dtype) -> torch.dtype:
@@ -318,12 +320,16 @@ def _stored(dtype: object, own: torch.dtype) -> torch.dtype:
 
 
 def _shape(shape: object, name: str = "shape") -> tuple[int, int]:
+    if type(shape) is tuple and len(shape) == 2 and type(shape[0]) is type(shape[1]) is int and min(shape) >= 0:
+        rows, columns = shape
+        if max(shape) <= _MOST_ENTRIES:  # at every call of a layer
+            return rows, columns
     if isinstance(shape, Tensor):
         raise TypeError(f"{name} is a {type(shape).__name__}; give (rows, columns)")
     sizes = check_items(name, shape, "(rows, columns)")
     if len(sizes) != 2:
         raise ValueError(f"{name} is {shown(shape)}; give (rows, columns)")
-    rows, columns = (check_count(name, size, most=2**31 - 1) for size in sizes)
+    rows, columns = (check_count(name, size, most=_MOST_ENTRIES) for size in sizes)
     return rows, columns
 
 
