@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from pyprune.checks import check_choice, check_count, check_items, shown
 from pyprune.ops._library import check_tensor, register_fake
-from pyprune.ops.pack import unpack
+from pyprune.ops.pack import count_bits, unpack
 
 # In the order of csrc/sparse_layout.h.
 SPARSE_LAYOUTS = ("index", "bitmask", "rows", "block4")
@@ -125,11 +126,10 @@ def pack_sparse_bits(
             f"{values.device}; "
             f"a weight of shape ({rows}, {columns}) needs {length} bytes of bits and a row of values on the CPU"
         )
-    in_byte = torch.tensor([byte.bit_count() for byte in range(256)], dtype=torch.uint8)
     # How many values come before some of the bytes.
-    step = max(1, _rows_together(columns) * columns // 8)
-    parts = [int(in_byte[bits[at : at + step].int()].sum()) for at in range(0, length, step)]
-    before = dict(zip(range(0, length + step, step), [0, *torch.tensor(parts).cumsum(0).tolist()], strict=False))
+    bits, step = bits.contiguous(), max(1, _rows_together(columns) * columns // 8)
+    parts = count_bits([bits[at : at + step] for at in range(0, length, step)]) if length else []
+    before = dict(zip(range(0, length + step, step), [0, *accumulate(parts)], strict=False))
     if sum(parts) != values.numel():
         raise ValueError(
             f"values has {values.numel()} values for {sum(parts)} bits that are set; there must be as many"
