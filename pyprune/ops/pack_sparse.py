@@ -18,7 +18,7 @@ _FLOATS = SPARSE_DTYPES[:3]
 _MASK_WIDTH, _NARROW, _WIDEST, _MOST_COLUMNS = 256, 128, 248, 65_535
 _MOST_ENTRIES = 2**31 - 1
 _FEW = 0.25  # of the weights: then blocks of columns are wide
-_ELEMENTS_TOGETHER = 1 << 22  # of a weight that are packed at a time
+_ELEMENTS_TOGETHER = 1 << 20  # of a weight that are packed at a time
 _FAULTS = (
     "",
     "offsets do not grow from 0 to the number of entries",
@@ -56,7 +56,7 @@ class SparseWeight:
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Values, index, offsets and scale: all that there is to store."""
+        """All that there is to store, with None in place of a scale that there is not."""
         return self.values, self.index, self.offsets, self.scale
 
 
