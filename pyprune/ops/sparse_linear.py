@@ -48,7 +48,31 @@ def sparse_linear(
         >>> sparse_linear(torch.tensor([1.0, 2.0, 3.0]), packed, activation="relu").tolist()
         [4.0, 0.0]
     """
+    number = 0
+    if activation is not None:
+        check_choice("activation", activation, ACTIVATIONS)
+        number = 1 + ACTIVATIONS.index(activation)
     check_tensor(input, "input", _FLOATS, values=True)
+    if bias is not None:
+        check_tensor(bias, "bias", _FLOATS, values=True)
+    if not isinstance(packed, SparseWeight) or input.dim() == 0 or input.shape[-1] != packed.shape[1]:
+        _check(input, packed, bias)
+    for name, tensor in (("input", input), ("bias", bias)):
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} requires a gradient, and sparse_linear has none: call it in torch.no_grad(), or detach"
+            )
+    try:
+        result: Tensor = torch.ops.pyprune.sparse_linear(
+            input, *packed.tensors, bias, SPARSE_LAYOUTS.index(packed.layout), packed.shape[0], number
+        )
+    except (RuntimeError, ValueError):  # it checks sizes and dtypes anyway, before it reads
+        _check(input, packed, bias)
+        raise
+    return result
+
+
+def _check(input: Tensor, packed: SparseWeight, bias: Tensor | None) -> None:
     check_packed(packed)
     rows, columns = packed.shape
     if input.dim() == 0 or input.shape[-1] != columns or not input.device.type == "cpu":
@@ -56,25 +80,8 @@ def sparse_linear(
             f"input is of shape {tuple(input.shape)} on {input.device}; a weight of shape ({rows}, {columns}) needs "
             f"(..., {columns}) on the CPU"
         )
-    if bias is not None:
-        check_tensor(bias, "bias", _FLOATS, values=True)
-        if bias.shape != (rows,) or not bias.device.type == "cpu":
-            raise ValueError(
-                f"bias is of shape {tuple(bias.shape)} on {bias.device}; give ({rows},) numbers on the CPU"
-            )
-    number = 0
-    if activation is not None:
-        check_choice("activation", activation, ACTIVATIONS)
-        number = 1 + ACTIVATIONS.index(activation)
-    for name, tensor in (("input", input), ("bias", bias)):
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{name} requires a gradient, and sparse_linear has none: call it in torch.no_grad(), or detach"
-            )
-    result: Tensor = torch.ops.pyprune.sparse_linear(
-        input, *packed.tensors, bias, SPARSE_LAYOUTS.index(packed.layout), rows, number
-    )
-    return result
+    if bias is not None and (bias.shape != (rows,) or not bias.device.type == "cpu"):
+        raise ValueError(f"bias is of shape {tuple(bias.shape)} on {bias.device}; give ({rows},) numbers on the CPU")
 
 
 def _fake(
