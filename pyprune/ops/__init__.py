@@ -14,18 +14,11 @@ from pyprune.ops.group_masks import group_masks
 from pyprune.ops.mask_weight import mask_weight
 from pyprune.ops.norms import inverse_norms, norms
 from pyprune.ops.pack import PACK_DTYPES, pack, unpack
-from pyprune.ops.pack_sparse import (
-    SPARSE_DTYPES,
-    SPARSE_LAYOUTS,
-    SparseWeight,
-    check_sparse,
-    pack_sparse,
-    pack_sparse_bits,
-    unpack_sparse,
-)
+from pyprune.ops.pack_sparse import pack_sparse, pack_sparse_bits, unpack_sparse
 from pyprune.ops.park import park, unpark
 from pyprune.ops.probe import probe
 from pyprune.ops.sparse_linear import ACTIVATIONS, sparse_linear
+from pyprune.ops.sparse_weight import SPARSE_DTYPES, SPARSE_LAYOUTS, SparseWeight, check_sparse
 from pyprune.ops.sparsegpt_block import sparsegpt_block
 from pyprune.ops.threshold import threshold
 from pyprune.ops.unit_scores import unit_scores

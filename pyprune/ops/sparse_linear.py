@@ -7,11 +7,10 @@ from torch import Tensor
 
 from pyprune.checks import check_choice
 from pyprune.ops._library import check_tensor, register_fake
-from pyprune.ops.pack_sparse import SPARSE_LAYOUTS, SparseWeight, check_packed
+from pyprune.ops.sparse_weight import FLOATS, SPARSE_LAYOUTS, SparseWeight, check_packed
 
 # In the order of csrc/cpu/kernels/sparse_panel.h.
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def sparse_linear(
@@ -52,9 +51,9 @@ def sparse_linear(
     if activation is not None:
         check_choice("activation", activation, ACTIVATIONS)
         number = 1 + ACTIVATIONS.index(activation)
-    check_tensor(input, "input", _FLOATS, values=True)
+    check_tensor(input, "input", FLOATS, values=True)
     if bias is not None:
-        check_tensor(bias, "bias", _FLOATS, values=True)
+        check_tensor(bias, "bias", FLOATS, values=True)
     if not isinstance(packed, SparseWeight) or input.dim() == 0 or input.shape[-1] != packed.shape[1]:
         _check(input, packed, bias)
     for name, tensor in (("input", input), ("bias", bias)):
