@@ -1,6 +1,8 @@
 """Prune PyTorch models with fused C++ and CUDA mask kernels, and end with a plain model."""
 
 from pyprune import integrations, ops, torch_prune
+from pyprune.analysis.benchmark import benchmark
+from pyprune.analysis.benchmark_result import BenchmarkResult, ModelBenchmark
 from pyprune.analysis.sensitivity import sensitivity
 from pyprune.analysis.sensitivity_allocation import allocation_from_sensitivity
 from pyprune.analysis.sensitivity_result import SensitivityResult, SensitivityTarget
@@ -72,6 +74,7 @@ __version__ = build_info()["pyprune"]
 
 __all__ = [
     "AcDcPruner",
+    "BenchmarkResult",
     "Calibration",
     "Dataset",
     "Distillation",
@@ -85,6 +88,7 @@ __all__ = [
     "L0Loss",
     "LagrangianLoss",
     "Method",
+    "ModelBenchmark",
     "ModelPruningStatistic",
     "MovementPruner",
     "MultiStepMagnitudePruningScheduler",
@@ -116,6 +120,7 @@ __all__ = [
     "allocations",
     "attach_gate",
     "batch_norm_adaptation",
+    "benchmark",
     "block_scores",
     "build_info",
     "calibrate",

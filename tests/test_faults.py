@@ -493,6 +493,12 @@ CALLS = {
     ),
     "sensitivity": (dense, of_model(pyprune.sensitivity, loss_of, ratios=(0.3, 0.6), progress=False)),
     "sensitivity under masks": (masked, of_model(pyprune.sensitivity, loss_of, ratios=(0.6,), progress=False)),
+    "benchmark": (
+        lambda: {**masked(), "dense": dense()["model"]},
+        lambda things: pyprune.benchmark(
+            things["model"], BATCH, dense=things["dense"], seconds=0, memory=False, files=False
+        ),
+    ),
     "iterative_prune": (
         dense,
         of_model(pyprune.iterative_prune, (0.3, 0.6), LOCAL, finetune, loss_of, progress=False),
