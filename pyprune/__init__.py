@@ -31,6 +31,10 @@ from pyprune.oneshot.retrain_free_result import RetrainFree
 from pyprune.ops.build_info import build_info
 from pyprune.recipes.recipe import Recipe
 from pyprune.recipes.recipe_pruner import RecipePruner
+from pyprune.runtime.accelerate import accelerate
+from pyprune.runtime.accelerated import Accelerated, AcceleratedLayer
+from pyprune.runtime.densify import densify
+from pyprune.runtime.load_accelerated import load_accelerated
 from pyprune.selection.prune import prune
 from pyprune.selection.thresholds import ratios_below
 from pyprune.sparse.load_sparse import load_sparse
@@ -74,6 +78,8 @@ __version__ = build_info()["pyprune"]
 
 __all__ = [
     "AcDcPruner",
+    "Accelerated",
+    "AcceleratedLayer",
     "BenchmarkResult",
     "Calibration",
     "Dataset",
@@ -116,6 +122,7 @@ __all__ = [
     "Written",
     "__version__",
     "ac_dc",
+    "accelerate",
     "allocation_from_sensitivity",
     "allocations",
     "attach_gate",
@@ -126,6 +133,7 @@ __all__ = [
     "calibrate",
     "check_optimizer",
     "coupled_groups",
+    "densify",
     "distillation_loss",
     "drop_blocks",
     "drop_experts",
@@ -138,6 +146,7 @@ __all__ = [
     "integrations",
     "iterative_prune",
     "keep_sparse",
+    "load_accelerated",
     "load_from_config",
     "load_sparse",
     "lottery_ticket",

@@ -320,6 +320,29 @@ def gated_units():
     }
 
 
+def replaceable():
+    """A model with zeros whose layers have buffers and hooks, and of which one may be replaced."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 64), nn.BatchNorm1d(64), nn.Linear(64, 64)).eval()
+    with torch.no_grad():
+        model[2].weight[1:] = 0
+    return {"model": model}
+
+
+def accelerated(things):
+    """Replace that layer, however fast it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pyprune.runtime.measure, "in_turns", faster)
+        patch.setattr(pyprune.runtime.accelerate, "in_turns", faster)
+        pyprune.accelerate(things["model"], ROWS)
+    return things
+
+
+def faster(ways, *, seconds, **options):
+    times = pyprune.runtime.timing.in_turns(ways, seconds=0, least=1, **options)
+    return {way: [1.0 if way == "dense" else 0.5] for way in times}
+
+
 CALLS = {
     "prune": (dense, PRUNE),
     "prune again": (masked, RATIO),
@@ -493,6 +516,12 @@ CALLS = {
     ),
     "sensitivity": (dense, of_model(pyprune.sensitivity, loss_of, ratios=(0.3, 0.6), progress=False)),
     "sensitivity under masks": (masked, of_model(pyprune.sensitivity, loss_of, ratios=(0.6,), progress=False)),
+    "accelerate": (replaceable, accelerated),
+    "densify": (lambda: accelerated(replaceable()), of_model(pyprune.densify)),
+    "load_accelerated": (
+        lambda: {**replaceable(), "state": accelerated(replaceable())["model"].state_dict()},
+        lambda things: pyprune.load_accelerated(things["model"], things["state"]),
+    ),
     "benchmark": (
         lambda: {**masked(), "dense": dense()["model"]},
         lambda things: pyprune.benchmark(

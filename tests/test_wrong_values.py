@@ -600,6 +600,27 @@ ROWS: dict[str, Row] = {
         pyprune.strip,
         lambda: {"model": gated(HARD), "do_copy": False, "strip_format": "in_place", "expected_count": False},
     ),
+    "accelerate": Row(
+        pyprune.accelerate,
+        lambda: {
+            "model": net().eval(),
+            "examples": torch.ones(2, 4),
+            "dtype": None,
+            "min_gain": 1.1,
+            "seconds": 0,
+            "verify": None,
+        },
+        {
+            "dtype": OPTIONAL | {"torch.float32", "torch.int8"},
+            "min_gain": POSITIVE - SHARE,
+            "seconds": NOT_NEGATIVE - {"1e308", "2**63", "2**70"},
+            "verify": OPTIONAL | NOT_NEGATIVE | {"inf"},
+        },
+    ),
+    "densify": Row(pyprune.densify, lambda: {"model": net()}),
+    "load_accelerated": Row(
+        pyprune.load_accelerated, lambda: {"model": net(), "state_dict": net().state_dict()}, {"state_dict": set()}
+    ),
     "benchmark": Row(
         pyprune.benchmark,
         lambda: {
@@ -1048,7 +1069,8 @@ ROWS: dict[str, Row] = {
 # What calls return, and tables: their fields are not checked. AcDcPruner takes what `ac_dc` takes; one_gate_sample is
 # called in its row, by another name.
 NOT_CALLED = """
-    __version__ build_info one_gate_sample AcDcPruner Calibration Dropped IterativeResult KeepSparse
+    __version__ build_info one_gate_sample Accelerated AcceleratedLayer AcDcPruner Calibration Dropped
+    IterativeResult KeepSparse
     BenchmarkResult ModelBenchmark ModelPruningStatistic
     OneShotResult Plan PruneMode PrunedWeight PruningRound Reconstructed RetrainFree Shrunk Recipe RecipePruner
     Schedule SensitivityResult SensitivityTarget

@@ -2,27 +2,25 @@
 
 import copy
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from pyprune.analysis.benchmark_costs import counts_of, files_of, memory_of
 from pyprune.analysis.benchmark_result import BenchmarkResult, ModelBenchmark
 from pyprune.analysis.peak_memory import NotMeasured, peak_memory
 from pyprune.checks import check_bool, check_number
 from pyprune.modules.attachments import check_module
-from pyprune.modules.evaluation import check_initialized, evaluating, forward, untouched
-from pyprune.modules.undo import Before, undoing
+from pyprune.modules.evaluation import check_initialized
+from pyprune.runtime.densify import densify
+from pyprune.runtime.runs import copies_of, devices_of, run, still
+from pyprune.runtime.sparse_layer import SparseLayer
 from pyprune.runtime.timing import in_turns, waiting_for
 from pyprune.structured.models import check_values, tensors_within
 from pyprune.structured.passes import check_examples
-
-_PLAIN = (Tensor, str, bytes, int, float, complex, type(None))
 
 
 def benchmark(
@@ -76,13 +74,13 @@ def benchmark(
     for one in models.values():
         check_initialized(one)
         check_values(one)
-    devices = {tensor.device for tensor in tensors_of(models.values(), inputs)}
+    devices = devices_of(models.values(), inputs)
     with still(*models.values()):
-        given = _copies(inputs)
+        given = copies_of(inputs)
         for one in models.values():  # whether they take the examples, before anything is measured
-            _run(one, *given())
-        ways = {name: partial(_run, one) for name, one in models.items()}
-        times = in_turns(ways, seconds=seconds, prepare=given, wait=waiting_for(devices))
+            run(one, *given())
+        ways = {name: partial(run, one) for name, one in models.items()}
+        times = in_turns(ways, seconds=seconds, prepare=lambda _: given(), wait=waiting_for(devices))
     measured = {name: _costs(one, inputs, tuple(times[name]), memory, files) for name, one in models.items()}
     items, unit = _items(inputs)
     setting = {
@@ -92,40 +90,6 @@ def benchmark(
         "machine": platform.machine(),
     }
     return BenchmarkResult(measured["model"], measured.get("dense"), items, unit, setting)
-
-
-@contextmanager
-def still(*models: nn.Module) -> Iterator[None]:
-    """Have models in evaluation, without gradients; whatever passes change in them, and random numbers, come back."""
-    with ExitStack() as stack:
-        for model in models:
-            stack.enter_context(undoing(Before(model, with_attributes=False).restore))
-            stack.enter_context(evaluating(model))
-            stack.enter_context(untouched(model))
-        yield
-
-
-def tensors_of(models: Any, inputs: Any) -> Iterator[Tensor]:
-    """Yield the tensors of models and inputs."""
-    for model in models:
-        yield from model.parameters()
-        yield from model.buffers()
-    yield from tensors_within(inputs)
-
-
-def _run(model: nn.Module, *inputs: Any) -> None:
-    for one in inputs:
-        forward(model, one, "examples")
-
-
-def _copies(inputs: Sequence[Any]) -> Callable[[], tuple[Any, ...]]:
-    """Return what gives the inputs of a run: copies, if there is more than tensors in them (a cache, which grows)."""
-    plain = all(isinstance(leaf, _PLAIN) for one in inputs for leaf in tree_leaves(_as_dict(one)))
-    return (lambda: tuple(inputs)) if plain else (lambda: tuple(copy.deepcopy(one) for one in inputs))
-
-
-def _as_dict(one: Any) -> Any:
-    return dict(one) if isinstance(one, Mapping) else one
 
 
 def _items(inputs: Sequence[Any]) -> tuple[int, str]:
@@ -155,9 +119,12 @@ def _costs(
             notes.append(f"{what} not measured: {error}")
             return otherwise
 
+    # Packed weights are no parameters; what is counted are those that they stand for.
+    is_packed = any(isinstance(module, SparseLayer) for module in model.modules())
+    plain = densify(copy.deepcopy(model)) if is_packed else model
     peak = tried("peak memory", lambda: peak_memory(model, inputs), None) if memory else None
-    file, zipped, packed = tried("files", lambda: files_of(model), (None,) * 3) if files else (None,) * 3
-    parameters, zeros, macs, left = tried("counts", lambda: counts_of(model, inputs), (None,) * 4)
+    file, zipped, packed = tried("files", lambda: files_of(model, plain), (None,) * 3) if files else (None,) * 3
+    parameters, zeros, macs, left = tried("counts", lambda: counts_of(plain, inputs), (None,) * 4)
     nonzero = None if parameters is None else parameters - zeros
     return ModelBenchmark(
         times, peak, memory_of(model), file, zipped, packed, parameters, nonzero, macs, left, tuple(notes)

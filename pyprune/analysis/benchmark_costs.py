@@ -35,22 +35,16 @@ def memory_of(model: nn.Module) -> int:
     return sum(storages.values())
 
 
-def files_of(model: nn.Module) -> tuple[int, int, int]:
-    """Return the bytes of the state as it is, zipped (level 6 of zlib), and in a sparse file.
+def files_of(model: nn.Module, dense: nn.Module) -> tuple[int, int, int]:
+    """Return the bytes of the state as it is, zipped (level 6 of zlib), and of the dense model's in a sparse file.
 
     Raises:
         TypeError, ValueError: if the state cannot be saved in a sparse file.
     """
     with tempfile.TemporaryDirectory() as folder:
-        packed = save_sparse(model, Path(folder, "model.safetensors"))
-    zipped = 0
-    seen: set[tuple[int, torch.Size]] = set()
-    for tensor in model.state_dict().values():
-        place = (tensor.data_ptr(), tensor.shape)
-        if tensor.numel() and place not in seen:
-            seen.add(place)
-            zipped += _zipped(tensor)
-    return packed.dense_bytes, zipped, packed.file_bytes
+        packed = save_sparse(dense, Path(folder, "model.safetensors"))
+    state = {(one.data_ptr(), one.shape): one for one in model.state_dict().values() if one.numel()}
+    return sum(one.nbytes for one in state.values()), sum(map(_zipped, state.values())), packed.file_bytes
 
 
 def _zipped(tensor: Tensor) -> int:

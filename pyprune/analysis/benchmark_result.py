@@ -18,7 +18,7 @@ _VERSION = 1
 COSTS = {
     "peak_memory": "peak memory",
     "memory": "weights in memory",
-    "file": "file, dense",
+    "file": "file",
     "zipped_file": "file, zipped",
     "sparse_file": "file, sparse",
     "parameters": "parameters",
@@ -36,7 +36,8 @@ class ModelBenchmark:
         seconds: of each run, in order.
         peak_memory: bytes that the model and its runs take at most, in a process of their own.
         memory: bytes of parameters and buffers.
-        file, zipped_file, sparse_file: bytes of its state in a file: as it is, zipped, and by `save_sparse`.
+        file, zipped_file, sparse_file: bytes of its state in a file: as it is, zipped, and by `save_sparse`, of the
+            dense model where it is accelerated, as are the counts that follow.
         parameters, nonzero: how many there are, and how many of them are not zero.
         macs, macs_without_zeros: multiply-accumulates of a run; a dense kernel does all of them.
         notes: why something could not be measured.

@@ -18,7 +18,7 @@ def in_turns(
     *,
     seconds: float,
     least: int = 5,
-    prepare: Callable[[], tuple[Any, ...]] = tuple,
+    prepare: Callable[[_Key], tuple[Any, ...]] = lambda way: (),
     wait: Callable[[], object] = tuple,
 ) -> dict[_Key, list[float]]:
     """Return the seconds of each call of each way, in rounds in which each has one, in turns first and last.
@@ -27,7 +27,7 @@ def in_turns(
         ways: what is timed. Each is called once before, which does not count.
         seconds: until when a new round begins.
         least: rounds that there are in any case.
-        prepare: is called before each call, and not timed; what it returns are the call's arguments.
+        prepare: is called with a way before each call of it, and not timed; what it returns are the call's arguments.
         wait: returns when all that was begun is done (`waiting_for`).
 
     Example:
@@ -35,14 +35,14 @@ def in_turns(
         >>> sorted(times), len(times["sum"]) == len(times["none"]) >= 5
         (['none', 'sum'], True)
     """
-    for run in ways.values():
-        run(*prepare())
+    for way, run in ways.items():
+        run(*prepare(way))
     times: dict[_Key, list[float]] = {way: [] for way in ways}
     order, rounds = list(ways), 0
     end = time.perf_counter() + seconds
     while rounds < least or (rounds < _MOST and time.perf_counter() < end):
         for way in order:
-            arguments, run = prepare(), ways[way]
+            arguments, run = prepare(way), ways[way]
             wait()
             start = time.perf_counter()
             run(*arguments)

@@ -8,14 +8,16 @@ def test_in_turns_calls_ways_first_and_last_in_turns():
     calls = []
     ways = {name: (lambda *given, name=name: calls.append((name, *given))) for name in "abc"}
     prepared = iter(range(100))
-    times = in_turns(ways, seconds=0, least=4, prepare=lambda: (next(prepared),), wait=lambda: calls.append("wait"))
+    times = in_turns(
+        ways, seconds=0, least=4, prepare=lambda way: (next(prepared), way), wait=lambda: calls.append("wait")
+    )
     assert [len(one) for one in times.values()] == [4, 4, 4]
     assert all(second > 0 for one in times.values() for second in one)
     names = [call[0] for call in calls if call != "wait"]
     assert "".join(names) == "abc" + "abc" + "cba" + "abc" + "cba"
     # Each timed call has arguments of its own, and stands between two waits.
     assert [call[1] for call in calls if call != "wait"] == list(range(15))
-    assert calls[3:6] == ["wait", ("a", 3), "wait"]
+    assert calls[3:6] == ["wait", ("a", 3, "a"), "wait"]
 
 
 def test_in_turns_goes_on_until_the_time_is_over(monkeypatch):
