@@ -14,22 +14,37 @@ from pyprune.ops.group_masks import group_masks
 from pyprune.ops.mask_weight import mask_weight
 from pyprune.ops.norms import inverse_norms, norms
 from pyprune.ops.pack import PACK_DTYPES, pack, unpack
+from pyprune.ops.pack_sparse import (
+    SPARSE_DTYPES,
+    SPARSE_LAYOUTS,
+    SparseWeight,
+    check_sparse,
+    pack_sparse,
+    pack_sparse_bits,
+    unpack_sparse,
+)
 from pyprune.ops.park import park, unpark
 from pyprune.ops.probe import probe
+from pyprune.ops.sparse_linear import ACTIVATIONS, sparse_linear
 from pyprune.ops.sparsegpt_block import sparsegpt_block
 from pyprune.ops.threshold import threshold
 from pyprune.ops.unit_scores import unit_scores
 
 __all__ = [
+    "ACTIVATIONS",
     "CUDA_KERNELS_LOADED",
     "CUDA_PROBLEM",
     "PACK_DTYPES",
+    "SPARSE_DTYPES",
+    "SPARSE_LAYOUTS",
     "WEIGHT_DTYPES",
     "Cut",
+    "SparseWeight",
     "bernoulli_gate",
     "check_bases",
     "check_gate_shape",
     "check_hard_concrete",
+    "check_sparse",
     "count_zeros",
     "cut",
     "drop",
@@ -43,12 +58,16 @@ __all__ = [
     "mask_weight",
     "norms",
     "pack",
+    "pack_sparse",
+    "pack_sparse_bits",
     "park",
     "probe",
+    "sparse_linear",
     "sparsegpt_block",
     "threshold",
     "unit_scores",
     "unit_shape",
     "unpack",
+    "unpack_sparse",
     "unpark",
 ]

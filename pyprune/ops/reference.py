@@ -356,3 +356,37 @@ def sparsegpt_block(
         weight[:, j] = torch.where(mask[:, j], weight[:, j] - kept, 0)
         sums[:, j + 1 :] += sums[:, j : j + 1] * factor[j, j + 1 :]
     return weight, sums, mask
+
+
+def pack_sparse(weight: Tensor, layout: str, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Return what a packed weight stands for: the weight as its values are stored."""
+    if dtype != torch.int8:
+        return weight.to(dtype or weight.dtype)
+    stored = weight.float()
+    if weight.numel():
+        scale = stored.abs().amax(1, keepdim=True) / 127
+        scale = torch.where(scale > 0, scale, 1.0)
+        stored = (stored / scale).round().clamp(-127, 127) * scale
+    return stored
+
+
+def sparse_linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None, layout: str = "index"
+) -> Tensor:
+    """Add products in float64, of those weights only that are kept: not zero, or beside one in a column of four."""
+    rows, columns = weight.shape
+    kept = weight != 0
+    if layout == "block4":
+        padded = torch.nn.functional.pad(kept, (0, 0, 0, -rows % 4)).view(-1, 4, columns)
+        kept = padded.any(1, keepdim=True).expand(-1, 4, -1).reshape(-1, columns)[:rows]
+    flat = input.reshape(math.prod(input.shape[:-1]), 1, columns).double()
+    result = torch.where(kept, weight.double() * flat, 0).sum(2)
+    if bias is not None:
+        result = result + bias.double()
+    if activation == "relu":
+        result = torch.relu(result)
+    elif activation == "silu":
+        result = torch.nn.functional.silu(result)
+    elif activation is not None:
+        result = torch.nn.functional.gelu(result, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return result.view(*input.shape[:-1], rows)

@@ -41,6 +41,15 @@ def _gate() -> dict[str, Any]:
     return {"weight": torch.randn(4, 6), "logits": torch.randn(4, 1), "seed": torch.tensor(3), "stream": 1}
 
 
+def _pack_sparse_bits() -> dict[str, Any]:
+    [bits], [values] = ops.pack([torch.randn(4, 6)])
+    return {"bits": bits, "values": values, "shape": (4, 6), "layout": "index", "dtype": torch.float32}
+
+
+def _packed() -> ops.SparseWeight:
+    return ops.pack_sparse(torch.randn(4, 6), "index")
+
+
 _BLOCKS = [(2, 3), (4,)]
 
 # Arguments that are right, made anew for each call.
@@ -72,6 +81,13 @@ OPERATORS: dict[str, Callable[[], dict[str, Any]]] = {
     "unpark": _park,
     "pack": lambda: {"tensors": _weights(), "masks": _masks(), "negative_zeros": False},
     "unpack": _unpack,
+    "pack_sparse": lambda: {"weight": torch.randn(4, 6), "layout": "index", "dtype": torch.float32},
+    "pack_sparse_bits": _pack_sparse_bits,
+    "unpack_sparse": lambda: {"packed": _packed()},
+    "check_sparse": lambda: {"packed": _packed()},
+    "sparse_linear": lambda: {
+        "input": torch.randn(3, 6), "packed": _packed(), "bias": torch.randn(4), "activation": "relu",
+    },
     "probe": lambda: {"weights": _weights(), "masks": _masks(), "turn": 3},
     "sparsegpt_block": lambda: {
         "weight": torch.randn(4, 6), "sums": torch.randn(4, 6), "factor": torch.eye(6),
@@ -107,7 +123,7 @@ RIGHT: dict[str, set[str]] = {
     "dense_gradient": {"False", "True"}, "reduction": set(), "shape": {"an empty list"}, "gate_shape": set(),
     "scales": {"None"}, "bases": {"None"}, "factors": {"None"}, "seed": {"None", "an integer tensor",
     "of more dimensions"}, "out": {"None"},
-    "blocks": set(), "block": set(),
+    "blocks": set(), "block": set(), "layout": set(), "activation": {"None"}, "dtype": {"None", "a dtype"},
 }  # fmt: skip
 MAY_BE_RIGHT = {
     # As long as the others fit: no weights with no masks, and so on.
@@ -118,6 +134,8 @@ MAY_BE_RIGHT = {
     ("threshold", "masks"): {"None"}, ("group_masks", "masks"): {"None"}, ("fold with blocks", "blocks"): {"None"},
     ("pack", "masks"): {"None"}, ("pack", "tensors"): {"of int64", "complex", "of bool", "a list of integer tensors"},
     ("unpack", "values"): {"of int64", "complex", "of bool"},
+    ("pack_sparse", "weight"): {"a matrix"}, ("sparse_linear", "input"): {"of more dimensions"},
+    ("sparse_linear", "bias"): {"None"},
     ("gate_noise", "seed"): {"an integer tensor", "on meta"},
     ("threshold", "normalize"): {"False"},  # True and scales, too
 }  # fmt: skip
