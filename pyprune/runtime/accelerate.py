@@ -148,7 +148,7 @@ def _check_state(model: nn.Module) -> None:
 
 
 def _attention_as_a_whole(layers: Sequence[Layer], found: Sequence[Found]) -> list[Found]:
-    """Leave output projections of attention dense whose input projections are: torch's attention does not call them."""
+    """Leave output projections of attention dense whose input projections are: torch's own does not call them."""
     dense = {
         layer.module.out_proj
         for layer, one in zip(layers, found, strict=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyprune.runtime.candidates import Candidate, candidates_for
 from pyprune.runtime.find_layers import Input, Layer

@@ -17,7 +17,7 @@ class SparseMultiheadAttention(SparseLayer, nn.MultiheadAttention):
     """
 
     packed_name = "in_proj_weight"
-    in_proj_weight = property(SparseLayer.dense)  # type: ignore[assignment]
+    in_proj_weight = property(SparseLayer.dense)
 
     def shape(self) -> tuple[int, int]:
         """Return outputs and inputs."""

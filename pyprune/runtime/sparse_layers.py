@@ -14,7 +14,7 @@ _OURS = ("layout", "dense_class", "weight_dtype", "weight_requires_grad")
 class SparseLinear(SparseLayer, nn.Linear):
     """An `nn.Linear` whose weight is packed."""
 
-    weight = property(SparseLayer.dense)  # type: ignore[assignment]
+    weight = property(SparseLayer.dense)
 
     def shape(self) -> tuple[int, int]:
         """Return outputs and inputs."""

@@ -17,6 +17,7 @@ from pyprune.runtime.sparse_layer import SparseLayer
 from pyprune.runtime.sparse_layers import SparseLinear
 from tests.runtime.sparse_models import mlp, sparse
 
+MAGNITUDE = "UNSTRUCTURED_MAGNITUDE_LOCAL"
 ROWS = torch.linspace(-1, 1, 5 * 64).reshape(5, 64)
 
 
@@ -231,7 +232,7 @@ def test_accelerate_leaves_what_takes_other_dtypes(times):
 
 ERRORS = {
     "training": (lambda: mlp().train(), {}, "model is in training mode"),
-    "masks": (lambda: pyprune.prune(mlp(), "UNSTRUCTURED_MAGNITUDE_LOCAL", ratio=0.8), {}, "masks or gates on 0.weight"),
+    "masks": (lambda: pyprune.prune(mlp(), MAGNITUDE, ratio=0.8), {}, "masks or gates on 0.weight"),
     "gates": (lambda: pyprune.prune(mlp(), "UNSTRUCTURED_HARD_CONCRETE").eval(), {}, "masks or gates on 0.weight"),
     "compiled": (lambda: torch.compile(mlp()), {}, "wraps what is to"),
     "meta": (lambda: mlp().to("meta"), {}, "meta"),
@@ -264,7 +265,7 @@ def test_accelerate_again_is_an_error(times):
 
 def test_accelerate_takes_no_wrong_products(times, monkeypatch):
     monkeypatch.setattr(SparseLinear, "forward", lambda self, input: ops.sparse_linear(input, self.packed(), None))
-    with pytest.raises(ValueError, match="outputs differ by .* more than verify=0.001; the model is as it was"):
+    with pytest.raises(ValueError, match=r"outputs differ by .* more than verify=0.001; the model is as it was"):
         pyprune.accelerate(mlp(), ROWS)
 
 
@@ -326,7 +327,7 @@ def test_state_dict_goes_into_a_model_that_was_accelerated_otherwise(times):
 
 
 def test_load_state_dict_says_that_a_state_is_dense(times):
-    with pytest.raises(RuntimeError, match="2.weight is a dense weight, and the layer is accelerated"):
+    with pytest.raises(RuntimeError, match=r"2\.weight is a dense weight, and the layer is accelerated"):
         accelerated().load_state_dict(mlp().state_dict())
 
 

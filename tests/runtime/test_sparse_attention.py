@@ -42,7 +42,10 @@ CALLS = {
     "padding in numbers": {"key_padding_mask": PADDING * -3.0, "need_weights": False},
     "causal": {"attn_mask": CAUSAL, "is_causal": True, "need_weights": False},
     "both": {"attn_mask": CAUSAL, "key_padding_mask": PADDING, "need_weights": False},
-    "both in numbers": {"attn_mask": CAUSAL * -1e4, "key_padding_mask": torch.zeros(N, L).masked_fill(PADDING, -math.inf)},
+    "both in numbers": {
+        "attn_mask": CAUSAL * -1e4,
+        "key_padding_mask": torch.zeros(N, L).masked_fill(PADDING, -math.inf),
+    },
     "a mask for each head": {"attn_mask": torch.linspace(-1, 1, N * HEADS * L * L).reshape(N * HEADS, L, L)},
 }  # fmt: skip
 
