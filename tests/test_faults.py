@@ -339,7 +339,7 @@ def accelerated(things):
 
 
 def faster(ways, *, seconds, **options):
-    times = pyprune.runtime.timing.in_turns(ways, seconds=0, least=1, **options)
+    times = pyprune.runtime.timing.in_turns(ways, seconds=0, least=2, **options)
     return {way: [1.0 if way == "dense" else 0.5] for way in times}
 
 

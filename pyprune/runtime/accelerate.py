@@ -196,7 +196,7 @@ def _whole(
     ways = dict.fromkeys((DENSE, "sparse"), partial(run, model))
     with still(model):
         times = in_turns(ways, seconds=seconds, prepare=prepare, wait=waiting_for(devices_of([model], given())))
-    prepare("sparse")
+        prepare("sparse")
     return times
 
 

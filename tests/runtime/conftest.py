@@ -12,7 +12,7 @@ def times(monkeypatch):
     told = dict.fromkeys(("sparse", *ops.SPARSE_LAYOUTS), 0.5)
 
     def instead(ways, *, seconds, **options):
-        measured = in_turns(ways, seconds=0, least=1, **options)
+        measured = in_turns(ways, seconds=0, least=2, **options)
         return {way: [told.get(way, 1.0)] * len(samples) for way, samples in measured.items()}
 
     monkeypatch.setattr(measure, "in_turns", instead)
