@@ -494,3 +494,16 @@ def test_benchmark_counts_the_weights_that_packed_ones_stand_for(times):
     assert one.memory < other.memory
     assert one.file == sum(tensor.nbytes for tensor in model.state_dict().values())
     assert isinstance(model[0], SparseLayer)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_packages_of_aotinductor_run_packed_weights(times, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    model = accelerated()
+    program = torch.export.export(model, (ROWS,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    package = torch._inductor.aoti_load_package(path)
+    for rows in (ROWS, ROWS[:2], ROWS.repeat(4, 1)):
+        torch.testing.assert_close(package(rows), model(rows))
