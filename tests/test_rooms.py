@@ -2,8 +2,10 @@
 
 import ast
 import graphlib
+import importlib
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -153,12 +155,29 @@ def test_exported_names_are_sorted_and_exist():
         assert name == "__version__" or getattr(pyprune, name).__doc__
 
 
-def test_what_the_package_imports_is_exported():
-    tree = ast.parse((ROOT / "__init__.py").read_text())
-    bound = {
-        alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
+def test_type_checkers_see_what_is_exported_where_it_is():
+    tree = ast.parse((ROOT / "__init__.pyi").read_text())
+    seen = {
+        alias.asname: (node.module, alias.name)
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
     }
-    assert bound | {"__version__"} == set(pyprune.__all__)
+    assert set(seen) | {"__version__"} == set(pyprune.__all__)
+    for public, (module, name) in seen.items():
+        assert public == name
+        there = importlib.import_module(module)
+        found = getattr(pyprune, name)
+        assert found is getattr(there, name)
+        assert isinstance(found, types.ModuleType) or getattr(found, "__module__", module) == module
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'pyprune' has no attribute 'prun'") as error:
+        pyprune.prun  # noqa: B018
+    assert (error.value.name, error.value.obj) == ("prun", pyprune)
+    with pytest.raises(ImportError, match="prun"):
+        from pyprune import prun  # noqa: F401
 
 
 def test_version_is_that_of_the_native_module():
@@ -172,5 +191,5 @@ def test_types_are_shipped():
 def test_import_adds_little_to_torch():
     code = "import sys, torch; before = set(sys.modules); import pyprune; print(*sorted(set(sys.modules) - before))"
     added = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert not [name for name in added if name.startswith(("torch._dynamo", "torch._inductor"))]
+    assert not [name for name in added if name.startswith(("pyprune.modules", "torch._dynamo", "torch._inductor"))]
     assert {name.split(".")[0] for name in added} <= {"pyprune", "torch"} | set(sys.stdlib_module_names)
