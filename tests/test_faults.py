@@ -14,6 +14,9 @@ import pyprune
 import pyprune.torch_prune as torch_prune
 from pyprune import Method, Pruner, granularity, importance, schedules, scope
 from pyprune.integrations.training import Training, start_of
+from pyprune.runtime import accelerate as whole
+from pyprune.runtime import measure
+from pyprune.runtime.timing import in_turns
 from pyprune.selection.prune import update_masks
 from tests.fault_injector import check
 from tests.structured.small_blocks import Experts, Residual
@@ -332,14 +335,14 @@ def replaceable():
 def accelerated(things):
     """Replace that layer, however fast it is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pyprune.runtime.measure, "in_turns", faster)
-        patch.setattr(pyprune.runtime.accelerate, "in_turns", faster)
+        for module in (whole, measure):
+            patch.setattr(module, "in_turns", faster)
         pyprune.accelerate(things["model"], ROWS)
     return things
 
 
 def faster(ways, *, seconds, **options):
-    times = pyprune.runtime.timing.in_turns(ways, seconds=0, least=2, **options)
+    times = in_turns(ways, seconds=0, least=2, **options)
     return {way: [1.0 if way == "dense" else 0.5] for way in times}
 
 

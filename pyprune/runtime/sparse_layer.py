@@ -5,7 +5,7 @@ copied and moved with the module. All else of it is as it was: bias, hooks, attr
 them, so that who asks for its dtype or values gets them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -44,6 +44,14 @@ class SparseLayer(nn.Module):
         """Return the dense weight, made anew."""
         dense = ops.unpack_sparse(self.packed()).to(self.weight_dtype)
         return dense.t() if self.inputs_first else dense
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
+        scale = self._buffers[f"{self.packed_name}_scale"]
+        if scale is not None:  # operators take no other
+            self._buffers[f"{self.packed_name}_scale"] = scale.float()
+        return self
 
     def extra_repr(self) -> str:
         """Say what is computed, and the layout."""

@@ -311,6 +311,20 @@ def test_exported_models_have_one_operator_for_each_layer(times):
             torch.testing.assert_close(program.module()(rows), model(rows))
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("to", [torch.bfloat16, torch.float16])
+def test_accelerated_models_take_other_dtypes(times, dtype, to):
+    model = mlp()
+    pyprune.accelerate(model, ROWS, dtype=dtype)
+    with torch.no_grad():
+        expected = model(ROWS)
+        found = model.to(to)(ROWS.to(to))
+    assert found.dtype == to
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.2)
+    pyprune.densify(model)
+    assert {parameter.dtype for parameter in model.parameters()} == {to}
+
+
 def test_gradients_are_an_error(times):
     with pytest.raises((RuntimeError, ValueError, NotImplementedError), match="grad"):
         accelerated()(ROWS.clone().requires_grad_()).sum().backward()
