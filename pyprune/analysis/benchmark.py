@@ -47,7 +47,7 @@ def benchmark(
         files: whether to measure files, which are written to the folder for temporary ones.
 
     Returns:
-        The result: ``str()`` is a table, ``plot`` a picture, ``to_json`` a file.
+        The result, whose ``str()`` is a table, ``plot`` a picture, and ``to_json`` a file.
 
     Raises:
         TypeError, ValueError: for other arguments, models without values, and examples that the models do not take.

@@ -98,7 +98,7 @@ class BenchmarkResult:
 
     @property
     def speedup(self) -> float | None:
-        """How many times faster the model is than the dense one: the median over the rounds."""
+        """How many times faster the model is than the dense one, the median over the rounds."""
         if self.dense is None:
             return None
         pairs = zip(self.dense.seconds, self.model.seconds, strict=True)
