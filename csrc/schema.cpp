@@ -41,19 +41,17 @@ STABLE_TORCH_LIBRARY(pyprune, m) {
   m.def("pack(Tensor[] tensors, Tensor[] masks, bool negative_zeros) -> (Tensor[], Tensor[])");
   m.def("unpack(Tensor[] bits, Tensor[] values, int[] counts) -> Tensor[]");
 
-  // A weight's lists of what is not zero, in a layout of sparse_layout.h: how many entries each has, of some rows; and
-  // the lists of these rows, in place, of a weight of so many rows of which the first is first_row.
+  // A weight's lists of what is not zero, in a layout of sparse_layout.h: how many entries each has, of some rows;
+  // and the lists of these rows, in place, of a weight of so many rows of which the first is first_row.
   m.def("count_sparse(Tensor weight, int layout, int blocks) -> Tensor");
   m.def(
       "fill_sparse(Tensor weight, int layout, Tensor offsets, int rows, int first_row, Tensor(a!) values, "
       "Tensor(b!) index) -> ()");
   // What is wrong with lists (SparseFault of kernels/pack_sparse.h), int64 [1]; and the dense weight, without scale.
-  m.def(
-      "check_sparse(Tensor values, Tensor index, Tensor offsets, int layout, int rows, int columns) -> Tensor");
-  m.def(
-      "unpack_sparse(Tensor values, Tensor index, Tensor offsets, int layout, int rows, int columns) -> Tensor");
-  // activation(input W^T + bias) with W in lists, in float32; results are of the input's dtype. activation: Activation
-  // of kernels/sparse_panel.h. No derivative.
+  m.def("check_sparse(Tensor values, Tensor index, Tensor offsets, int layout, int rows, int columns) -> Tensor");
+  m.def("unpack_sparse(Tensor values, Tensor index, Tensor offsets, int layout, int rows, int columns) -> Tensor");
+  // activation(input W^T + bias) with W in lists, in float32; results are of the input's dtype. activation:
+  // Activation of kernels/sparse_panel.h. No derivative.
   m.def(
       "sparse_linear(Tensor input, Tensor values, Tensor index, Tensor offsets, Tensor? scale, Tensor? bias, "
       "int layout, int out_features, int activation) -> Tensor");

@@ -26,7 +26,7 @@ constexpr int64_t kMaskWidth = 256;      // of a block of a bitmask
 constexpr int64_t kMaskBytes = 32;       // of a list of a bitmask
 constexpr int64_t kMostColumns = 65535;  // of rows
 constexpr int64_t kFilled = 4;           // lists of index and rows have a multiple of it
-constexpr int64_t kPieceSlack = 16;
+constexpr int64_t kPieceSlack = 32;
 
 struct SparseShape {
   SparseLayout layout;

@@ -10,6 +10,7 @@
 #include "denormals.h"
 #include "kernels/sparse_block.h"
 #include "kernels/sparse_panel.h"
+#include "kernels/sparse_rows.h"
 #include "parallel.h"
 
 namespace pyprune {
@@ -22,13 +23,16 @@ constexpr int64_t kPanelFloats = int64_t{1} << 21;  // of the panels that are he
 constexpr int64_t kRowsTogether = 1024;             // whose sums stay in the second-level cache, with 64 lanes
 constexpr int64_t kLineFloats = 16;
 
+// Some rows of activations: side by side as lanes, or, with one lane, one after the other.
 struct Tile {
-  int64_t row, rows, lanes;  // of activations
+  int64_t row, rows, lanes;
+
+  int64_t width() const { return lanes == 1 ? rows : lanes; }
 };
 
-std::vector<Tile> tiles_of(int64_t rows) {
-  if (rows == 1) {
-    return {{0, 1, 1}};
+std::vector<Tile> tiles_of(int64_t rows, SparseLayout layout) {
+  if (rows <= PYPRUNE_KERNEL(most_rows)(layout)) {
+    return {{0, rows, 1}};
   }
   std::vector<Tile> tiles;
   for (int64_t row = 0; row < rows; row += kMostLanes) {
@@ -72,45 +76,53 @@ struct Call {
   Activations input, output;
   Epilogue epilogue;
 
-  Activations rows_of(const Activations& all, const Tile& tile) const {
-    return {all.dtype, static_cast<char*>(all.data) + tile.row * all.step * item_size(all.dtype), all.step,
-            tile.rows};
+  Activations rows_of(const Activations& all, int64_t row, int64_t rows) const {
+    return {all.dtype, static_cast<char*>(all.data) + row * all.step * item_size(all.dtype), all.step, rows};
   }
   // Columns of the panel of a block, aligned to cache lines.
   int64_t block_columns(const Tile& tile) const {
     const int64_t all = lists.shape.width + 1;
     return tile.lanes == 1 ? (all + kLineFloats - 1) / kLineFloats * kLineFloats : all;
   }
-  int64_t panel_floats(const Tile& tile) const { return lists.shape.blocks * block_columns(tile) * tile.lanes; }
+  int64_t row_floats(const Tile& tile) const { return lists.shape.blocks * block_columns(tile); }
+  int64_t panel_floats(const Tile& tile) const { return row_floats(tile) * tile.width(); }
 
   void pack(const Tile& tile, int64_t block, float* panel) const {
     const SparseShape& shape = lists.shape;
-    PYPRUNE_KERNEL(pack_panel)
-    (rows_of(input, tile), block * shape.width, shape.columns_of(block), shape.width, tile.lanes,
-     panel + block * block_columns(tile) * tile.lanes);
+    const int64_t rows = tile.lanes == 1 ? 1 : tile.rows;
+    for (int64_t row = 0; row < tile.rows; row += rows) {
+      PYPRUNE_KERNEL(pack_panel)
+      (rows_of(input, tile.row + row, rows), block * shape.width, shape.columns_of(block), shape.width, tile.lanes,
+       panel + row * row_floats(tile) + block * block_columns(tile) * tile.lanes);
+    }
   }
 
   void multiply(const Tile& tile, int64_t first, int64_t groups, const float* panel, float* sums) const {
     const SparseShape& shape = lists.shape;
-    const int64_t height = shape.rows_of_group(), rows = std::min(groups * height, shape.rows - first * height);
-    std::fill(sums, sums + groups * height * tile.lanes, 0.0f);
+    const int64_t height = shape.rows_of_group(), count = groups * height, row = first * height;
+    const int64_t outputs = std::min(count, shape.rows - row);
+    std::fill(sums, sums + count * tile.width(), 0.0f);
     SparseLists part = lists;
     part.first = first, part.groups = groups;
     for (part.block = 0; part.block < shape.blocks; ++part.block, panel += block_columns(tile) * tile.lanes) {
       if (tile.lanes == 1) {
-        PYPRUNE_KERNEL(add_lists_to_one)(part, panel, sums);
+        PYPRUNE_KERNEL(add_lists_to_rows)(part, {panel, row_floats(tile), tile.rows}, sums, count);
       } else {
         PYPRUNE_KERNEL(add_lists)(part, panel, tile.lanes, sums);
       }
     }
-    PYPRUNE_KERNEL(finish_sums)(sums, tile.lanes, epilogue, first * height, rows, rows_of(output, tile));
+    const int64_t rows = tile.lanes == 1 ? 1 : tile.rows;
+    for (int64_t i = 0; i < tile.rows; i += rows, sums += count) {
+      PYPRUNE_KERNEL(finish_sums)
+      (sums, tile.lanes, epilogue, row, outputs, rows_of(output, tile.row + i, rows));
+    }
   }
 
   // Groups of a task: few if threads wait for work, otherwise as many as caches hold.
   int64_t groups_of_task(int64_t tiles, const Tile& tile) const {
     const int64_t threads = thread_count(), height = lists.shape.rows_of_group();
     const int64_t tasks = threads == 1 ? 1 : std::max<int64_t>(1, 2 * threads / tiles);
-    const int64_t most = kRowsTogether * kMostLanes / std::max<int64_t>(tile.lanes, 16);
+    const int64_t most = kRowsTogether * kMostLanes / std::max<int64_t>(tile.width(), 16);
     const int64_t rows = std::min(most, (lists.shape.rows + tasks - 1) / tasks);
     return std::max<int64_t>(1, (rows + 31) / 32 * 32 / height);
   }
@@ -124,7 +136,7 @@ struct Call {
            ++end) {
         starts.push_back(size);
         size += (panel_floats(tiles[end]) + kLineFloats - 1) / kLineFloats * kLineFloats;
-        lanes += tiles[end].lanes;
+        lanes += tiles[end].width();
       }
       const int64_t count = static_cast<int64_t>(end - first);
       // A byte can say column 255 of the last block.
@@ -136,7 +148,7 @@ struct Call {
       });
       const int64_t groups = groups_of_task(count, tiles[first]), all = shape.groups();
       const int64_t tasks = (all + groups - 1) / groups;
-      const int64_t room = groups * shape.rows_of_group() * tiles[first].lanes;
+      const int64_t room = groups * shape.rows_of_group() * tiles[first].width();
       Tensor rooms = floats(like, room * thread_count());
       const int64_t work = lists.entries * shape.rows_of_group() * (32 * count + lanes) / 48;
       share_tasks(count * tasks, work, [&](int64_t task, int64_t worker) {
@@ -185,7 +197,7 @@ Tensor sparse_linear(const Tensor input, const Tensor values, const Tensor index
       {dtype, output.mutable_data_ptr(), out_features, rows},
       {scales ? data_of(*scales) : nullptr, biases ? data_of(*biases) : nullptr,
        static_cast<Activation>(activation)}};
-  call.run(tiles_of(rows), input);
+  call.run(tiles_of(rows, shape.layout), input);
   return output;
 }
 

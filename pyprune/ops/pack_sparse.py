@@ -299,7 +299,7 @@ def _height(layout: str) -> int:
 
 
 def _slack(layout: str) -> int:
-    return 272 if layout == "bitmask" else 16
+    return 288 if layout == "bitmask" else 32
 
 
 def _layout(layout: object) -> str:

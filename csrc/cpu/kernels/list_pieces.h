@@ -1,6 +1,8 @@
 // Lists of all layouts as pieces of one form: float values and columns, a multiple of four.
 #pragma once
 
+#include <type_traits>
+
 #include "float_lanes.h"
 #include "sparse_block.h"
 
@@ -17,14 +19,11 @@ struct PieceRoom {
 
 // Entries [begin, end) of a list, cut to those that there are.
 struct Span {
+  Span(const SparseLists& lists, const int32_t* offsets)
+      : begin(static_cast<uint32_t>(offsets[0])),
+        end(std::min<int64_t>(static_cast<uint32_t>(offsets[1]), lists.entries)) {}
   int64_t begin, end;
 };
-
-inline Span span_of(const SparseLists& lists, int64_t group) {
-  const int64_t list = lists.block * lists.shape.groups() + group;
-  const int64_t begin = static_cast<uint32_t>(lists.offsets[list]);
-  return {begin, std::min<int64_t>(static_cast<uint32_t>(lists.offsets[list + 1]), lists.entries)};
-}
 
 // The bytes of a mask as the columns whose bits are set; room for 8 more. Returns their number.
 struct BitColumns {
@@ -50,41 +49,52 @@ inline int64_t columns_of_mask(const uint8_t* mask, uint16_t* columns) {
   return count;
 }
 
-// Calls use(values, columns, count) for the pieces of a list of index, rows or bitmask.
-template <class Use>
-inline void pieces(const SparseLists& lists, int64_t group, PieceRoom& room, const Use& use) {
-  if (lists.shape.layout == SparseLayout::kBitmask) {
-    const int64_t list = lists.block * lists.shape.groups() + group;
-    const int64_t count = columns_of_mask(lists.index + list * kMaskBytes, room.columns);
-    const int64_t begin = std::min<int64_t>(static_cast<uint32_t>(lists.offsets[list]), lists.entries);
-    widen(lists.type, lists.values, begin, count, room.values);
-    for (int64_t i = count; i < (count + 3) / 4 * 4; ++i) {
+// Calls use(values, columns, count) for the pieces of a list.
+template <SparseLayout kLayout, class Use>
+inline void pieces(const SparseLists& lists, int64_t list, PieceRoom& room, const Use& use) {
+  const Span span(lists, lists.offsets + list);
+  if constexpr (kLayout == SparseLayout::kBitmask) {
+    const int64_t count = columns_of_mask(lists.index + list * kMaskBytes, room.columns),
+                  filled = (count + 3) / 4 * 4;
+    widen(lists.type, lists.values, std::min(span.begin, lists.entries), count, room.values);
+    for (int64_t i = count; i < filled; ++i) {
       room.columns[i] = kMaskWidth;
       room.values[i] = 0;
     }
-    use(room.values, room.columns, (count + 3) / 4 * 4);
-    return;
-  }
-  const Span span = span_of(lists, group);
-  for (int64_t begin = span.begin; begin < span.end; begin += kPiece) {
-    const int64_t count = std::min(kPiece, span.end - begin);
-    const float* values = room.values;
-    if (lists.type == SparseValue::kFloat32) {
-      values = static_cast<const float*>(lists.values) + begin;
-    } else {
-      widen(lists.type, lists.values, begin, count, room.values);
-    }
-    if (lists.shape.layout == SparseLayout::kIndex) {
-      use(values, lists.index + begin, count);
-    } else {
-      const uint16_t last = static_cast<uint16_t>(lists.shape.width);
-      uint16_t found[kPiece + kPieceSlack];
-      std::memcpy(found, lists.index + 2 * begin, (count + kPieceSlack) * 2);
-      for (int64_t i = 0; i < (count + 15) / 16 * 16; ++i) {
-        room.columns[i] = std::min(found[i], last);
+    use(room.values, room.columns, filled);
+  } else {
+    constexpr int64_t kHeight = kLayout == SparseLayout::kBlock4 ? 4 : 1;
+    for (int64_t begin = span.begin; begin < span.end; begin += kPiece) {
+      const int64_t count = std::min(kPiece, span.end - begin);
+      const float* values = room.values;
+      if (lists.type == SparseValue::kFloat32) {
+        values = static_cast<const float*>(lists.values) + begin * kHeight;
+      } else {
+        widen(lists.type, lists.values, begin * kHeight, count * kHeight, room.values);
       }
-      use(values, room.columns, count);
+      if constexpr (kLayout == SparseLayout::kRows) {
+        const uint16_t last = static_cast<uint16_t>(lists.shape.width);
+        uint16_t found[kPiece + kPieceSlack];
+        std::memcpy(found, lists.index + 2 * begin, (count + kPieceSlack) * 2);
+        for (int64_t i = 0; i < (count + 15) / 16 * 16; ++i) {
+          room.columns[i] = std::min(found[i], last);
+        }
+        use(values, room.columns, count);
+      } else {
+        use(values, lists.index + begin, count);
+      }
     }
+  }
+}
+
+// Calls run(layout), known when it is compiled.
+template <class Run>
+inline void with_layout(SparseLayout layout, const Run& run) {
+  switch (layout) {
+    case SparseLayout::kIndex: return run(std::integral_constant<SparseLayout, SparseLayout::kIndex>{});
+    case SparseLayout::kBitmask: return run(std::integral_constant<SparseLayout, SparseLayout::kBitmask>{});
+    case SparseLayout::kRows: return run(std::integral_constant<SparseLayout, SparseLayout::kRows>{});
+    default: return run(std::integral_constant<SparseLayout, SparseLayout::kBlock4>{});
   }
 }
 

@@ -42,19 +42,6 @@ inline void add_piece(const float* values, const Column* columns, int64_t count,
   }
 }
 
-template <int64_t kLanes>
-void add_rows(const SparseLists& lists, const float* panel, float* sums) {
-  constexpr int64_t kVectors = std::min(kLanes / kWidth, kMostVectors), kPart = kVectors * kWidth;
-  PieceRoom room;
-  for (int64_t group = 0; group < lists.groups; ++group, sums += kLanes) {
-    pieces(lists, lists.first + group, room, [&](const float* values, const auto* columns, int64_t count) {
-      for (int64_t part = 0; part < kLanes; part += kPart) {
-        add_piece<kLanes, kVectors>(values, columns, count, panel + part, sums + part);
-      }
-    });
-  }
-}
-
 // Four rows at a time: sums[row][lane] += values[i][row] * panel[columns[i]][lane].
 template <int64_t kLanes, int64_t kVectors>
 inline void add_piece_of_four(const float* values, const uint8_t* columns, int64_t count, const float* panel,
@@ -92,29 +79,29 @@ inline void add_piece_of_four(const float* values, const uint8_t* columns, int64
   }
 }
 
-template <int64_t kLanes>
-void add_fours(const SparseLists& lists, const float* panel, float* sums) {
 #if defined(__AVX512F__)
-  constexpr int64_t kMost = 4;
+constexpr int64_t kMostOfFour = 4;
 #else
-  constexpr int64_t kMost = 2;
+constexpr int64_t kMostOfFour = 2;
 #endif
-  constexpr int64_t kVectors = std::min(kLanes / kWidth, kMost), kPart = kVectors * kWidth;
+
+template <SparseLayout kLayout, int64_t kLanes>
+void add_all(const SparseLists& lists, const float* panel, float* sums) {
+  constexpr bool kFour = kLayout == SparseLayout::kBlock4;
+  constexpr int64_t kVectors = std::min(kLanes / kWidth, kFour ? kMostOfFour : kMostVectors);
+  constexpr int64_t kPart = kVectors * kWidth;
   PieceRoom room;
-  for (int64_t group = 0; group < lists.groups; ++group, sums += 4 * kLanes) {
-    const Span span = span_of(lists, lists.first + group);
-    for (int64_t begin = span.begin; begin < span.end; begin += kPiece) {
-      const int64_t count = std::min(kPiece, span.end - begin);
-      const float* values = room.values;
-      if (lists.type == SparseValue::kFloat32) {
-        values = static_cast<const float*>(lists.values) + 4 * begin;
-      } else {
-        widen(lists.type, lists.values, 4 * begin, 4 * count, room.values);
-      }
+  const int64_t first = lists.list();
+  for (int64_t list = first; list < first + lists.groups; ++list, sums += kFour ? 4 * kLanes : kLanes) {
+    pieces<kLayout>(lists, list, room, [&](const float* values, const auto* columns, int64_t count) {
       for (int64_t part = 0; part < kLanes; part += kPart) {
-        add_piece_of_four<kLanes, kVectors>(values, lists.index + begin, count, panel + part, sums + part);
+        if constexpr (kFour) {
+          add_piece_of_four<kLanes, kVectors>(values, columns, count, panel + part, sums + part);
+        } else {
+          add_piece<kLanes, kVectors>(values, columns, count, panel + part, sums + part);
+        }
       }
-    }
+    });
   }
 }
 
@@ -125,53 +112,16 @@ int64_t least_lanes() {
 }
 
 void add_lists(const SparseLists& lists, const float* panel, int64_t lanes, float* sums) {
-  const auto run = [&]<int64_t kLanes>(std::integral_constant<int64_t, kLanes>) {
-    if (lists.shape.layout == SparseLayout::kBlock4) {
-      add_fours<kLanes>(lists, panel, sums);
-    } else {
-      add_rows<kLanes>(lists, panel, sums);
-    }
-  };
-  switch (lanes) {
+  with_layout(lists.shape.layout, [&](auto layout) {
+    switch (lanes) {
 #if !defined(__AVX512F__)
-    case 8: return run(std::integral_constant<int64_t, 8>{});
+      case 8: return add_all<layout, 8>(lists, panel, sums);
 #endif
-    case 16: return run(std::integral_constant<int64_t, 16>{});
-    case 32: return run(std::integral_constant<int64_t, 32>{});
-    default: return run(std::integral_constant<int64_t, 64>{});
-  }
-}
-
-void add_lists_to_one(const SparseLists& lists, const float* panel, float* sums) {
-  PieceRoom room;
-  for (int64_t group = 0; group < lists.groups; ++group) {
-    if (lists.shape.layout == SparseLayout::kBlock4) {
-      const Span span = span_of(lists, lists.first + group);
-      float sum[4];
-      std::memcpy(sum, sums + 4 * group, sizeof(sum));
-      for (int64_t begin = span.begin; begin < span.end; begin += kPiece) {
-        const int64_t count = std::min(kPiece, span.end - begin);
-        widen(lists.type, lists.values, 4 * begin, 4 * count, room.values);
-        for (int64_t i = 0; i < count; ++i) {
-          const float x = panel[lists.index[begin + i]];
-          for (int64_t row = 0; row < 4; ++row) {
-            sum[row] += room.values[4 * i + row] * x;
-          }
-        }
-      }
-      std::memcpy(sums + 4 * group, sum, sizeof(sum));
-      continue;
+      case 16: return add_all<layout, 16>(lists, panel, sums);
+      case 32: return add_all<layout, 32>(lists, panel, sums);
+      default: return add_all<layout, 64>(lists, panel, sums);
     }
-    pieces(lists, lists.first + group, room, [&](const float* values, const auto* columns, int64_t count) {
-      float sum[4] = {sums[group], 0, 0, 0};
-      for (int64_t i = 0; i < count; i += 4) {
-        for (int64_t k = 0; k < 4; ++k) {
-          sum[k] += values[i + k] * panel[columns[i + k]];
-        }
-      }
-      sums[group] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-    });
-  }
+  });
 }
 
 }  // namespace pyprune::PYPRUNE_CAPABILITY

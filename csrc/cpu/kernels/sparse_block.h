@@ -28,15 +28,15 @@ struct SparseLists {
   int64_t entries;         // of the whole weight
   int64_t block;           // of columns
   int64_t first, groups;   // of rows
+
+  int64_t list() const { return block * shape.groups() + first; }
 };
 
 }  // namespace pyprune
 
-// add_lists: lanes is 8 (not with 64-byte vectors), 16, 32 or 64; sums are those of the first group on.
-// add_lists_to_one: the same with one lane, whose sums are in the order that each capability likes.
+// add_lists: lanes is least_lanes() or a larger power of two up to 64; sums are those of the first group on.
 #define PYPRUNE_DECLARE_SPARSE_BLOCK                                                        \
   void add_lists(const SparseLists& lists, const float* panel, int64_t lanes, float* sums); \
-  void add_lists_to_one(const SparseLists& lists, const float* panel, float* sums);         \
   int64_t least_lanes();
 
 PYPRUNE_FOR_EACH_CAPABILITY(PYPRUNE_DECLARE_SPARSE_BLOCK)

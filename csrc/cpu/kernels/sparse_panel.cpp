@@ -9,6 +9,9 @@ namespace {
 
 constexpr int64_t kStrip = 256;  // columns that are converted together
 constexpr int64_t kRows = 8;     // and rows
+// Rows of a large matrix lie where one evicts the other from the first-level cache, so of each whole lines are used
+// before the next.
+constexpr int64_t kTogether = 64;
 
 inline const void* at(const Activations& rows, int64_t row, int64_t column) {
   return static_cast<const char*>(rows.data) + (row * rows.step + column) * item_size(rows.dtype);
@@ -107,7 +110,10 @@ void pack_panel(const Activations& from, int64_t first, int64_t columns, int64_t
     std::fill(panel + column * lanes + from.rows, panel + (column + 1) * lanes, 0.0f);
   }
   if (from.dtype == Dtype::kFloat32) {
-    transpose(static_cast<const float*>(at(from, 0, first)), from.step, from.rows, columns, panel, lanes);
+    for (int64_t column = 0; column < columns; column += kTogether) {
+      transpose(static_cast<const float*>(at(from, 0, first + column)), from.step, from.rows,
+                std::min(kTogether, columns - column), panel + column * lanes, lanes);
+    }
     return;
   }
   alignas(64) float strip[kRows * kStrip];
@@ -140,7 +146,13 @@ void finish_sums(float* sums, int64_t lanes, const Epilogue& epilogue, int64_t f
     return;
   }
   if (to.dtype == Dtype::kFloat32) {
-    transpose(sums, lanes, count, to.rows, static_cast<float*>(const_cast<void*>(at(to, 0, first))), to.step);
+    for (int64_t i = 0; i < count; i += kTogether) {
+      const int64_t some = std::min(kTogether, count - i);
+      for (int64_t row = 0; row < to.rows; row += kRows) {
+        transpose(sums + i * lanes + row, lanes, some, std::min(kRows, to.rows - row),
+                  static_cast<float*>(const_cast<void*>(at(to, row, first + i))), to.step);
+      }
+    }
     return;
   }
   alignas(64) float strip[kRows * kStrip];
