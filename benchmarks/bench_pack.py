@@ -18,6 +18,7 @@ def ways(case: Case) -> list[Way]:
     bits, values = ops.pack(weights)
     shapes = [weight.shape for weight in weights]
     masks = [weight != 0 for weight in weights]
+    out = [torch.empty_like(weight) for weight in weights]
     dense, packed = sum(one.nbytes for one in weights), sum(one.nbytes for one in [*bits, *values])
 
     def copy() -> list[Tensor]:
@@ -46,6 +47,7 @@ def ways(case: Case) -> list[Way]:
             Way(UNPACK, "floor: copy as many bytes", copy, moved=dense + packed),
             [
                 Way(UNPACK, "pyprune", lambda: ops.unpack(bits, values, shapes), returned=dense),
+                Way(UNPACK, "pyprune, into what is there", lambda: ops.unpack(bits, values, shapes, out=out)),
                 Way(UNPACK, "torch, values into a mask", by_masks),
             ],
         ),

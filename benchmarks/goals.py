@@ -11,6 +11,7 @@ from typing import Any
 from bench_admm import ADMM, ADMM_2_OF_4
 from bench_capability import CAPABILITY
 from bench_count import COUNT
+from bench_cut import CUT, DROP
 from bench_fold import FOLD
 from bench_geometric_median import GEOMETRIC_MEDIAN
 from bench_groups import PATTERNS, ROWS, group_of
@@ -64,6 +65,8 @@ GOALS = [
     Goal(FOLD, BOTH, {"torch._foreach_mul_, bool masks": 2}, (1.2, 1.2)),
     Goal(ONCE, FP32, {"torch.nn.utils.prune": 100}, memory={"torch.nn.utils.prune": 0.25}),
     Goal(COUNT, BOTH, {"torch.count_nonzero": 5, "(mask == 0).sum()": 100}, (1.1, 1.1)),
+    Goal(CUT, BOTH, {"torch.cat + kthvalue": 5}),
+    Goal(DROP, BOTH, {"torch, masked_fill_ of |w| <= score": 1}),
     Goal(PACK, BOTH, {"torch, x where x != 0": 20}, (1 / 0.7, 1 / 0.7)),
     Goal(UNPACK, BOTH, {"torch, values into a mask": 20}, (1 / 0.7, 1 / 0.7)),
     *(Goal(f"{SCORES} {unit}", BOTH, {"torch, per tensor": 3}, (1.4, 1.4)) for unit in UNITS),

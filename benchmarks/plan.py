@@ -7,6 +7,7 @@ from types import ModuleType
 import bench_admm
 import bench_capability
 import bench_count
+import bench_cut
 import bench_fold
 import bench_gates
 import bench_geometric_median
@@ -31,6 +32,7 @@ JOBS: dict[str, ModuleType] = {
     "fold": bench_fold,
     "count": bench_count,
     "pack": bench_pack,
+    "cut": bench_cut,
     "torch_prune": bench_torch_prune,
     "geometric_median": bench_geometric_median,
     "units": bench_units,
@@ -45,7 +47,7 @@ JOBS: dict[str, ModuleType] = {
     "admm": bench_admm,
 }
 PEERS = ("none", "quick", "all")
-LISTS_JOBS = ("masks", "remaining", "fold", "count", "pack", "units")
+LISTS_JOBS = ("masks", "remaining", "fold", "count", "pack", "cut", "units")
 BOTH = tuple(DTYPES)
 SMALLER = ("resnet50", "mobilenet_v2", "minilm")
 LAYERS = ("768x768", "768x3072", "2048x2048", "4096x4096")

@@ -1,7 +1,7 @@
 # CPU kernels: every file of cpu/kernels once per capability, chosen at run time. Sets kernel_libraries (object
 # libraries), capabilities, and kernel_definitions for whoever calls them.
 set(kernels
-  count_zeros expand fold gate gate_penalty group_masks magnitude_counts norms pack pack_sparse park probe
+  count_zeros crc32 expand fold gate gate_penalty group_masks magnitude_counts norms pack pack_sparse park probe
   sparse_block sparse_panel sparse_rows sparsegpt_block threshold unit_scores)
 set(capabilities portable)
 # Exact products and sums in a fixed order are part of the contract, so no contraction and no fast-math. Without errno

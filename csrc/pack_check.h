@@ -59,4 +59,18 @@ inline void check_unpack(const std::vector<torch::stable::Tensor>& bits,
   }
 }
 
+// Returns how many elements there are in each.
+inline std::vector<int64_t> check_unpack_into(const std::vector<torch::stable::Tensor>& values,
+                                              const std::vector<torch::stable::Tensor>& out) {
+  STD_TORCH_CHECK(out.size() == values.size(), "expected a tensor to write for each row of values");
+  std::vector<int64_t> counts;
+  for (size_t i = 0; i < out.size(); ++i) {
+    check_packable(out[i]);
+    STD_TORCH_CHECK(out[i].scalar_type() == values[i].scalar_type() && out[i].device() == values[i].device(),
+                    "what is written must have the dtype and the device of the values");
+    counts.push_back(out[i].numel());
+  }
+  return counts;
+}
+
 }  // namespace pyprune

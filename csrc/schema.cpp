@@ -37,9 +37,16 @@ STABLE_TORCH_LIBRARY(pyprune, m) {
   m.def("unpark(Tensor(a!)[] weights, Tensor[] masks, Tensor[] parked) -> ()");
 
   // Each tensor as bits (uint8, least significant first: mask, or not zero) and the values whose bit is set, in the
-  // order of the flat index; -0.0 is zero unless negative_zeros. And the way back, as rows of counts[i] elements.
+  // order of the flat index; -0.0 is zero unless negative_zeros. And the way back, as rows of counts[i] elements or
+  // into tensors that are there.
   m.def("pack(Tensor[] tensors, Tensor[] masks, bool negative_zeros) -> (Tensor[], Tensor[])");
   m.def("unpack(Tensor[] bits, Tensor[] values, int[] counts) -> Tensor[]");
+  m.def("unpack_into(Tensor[] bits, Tensor[] values, Tensor(a!)[] out) -> ()");
+  // How many bits are set in each row of bytes, int64 [n]. For the CPU.
+  m.def("count_bits(Tensor[] rows) -> Tensor");
+
+  // CRC-32 of bytes in a row, as zlib's, after what had the CRC-32 `start`. For the CPU.
+  m.def("crc32(Tensor bytes, int start) -> int");
 
   // A weight's lists of what is not zero, in a layout of sparse_layout.h: how many entries each has, of some rows;
   // and the lists of these rows, in place, of a weight of so many rows of which the first is first_row.

@@ -17,16 +17,18 @@ PAGES = {
     if (blocks := BLOCK.findall(page.read_text()))
 }
 NEEDED = {"yaml": "pyprune[recipes]", "transformers": "pyprune[transformers]", "sklearn": "scikit-learn"}
+NEEDED |= {"onnxruntime": "onnxruntime onnx", "onnxscript": "onnxscript"}
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch.onnx.export itself, in torch 2.13
 @pytest.mark.parametrize("page", PAGES)
 def test_blocks_of_a_page_run(page, tmp_path, monkeypatch, capsys):
-    for module, package in NEEDED.items():
-        if any(re.search(rf"^(from|import) {module}\b", block, flags=re.MULTILINE) for block in PAGES[page]):
-            pytest.importorskip(module, reason=f"the page uses it: pip install '{package}'")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for block in PAGES[page]:
+        for module, package in NEEDED.items():
+            if re.search(rf"^(from|import) {module}\b", block, flags=re.MULTILINE):
+                pytest.importorskip(module, reason=f"a block of the page uses it: pip install '{package}'")
         exec(compile(block, page, "exec"), {})  # each by itself, as a reader pastes it
     shown = any("print(pyprune.pruning_statistic(model))" in block for block in PAGES[page])
     assert not shown or "Pruning statistics" in capsys.readouterr().out

@@ -1,9 +1,12 @@
 import gzip
+import importlib
 import importlib.util
 import inspect
 import io
+import math
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -165,6 +168,53 @@ def test_one_shot_prunes_by_every_solver_and_shows_it(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("imports_examples")
+def test_compound_counts_bits_and_shows_who_wins(tmp_path, capsys):
+    from compound import PATTERNS, TYPES, measure, not_dominated, plot, show
+    from one_shot import Case
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh()) for _ in range(2)))
+    batches = [torch.randn(64, 64) @ torch.randn(64, 64) for _ in range(2)]
+    dense = model(batches[0]).detach()
+    case = Case("two layers", "1 - cosine", model, batches, lambda pruned: float((pruned(batches[0]) - dense).norm()))
+    rows = [row for pattern in PATTERNS for row in measure(case, pattern, list(TYPES))]
+    found = {(row.pattern, row.type, row.way): row for row in rows}
+    assert len(found) == len(rows) == 6 * (2 + 4 * 2)
+    assert found["dense", "float32", ""].judged == 0
+    # 64 columns are two groups of 32, and one of 128; each scale has 16 bits.
+    expected = {"float32": 32, "bfloat16": 16, "int8": 8 + 16 / 64, "int4-g32": 4 + 0.5}
+    for one, bits in expected.items():
+        assert found["dense", one, "" if "float" in one else "after"].packed == pytest.approx(bits)
+    half = found["50 %", "bfloat16", ""]
+    assert (half.sparsity, half.packed) == pytest.approx((0.5, 1 + 16 / 2), abs=1e-3)
+    assert half.megabytes == pytest.approx(2 * 64 * 64 * 9 / 8e6, rel=1e-3)
+    for pattern, (ratio, _) in PATTERNS.items():
+        for one in ("int4-g32", "int3-g128"):
+            after, jointly = (found[pattern, one, way] for way in ("after", "jointly"))
+            assert jointly.judged < after.judged or pattern in ("70 %", "80 %")
+            assert jointly.sparsity >= (0.5 if ratio is None else ratio) - 1e-3
+            assert jointly.entropy < jointly.packed
+    assert not (model[0][0].weight == 0).any()
+    best = not_dominated(rows)
+    assert all(a.packed < b.packed and a.judged > b.judged for a, b in pairwise(best))
+    assert all(any(b.packed <= row.packed and b.judged <= row.judged for b in best) for row in rows)
+    show(case, rows, "noise")
+    shown = capsys.readouterr().out
+    assert shown.count("*") == len(best)
+    plot(case, rows, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("imports_examples")
+def test_entropy_of_counts_the_integers_of_a_weight():
+    from compound import entropy_of
+
+    weight = torch.tensor([[0.0, 0.5, 0.0, 2.0], [0.0, 3.0, 0.0, 0.0]])
+    scale = torch.tensor([[0.5, 2.0], [3.0, 1.0]])  # integers 0 1 0 1 and 0 1 0 0
+    assert entropy_of(weight, scale, 2) == pytest.approx(5 * math.log2(8 / 5) + 3 * math.log2(8 / 3))
+
+
+@pytest.mark.usefixtures("imports_examples")
 def test_one_shot_judges_by_other_texts(tmp_path):
     from one_shot import excerpts
     from one_shot_texts import load_texts
@@ -273,3 +323,52 @@ def test_pitch_runs():
     assert float(dense[1]) > 80
     assert float(pruned[3]) > 70
     assert float(pruned[-1]) < 0.5 * float(dense[-1])  # MB after gzip
+
+
+@pytest.mark.usefixtures("imports_examples")
+@pytest.mark.filterwarnings("ignore")
+def test_deploy_measures_and_says_what_fails(monkeypatch):
+    import deploy
+
+    def missing(model, inputs, folder):
+        importlib.import_module("a_runtime_that_nobody_has")
+
+    monkeypatch.setitem(deploy.RUNTIMES, "missing", missing)
+    monkeypatch.setitem(deploy.RUNTIMES, "zeros", lambda model, inputs, folder: lambda: torch.zeros(1, 100))
+    model, inputs = deploy.resnet(widths=(8, 16), size=32)
+    variants = deploy.variants_of(model, inputs)
+    rows = {
+        name: deploy.rows_of("ResNet", name, variants, inputs, 0.0)
+        for name in ("eager", "torch.export", "missing", "zeros")
+    }
+    assert [row.variant for row in rows["eager"]] == list(variants)
+    assert all(row.difference < 1e-5 and row.milliseconds > 0 and not row.failed for row in rows["torch.export"])
+    assert rows["torch.export"][2].gzipped < 0.6 * rows["torch.export"][0].gzipped  # 80 % zeros
+    assert rows["torch.export"][3].megabytes < rows["torch.export"][0].megabytes  # shrunk
+    assert {row.failed for row in rows["missing"]} == {"not installed: a_runtime_that_nobody_has"}
+    assert all(row.difference == pytest.approx(1) for row in rows["zeros"])
+    monkeypatch.setattr(deploy, "console", console := rich.console.Console(width=120, file=io.StringIO()))
+    deploy.show([row for some in rows.values() for row in some])
+    assert console.file.getvalue().count("not installed: a_runtime_that_nobody_has") == 4
+
+
+@pytest.mark.usefixtures("imports_examples")
+def test_deploy_leaves_zeros_out_of_the_file(tmp_path):
+    onnx = pytest.importorskip("onnx", reason="pip install onnx")
+    import deploy
+
+    values = torch.zeros(4, 3, 5)
+    values[1, 2, 3], values[3, 0, 0] = 7, -2
+    tensors = {"sparse": values.numpy(), "dense": torch.ones(4, 3, 5).numpy()}
+    initializers = [onnx.numpy_helper.from_array(array, name) for name, array in tensors.items()]
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [], initializers)), tmp_path / "model.onnx")
+    deploy.leave_out_zeros(tmp_path / "model.onnx")
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    assert [one.name for one in graph.initializer] == ["dense"]
+    (sparse,) = graph.sparse_initializer
+    assert (sparse.values.name, list(sparse.dims)) == ("sparse", [4, 3, 5])
+    back = torch.zeros(60)
+    back[torch.tensor(onnx.numpy_helper.to_array(sparse.indices))] = torch.tensor(
+        onnx.numpy_helper.to_array(sparse.values)
+    )
+    assert torch.equal(back.view(4, 3, 5), values)

@@ -140,6 +140,14 @@ def from_recipe(text):
     return lambda model, optimizer: pyprune.Recipe.from_string(text).apply(model, optimizer, 1)
 
 
+TEACHER = Net()
+
+
+def with_teacher(model, optimizer):
+    recipe = pyprune.Recipe.from_string(STAGES + "\nteacher: {start: 9, pairs: [conv]}")
+    return recipe.apply(model, optimizer, 1, teacher=TEACHER)
+
+
 STAGES = (
     "stages: [prune: {final: 0.5, end: 2}, prune: {final: 0.8, initial: 0.5, start: 2, end: 4, importance: snip}]"
 )
@@ -494,10 +502,12 @@ CALLS = {
     "RigLPruner.load_state_dict": (resumed(rigl), load),
     "MovementPruner.load_state_dict": (resumed(movement), load),
     "Recipe.apply": made(from_recipe(STAGES)),
+    "Recipe.apply, with a teacher": made(with_teacher),
     "Recipe.apply, constant": made(from_recipe(CONSTANT), lambda: trained(masked)),
     "RecipePruner.step": (pruning(from_recipe(STAGES), 1), lambda things: things["pruner"].step()),
     "RecipePruner.load_state_dict": (resumed(from_recipe(STAGES)), load),
     "RecipePruner.finish": (pruning(from_recipe(STAGES), 4), lambda things: things["pruner"].finish()),
+    "RecipePruner.finish, with a teacher": (pruning(with_teacher, 4), lambda things: things["pruner"].finish()),
     "RBLoss": (lambda: gated("UNSTRUCTURED_REGULARIZATION_BASED"), of_model(pyprune.RBLoss, 0.5)),
     "L0Loss": (gated, of_model(pyprune.L0Loss, examples_inputs=BATCH)),
     "LagrangianLoss": (gated, of_model(pyprune.LagrangianLoss, 0.5)),

@@ -230,6 +230,11 @@ def recipe_apply(model, optimizer, steps_per_epoch, examples_inputs=None):
     return recipe.apply(model, optimizer, steps_per_epoch, examples_inputs=examples_inputs)
 
 
+def recipe_apply_with_teacher(model, teacher):
+    recipe = Recipe.from_string("{stages: [prune: {final: 0.5, end: 2}], teacher: {}}")
+    return recipe.apply(model, None, 2, teacher=teacher)
+
+
 def pruner_of(importance_=None, **options):
     arguments = with_optimizer()
     method = Method(importance_ or importance.magnitude())
@@ -903,6 +908,9 @@ ROWS: dict[str, Row] = {
         recipe_apply,
         lambda: with_optimizer(steps_per_epoch=2, examples_inputs=None),
         {"optimizer": OPTIONAL | {"[]", "()", "{}", "set", "generator"}, "steps_per_epoch": COUNT},
+    ),
+    "Recipe.apply, teacher": Row(
+        recipe_apply_with_teacher, lambda: {"model": nn.Linear(4, 4), "teacher": nn.Linear(4, 4)}, {"teacher": set()}
     ),
     "Recipe.from_string": Row(
         Recipe.from_string,

@@ -80,7 +80,7 @@ void add_masks() {
   add("unpack bfloat16", 3, [](int64_t count) {
     return [count, x = array<uint16_t>(count, 1), bits = array<uint8_t>(count / 8 + 1, 0x5a),
             values = array<uint16_t>(count, 1)] {
-      PYPRUNE_KERNEL(unpack_values)(bits.get(), values.get(), 2, x.get(), count, count / 2);
+      PYPRUNE_KERNEL(unpack_values)(bits.get(), values.get(), 2, x.get(), count, count / 2, true);
     };
   });
   add("norms float32", 4, [](int64_t count) {

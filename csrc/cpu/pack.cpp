@@ -55,8 +55,13 @@ struct Bits {
   std::vector<int64_t> in_chunk, before, in_tensor;
 };
 
-// What is unpacked usually stays, so that malloc has nothing to hand out again.
-constexpr int64_t kWorthHugePages = int64_t{1} << 25;
+// What is packed or unpacked usually stays, so that malloc has nothing to hand out again: tensors of 16 MiB are
+// unpacked in half the time into huge pages.
+constexpr int64_t kWorthHugePages = int64_t{1} << 21;
+// Bytes per thread of tensors that are packed at a time, so that values are read from the cache that bits were.
+constexpr int64_t kInCache = int64_t{1} << 22;
+// Fewer bytes are worth keeping in the cache for whoever reads them.
+constexpr int64_t kPastCaches = int64_t{1} << 23;
 
 Tensor new_tensor(const Tensor& like, int64_t count, std::optional<torch::headeronly::ScalarType> dtype) {
   Tensor tensor = torch::stable::new_empty(like, {&count, 1}, dtype);
@@ -69,38 +74,74 @@ const T* data_of(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());
 }
 
-std::tuple<std::vector<Tensor>, std::vector<Tensor>> pack(const std::vector<Tensor> tensors,
-                                                          const std::vector<Tensor> masks, bool negative_zeros) {
-  check_pack(tensors, masks);
+// Appends the bits and values of tensors [first, last) to those of the tensors before.
+void pack_some(const std::vector<Tensor>& tensors, const std::vector<Tensor>& masks, bool negative_zeros,
+               size_t first, size_t last, std::vector<Tensor>& bits, std::vector<Tensor>& values) {
   std::vector<int64_t> counts;
-  std::vector<Tensor> bits, values;
-  for (const Tensor& tensor : tensors) {
-    check_on_cpu(tensor);
-    counts.push_back(tensor.numel());
-    bits.push_back(new_tensor(tensor, (tensor.numel() + 7) / 8, torch::headeronly::ScalarType::Byte));
+  for (size_t i = first; i < last; ++i) {
+    counts.push_back(tensors[i].numel());
+    bits.push_back(new_tensor(tensors[i], (tensors[i].numel() + 7) / 8, torch::headeronly::ScalarType::Byte));
   }
   Bits found(counts);
   found.count([&, run = PYPRUNE_KERNEL(pack_bits)](const Chunk& chunk) {
-    const Tensor& tensor = masks.empty() ? tensors[chunk.tensor] : masks[chunk.tensor];
+    const size_t i = first + chunk.tensor;
+    const Tensor& tensor = masks.empty() ? tensors[i] : masks[i];
     const int64_t size = tensor.element_size();
     return run(data_of<char>(tensor) + chunk.start * size, size, significant_bits(tensor, negative_zeros),
-               static_cast<uint8_t*>(bits[chunk.tensor].mutable_data_ptr()) + chunk.start / 8, chunk.count);
+               static_cast<uint8_t*>(bits[i].mutable_data_ptr()) + chunk.start / 8, chunk.count);
   });
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    values.push_back(new_tensor(tensors[i], found.in_tensor[i], std::nullopt));
+  for (size_t i = first; i < last; ++i) {
+    values.push_back(new_tensor(tensors[i], found.in_tensor[i - first], std::nullopt));
   }
   found.for_each([&, run = PYPRUNE_KERNEL(pack_values)](const Chunk& chunk, size_t number) {
-    const int64_t size = tensors[chunk.tensor].element_size();
-    run(data_of<char>(tensors[chunk.tensor]) + chunk.start * size, size,
-        data_of<uint8_t>(bits[chunk.tensor]) + chunk.start / 8,
-        static_cast<char*>(values[chunk.tensor].mutable_data_ptr()) + found.before[number] * size, chunk.count,
+    const size_t i = first + chunk.tensor;
+    const int64_t size = tensors[i].element_size();
+    run(data_of<char>(tensors[i]) + chunk.start * size, size, data_of<uint8_t>(bits[i]) + chunk.start / 8,
+        static_cast<char*>(values[i].mutable_data_ptr()) + found.before[number] * size, chunk.count,
         found.in_chunk[number]);
   });
+}
+
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> pack(const std::vector<Tensor> tensors,
+                                                          const std::vector<Tensor> masks, bool negative_zeros) {
+  check_pack(tensors, masks);
+  for (const Tensor& tensor : tensors) {
+    check_on_cpu(tensor);
+  }
+  std::vector<Tensor> bits, values;
+  for (size_t first = 0, last; first < tensors.size(); first = last) {
+    int64_t bytes = 0;
+    for (last = first; last < tensors.size() && (last == first || bytes <= kInCache * thread_count()); ++last) {
+      bytes += tensors[last].numel() * tensors[last].element_size();
+    }
+    pack_some(tensors, masks, negative_zeros, first, last, bits, values);
+  }
   return {bits, values};
 }
 
-std::vector<Tensor> unpack(const std::vector<Tensor> bits, const std::vector<Tensor> values,
-                           const std::vector<int64_t> counts) {
+void count_in(const std::vector<Tensor>& rows, Bits& found) {
+  found.count([&, run = PYPRUNE_KERNEL(count_bits)](const Chunk& chunk) {
+    return run(data_of<uint8_t>(rows[chunk.tensor]) + chunk.start / 8, (chunk.count + 7) / 8);
+  });
+}
+
+Tensor count_bits(const std::vector<Tensor> rows) {
+  std::vector<int64_t> counts;
+  for (const Tensor& row : rows) {
+    check_packable(row);
+    check_on_cpu(row);
+    STD_TORCH_CHECK(row.element_size() == 1, "bits must be bytes");
+    counts.push_back(8 * row.numel());
+  }
+  Bits found(counts);
+  count_in(rows, found);
+  Tensor result = torch::stable::empty({static_cast<int64_t>(rows.size())}, torch::headeronly::ScalarType::Long);
+  std::copy(found.in_tensor.begin(), found.in_tensor.end(), static_cast<int64_t*>(result.mutable_data_ptr()));
+  return result;
+}
+
+// Counts the bits of rows, which must be those of so many elements and of as many values.
+Bits counted(const std::vector<Tensor>& bits, const std::vector<Tensor>& values, const std::vector<int64_t>& counts) {
   check_unpack(bits, values, counts);
   for (size_t i = 0; i < bits.size(); ++i) {
     check_on_cpu(bits[i]);
@@ -109,24 +150,44 @@ std::vector<Tensor> unpack(const std::vector<Tensor> bits, const std::vector<Ten
                     "bits behind the last element must be 0");
   }
   Bits found(counts);
-  found.count([&, run = PYPRUNE_KERNEL(count_bits)](const Chunk& chunk) {
-    return run(data_of<uint8_t>(bits[chunk.tensor]) + chunk.start / 8, (chunk.count + 7) / 8);
-  });
-  std::vector<Tensor> tensors;
+  count_in(bits, found);
   for (size_t i = 0; i < bits.size(); ++i) {
     STD_TORCH_CHECK(found.in_tensor[i] == values[i].numel(), "there must be as many values as bits that are set");
   }
-  for (size_t i = 0; i < bits.size(); ++i) {
-    tensors.push_back(new_tensor(values[i], counts[i], std::nullopt));
-  }
+  return found;
+}
+
+void spread(const Bits& found, const std::vector<Tensor>& bits, const std::vector<Tensor>& values,
+            const std::vector<Tensor>& tensors, bool past_caches) {
   found.for_each([&, run = PYPRUNE_KERNEL(unpack_values)](const Chunk& chunk, size_t number) {
     const int64_t size = values[chunk.tensor].element_size();
     run(data_of<uint8_t>(bits[chunk.tensor]) + chunk.start / 8,
         data_of<char>(values[chunk.tensor]) + found.before[number] * size, size,
         static_cast<char*>(tensors[chunk.tensor].mutable_data_ptr()) + chunk.start * size, chunk.count,
-        found.in_chunk[number]);
+        found.in_chunk[number], past_caches);
   });
+}
+
+std::vector<Tensor> unpack(const std::vector<Tensor> bits, const std::vector<Tensor> values,
+                           const std::vector<int64_t> counts) {
+  const Bits found = counted(bits, values, counts);
+  std::vector<Tensor> tensors;
+  for (size_t i = 0; i < bits.size(); ++i) {
+    tensors.push_back(new_tensor(values[i], counts[i], std::nullopt));
+  }
+  // New pages were zeroed just now, and are in the cache.
+  spread(found, bits, values, tensors, false);
   return tensors;
+}
+
+void unpack_into(const std::vector<Tensor> bits, const std::vector<Tensor> values, const std::vector<Tensor> out) {
+  const std::vector<int64_t> counts = check_unpack_into(values, out);
+  const Bits found = counted(bits, values, counts);
+  int64_t bytes = 0;
+  for (const Tensor& tensor : out) {
+    bytes += tensor.numel() * tensor.element_size();
+  }
+  spread(found, bits, values, out, bytes >= kPastCaches);
 }
 
 }  // namespace
@@ -135,4 +196,6 @@ std::vector<Tensor> unpack(const std::vector<Tensor> bits, const std::vector<Ten
 STABLE_TORCH_LIBRARY_IMPL(pyprune, CPU, m) {
   m.impl("pack", TORCH_BOX(&pyprune::pack));
   m.impl("unpack", TORCH_BOX(&pyprune::unpack));
+  m.impl("count_bits", TORCH_BOX(&pyprune::count_bits));
+  m.impl("unpack_into", TORCH_BOX(&pyprune::unpack_into));
 }

@@ -59,10 +59,11 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> pack(const std::vector<Tens
   return {bits, values};
 }
 
-std::vector<Tensor> unpack(const std::vector<Tensor>& bits, const std::vector<Tensor>& values,
-                           const std::vector<int64_t>& counts) {
+// Writes tensor i of so many elements, to where place(i) says once its bits were counted.
+template <class Place>
+void spread(const std::vector<Tensor>& bits, const std::vector<Tensor>& values, const std::vector<int64_t>& counts,
+            const Place& place) {
   check_unpack(bits, values, counts);
-  std::vector<Tensor> tensors;
   for (size_t i = 0; i < bits.size(); ++i) {
     check_device(bits[i], bits[0]);
     const torch::stable::accelerator::DeviceGuard guard(bits[0].get_device_index());
@@ -78,14 +79,27 @@ std::vector<Tensor> unpack(const std::vector<Tensor>& bits, const std::vector<Te
     launch_count_bits(row, counts[i], tiles.data, stream);
     STD_TORCH_CHECK(total(tiles, counts[i], stream) == values[i].numel(),
                     "there must be as many values as bits that are set");
-    tensors.push_back(new_vector(values[i], counts[i], values[i].scalar_type()));
+    void* const data = place(i);
     with_size(values[i].element_size(), [&](auto zero) {
       using T = decltype(zero);
-      launch_move_values<false>(static_cast<T*>(tensors[i].mutable_data_ptr()), row, counts[i], tiles.data,
+      launch_move_values<false>(static_cast<T*>(data), row, counts[i], tiles.data,
                                 static_cast<T*>(const_cast<void*>(values[i].const_data_ptr())), stream);
     });
   }
+}
+
+std::vector<Tensor> unpack(const std::vector<Tensor>& bits, const std::vector<Tensor>& values,
+                           const std::vector<int64_t>& counts) {
+  std::vector<Tensor> tensors;
+  spread(bits, values, counts, [&](size_t i) {
+    tensors.push_back(new_vector(values[i], counts[i], values[i].scalar_type()));
+    return tensors[i].mutable_data_ptr();
+  });
   return tensors;
+}
+
+void unpack_into(const std::vector<Tensor>& bits, const std::vector<Tensor>& values, const std::vector<Tensor>& out) {
+  spread(bits, values, check_unpack_into(values, out), [&](size_t i) { return out[i].mutable_data_ptr(); });
 }
 
 }  // namespace
@@ -94,4 +108,5 @@ std::vector<Tensor> unpack(const std::vector<Tensor>& bits, const std::vector<Te
 STABLE_TORCH_LIBRARY_IMPL(pyprune, CUDA, m) {
   m.impl("pack", TORCH_BOX(&pyprune::pack));
   m.impl("unpack", TORCH_BOX(&pyprune::unpack));
+  m.impl("unpack_into", TORCH_BOX(&pyprune::unpack_into));
 }

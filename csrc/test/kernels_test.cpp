@@ -7,6 +7,7 @@
 
 #include "../cpu/gate_segments.h"
 #include "../cpu/kernels/count_zeros.h"
+#include "../cpu/kernels/crc32.h"
 #include "../cpu/kernels/fold.h"
 #include "../cpu/kernels/gate.h"
 #include "../cpu/kernels/gate_penalty.h"
@@ -80,11 +81,37 @@ void test_pack(int64_t count, int percent) {
     for (int64_t i = 0; i < static_cast<int64_t>(bits.size()) * 8; ++i) {
       EXPECT((bits[i / 8] >> (i % 8) & 1) == (i < count && (data[i] & significant) != 0));
     }
-    std::vector<Bits> values(found), out(count, static_cast<Bits>(~Bits{0}));
+    std::vector<Bits> values(found);
     PYPRUNE_KERNEL(pack_values)(data.data(), sizeof(Bits), bits.data(), values.data(), count, found);
-    PYPRUNE_KERNEL(unpack_values)(bits.data(), values.data(), sizeof(Bits), out.data(), count, found);
-    EXPECT(values == kept && out == wanted);
+    EXPECT(values == kept);
+    // Rows that begin at a line of the cache, or in it.
+    for (const int64_t shift : {0, 1}) {
+      const std::unique_ptr<Bits, decltype(&std::free)> memory(
+          static_cast<Bits*>(std::aligned_alloc(64, ((count + shift) * sizeof(Bits) + 63) / 64 * 64)), &std::free);
+      for (const bool past_caches : {false, true}) {
+        Bits* const out = memory.get() + shift;
+        std::fill_n(out, count, static_cast<Bits>(~Bits{0}));
+        PYPRUNE_KERNEL(unpack_values)(bits.data(), values.data(), sizeof(Bits), out, count, found, past_caches);
+        EXPECT(std::equal(wanted.begin(), wanted.end(), out));
+      }
+    }
+    std::vector<Bits> exact(count);
+    PYPRUNE_KERNEL(unpack_values)(bits.data(), values.data(), sizeof(Bits), exact.data(), count, found, false);
+    EXPECT(exact == wanted);
   });
+}
+
+void test_crc32(int64_t count) {
+  std::vector<uint8_t> data(count);
+  uint32_t wanted = 0x12345678;
+  for (uint8_t& byte : data) {
+    byte = static_cast<uint8_t>(random_bits());
+    wanted ^= byte;
+    for (int bit = 0; bit < 8; ++bit) {
+      wanted = (wanted >> 1) ^ ((wanted & 1) != 0 ? 0xedb88320u : 0u);
+    }
+  }
+  with_each_capability([&] { EXPECT(PYPRUNE_KERNEL(crc32_of)(data.data(), count, 0x12345678) == wanted); });
 }
 
 template <class Bits>
@@ -327,6 +354,7 @@ void run() {
     });
   }
   for (const int64_t length : kLengths) {
+    test_crc32(length);
     for (const int percent : {0, 50, 95, 100}) {
       test_pack<uint8_t>(length, percent);
       test_pack<uint16_t>(length, percent);

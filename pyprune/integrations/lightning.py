@@ -2,7 +2,10 @@
 
 import math
 import os
+from collections.abc import Callable
 from typing import Any
+
+from torch import nn
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,8 +14,11 @@ except ModuleNotFoundError as error:
         "pyprune.integrations.lightning needs Lightning: pip install 'pyprune[lightning]'", name=error.name
     ) from error
 
+from pyprune.integrations.lightning_distillation import DistillationCallback, add_teacher
 from pyprune.integrations.training import Start, Training, check_options, start_of
 from pyprune.recipes.recipe import Recipe
+
+__all__ = ["DistillationCallback", "PruningCallback"]
 
 
 class PruningCallback(Callback):
@@ -35,6 +41,8 @@ class PruningCallback(Callback):
         steps_per_epoch: steps of the optimizer per epoch; worked out from the number of batches if None.
         examples_inputs: as in `prune`, for a recipe or `keep_sparse`; without it, weights of layers that are not
             torch's own are not found.
+        teacher: the dense model, for a recipe with a teacher, which says by ``module`` of which part of the
+            LightningModule; it is moved to the device of the training.
 
     Raises:
         TypeError, ValueError: for another ``prune``, and when training begins, for what `Recipe.apply` refuses, or an
@@ -53,10 +61,13 @@ class PruningCallback(Callback):
         strip: bool = True,
         steps_per_epoch: int | None = None,
         examples_inputs: Any = None,
+        teacher: nn.Module | None = None,
     ) -> None:
         super().__init__()
         check_options(strip, steps_per_epoch)
-        self._start = start_of(prune, examples_inputs)
+        self._start = start_of(prune, examples_inputs, teacher)
+        self._teacher = teacher
+        self._let_go: Callable[[], None] | None = None
         self._strip = strip
         self._steps_per_epoch = steps_per_epoch
         self._training: Training | None = None
@@ -71,9 +82,13 @@ class PruningCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to prune, or go on: weights and optimizers have been loaded."""
         if self._training is not None:  # a run that was interrupted
-            self._training.finish(strip_masks=False)
+            self._end(strip_masks=False)
         steps = self._steps_per_epoch or _steps_per_epoch(trainer)
+        if self._teacher is not None:
+            self._teacher.to(pl_module.device)
         self._training = Training(self._start, pl_module, trainer.optimizers, steps, self._state or None)
+        if self._teacher is not None:
+            self._let_go = add_teacher(trainer, pl_module, self._training.teacher)
         self._steps = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *unused: object) -> None:
@@ -91,8 +106,15 @@ class PruningCallback(Callback):
         """Let go of the model, after callbacks that put an average into it when training ends."""
         if self._training is not None:
             self._state = self.state_dict()
-            self._training.finish(strip_masks=self._strip)
-            self._training = None
+            self._end(strip_masks=self._strip)
+
+    def _end(self, *, strip_masks: bool) -> None:
+        if self._let_go is not None:
+            self._let_go()
+            self._let_go = None
+        assert self._training is not None
+        self._training.finish(strip_masks=strip_masks)
+        self._training = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs beside the plain model."""

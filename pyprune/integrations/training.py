@@ -24,6 +24,7 @@ from pyprune.recipes.recipe import Recipe
 from pyprune.recipes.recipe_pruner import RecipePruner
 from pyprune.training.keep_sparse import KeepSparse, keep_sparse
 from pyprune.training.pruner import Pruner
+from pyprune.training.teacher import Distillation
 
 # What prunes in a training, and what makes it: (model, optimizer, steps_per_epoch) -> Pruning.
 Pruning = Pruner | RecipePruner | KeepSparse
@@ -37,13 +38,18 @@ def check_options(strip: object, steps_per_epoch: object) -> None:
         check_count("steps_per_epoch", steps_per_epoch, least=1)
 
 
-def start_of(prune: Recipe | str | os.PathLike[str] | Start, examples_inputs: Any = None) -> Start:
+def start_of(
+    prune: Recipe | str | os.PathLike[str] | Start, examples_inputs: Any = None, teacher: nn.Module | None = None
+) -> Start:
     """Return the function that begins to prune, of what users give to a callback."""
     check_inputs(examples_inputs)
     if isinstance(prune, (str, os.PathLike)):
         prune = Recipe.from_file(prune)
     if isinstance(prune, Recipe):
-        return partial(prune.apply, examples_inputs=examples_inputs)
+        prune._check_teacher(teacher)
+        return partial(prune.apply, examples_inputs=examples_inputs, teacher=teacher)
+    if teacher is not None:
+        raise ValueError("teacher is for a recipe that has one; beside other pruning take DistillationCallback")
     if prune is keep_sparse:
         return lambda model, optimizer, _: keep_sparse(model, optimizer, examples_inputs=examples_inputs)
     if not callable(prune):
@@ -124,6 +130,10 @@ class Training:
         if isinstance(self.pruning, KeepSparse):
             return {"pruning": {}, "masks": state_of_masks(self.model)}
         return {"pruning": self.pruning.state_dict(), "masks": {}}
+
+    def teacher(self) -> Distillation | None:
+        """Return the teacher of the recipe that is due, to learn from it now."""
+        return self.pruning._due() if isinstance(self.pruning, RecipePruner) else None
 
     def sparsity(self) -> float:
         """Return the fraction of the weights under masks that is dropped."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -26,7 +27,7 @@ from pyprune.integrations.compressed import save_compressed
 from pyprune.integrations.compressed_loading import register
 from pyprune.integrations.pretrained import from_pretrained, save_pretrained
 from pyprune.integrations.training import Start, Training, check_options, start_of
-from pyprune.integrations.transformers_distillation import DistillationCallback
+from pyprune.integrations.transformers_distillation import DistillationCallback, WithTeacher
 from pyprune.recipes.recipe import Recipe
 
 __all__ = ["DistillationCallback", "PruningCallback", "from_pretrained", "save_compressed", "save_pretrained"]
@@ -54,6 +55,8 @@ class PruningCallback(TrainerCallback):
         steps_per_epoch: steps of the optimizer per epoch; worked out from the number of batches if None.
         examples_inputs: as in `prune`, for a recipe or `keep_sparse`; without it, weights of layers that are not
             torch's own (those of GPT-2, for one) are not found.
+        teacher: the dense model, for a recipe with a teacher; it is moved to the device of the training, and the
+            model must compute its loss itself, as for `DistillationCallback`.
         resume_from: the checkpoint that training goes on from. Only needed if it is not in ``args.output_dir``,
             because the ``Trainer`` does not tell callbacks.
 
@@ -74,10 +77,13 @@ class PruningCallback(TrainerCallback):
         strip: bool = True,
         steps_per_epoch: int | None = None,
         examples_inputs: Any = None,
+        teacher: nn.Module | None = None,
         resume_from: str | os.PathLike[str] | None = None,
     ) -> None:
         check_options(strip, steps_per_epoch)
-        self._start = start_of(prune, examples_inputs)
+        self._start = start_of(prune, examples_inputs, teacher)
+        self._teacher = teacher
+        self._hook: RemovableHandle | None = None
         self._strip = strip
         self._steps_per_epoch = steps_per_epoch
         check_path("resume_from", resume_from, optional=True)
@@ -97,12 +103,16 @@ class PruningCallback(TrainerCallback):
     ) -> None:
         """Begin to prune, or go on: weights and optimizer have been loaded."""
         if self._training is not None:  # a run that was interrupted
-            self._training.finish(strip_masks=False)
+            self._end(strip_masks=False)
         resumed = None
         if state.global_step > 0:
             resumed = _load(self._saved(args, state), args.process_index)
         steps = self._steps_per_epoch or _steps_per_epoch(train_dataloader, args.gradient_accumulation_steps)
+        if self._teacher is not None:
+            self._teacher.to(args.device)
         self._training = Training(self._start, model, optimizer, steps, resumed)
+        if self._teacher is not None:
+            self._hook = model.register_forward_hook(WithTeacher(self._training.teacher), with_kwargs=True)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: object
@@ -142,8 +152,15 @@ class PruningCallback(TrainerCallback):
     ) -> None:
         """Fold the masks in."""
         if self._training is not None:
-            self._training.finish(strip_masks=self._strip)
-            self._training = None
+            self._end(strip_masks=self._strip)
+
+    def _end(self, *, strip_masks: bool) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        assert self._training is not None
+        self._training.finish(strip_masks=strip_masks)
+        self._training = None
 
     def _saved(self, args: TrainingArguments, state: TrainerState) -> Path:
         folder = Path(self._resume_from) if self._resume_from is not None else _checkpoint(args, state)

@@ -1,7 +1,7 @@
 """A teacher beside the model of a Hugging Face ``Trainer``."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,7 +75,7 @@ class DistillationCallback(TrainerCallback):
             logits_weight=logits,
             hidden_weight=hidden,
         )
-        self._hook = model.register_forward_hook(_WithTeacher(self), with_kwargs=True)
+        self._hook = model.register_forward_hook(WithTeacher(self._now), with_kwargs=True)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
@@ -95,9 +95,31 @@ class DistillationCallback(TrainerCallback):
             self._hook.remove()
             self._distillation = None
 
-    def new_loss(self, keywords: Mapping[str, Any], output: Any) -> Tensor | None:
-        """Return what the loss of the model's output becomes; None for it to stay."""
-        if self._distillation is None or not self._is_on:
+    def _now(self) -> Distillation | None:
+        return self._distillation if self._is_on else None
+
+
+class WithTeacher:
+    """A hook on the model, by which the loss that it returns becomes that with the teacher, in training.
+
+    Copies and pickles of the model get one that does nothing.
+
+    Args:
+        now: returns the teacher that is due, or None.
+    """
+
+    def __init__(self, now: Callable[[], Distillation | None] | None = None) -> None:
+        self.now = now
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(self), ()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
+        """Change the output, if it is time."""
+        if self.now is None or not module.training or not torch.is_grad_enabled():
+            return None
+        distillation = self.now()
+        if distillation is None:
             return None
         loss = getattr(output, "loss", None)
         if not isinstance(loss, Tensor):
@@ -106,28 +128,10 @@ class DistillationCallback(TrainerCallback):
                 "labels, and leave compute_loss_func and label_smoothing_factor out; or use pyprune.Distillation in "
                 "compute_loss of a Trainer of your own"
             )
-        extra = self._distillation.extra_loss()
+        extra = distillation.extra_loss()
         labels, items = keywords.get("labels"), keywords.get("num_items_in_batch")
         if items is not None and isinstance(labels, Tensor):
             # The task's loss is a sum over tokens by those of all batches that accumulate.
             extra = extra * (labels != -100).sum() / items
-        return self._weights[0] * loss + extra
-
-
-class _WithTeacher:
-    """A hook on the model; copies and pickles of the model get one that does nothing."""
-
-    def __init__(self, callback: DistillationCallback | None = None) -> None:
-        self.callback = callback
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return type(self), ()
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
-        if self.callback is None or not module.training or not torch.is_grad_enabled():
-            return None
-        loss = self.callback.new_loss(keywords, output)
-        if loss is None:
-            return None
-        output.loss = loss
+        output.loss = distillation.task_weight * loss + extra
         return output

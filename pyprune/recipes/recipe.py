@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from pyprune.checks import check_path, shown
 from pyprune.recipes.recipe_pruner import RecipePruner, start
 from pyprune.recipes.stages import Stage, by_epoch, read_stages
+from pyprune.recipes.taught import Taught, read_taught
 from pyprune.recipes.yaml_source import read
 
 
@@ -43,6 +44,12 @@ class Recipe:
               scope: model              # by default tensor; {n_of_m: {keep: 2, of: 4}} has final: 0.5
               ignore: {names: [classifier], types: [Embedding]}
           - constant                    # from there to the end: masks stay as they are
+        teacher:                        # learn from the dense model, which `apply` is given
+          start: 2
+          end: 16                       # by default to the end
+          pairs: [encoder.layers.5]     # modules whose outputs are compared, or {name: name in the teacher}
+          temperature: 2.0
+          logits_weight: 0.5            # and task_weight, hidden_weight
         learning_rate: {0: 0.01, 12: 0.001}
 
     * ``prune`` takes, besides, ``allocation``, ``min_ratio``, ``max_ratio``, ``reintroduce`` and
@@ -57,12 +64,14 @@ class Recipe:
     unless it has an ``initial``. It needs one if either has ratios by name, or if they ignore different weights.
     Masks are on from the beginning, so that checkpoints always have the same names; before the first stage they keep
     everything. What a stage leaves stays as it is until the next one begins, and after the last. Learning rates are a
-    hint that `learning_rate_at` returns; nothing is written into the optimizer.
+    hint that `learning_rate_at` returns; nothing is written into the optimizer. A teacher takes the fields of
+    `Distillation`; with ``module: backbone`` it stands for that part of the model alone, and pairs are in it.
 
     Args:
         stages: what ``pyprune.recipes.stages.read_stages`` returns.
         num_epochs: how many epochs the training takes; None if nothing says so.
         learning_rates: the learning rate from each of these epochs on.
+        teacher: what ``pyprune.recipes.taught.read_taught`` returns; None without.
 
     Example:
         >>> import torch
@@ -82,6 +91,7 @@ class Recipe:
     stages: tuple[Stage, ...]
     num_epochs: int | None
     learning_rates: Mapping[float, float] = field(default_factory=dict)
+    teacher: Taught | None = None
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> "Recipe":
@@ -117,17 +127,19 @@ class Recipe:
         for argument, value in (("text", text), ("name", name)):
             if not isinstance(value, str):
                 raise TypeError(f"{argument} is {shown(value)}; give a string")
-        fields = read(text, name).fields(("stages", "epochs", "learning_rate"), ("stages",))
+        fields = read(text, name).fields(("stages", "epochs", "learning_rate", "teacher"), ("stages",))
         stages = read_stages(fields["stages"])
-        last = max(stage.start if stage.end is None else stage.end for stage in stages)
+        taught = read_taught(fields["teacher"]) if "teacher" in fields else None
+        spans: list[Stage | Taught] = [*stages, *([taught] if taught else [])]
+        last = max(one.start if one.end is None else one.end for one in spans)
         epochs = math.ceil(last)
         if "epochs" in fields:
             epochs = math.ceil(fields["epochs"].number("a number of epochs", most=1e9))
             if epochs < last:
-                raise fields["epochs"].error(f"there are {epochs}, but a stage needs {last:g}")
+                raise fields["epochs"].error(f"there are {epochs}, but a stage or the teacher needs {last:g}")
         rates = by_epoch(fields["learning_rate"]) if "learning_rate" in fields else {}
         rate_at = {epoch: rate.number("a learning rate", above=True) for epoch, rate in rates.items()}
-        return cls(stages, epochs or None, rate_at)
+        return cls(stages, epochs or None, rate_at, taught)
 
     def learning_rate_at(self, epoch: float) -> float | None:
         """Return the learning rate that the recipe recommends at an epoch; None if it has none for it.
@@ -149,6 +161,7 @@ class Recipe:
         steps_per_epoch: int,
         *,
         examples_inputs: Any = None,
+        teacher: nn.Module | None = None,
     ) -> RecipePruner:
         """Put on the masks with which the recipe begins.
 
@@ -162,6 +175,8 @@ class Recipe:
             steps_per_epoch: how often ``optimizer.step()`` is called per epoch: batches by those that are
                 accumulated.
             examples_inputs: as in `prune`, for all stages.
+            teacher: the dense model, for a recipe with a teacher: ``copy.deepcopy(model)``, made before sparse
+                weights are loaded, or a larger one. Train with ``loss`` of what this returns.
 
         Returns:
             What must be told of each step. Call its ``step()`` after that of the optimizer, and ``finish()`` at the
@@ -171,4 +186,15 @@ class Recipe:
             TypeError, ValueError: for wrong arguments, or a stage that does not fit the model. The model is then as
                 it was.
         """
-        return start(self.stages, model, optimizer, steps_per_epoch, examples_inputs)
+        self._check_teacher(teacher)
+        return start(self.stages, model, optimizer, steps_per_epoch, examples_inputs, self.teacher, teacher)
+
+    def _check_teacher(self, teacher: object) -> None:
+        """Raise unless this is the teacher that the recipe needs: a module, or None without one."""
+        if self.teacher is None and teacher is not None:
+            raise ValueError("teacher was given, and the recipe has none; add a line teacher: to it, or leave it out")
+        if self.teacher is not None and not isinstance(teacher, nn.Module):
+            raise TypeError(
+                f"{self.teacher.where}: the recipe has a teacher, and the one given is {shown(teacher)}; give "
+                "teacher=copy.deepcopy(model) of the dense model where the recipe is applied"
+            )

@@ -1,11 +1,12 @@
 """Go through the stages of a recipe, step by step."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pyprune.calibration.training_statistics import needs_gradients
@@ -17,10 +18,12 @@ from pyprune.modules.optimizer import innermost_of
 from pyprune.modules.strip import strip
 from pyprune.modules.undo import Change
 from pyprune.recipes.stages import Stage, steps_of
+from pyprune.recipes.taught import Taught
 from pyprune.selection.find_prunable import find_prunable
 from pyprune.training.ac_dc import AcDcPruner
 from pyprune.training.keep_sparse import KeepSparse, keep_sparse
 from pyprune.training.pruner import Pruner
+from pyprune.training.teacher import Distillation
 
 
 class RecipePruner:
@@ -44,6 +47,8 @@ class RecipePruner:
         pruners: Sequence[Pruner],
         hold: Callable[[Sequence[Optimizer]], KeepSparse] | None,
         hold_from: int = 0,
+        distillation: Distillation | None = None,
+        learns: tuple[float, float] = (0, math.inf),
     ) -> None:
         self.model = model
         self.steps_per_epoch = steps_per_epoch
@@ -52,6 +57,7 @@ class RecipePruner:
         self._pruners = tuple(pruners)
         self._hold, self._hold_from = hold, hold_from
         self._held = self._hold_at(0)
+        self._distillation, self._learns, self._has_learned = distillation, learns, False
 
     @property
     def epoch(self) -> float:
@@ -64,12 +70,44 @@ class RecipePruner:
         begun = [pruner for pruner in self._pruners if pruner.schedule.start <= self.step_count]
         return begun[-1].ratio if begun else 0.0
 
+    @property
+    def distillation(self) -> Distillation | None:
+        """The teacher beside the model, in the epochs in which the recipe says so; otherwise None."""
+        return self._distillation if self._learns[0] <= self.step_count < self._learns[1] else None
+
+    def loss(self, task: Tensor, *, mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        """Return the loss to train with: as `Distillation.loss` while the recipe has a teacher, otherwise the task's.
+
+        Example:
+            >>> import copy, torch
+            >>> from pyprune import Recipe
+            >>> recipe = Recipe.from_string("{stages: [prune: {final: 0.5, end: 2}], teacher: {}}")
+            >>> model = nn.Linear(4, 2)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> pruner = recipe.apply(model, optimizer, steps_per_epoch=1, teacher=copy.deepcopy(model))
+            >>> task = model(torch.ones(3, 4)).square().sum()
+            >>> round((pruner.loss(task) / task).item(), 3)  # a teacher that says the same adds nothing
+            0.5
+        """
+        distillation = self._due()
+        return task if distillation is None else distillation.loss(task, mask=mask, labels=labels)
+
+    def _due(self) -> Distillation | None:
+        """Return the teacher that is due, to learn from it now."""
+        self._has_learned = True
+        return self.distillation
+
     def step(self) -> bool:
         """Count a step of the optimizer; return whether masks were computed anew.
 
         Raises:
-            ValueError: as `Pruner.step` does.
+            ValueError: as `Pruner.step` does; and if a teacher is due whose loss was not asked for.
         """
+        if self.distillation is not None and not self._has_learned:
+            raise ValueError(
+                "the recipe has a teacher, and nothing was learned from it in this step; train with "
+                "pruner.loss(task), or by the callback of a trainer with teacher="
+            )
         due = [pruner for pruner in self._pruners if pruner._may_be_due()]
         carried = dict.fromkeys(mask for pruner in due for mask in pruner._carried().values())
         begins = self._held is None and self._hold is not None and self.step_count + 1 >= self._hold_from
@@ -77,6 +115,7 @@ class RecipePruner:
             if begins:
                 self._held = self._hold_at(self.step_count + 1)
             self.step_count += 1
+            self._has_learned = False
             updated = [pruner._advance() for pruner in self._pruners]
             for pruner in self._over(updated):
                 pruner._check_last()
@@ -108,6 +147,9 @@ class RecipePruner:
         with Change(self.model, objects=self._touched()):
             for pruner in self._pruners:
                 pruner.freeze()
+            if self._distillation is not None:
+                self._distillation.remove()
+                self._distillation = None
 
     def finish(self) -> nn.Module:
         """End the training: fold the masks in, hold zeros no longer, and return the plain model.
@@ -194,6 +236,8 @@ def start(
     optimizer: Optimizer | Iterable[Optimizer] | None,
     steps_per_epoch: int,
     examples_inputs: Any,
+    taught: Taught | None,
+    teacher: nn.Module | None,
 ) -> RecipePruner:
     """Put on the masks with which the stages of a recipe begin; see `Recipe.apply`."""
     check_module(model)
@@ -213,7 +257,12 @@ def start(
         pruners = [
             _make_pruner(stage, model, optimizers, steps_per_epoch, examples_inputs) for stage in reversed(pruning)
         ]
-        return RecipePruner(model, optimizers, steps_per_epoch, pruners[::-1], hold, hold_from)
+        distillation, learns = None, (0.0, math.inf)
+        if taught is not None and teacher is not None:
+            distillation = taught.begin(model, teacher)
+            until = math.inf if taught.end is None else steps_of(taught.end, steps_per_epoch)
+            learns = steps_of(taught.start, steps_per_epoch), until
+        return RecipePruner(model, optimizers, steps_per_epoch, pruners[::-1], hold, hold_from, distillation, learns)
 
 
 _STATE = {"step_count", "steps_per_epoch", "pruners", "held"}

@@ -14,6 +14,7 @@ from pyprune.sparse.dense_file import Dense, write_dense
 from pyprune.sparse.encoding import Options
 from pyprune.sparse.format import CODECS, KEY, LAYOUTS
 from pyprune.sparse.new_checkpoint import write_like
+from pyprune.sparse.pieces import pieces_of
 from pyprune.sparse.reading import SparseFile
 from pyprune.sparse.writing import Source, Written, write_sparse
 
@@ -92,9 +93,13 @@ def others(file: SparseFile) -> dict[str, str]:
 
 
 def _source(file: SparseFile, name: str, seen: Seen) -> Source:
+    waiting = [name]
+
     def read() -> Tensor:
         tensor = file.view(name)
-        seen(name)
+        if waiting:
+            seen(waiting.pop())
         return tensor
 
-    return Source(name, file.dtype(name), file.shape(name), read)
+    pieces = (lambda: pieces_of(read())) if file.is_view(name) else None
+    return Source(name, file.dtype(name), file.shape(name), read, pieces)

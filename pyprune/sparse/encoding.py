@@ -1,6 +1,6 @@
 """One tensor, as the entries that stand for it in a file."""
 
-import zlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from pyprune import ops
+from pyprune.ops.crc32 import crc32
 from pyprune.sparse.blocks import expand_blocks, find_block
 from pyprune.sparse.codec import Bytes, compress, is_coded, split
 from pyprune.sparse.format import names_of
 from pyprune.sparse.header import NAMES
 
 # What the header says of a sparse tensor takes about so many bytes.
-_DESCRIPTION = 400
+DESCRIPTION = 400
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,16 @@ class Options:
 
 @dataclass(frozen=True)
 class Part:
-    """An entry of the file: its name, type and shape, and its bytes."""
+    """An entry of the file: its name, type and shape, and its bytes, or what returns them in pieces."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    data: Bytes
+    data: Bytes | Callable[[], Iterable[Bytes]]
+
+    def pieces(self) -> Iterable[Bytes]:
+        """Return the bytes, one piece after the other."""
+        return self.data() if callable(self.data) else (self.data,)
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,7 @@ def _pack(tensor: Tensor, options: Options) -> _Packed | None:
         negative = len(values) - len(others)
         if negative:
             [bits], [values] = ops.pack([tensor])
-    taken = len(bits) + len(values) * size + _DESCRIPTION
+    taken = len(bits) + len(values) * size + DESCRIPTION
     if least > 0 and (count - len(values) < least * count or taken >= count * size):
         return None
     return _Packed(bits, values, negative)
@@ -126,7 +131,7 @@ def _ours(name: str, tensor: Tensor, packed: _Packed, options: Options, zero: Te
     shapes = [_numbers(names.shape, tensor.shape)]
     found = None
     if not options.keep_negative_zero or not tensor.is_floating_point():  # blocks keep all signs in them
-        found = find_block(tensor, len(bits) + values.nbytes + _DESCRIPTION // 4)
+        found = find_block(tensor, len(bits) + values.nbytes + DESCRIPTION // 4)
     if found is not None:
         block, mask = found
         whole = expand_blocks(mask, block, tuple(tensor.shape))
@@ -185,6 +190,7 @@ def _numbers(name: str, numbers: Any) -> Part:
 
 def _crc32(parts: list[Part]) -> int:
     found = 0
-    for part in parts:
-        found = zlib.crc32(part.data.data, found)
+    for data in (data for part in parts for data in part.pieces()):
+        # Frames are in the memory of bytes, which torch takes with a warning only.
+        found = crc32(torch.from_numpy(data if data.flags.writeable else data.copy()), found)
     return found

@@ -1,13 +1,15 @@
 """Load a sparse file, as tensors or into a model."""
 
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar, overload
 
 from torch import Tensor, nn
 
 from pyprune.modules.attachments import check_module
 from pyprune.modules.undo import Change
+from pyprune.modules.zeros import holds_in
 from pyprune.sparse.model_state import plain_names
 from pyprune.sparse.reading import SparseFile
 
@@ -54,19 +56,55 @@ def load_sparse(path: str | os.PathLike[str], model: nn.Module | None = None) ->
         check_module(model)
     with SparseFile(path) as file:
         if model is None:
-            return _read(file)
+            tensors = _read(file, file.tensors)
+            return tensors | {alias: tensors[name] for alias, name in file.tied.items()}
         wrapped = {plain: name for name, plain in plain_names(model).items()}
-        _check_fits(file, {plain: model.state_dict()[name] for plain, name in wrapped.items()})
-        tensors = _read(file)
-    state = {wrapped[name]: tensor for name, tensor in tensors.items()}
-    with Change(model) as change:
-        change.finish(lambda: model.load_state_dict(state))
+        there = model.state_dict()
+        _check_fits(file, {plain: there[name] for plain, name in wrapped.items()})
+        places = _places(file, {name: there[wrapped[name]] for name in file.tensors}) if _is_plain(model) else {}
+        for name in places:
+            file.check(name)
+        tensors = places | _read(file, [name for name in file.tensors if name not in places])
+        state = {wrapped[name]: tensors[file.tied.get(name, name)] for name in file.names}
+
+        def load() -> None:
+            for name, place in places.items():
+                file.read_into(name, place)
+            model.load_state_dict(state)
+
+        with Change(model) as change:
+            change.finish(load)
     return model
 
 
-def _read(file: SparseFile) -> dict[str, Tensor]:
-    tensors = {name: file.read(name) for name in file.tensors}
-    return tensors | {alias: tensors[name] for alias, name in file.tied.items()}
+def _is_plain(model: nn.Module) -> bool:
+    """Whether nothing but torch looks at what is loaded, and may refuse it, or compare it with what was there."""
+    return not any(holds_in(model)) and not any(
+        module._load_state_dict_pre_hooks
+        or module._load_state_dict_post_hooks
+        or not type(module)._load_from_state_dict.__module__.startswith("torch.nn.modules")
+        or type(module).load_state_dict is not nn.Module.load_state_dict
+        for module in model.modules()
+    )
+
+
+def _places(file: SparseFile, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return those tensors of a model that can be written as they are read: torch then loads them into themselves."""
+    owners = Counter(tensor.untyped_storage().data_ptr() for tensor in state.values() if tensor.is_cpu)
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if file.is_direct(name)
+        and type(tensor) is Tensor
+        and tensor.is_cpu
+        and tensor.is_contiguous()
+        and tensor.dtype == file.dtype(name)
+        and owners[tensor.untyped_storage().data_ptr()] == 1
+    }
+
+
+def _read(file: SparseFile, names: Iterable[str]) -> dict[str, Tensor]:
+    return {name: file.read(name) for name in names}
 
 
 def _check_fits(file: SparseFile, state: dict[str, Tensor]) -> None:

@@ -76,6 +76,7 @@ class Choice:
         self.removed: int | None = None  # units in all, where all compete
         self.score: float | None = None  # at the cut
         self._cut: ops.Cut | None = None
+        self._before: ops.Cut | None = None  # that of the weight that was asked for last
         self._scales: list[float] | None = None
         self._counts: list[int] | None = None
         self._ratios: Mapping[str, float] | None = None
@@ -87,8 +88,13 @@ class Choice:
         else:
             self._ratios = ratios_of(method, amount, groups)
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether pieces are made one by one, each without the others."""
+        return self._cut is not None
+
     def pieces(self, name: str) -> Iterator[Tensor]:
-        """Yield the pruned weight in pieces, in the order of the flat index."""
+        """Yield the pruned weight in pieces, in the order of the flat index; the last one may be asked for again."""
         number = self.by_name[name]
         weight = self.weights[number]
         values = weight.read()
@@ -99,15 +105,19 @@ class Choice:
             ):
                 yield ops.mask_weight(piece, part)
             return
-        if number != self._next:
+        if number == self._next:
+            self._before = self._cut
+            self._next += 1
+        elif number != self._next - 1:
             raise ValueError(
                 f"{name} is asked for before {self.weights[self._next].name}, and ties go in their order"
             )
-        self._next += 1
         scales = None if self._scales is None else torch.tensor([self._scales[number]], dtype=torch.float64)
+        cut = self._before
         for piece in torch.split(values.view(-1), _PIECE):
             dropped = piece.clone()
-            self._cut = ops.drop([dropped], self._cut, scales=scales)
+            assert cut is not None
+            self._cut = cut = ops.drop([dropped], cut, scales=scales)
             yield dropped
 
     def _mask(self, number: int, values: Tensor) -> Tensor:

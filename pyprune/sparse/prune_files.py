@@ -20,6 +20,7 @@ from pyprune.sparse.dense_file import write_dense
 from pyprune.sparse.encoding import Options
 from pyprune.sparse.new_checkpoint import check_target, write_like
 from pyprune.sparse.out_of_core import Choice, StoredWeight
+from pyprune.sparse.pieces import LARGE, Pieces, pieces_of
 from pyprune.sparse.prunable import Found, find_weights, layout_of
 from pyprune.sparse.reading import SparseFile
 from pyprune.sparse.writing import Source, write_sparse
@@ -28,7 +29,7 @@ Seen = Callable[[str, str], object]  # is told what was done with which weight: 
 # Bytes that are needed beside the weight, per element: masks, scores and what is sorted on the way.
 _WHOLE, _SORTED = 14, 40
 _IN_PIECES = 48 << 20
-_BITS = 64 << 20  # that wait for the end of a packed file
+_BITS = 8 << 20  # that wait for the end of a packed file
 
 
 @dataclass(frozen=True)
@@ -186,11 +187,13 @@ class _Pruned:
     seen: Seen
 
     def pieces(self, name: str) -> Iterator[Tensor]:
+        is_first = name not in self.zeros
         self.zeros[name] = 0
         for piece in self.choice.pieces(name):
             self.zeros[name] += int(ops.count_zeros([piece]))
             yield piece
-        self.seen("written", name)
+        if is_first:
+            self.seen("written", name)
 
     def whole(self, name: str, shape: tuple[int, ...]) -> Tensor:
         pieces = list(self.pieces(name))
@@ -201,7 +204,7 @@ def _write(file: SparseFile, path: Path, pruned: _Pruned, compress: Options | No
     chosen = pruned.choice.by_name
 
     def untouched(name: str) -> Iterator[Tensor]:
-        return iter(torch.split(file.view(name).reshape(-1), 1 << 22))
+        return pieces_of(file.view(name))
 
     if compress is None:
         tensors = [
@@ -214,7 +217,14 @@ def _write(file: SparseFile, path: Path, pruned: _Pruned, compress: Options | No
     def read(name: str) -> Tensor:
         return pruned.whole(name, file.shape(name)) if name in chosen else file.view(name)
 
-    sources = [Source(name, file.dtype(name), file.shape(name), partial(read, name)) for name in in_order(file)]
+    def pieces(name: str) -> Pieces | None:
+        if name in chosen:
+            return partial(pruned.pieces, name) if pruned.choice.is_cut else None
+        return partial(untouched, name) if file.is_view(name) else None
+
+    sources = [
+        Source(name, file.dtype(name), file.shape(name), partial(read, name), pieces(name)) for name in in_order(file)
+    ]
     write_sparse(path, sources, compress, tied=file.tied, metadata=others(file))
 
 
@@ -231,7 +241,9 @@ def _check_memory(
         if name in found.names and not pieces:
             needed += count * (whole + size)
         if compress is not None:
-            needed += count * 6 * size + _BITS
+            plain = compress.codec is None and compress.layout == "pyprune"
+            in_pieces = plain and (pieces or name not in found.names)
+            needed += 6 * (min(count * size, LARGE) if in_pieces else count * size) + count // 4 + _BITS
         if needed > most:
             raise ValueError(
                 f"{name} of {count} elements needs about {needed >> 20} MiB, and {most >> 20} MiB may be taken; "

@@ -2,7 +2,6 @@
 
 import mmap
 import os
-import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from math import prod
@@ -16,6 +15,8 @@ from torch import Tensor
 
 from pyprune import ops
 from pyprune.checks import check_path
+from pyprune.ops.crc32 import crc32
+from pyprune.ops.pack import check_packed, count_bits
 from pyprune.sparse.blocks import blocks_of, elements_in, expand_blocks
 from pyprune.sparse.codec import decompress, join
 from pyprune.sparse.format import Stored, contents_of, entries_of
@@ -108,6 +109,31 @@ class SparseFile:
         self._checked(name, self._check_crc32, stored)
         return self._checked(name, self._read_sparse if stored.sparse else self._read_dense, stored)
 
+    def is_direct(self, name: str) -> bool:
+        """Whether a tensor can be written to where it is to be, without another one on the way."""
+        stored = self._stored(name)
+        return not stored.codec and not stored.zero
+
+    def check(self, name: str) -> None:
+        """Raise what `read` would raise of a tensor that is direct, without memory for it."""
+        stored = self._stored(name)
+        self._checked(name, self._check_crc32, stored)
+        if stored.sparse:
+            self._checked(name, lambda stored: check_packed(*self._packed(stored)), stored)
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Write a tensor that is direct, and was checked, into a contiguous one of its dtype and shape on the CPU."""
+        stored = self._stored(name)
+        if stored.sparse:
+            bits, values, shape = self._checked(name, self._packed, stored)
+            ops.unpack([bits], [values], [shape], out=[out])
+        else:
+            out.copy_(self._tensor(stored.names.values))
+
+    def is_view(self, name: str) -> bool:
+        """Whether `view` returns it as it lies in the file."""
+        return self.entries(name) == [name]
+
     def view(self, name: str) -> Tensor:
         """Return a tensor as it lies in the file, unchecked and not to be written; one that is packed is read.
 
@@ -154,6 +180,10 @@ class SparseFile:
             data = memoryview(bytearray(data))
         return torch.frombuffer(data, dtype=found.dtype).view(found.shape)
 
+    def _raw(self, entry: str) -> Tensor:
+        data = self._entry_bytes(entry)
+        return torch.frombuffer(data, dtype=torch.uint8) if len(data) else torch.empty(0, dtype=torch.uint8)
+
     def _check_crc32(self, stored: Stored) -> None:
         if not stored.crc32:
             return
@@ -164,7 +194,7 @@ class SparseFile:
         ):
             found = 0
             for entry in entries:
-                found = zlib.crc32(self._entry_bytes(entry), found)
+                found = crc32(self._raw(entry), found)
             if found != wanted:
                 raise ValueError(f"its {what} are damaged: their CRC-32 is {found:08x}, and must be {wanted:08x}")
         if (stored.sparse or stored.codec) and self._shape_entry(stored) != stored.shape:
@@ -191,6 +221,11 @@ class SparseFile:
         return self._tensor(stored.names.values).clone()
 
     def _read_sparse(self, stored: Stored) -> Tensor:
+        bits, values, shape = self._packed(stored)
+        [tensor] = ops.unpack([bits], [values], [shape])
+        return _add_zero(tensor, self._tensor(stored.names.zero)) if stored.zero else tensor
+
+    def _packed(self, stored: Stored) -> tuple[Tensor, Tensor, tuple[int, ...]]:
         shape = self._shape_entry(stored) if stored.shape is None else stored.shape
         block = stored.block
         if block == (0, 0):
@@ -206,7 +241,7 @@ class SparseFile:
         if block is not None:
             blocks = blocks_of(shape, block)
             # As many values as blocks cover, or the mask is not worth its memory.
-            [mask] = ops.unpack([bits], [torch.ones(_count(bits), dtype=torch.bool)], [blocks])
+            [mask] = ops.unpack([bits], [torch.ones(count_bits([bits])[0], dtype=torch.bool)], [blocks])
             if elements_in(mask, block, shape) != self._kept(stored):
                 raise ValueError(
                     f"it has {self._kept(stored)} values for blocks of {elements_in(mask, block, shape)} elements; "
@@ -214,8 +249,7 @@ class SparseFile:
                 )
             [bits], _ = ops.pack([expand_blocks(mask, block, shape)])
         values = self._decoded(stored, self._kept(stored)) if stored.codec else self._tensor(stored.names.values)
-        [tensor] = ops.unpack([bits], [values.flatten()], [shape])
-        return _add_zero(tensor, self._tensor(stored.names.zero)) if stored.zero else tensor
+        return bits, values.flatten(), shape
 
     def _kept(self, stored: Stored) -> int:
         return self.header.entries[stored.names.values].count if stored.nnz is None else stored.nnz
@@ -231,10 +265,6 @@ class SparseFile:
     def _decoded(self, stored: Stored, count: int) -> Tensor:
         low = self._tensor(stored.names.values).numpy()
         return join(low, decompress(self._entry_bytes(stored.names.high), count), stored.dtype)
-
-
-def _count(bits: Tensor) -> int:
-    return int(np.unpackbits(bits.numpy()).sum())
 
 
 def _without_padding(bits: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,8 +22,9 @@ from pyprune.sparse.codec import is_coded, zstd
 from pyprune.sparse.encoding import Encoded, Options, Part, encode
 from pyprune.sparse.format import KEY, VERSION, names_of
 from pyprune.sparse.header import METADATA, NAMES, Entry, header_bytes, header_length
+from pyprune.sparse.pieces import LARGE, Pieces, encode_pieces, pieces_of
 
-_IN_MEMORY = 1 << 26  # of bits, which come last; more of them wait in a file without a name
+_IN_MEMORY = 1 << 23  # bytes of bits, which come last; more of them wait in a file without a name
 _PIECE = 1 << 20
 _WASTE = 2048  # spaces are left if they are a smaller part of the file
 _PER_TENSOR = 1000  # bytes of a header, besides names and shapes
@@ -41,11 +43,13 @@ class Source:
     dtype: torch.dtype
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
+    pieces: Pieces | None = None  # the same, in pieces that are a multiple of eight elements; asked for twice
 
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> "Source":
         """Return a tensor that is there."""
-        return cls(name, tensor.dtype, tuple(tensor.shape), lambda: tensor)
+        pieces = partial(pieces_of, tensor) if tensor.is_cpu and tensor.is_contiguous() else None
+        return cls(name, tensor.dtype, tuple(tensor.shape), lambda: tensor, pieces)
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ def write_sparse(
     tied: Mapping[str, str] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Written:
-    """Write tensors to a file, each when its turn comes; one is in memory at a time.
+    """Write tensors to a file, each when its turn comes; one is in memory at a time, of large ones pieces.
 
     Args:
         path: of the file, which is replaced as a whole once it is whole.
@@ -114,8 +118,9 @@ def write_sparse(
             for part in encoded.values:
                 begin = _put(file, part, entries, begin)
             for part in encoded.bits:
-                bits.write(part.data.data)
-                late.append(Part(part.name, part.dtype, part.shape, part.data[:0]))
+                for data in part.pieces():
+                    bits.write(data.data)
+                late.append(Part(part.name, part.dtype, part.shape, tuple))
             if "nnz" in encoded.fields:
                 kept[source.name] = encoded.fields["nnz"]
             if encoded.negative_zeros:
@@ -146,16 +151,22 @@ def _check_names(sources: Sequence[Source], tied: Mapping[str, str]) -> set[str]
 
 
 def _encode(source: Source, sources: Sequence[Source], options: Options, taken: set[str]) -> Encoded:
+    # A tensor whose entries would have the names of others stays as it is.
+    others = {*vars(names_of(source.name)).values(), *vars(names_of(source.name, options.layout)).values()}
+    free = not (others - {source.name}) & taken
+    zero = _zero_point(source, sources, options)
+    large = torch.Size(source.shape).numel() * source.dtype.itemsize >= LARGE
+    if large and source.pieces is not None and zero is None and options.codec is None and options.layout == "pyprune":
+        encoded = encode_pieces(source.name, source.dtype, source.shape, source.pieces, options, sparse=free)
+        if encoded is not None:
+            return encoded
     tensor = source.read()
     if tensor.dtype != source.dtype or tuple(tensor.shape) != source.shape:
         raise ValueError(
             f"{source.name} is {tensor.dtype} of shape {tuple(tensor.shape)}, and was to be {source.dtype} of shape "
             f"{source.shape}"
         )
-    # A tensor whose entries would have the names of others stays as it is.
-    others = {*vars(names_of(source.name)).values(), *vars(names_of(source.name, options.layout)).values()}
-    free = not (others - {source.name}) & taken
-    return encode(source.name, tensor, options, sparse=free, zero=_zero_point(source, sources, options))
+    return encode(source.name, tensor, options, sparse=free, zero=zero)
 
 
 def _zero_point(source: Source, sources: Sequence[Source], options: Options) -> Tensor | None:
@@ -192,9 +203,14 @@ def _spool(unfinished: Path) -> "tempfile.SpooledTemporaryFile[bytes]":
 
 def _put(file: BinaryIO, part: Part, entries: dict[str, Entry], begin: int) -> int:
     """Write an entry, and return where the next one begins."""
-    file.write(part.data.data)
-    entries[part.name] = Entry(part.dtype, part.shape, begin, begin + part.data.nbytes)
-    return entries[part.name].end
+    end = begin
+    for data in part.pieces():
+        file.write(data.data)
+        end += data.nbytes
+    if end - begin != torch.Size(part.shape).numel() * part.dtype.itemsize:
+        raise ValueError(f"{part.name} of shape {part.shape} got {end - begin} bytes")
+    entries[part.name] = Entry(part.dtype, part.shape, begin, end)
+    return end
 
 
 def _append(
@@ -218,7 +234,7 @@ def _begin_file(
 ) -> int:
     """Write the header, and the shapes between it and the data; return the bytes of the file."""
     size = file.tell()
-    early = sum(part.data.nbytes for part in shapes)
+    early = sum(torch.Size(part.shape).numel() * part.dtype.itemsize for part in shapes)
     moved = {
         name: Entry(entry.dtype, entry.shape, entry.begin + early, entry.end + early)
         for name, entry in entries.items()
@@ -226,8 +242,9 @@ def _begin_file(
     first: dict[str, Entry] = {}
     begin = 0
     for part in shapes:
-        first[part.name] = Entry(part.dtype, part.shape, begin, begin + part.data.nbytes)
-        begin += part.data.nbytes
+        end = begin + torch.Size(part.shape).numel() * part.dtype.itemsize
+        first[part.name] = Entry(part.dtype, part.shape, begin, end)
+        begin = end
     length = header_length(first | moved, metadata)
     unused = room - early - length
     if unused > size / _WASTE:
@@ -235,7 +252,8 @@ def _begin_file(
     file.seek(0)
     file.write(header_bytes(first | moved, metadata, room - early))
     for part in shapes:
-        file.write(part.data.data)
+        for data in part.pieces():
+            file.write(data.data)
     return size
 
 

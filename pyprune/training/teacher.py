@@ -94,7 +94,12 @@ class Distillation:
         """
         if not isinstance(task, Tensor):
             raise TypeError(f"task is {shown(task)}; give the loss of the task, a tensor")
-        return self._weights["task"] * task + self.extra_loss(mask=mask, labels=labels)
+        return self.task_weight * task + self.extra_loss(mask=mask, labels=labels)
+
+    @property
+    def task_weight(self) -> float:
+        """What the loss of the task counts."""
+        return self._weights["task"]
 
     def extra_loss(self, *, mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """Return the part of `loss` that is not the task's."""
@@ -180,7 +185,8 @@ class _End(_Begin):
     """A hook after the model."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.seen is not None and self.seen.inputs is not None:
+        # Of a call within a call, as a wrapper makes that goes through forward to a training step, the inner counts.
+        if self.seen is not None and self.seen.inputs is not None and not self.seen.ended:
             self.seen.output, self.seen.ended = output, True
 
 

@@ -121,3 +121,41 @@ def test_distillation_callback_refuses_a_model_without_loss(tmp_path):
 def test_distillation_callback_refuses_wrong_options(options, error, words):
     with pytest.raises(error, match=words):
         DistillationCallback(**{"teacher": nn.Linear(2, 2), **options})
+
+
+@pytest.mark.parametrize("case", ["each step", "accumulated", "the first half"])
+def test_a_recipe_with_a_teacher_trains_as_the_callback_does(case, tmp_path):
+    pytest.importorskip("yaml")
+    teacher = tiny()
+    nn.init.normal_(teacher.transformer.h[0].mlp.c_fc.weight)
+    end = 0.5 if case == "the first half" else None
+    steps = 1 if case == "accumulated" else 2
+    options = {"gradient_accumulation_steps": 2} if case == "accumulated" else {}
+    pairs = ["transformer.h.0", "transformer.h.1"]
+    recipe = pyprune.Recipe.from_string(
+        f"{{stages: [prune: {{final: 0.5, end: 1}}], teacher: {{pairs: {pairs}, temperature: 2, end: {end or 9}}}}}"
+    )
+    model = tiny()
+    trained(tmp_path / "one", model, PruningCallback(recipe, teacher=copy.deepcopy(teacher)), **options)
+    expected = tiny()
+    start = lambda model, optimizer, _: pyprune.Recipe(recipe.stages, 1).apply(model, optimizer, steps)  # noqa: E731
+    callbacks = [
+        PruningCallback(start),
+        DistillationCallback(copy.deepcopy(teacher), pairs=pairs, temperature=2.0, end=end),
+    ]
+    trained(tmp_path / "two", expected, *callbacks, **options)
+    check_same(model, expected)
+    assert int((model.lm_head.weight == 0).sum()) > 0
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+
+
+def test_pruning_callback_refuses_a_teacher_that_its_recipe_does_not_have():
+    pytest.importorskip("yaml")
+    text = "stages: [prune: {final: 0.5, end: 1}]"
+    with pytest.raises(ValueError, match="the recipe has none"):
+        PruningCallback(pyprune.Recipe.from_string(text), teacher=nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="teacher: the recipe has a teacher"):
+        PruningCallback(pyprune.Recipe.from_string(text + "\nteacher: {}"))
+    with pytest.raises(ValueError, match="beside other pruning take DistillationCallback"):
+        PruningCallback(pyprune.keep_sparse, teacher=nn.Linear(2, 2))

@@ -51,6 +51,65 @@ def test_pack_is_what_the_reference_says_and_unpack_brings_it_back(device, dtype
                 assert_same(one, other)
 
 
+@pytest.mark.parametrize("dtype", ops.PACK_DTYPES, ids=str)
+def test_unpack_writes_into_tensors_that_are_there(device, dtype):
+    # The last is so large that all go past the caches, from the start of a line of the cache and from within one.
+    counts = [*LENGTHS, (1 << 23) // dtype.itemsize + 77]
+    tensors = [some_bits(count, dtype, count).to(device) for count in counts]
+    bits, values = ops.pack(tensors, negative_zeros=True)
+    memory = [torch.full((count + 1,), 1, dtype=torch.uint8, device=device).to(dtype) for count in counts]
+    for first in (1, 0):  # then the last element is behind what is written
+        out = [one[first : first + count] for one, count in zip(memory, counts, strict=True)]
+        ends = [one[[0, -1]] for one in memory]
+        versions = [one._version for one in out]
+        found = ops.unpack(bits, values, [one.shape for one in tensors], out=out)
+        for one, there, version, wanted in zip(found, out, versions, tensors, strict=True):
+            assert one is there
+            assert one._version > version
+            assert_same(one, wanted)
+        for one, before in zip(memory, ends, strict=True):
+            assert_same(one[:1] if first else one[-1:], before[:1] if first else before[1:])
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (lambda bits, values: [torch.zeros(14)], "must be contiguous, of shape"),
+        (lambda bits, values: [torch.zeros(13, 2)[:, 0]], "must be contiguous, of shape"),
+        (lambda bits, values: [torch.zeros(13, dtype=torch.int32)], "out.0. is torch.int32"),
+        (lambda bits, values: [], "got 0 out"),
+        (lambda bits, values: [values[:13]], "shares memory with values"),
+    ],
+)
+def test_unpack_refuses_to_write_where_it_does_not_fit(device, out, message):
+    memory = torch.arange(1.0, 14, device=device)
+    [bits], _ = ops.pack([memory])
+    into = [one if one.data_ptr() == memory.data_ptr() else one.to(device) for one in out(bits, memory)]
+    with pytest.raises(ValueError, match=message):
+        ops.unpack([bits], [memory], [(13,)], out=into)
+    assert torch.equal(memory, torch.arange(1.0, 14, device=device))
+
+
+def test_unpack_leaves_memory_as_it_was_if_something_does_not_fit(device):
+    [bits], [values] = ops.pack([torch.arange(13.0, device=device)])
+    out = torch.full((13,), 7.0, device=device)
+    for damage, message in (DAMAGED["a value too few"], DAMAGED["a bit beyond the end"]):
+        row, some = damage(bits.cpu(), values.cpu())
+        with pytest.raises(ValueError, match=message):
+            ops.unpack([row.to(device)], [some.to(device)], [(13,)], out=[out])
+        assert torch.equal(out, torch.full_like(out, 7))
+
+
+def test_pack_takes_lists_that_are_packed_in_several_parts(device):
+    tensors = [some_bits(count, torch.float32, count) for count in (3_000_001, 5, 0, 2_000_000, 1_500_000, 70_000)]
+    tensors = [one.to(device) for one in tensors]
+    bits, values = ops.pack(tensors)
+    for one, row, some in zip(tensors, bits, values, strict=True):
+        [wanted_bits], [wanted_values] = reference.pack([one])
+        assert_same(row, wanted_bits)
+        assert_same(some, wanted_values)
+
+
 def test_pack_does_not_depend_on_the_layout(device):
     weight = some_bits(26 * 3 * 5 * 7, torch.bfloat16).view(26, 3, 5, 7).to(device)
     [bits], [values] = ops.pack([weight])
@@ -112,3 +171,4 @@ def test_pack_passes_opcheck():
     torch.library.opcheck(torch.ops.pyprune.pack, (tensors, masks, True))
     bits, values = ops.pack(tensors)
     torch.library.opcheck(torch.ops.pyprune.unpack, (bits, values, [120, 7]))
+    torch.library.opcheck(torch.ops.pyprune.unpack_into, (bits, values, [torch.empty(30, 4), torch.empty(7)]))

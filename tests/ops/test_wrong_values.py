@@ -34,7 +34,7 @@ def _park() -> dict[str, Any]:
 
 def _unpack() -> dict[str, Any]:
     bits, values = ops.pack(_weights())
-    return {"bits": bits, "values": values, "shapes": [(4, 6), (8,)]}
+    return {"bits": bits, "values": values, "shapes": [(4, 6), (8,)], "out": _weights()}
 
 
 def _gate() -> dict[str, Any]:

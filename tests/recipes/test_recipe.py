@@ -458,7 +458,10 @@ def test_from_file_says_where_it_is_not_utf_8(tmp_path):
         ("stage: []", "r.yaml:1: stage: 'stage' is unknown here; did you mean stages?"),
         ("epochs: 3", "r.yaml:1: it lacks stages"),
         ("stages: [constant]\nepochs: many", "r.yaml:2: epochs: 'many' is not a number of epochs"),
-        ("epochs: 3\nstages: [prune: {final: 0.5, end: 4}]", "r.yaml:1: epochs: there are 3, but a stage needs 4"),
+        (
+            "epochs: 3\nstages: [prune: {final: 0.5, end: 4}]",
+            "r.yaml:1: epochs: there are 3, but a stage or the teacher needs 4",
+        ),
         ("stages: [constant]\nlearning_rate: 0.1", "r.yaml:2: learning_rate: 0.1 is no dict"),
         (
             "stages: [constant]\nlearning_rate: {start: 0.1}",

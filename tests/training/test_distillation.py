@@ -299,3 +299,26 @@ def test_distillation_refuses_wrong_arguments(name):
         Distillation(model, **{"teacher": teacher, **change(model, teacher)})
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
+
+
+def test_of_a_call_within_a_call_the_inner_one_counts():
+    """DDP calls forward, which Lightning has replaced by a training step, which calls the model."""
+
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.is_outer = nn.Linear(4, 3), True
+
+        def forward(self, inputs):
+            if self.is_outer:
+                self.is_outer = False
+                return self(inputs["images"]).sum()
+            return self.layer(inputs)
+
+    torch.manual_seed(0)
+    model, teacher, images = Wrapped(), nn.Linear(4, 3), torch.randn(5, 4)
+    distillation = pyprune.Distillation(model, teacher)
+    loss = distillation.loss(model({"images": images}))
+    logits = model.layer(images)
+    expected = 0.5 * logits.sum() + 0.5 * pyprune.distillation_loss(logits, teacher(images))
+    torch.testing.assert_close(loss, expected)

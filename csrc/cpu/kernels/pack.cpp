@@ -111,6 +111,21 @@ void unpack_rest(const uint8_t* bits, const T* values, T* out, int64_t i, int64_
   std::fill(out + i, out + count, T{0});
 }
 
+#if defined(__AVX2__)
+
+// Store a register; kStream: past the caches, where `to` is a multiple of its size.
+template <bool kStream>
+inline void store(void* to, __m128i x) {
+  kStream ? _mm_stream_si128(static_cast<__m128i*>(to), x) : _mm_storeu_si128(static_cast<__m128i*>(to), x);
+}
+
+template <bool kStream>
+inline void store(void* to, __m256i x) {
+  kStream ? _mm256_stream_si256(static_cast<__m256i*>(to), x) : _mm256_storeu_si256(static_cast<__m256i*>(to), x);
+}
+
+#endif
+
 // Lanes<T>: so many elements in a register, of which those of a set (a bit for each) are moved to its front, or come
 // from there while the others become 0.
 template <class T>
@@ -118,14 +133,20 @@ struct Lanes {};
 
 #if defined(__AVX512BW__)
 
+template <bool kStream>
+inline void store(void* to, __m512i x) {
+  kStream ? _mm512_stream_si512(static_cast<__m512i*>(to), x) : _mm512_storeu_si512(to, x);
+}
+
 template <>
 struct Lanes<uint32_t> {
   static constexpr int kWidth = 16;
   static void pack(const uint32_t* data, uint32_t* values, uint64_t set) {
     _mm512_storeu_si512(values, _mm512_maskz_compress_epi32(static_cast<__mmask16>(set), _mm512_loadu_si512(data)));
   }
+  template <bool kStream>
   static void unpack(const uint32_t* values, uint32_t* out, uint64_t set) {
-    _mm512_storeu_si512(out, _mm512_maskz_expand_epi32(static_cast<__mmask16>(set), _mm512_loadu_si512(values)));
+    store<kStream>(out, _mm512_maskz_expand_epi32(static_cast<__mmask16>(set), _mm512_loadu_si512(values)));
   }
 };
 
@@ -135,8 +156,9 @@ struct Lanes<uint64_t> {
   static void pack(const uint64_t* data, uint64_t* values, uint64_t set) {
     _mm512_storeu_si512(values, _mm512_maskz_compress_epi64(static_cast<__mmask8>(set), _mm512_loadu_si512(data)));
   }
+  template <bool kStream>
   static void unpack(const uint64_t* values, uint64_t* out, uint64_t set) {
-    _mm512_storeu_si512(out, _mm512_maskz_expand_epi64(static_cast<__mmask8>(set), _mm512_loadu_si512(values)));
+    store<kStream>(out, _mm512_maskz_expand_epi64(static_cast<__mmask8>(set), _mm512_loadu_si512(values)));
   }
 };
 
@@ -147,14 +169,14 @@ struct Lanes<uint16_t> {
   static __m512i widened(const void* words) {
     return _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(words)));
   }
-  static void store(void* words, __m512i wide) {
-    _mm256_storeu_si256(static_cast<__m256i*>(words), _mm512_cvtepi32_epi16(wide));
-  }
   static void pack(const uint16_t* data, uint16_t* values, uint64_t set) {
-    store(values, _mm512_maskz_compress_epi32(static_cast<__mmask16>(set), widened(data)));
+    const __m512i front = _mm512_maskz_compress_epi32(static_cast<__mmask16>(set), widened(data));
+    store<false>(values, _mm512_cvtepi32_epi16(front));
   }
+  template <bool kStream>
   static void unpack(const uint16_t* values, uint16_t* out, uint64_t set) {
-    store(out, _mm512_maskz_expand_epi32(static_cast<__mmask16>(set), widened(values)));
+    const __m512i back = _mm512_maskz_expand_epi32(static_cast<__mmask16>(set), widened(values));
+    store<kStream>(out, _mm512_cvtepi32_epi16(back));
   }
 };
 
@@ -164,14 +186,14 @@ struct Lanes<uint8_t> {
   static __m512i widened(const void* bytes) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(bytes)));
   }
-  static void store(void* bytes, __m512i wide) {
-    _mm_storeu_si128(static_cast<__m128i*>(bytes), _mm512_cvtepi32_epi8(wide));
-  }
   static void pack(const uint8_t* data, uint8_t* values, uint64_t set) {
-    store(values, _mm512_maskz_compress_epi32(static_cast<__mmask16>(set), widened(data)));
+    const __m512i front = _mm512_maskz_compress_epi32(static_cast<__mmask16>(set), widened(data));
+    store<false>(values, _mm512_cvtepi32_epi8(front));
   }
+  template <bool kStream>
   static void unpack(const uint8_t* values, uint8_t* out, uint64_t set) {
-    store(out, _mm512_maskz_expand_epi32(static_cast<__mmask16>(set), widened(values)));
+    const __m512i back = _mm512_maskz_expand_epi32(static_cast<__mmask16>(set), widened(values));
+    store<kStream>(out, _mm512_cvtepi32_epi8(back));
   }
 };
 
@@ -210,12 +232,16 @@ struct Lanes<uint8_t> {
     _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(bytes, moves_of(moves)));
   }
   static void pack(const uint8_t* data, uint8_t* values, uint64_t set) { move(data, values, kMoves.front[set]); }
-  static void unpack(const uint8_t* values, uint8_t* out, uint64_t set) { move(values, out, kMoves.back[set]); }
+  template <bool>
+  static void unpack(const uint8_t* values, uint8_t* out, uint64_t set) {
+    move(values, out, kMoves.back[set]);
+  }
 };
 
 template <>
 struct Lanes<uint16_t> {
   static constexpr int kWidth = 8;
+  template <bool kStream>
   static void move(const uint16_t* from, uint16_t* to, const uint8_t (&moves)[8]) {
     // Lane k is bytes 2k and 2k + 1. What is 0x80 keeps its upper bit, because both bytes are added to themselves.
     const __m128i lanes = moves_of(moves), twice = _mm_unpacklo_epi8(lanes, lanes);
@@ -223,24 +249,35 @@ struct Lanes<uint16_t> {
     const __m128i none = _mm_and_si128(twice, _mm_set1_epi16(static_cast<int16_t>(0x8080)));
     const __m128i bytes = _mm_or_si128(_mm_or_si128(low, none), _mm_set1_epi16(0x0100));
     const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(words, bytes));
+    store<kStream>(to, _mm_shuffle_epi8(words, bytes));
   }
-  static void pack(const uint16_t* data, uint16_t* values, uint64_t set) { move(data, values, kMoves.front[set]); }
-  static void unpack(const uint16_t* values, uint16_t* out, uint64_t set) { move(values, out, kMoves.back[set]); }
+  static void pack(const uint16_t* data, uint16_t* values, uint64_t set) {
+    move<false>(data, values, kMoves.front[set]);
+  }
+  template <bool kStream>
+  static void unpack(const uint16_t* values, uint16_t* out, uint64_t set) {
+    move<kStream>(values, out, kMoves.back[set]);
+  }
 };
 
 template <>
 struct Lanes<uint32_t> {
   static constexpr int kWidth = 8;
   // The permutation takes the lowest three bits of each lane; the sign says that it is to be zero.
+  template <bool kStream>
   static void move(const uint32_t* from, uint32_t* to, const uint8_t (&moves)[8]) {
     const __m256i lanes = _mm256_cvtepi8_epi32(moves_of(moves));
     const __m256i moved =
         _mm256_permutevar8x32_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)), lanes);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_andnot_si256(_mm256_srai_epi32(lanes, 31), moved));
+    store<kStream>(to, _mm256_andnot_si256(_mm256_srai_epi32(lanes, 31), moved));
   }
-  static void pack(const uint32_t* data, uint32_t* values, uint64_t set) { move(data, values, kMoves.front[set]); }
-  static void unpack(const uint32_t* values, uint32_t* out, uint64_t set) { move(values, out, kMoves.back[set]); }
+  static void pack(const uint32_t* data, uint32_t* values, uint64_t set) {
+    move<false>(data, values, kMoves.front[set]);
+  }
+  template <bool kStream>
+  static void unpack(const uint32_t* values, uint32_t* out, uint64_t set) {
+    move<kStream>(values, out, kMoves.back[set]);
+  }
 };
 
 #endif
@@ -292,7 +329,7 @@ PYPRUNE_VBMI2 int64_t pack_wide(const T* data, const uint8_t* bits, T* values, i
   return i;
 }
 
-template <class T>
+template <bool kStream, class T>
 PYPRUNE_VBMI2 int64_t unpack_wide(const uint8_t* bits, const T* values, T* out, int64_t count, int64_t kept,
                                   int64_t& done) {
   constexpr int kWidth = 64 / sizeof(T);
@@ -301,9 +338,9 @@ PYPRUNE_VBMI2 int64_t unpack_wide(const uint8_t* bits, const T* values, T* out, 
     const uint64_t set = wide_set<T>(bits, i);
     const __m512i x = _mm512_loadu_si512(values + done);
     if constexpr (sizeof(T) == 1) {
-      _mm512_storeu_si512(out + i, _mm512_maskz_expand_epi8(set, x));
+      store<kStream>(out + i, _mm512_maskz_expand_epi8(set, x));
     } else {
-      _mm512_storeu_si512(out + i, _mm512_maskz_expand_epi16(static_cast<__mmask32>(set), x));
+      store<kStream>(out + i, _mm512_maskz_expand_epi16(static_cast<__mmask32>(set), x));
     }
     done += __builtin_popcountll(set);
   }
@@ -332,23 +369,26 @@ void pack_values_of(const T* data, const uint8_t* bits, T* values, int64_t count
   pack_rest(data, bits, values, i, done, kept);
 }
 
-template <class T>
+template <bool kStream, class T>
 void unpack_values_of(const uint8_t* bits, const T* values, T* out, int64_t count, int64_t kept) {
   int64_t i = 0, done = 0;
 #if defined(__AVX512BW__)
   if constexpr (sizeof(T) <= 2) {
-    if (has_vbmi2()) i = unpack_wide(bits, values, out, count, kept, done);
+    if (has_vbmi2()) i = unpack_wide<kStream>(bits, values, out, count, kept, done);
   }
 #endif
   if constexpr (requires { Lanes<T>::kWidth; }) {
     constexpr int kWidth = Lanes<T>::kWidth;
     for (; i + kWidth <= count && done + kWidth <= kept; i += kWidth) {
       const uint64_t set = set_at<kWidth>(bits, i);
-      Lanes<T>::unpack(values + done, out + i, set);
+      Lanes<T>::template unpack<kStream>(values + done, out + i, set);
       done += __builtin_popcountll(set);
     }
   }
   unpack_rest(bits, values, out, i, done, count, kept);
+#if defined(__AVX2__)
+  if (kStream) _mm_sfence();  // other threads are told by ordinary stores
+#endif
 }
 
 template <class Use>
@@ -390,10 +430,13 @@ void pack_values(const void* data, int64_t size, const uint8_t* bits, void* valu
   });
 }
 
-void unpack_values(const uint8_t* bits, const void* values, int64_t size, void* out, int64_t count, int64_t kept) {
+void unpack_values(const uint8_t* bits, const void* values, int64_t size, void* out, int64_t count, int64_t kept,
+                   bool past_caches) {
+  const bool stream = past_caches && reinterpret_cast<uintptr_t>(out) % 64 == 0;
   with_bits_of(size, [&](auto zero) {
     using T = decltype(zero);
-    unpack_values_of(bits, static_cast<const T*>(values), static_cast<T*>(out), count, kept);
+    const auto run = stream ? unpack_values_of<true, T> : unpack_values_of<false, T>;
+    run(bits, static_cast<const T*>(values), static_cast<T*>(out), count, kept);
   });
 }
 

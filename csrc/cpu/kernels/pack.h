@@ -5,7 +5,7 @@
 // Bits behind the last element are 0. Reads the data once, writes an eighth of a byte per element.
 // pack_values: appends data[i] to `values` where bit i is set. unpack_values: the reverse, with zeros elsewhere.
 // `kept` is how many bits are set; nothing is written or read behind them. Both move one item size per element, one
-// per kept element, and the bits.
+// per kept element, and the bits. Past the caches, memory does not read what is only written.
 #pragma once
 
 #include <cstdint>
@@ -16,6 +16,7 @@
   int64_t pack_bits(const void* data, int64_t size, uint64_t significant, uint8_t* bits, int64_t count);            \
   int64_t count_bits(const uint8_t* bits, int64_t bytes);                                                           \
   void pack_values(const void* data, int64_t size, const uint8_t* bits, void* values, int64_t count, int64_t kept); \
-  void unpack_values(const uint8_t* bits, const void* values, int64_t size, void* out, int64_t count, int64_t kept);
+  void unpack_values(const uint8_t* bits, const void* values, int64_t size, void* out, int64_t count, int64_t kept, \
+                     bool past_caches);
 
 PYPRUNE_FOR_EACH_CAPABILITY(PYPRUNE_DECLARE_PACK)
