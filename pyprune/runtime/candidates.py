@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyprune import ops
+from pyprune.ops.sparse_linear import sparse_linear_unchecked
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def _packed(layout: str, problem: Callable[[Tensor], str]) -> Candidate:
     def pack(weight: Tensor, dtype: torch.dtype | None) -> ops.SparseWeight:
         return ops.pack_sparse(weight, layout, dtype=dtype)
 
-    return Candidate(layout, "cpu", problem, pack, ops.sparse_linear)
+    return Candidate(layout, "cpu", problem, pack, sparse_linear_unchecked)
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

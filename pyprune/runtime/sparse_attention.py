@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyprune import ops
+from pyprune.ops.sparse_linear import sparse_linear_unchecked
 from pyprune.runtime.sparse_layer import SparseLayer
 
 
@@ -41,7 +41,7 @@ class SparseMultiheadAttention(SparseLayer, nn.MultiheadAttention):
             )
         x = query.unsqueeze(0) if query.dim() == 2 else query if self.batch_first else query.transpose(0, 1)
         batch, length, _ = x.shape
-        projected = ops.sparse_linear(x, self.packed(), self.in_proj_bias)
+        projected = sparse_linear_unchecked(x, self.packed(), self.in_proj_bias)
         q, k, v = projected.view(batch, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         mask = self._mask(attn_mask, key_padding_mask, batch, x)
         weights = None

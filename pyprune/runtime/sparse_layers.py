@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from pyprune import ops
 from pyprune.modules.gated_classes import set_class
+from pyprune.ops.sparse_linear import sparse_linear_unchecked
 from pyprune.runtime.sparse_attention import SparseMultiheadAttention
 from pyprune.runtime.sparse_layer import LAYOUT, PARTS, SparseLayer
 
@@ -22,7 +23,7 @@ class SparseLinear(SparseLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``input @ weight.T + bias``."""
-        return ops.sparse_linear(input, self.packed(), self.bias)
+        return sparse_linear_unchecked(input, self.packed(), self.bias)
 
 
 class SparseConv1D(SparseLayer):
@@ -39,7 +40,7 @@ class SparseConv1D(SparseLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x @ weight + bias``."""
-        return ops.sparse_linear(x, self.packed(), self.bias)  # type: ignore[arg-type]
+        return sparse_linear_unchecked(x, self.packed(), self.bias)  # type: ignore[arg-type]
 
 
 def sparse_class(module: nn.Module) -> type[SparseLayer] | None:
