@@ -112,7 +112,7 @@ def minilm() -> Case:
     model = encoder[0].auto_model.eval()
     texts = documentation_sentences()
     batches = [dict(encoder.tokenizer(texts[i : i + 8], padding=True, return_tensors="pt")) for i in range(0, 256, 8)]
-    held_out = dict(encoder.tokenizer(SENTENCES.strip().splitlines(), padding=True, return_tensors="pt"))
+    held_out = dict(encoder.tokenizer(list(SENTENCES), padding=True, return_tensors="pt"))
 
     @torch.no_grad()
     def embed(model: nn.Module) -> Tensor:
