@@ -4,7 +4,7 @@ import json
 import os
 import statistics
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ class BenchmarkResult:
     dense: ModelBenchmark | None = None
     items: int = 0
     unit: str = ""
-    setting: Mapping[str, Any] = field(default_factory=dict)
+    setting: Mapping[str, Any] | None = None
 
     @property
     def speedup(self) -> float | None:
@@ -141,9 +141,9 @@ class BenchmarkResult:
             if dense is not None and len(dense.seconds) != len(model.seconds):
                 raise ValueError("the models have not as many runs")
             unit, setting = content["unit"], content["setting"]
-            if not isinstance(unit, str) or not isinstance(setting, Mapping):
+            if not isinstance(unit, str) or not isinstance(setting, Mapping | None):
                 raise TypeError(f"unit or setting is {shown(unit)}, {shown(setting)}")
-            return cls(model, dense, check_count("items", content["items"]), unit, dict(setting))
+            return cls(model, dense, check_count("items", content["items"]), unit, setting)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"content is no whole benchmark result: {error!r:.300}") from error
 
@@ -189,7 +189,7 @@ class BenchmarkResult:
         lines = [as_text(table)]
         if self.speedup is not None:
             lines.append(f"{self.speedup:.2f} x as fast as dense")
-        lines.append(", ".join(f"{name}: {value}" for name, value in self.setting.items()))
+        lines.append(", ".join(f"{name}: {value}" for name, value in (self.setting or {}).items()))
         names = ["model", "dense"]
         lines += [f"{name}: {note}" for name, one in zip(names, models, strict=False) for note in one.notes]
         return "\n".join(line for line in lines if line)
