@@ -97,6 +97,7 @@ test-cpp: $(VENV)/built  ## Run the kernels without torch, under sanitizers (ARG
 	$(BIN)/cmake -S csrc -B build/sanitized -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPYPRUNE_SANITIZE=address,undefined
 	$(BIN)/cmake --build build/sanitized
 	build/sanitized/kernels_test
+	build/sanitized/sparse_test
 	build/sanitized/units_test
 	build/sanitized/select_fuzz $(ARGS)
 

@@ -22,6 +22,8 @@ from bench_pack import PACK, UNPACK
 from bench_rb_loss import LOSS
 from bench_remaining import CAPPED, LAMP, REMAINING
 from bench_shrink import LATENCY, SHRINK, TRACE
+from bench_sparse_linear import BLOCKS, DENSE
+from bench_sparse_linear import group_of as linear_of
 from bench_sparsegpt import GRAM, TWO_OF_FOUR, UNSTRUCTURED
 from bench_torch_prune import ONCE
 from bench_training import COMPILED, KEPT
@@ -101,9 +103,12 @@ GOALS = [
     ),
     Goal(GRAM, FP32, {"torch, all of X^T X": 1.5}, models=("2048x2048",)),
     *(Goal(group, FP32, {"ALPS by eigenvectors": 2}, models=("576x576",)) for group in (ADMM, ADMM_2_OF_4)),
+    *(Goal(linear_of(rows), FP32, {DENSE: factor}) for rows, factor in ((16, 2.1), (64, 2.2), (256, 2.2))),
+    *(Goal(linear_of(rows), FP32, {DENSE: factor}, models=("4096x4096",)) for rows, factor in ((1, 3.4), (4, 5.4))),
+    *(Goal(f"{BLOCKS}, {rows}", FP32, {DENSE: 2.8}) for rows in (64, 256)),
 ]  # fmt: skip
 JUDGED = ("resnet50", "bert", "llama", "resnet18", "encoder", "mobilenet_v2", "minilm",
-          "576x576", "768x768", "768x3072", "2048x2048", "4096x4096")  # fmt: skip
+          "576x576", "768x768", "768x3072", "3072x768", "2048x2048", "4096x4096")  # fmt: skip
 SECONDS = 5.0  # to remove what is dead, and to verify it
 MASKS = (RAW, NORMALISED, LOCAL)
 PORTABLE = 2.5  # times what the best build takes, at most

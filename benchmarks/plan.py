@@ -19,6 +19,7 @@ import bench_pack
 import bench_rb_loss
 import bench_remaining
 import bench_shrink
+import bench_sparse_linear
 import bench_sparsegpt
 import bench_torch_prune
 import bench_training
@@ -45,6 +46,7 @@ JOBS: dict[str, ModuleType] = {
     "shrink": bench_shrink,
     "sparsegpt": bench_sparsegpt,
     "admm": bench_admm,
+    "sparse_linear": bench_sparse_linear,
 }
 PEERS = ("none", "quick", "all")
 LISTS_JOBS = ("masks", "remaining", "fold", "count", "pack", "cut", "units")
@@ -97,6 +99,7 @@ BENCH = [
     Slice(("shrink",), SMALLER),
     Slice(("sparsegpt",), ("768x768", "2048x2048"), threads=(1,)),
     Slice(("admm",), ("576x576",), threads=(1,)),
+    Slice(("sparse_linear",), ("3072x768", "4096x4096")),
 ]
 QUICK = [
     Slice(("geometric_median",), ("tiny",)),
@@ -106,6 +109,7 @@ QUICK = [
     Slice(("shrink",), ("mobilenet_v2",)),
     Slice(("sparsegpt",), ("768x768",), threads=(1,)),
     Slice(("admm",), ("576x576",), threads=(1,)),
+    Slice(("sparse_linear",), ("3072x768",)),
 ]
 # Not all combinations, which would take days: one axis is varied at a time, and peers run where they say something
 # new. What needs over 20 GB or many minutes is left out, and says so in its place.
@@ -130,4 +134,6 @@ FULL = [
     Slice(("shrink",), SMALLER, peers="all"),
     Slice(("sparsegpt",), LAYERS, threads=(1,), peers="all"),
     Slice(("admm",), ("576x576", "768x3072"), threads=(1,), peers="all"),
+    Slice(("sparse_linear",), ("3072x768", "4096x4096"), ratios=(0.5, 0.7, 0.8, 0.9)),
+    Slice(("sparse_linear",), ("3072x768", "4096x4096"), ratios=(0.5, 0.7, 0.8, 0.9), threads=(1,)),
 ]

@@ -44,7 +44,7 @@ def tiny() -> Shapes:
 
 MATRICES: dict[str, Callable[[], Shapes]] = {
     f"{rows}x{columns}": lambda shape=(rows, columns): [shape]
-    for rows, columns in ((16, 32), (576, 576), (768, 768), (768, 3072), (2048, 2048), (4096, 4096))
+    for rows, columns in ((16, 32), (576, 576), (768, 768), (768, 3072), (3072, 768), (2048, 2048), (4096, 4096))
 }
 SIZES = {"1M": 1, "4M": 4, "16M": 16, "64M": 64, "256M": 256, "1B": 1024, "2B": 2048}
 LISTS: dict[str, Callable[[], Shapes]] = (

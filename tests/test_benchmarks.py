@@ -22,7 +22,12 @@ BENCHMARKS = ROOT / "benchmarks"
 # torch warns of itself while it loads its compiler
 pytestmark = pytest.mark.filterwarnings("ignore")
 CPU_JSON = BENCHMARKS / "results" / "cpu.json"
-TINY = {"training": "convnet", "sparsegpt": "16x32", "admm": "16x32"}  # the others take the model "tiny"
+TINY = {
+    "training": "convnet",
+    "sparsegpt": "16x32",
+    "admm": "16x32",
+    "sparse_linear": "16x32",
+}  # the others take the model "tiny"
 
 
 @pytest.fixture

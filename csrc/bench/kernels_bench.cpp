@@ -1,6 +1,9 @@
 // Microbenchmarks of the CPU kernels, one thread, without torch: bytes per second beside a copy (make bench-cpp).
 #include <algorithm>
+#include <memory>
 #include <random>
+#include <string>
+#include <vector>
 
 #include "../cpu/kernels/count_zeros.h"
 #include "../cpu/kernels/fold.h"
@@ -9,6 +12,9 @@
 #include "../cpu/kernels/group_masks.h"
 #include "../cpu/kernels/norms.h"
 #include "../cpu/kernels/pack.h"
+#include "../cpu/kernels/pack_sparse.h"
+#include "../cpu/kernels/sparse_block.h"
+#include "../cpu/kernels/sparse_rows.h"
 #include "../cpu/kernels/sparsegpt_block.h"
 #include "../cpu/kernels/threshold.h"
 #include "../cpu/kernels/unit_scores.h"
@@ -129,6 +135,71 @@ void add_sparsegpt() {
   }
 }
 
+// A packed weight of 1024 columns, of which so many percent are zero.
+struct Packed {
+  Packed(SparseLayout layout, int64_t blocks, int64_t count, int percent) {
+    const Array<float> numbers = normal(count);
+    std::mt19937 random(1);
+    dense.resize(count);  // four rows alike, for block4
+    for (int64_t row = 0; row < count / kColumns; row += 4) {
+      for (int64_t column = 0; column < kColumns; ++column) {
+        if (static_cast<int>(random() % 100) < percent) continue;
+        for (int64_t k = 0; k < 4; ++k) {
+          dense[(row + k) * kColumns + column] = 1 + numbers[row * kColumns + column] / 8;
+        }
+      }
+    }
+    shape = sparse_shape(layout, count / kColumns, kColumns, blocks);
+    const DenseRows rows{dense.data(), 4, 0x7fffffff, 0, shape.rows};
+    std::vector<int32_t> counts(shape.lists());
+    PYPRUNE_KERNEL(count_lists)(shape, rows, counts.data(), shape.groups());
+    offsets.push_back(0);
+    for (const int32_t some : counts) {
+      offsets.push_back(offsets.back() + some);
+    }
+    values.resize(shape.value_count(offsets.back()));
+    index.resize(shape.index_bytes(offsets.back()));
+    PYPRUNE_KERNEL(fill_lists)(shape, rows, offsets.data(), values.data(), index.data());
+  }
+  SparseLists block(int64_t number) const {
+    return {shape, SparseValue::kFloat32, values.data(), index.data(), offsets.data(), offsets.back(), number,
+            0,     shape.groups()};
+  }
+
+  static constexpr int64_t kColumns = 1024;
+  SparseShape shape;
+  std::vector<float> dense, values;
+  std::vector<uint8_t> index;
+  std::vector<int32_t> offsets;
+};
+
+// Of all weights a fifth is kept; bytes are those of the dense weight, a multiply-add per lane is made for each kept.
+void add_sparse() {
+  for (const auto& [name, layout, blocks] :
+       {std::tuple{"index", SparseLayout::kIndex, 5}, std::tuple{"bitmask", SparseLayout::kBitmask, 4},
+        std::tuple{"rows", SparseLayout::kRows, 1}, std::tuple{"block4", SparseLayout::kBlock4, 5}}) {
+    for (const int64_t lanes : {1, 16, 64}) {
+      add(std::string("sparse product ") + name + ", " + std::to_string(lanes) + " rows", 4,
+          [layout, blocks, lanes](int64_t count) {
+            const auto packed = std::make_shared<Packed>(layout, blocks, std::max<int64_t>(count, 4096), 80);
+            const int64_t columns = (packed->shape.width + 16) / 16 * 16;
+            return [packed, columns, lanes, panel = array((columns * packed->shape.blocks + 256) * lanes, 1.0f),
+                    sums = array(packed->shape.rows * lanes, 0.0f)] {
+              for (int64_t block = 0; block < packed->shape.blocks; ++block) {
+                const float* const part = panel.get() + block * columns * lanes;
+                if (lanes == 1) {
+                  PYPRUNE_KERNEL(add_lists_to_rows)
+                  (packed->block(block), {part, 0, 1}, sums.get(), packed->shape.rows);
+                } else {
+                  PYPRUNE_KERNEL(add_lists)(packed->block(block), part, lanes, sums.get());
+                }
+              }
+            };
+          });
+    }
+  }
+}
+
 void add_units() {
   // Units of 4096 neighbours, and of 64 rows of 64.
   add("unit_scores of rows float32", 4, [](int64_t count) {
@@ -189,6 +260,7 @@ int main(int argc, char** argv) {
   pyprune::bench::add_masks();
   pyprune::bench::add_groups();
   pyprune::bench::add_sparsegpt();
+  pyprune::bench::add_sparse();
   pyprune::bench::add_units();
   pyprune::bench::add_gates();
   benchmark::Initialize(&argc, argv);

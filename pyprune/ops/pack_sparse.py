@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from pyprune.checks import check_choice, check_count, check_items, shown
 from pyprune.ops._library import check_tensor, register_fake
-from pyprune.ops.pack import unpack
+from pyprune.ops.pack import count_bits, unpack
 
 # In the order of csrc/sparse_layout.h.
 SPARSE_LAYOUTS = ("index", "bitmask", "rows", "block4")
@@ -16,8 +17,8 @@ SPARSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 _FLOATS = SPARSE_DTYPES[:3]
 _MASK_WIDTH, _NARROW, _WIDEST, _MOST_COLUMNS = 256, 128, 248, 65_535
 _MOST_ENTRIES = 2**31 - 1
-_FEW = 0.2  # of the weights: then blocks of columns are wide
-_ELEMENTS_TOGETHER = 1 << 22  # of a weight that are packed at a time
+_FEW = 0.25  # of the weights: then blocks of columns are wide
+_ELEMENTS_TOGETHER = 1 << 20  # of a weight that are packed at a time
 _FAULTS = (
     "",
     "offsets do not grow from 0 to the number of entries",
@@ -55,7 +56,7 @@ class SparseWeight:
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Values, index, offsets and scale: all that there is to store."""
+        """All that there is to store, with None in place of a scale that there is not."""
         return self.values, self.index, self.offsets, self.scale
 
 
@@ -125,11 +126,10 @@ def pack_sparse_bits(
             f"{values.device}; "
             f"a weight of shape ({rows}, {columns}) needs {length} bytes of bits and a row of values on the CPU"
         )
-    in_byte = torch.tensor([byte.bit_count() for byte in range(256)], dtype=torch.uint8)
     # How many values come before some of the bytes.
-    step = max(1, _rows_together(columns) * columns // 8)
-    parts = [int(in_byte[bits[at : at + step].int()].sum()) for at in range(0, length, step)]
-    before = dict(zip(range(0, length + step, step), [0, *torch.tensor(parts).cumsum(0).tolist()], strict=False))
+    bits, step = bits.contiguous(), max(1, _rows_together(columns) * columns // 8)
+    parts = count_bits([bits[at : at + step] for at in range(0, length, step)]) if length else []
+    before = dict(zip(range(0, length + step, step), [0, *accumulate(parts)], strict=False))
     if sum(parts) != values.numel():
         raise ValueError(
             f"values has {values.numel()} values for {sum(parts)} bits that are set; there must be as many"
@@ -261,7 +261,7 @@ def check_packed(packed: SparseWeight) -> None:
     check_tensor(values, "packed.values", SPARSE_DTYPES, values=True)
     check_tensor(index, "packed.index", (torch.uint8,), values=True)
     check_tensor(offsets, "packed.offsets", (torch.int32,), values=True)
-    check_choice("packed.layout", layout, SPARSE_LAYOUTS)
+    _layout(layout, "packed.layout")
     rows, columns = _shape(packed.shape, "packed.shape")
     height, slack = _height(layout), _slack(layout)
     groups = -(-rows // height)
@@ -302,8 +302,10 @@ def _slack(layout: str) -> int:
     return 288 if layout == "bitmask" else 32
 
 
-def _layout(layout: object) -> str:
-    return check_choice("layout", layout, SPARSE_LAYOUTS)
+def _layout(layout: object, name: str = "layout") -> str:
+    if type(layout) is str and layout in SPARSE_LAYOUTS:  # at every call of a layer
+        return layout
+    return check_choice(name, layout, SPARSE_LAYOUTS)
 
 
 def _stored(dtype: object, own: torch.dtype) -> torch.dtype:
@@ -318,12 +320,16 @@ def _stored(dtype: object, own: torch.dtype) -> torch.dtype:
 
 
 def _shape(shape: object, name: str = "shape") -> tuple[int, int]:
+    if type(shape) is tuple and len(shape) == 2 and type(shape[0]) is type(shape[1]) is int and min(shape) >= 0:
+        rows, columns = shape
+        if max(shape) <= _MOST_ENTRIES:  # at every call of a layer
+            return rows, columns
     if isinstance(shape, Tensor):
         raise TypeError(f"{name} is a {type(shape).__name__}; give (rows, columns)")
     sizes = check_items(name, shape, "(rows, columns)")
     if len(sizes) != 2:
         raise ValueError(f"{name} is {shown(shape)}; give (rows, columns)")
-    rows, columns = (check_count(name, size, most=2**31 - 1) for size in sizes)
+    rows, columns = (check_count(name, size, most=_MOST_ENTRIES) for size in sizes)
     return rows, columns
 
 

@@ -62,7 +62,10 @@ def sparse_linear(
             raise ValueError(
                 f"bias is of shape {tuple(bias.shape)} on {bias.device}; give ({rows},) numbers on the CPU"
             )
-    number = 0 if activation is None else 1 + ACTIVATIONS.index(check_choice("activation", activation, ACTIVATIONS))
+    number = 0
+    if activation is not None:
+        check_choice("activation", activation, ACTIVATIONS)
+        number = 1 + ACTIVATIONS.index(activation)
     for name, tensor in (("input", input), ("bias", bias)):
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(

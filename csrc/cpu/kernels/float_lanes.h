@@ -51,6 +51,28 @@ inline Floats multiply_add(Floats a, Floats b, Floats c) {
 #endif
 }
 
+inline float multiply_add(float a, float b, float c) {
+#if defined(__FMA__) || defined(__aarch64__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// One row for each of four lanes.
+typedef float Four __attribute__((vector_size(16)));
+
+inline Four multiply_add(Four a, float b, Four c) {
+#if defined(__FMA__)
+  return reinterpret_cast<Four>(
+      _mm_fmadd_ps(reinterpret_cast<__m128>(a), _mm_set1_ps(b), reinterpret_cast<__m128>(c)));
+#elif defined(__aarch64__)
+  return reinterpret_cast<Four>(vfmaq_n_f32(reinterpret_cast<float32x4_t>(c), reinterpret_cast<float32x4_t>(a), b));
+#else
+  return a * b + c;
+#endif
+}
+
 inline Floats broadcast(float x) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Floats>(_mm512_set1_ps(x));
@@ -59,6 +81,28 @@ inline Floats broadcast(float x) {
 #else
   return Floats{} + x;
 #endif
+}
+
+// Four numbers again and again, with one load.
+inline Floats repeat_four(const float* x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Floats>(_mm512_broadcast_f32x4(_mm_loadu_ps(x)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Floats>(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(x)));
+#else
+  return load(x);
+#endif
+}
+
+// The one of the four with this number, in all lanes.
+template <int kNumber>
+inline Floats one_of_four(Floats four) {
+  typedef int32_t Lanes __attribute__((vector_size(kLaneBytes)));
+  Lanes from{};
+  for (int lane = 0; lane < kWidth; ++lane) {
+    from[lane] = lane / 4 * 4 + kNumber;
+  }
+  return __builtin_shuffle(four, from);
 }
 
 // So many values as float, and up to 15 more: memory must be there on both sides.

@@ -22,16 +22,20 @@ inline void add_piece(const float* values, const Column* columns, int64_t count,
   for (int64_t v = 0; v < kVectors; ++v) {
     sum[0][v] = load(sums + v * kWidth);
   }
-  for (int64_t i = 0; i < count; i += 4) {
-#pragma GCC unroll 4
-    for (int64_t k = 0; k < 4; ++k) {
-      const float* const lanes = panel + static_cast<int64_t>(columns[i + k]) * kLanes;
-      const Floats value = broadcast(values[i + k]);
+  const auto add = [&]<int k>(std::integral_constant<int, k>, Floats four, int64_t column) {
+    const float* const lanes = panel + column * kLanes;
+    const Floats value = one_of_four<k>(four);
 #pragma GCC unroll 8
-      for (int64_t v = 0; v < kVectors; ++v) {
-        sum[k % kSets][v] = multiply_add(value, load(lanes + v * kWidth), sum[k % kSets][v]);
-      }
+    for (int64_t v = 0; v < kVectors; ++v) {
+      sum[k % kSets][v] = multiply_add(value, load(lanes + v * kWidth), sum[k % kSets][v]);
     }
+  };
+  for (int64_t i = 0; i < count; i += 4) {
+    const Floats four = repeat_four(values + i);
+    add(std::integral_constant<int, 0>{}, four, columns[i]);
+    add(std::integral_constant<int, 1>{}, four, columns[i + 1]);
+    add(std::integral_constant<int, 2>{}, four, columns[i + 2]);
+    add(std::integral_constant<int, 3>{}, four, columns[i + 3]);
   }
 #pragma GCC unroll 8
   for (int64_t v = 0; v < kVectors; ++v) {

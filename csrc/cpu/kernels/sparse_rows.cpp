@@ -168,20 +168,28 @@ void add_row(const SparseLists& lists, const float* x, float* sums) {
   const int64_t first = lists.list();
   for (int64_t list = first; list < first + lists.groups; ++list) {
     pieces<kLayout>(lists, list, room, [&](const float* values, const auto* columns, int64_t count) {
-      float sum[4] = {};
       if constexpr (kLayout == SparseLayout::kBlock4) {
-        for (int64_t i = 0; i < count; ++i) {
-          for (int64_t row = 0; row < 4; ++row) {
-            sum[row] += values[4 * i + row] * x[columns[i]];
-          }
+        Four sum[4] = {}, all;
+        const auto add = [&](int64_t i, int64_t set) {
+          Four four;
+          std::memcpy(&four, values + 4 * i, sizeof(four));
+          sum[set] = multiply_add(four, x[columns[i]], sum[set]);
+        };
+        int64_t i = 0;
+        for (; i + 4 <= count; i += 4) {
+          add(i, 0), add(i + 1, 1), add(i + 2, 2), add(i + 3, 3);
         }
-        for (int64_t row = 0; row < 4; ++row) {
-          sums[row] += sum[row];
+        for (; i < count; ++i) {
+          add(i, 0);
         }
+        std::memcpy(&all, sums, sizeof(all));
+        all += (sum[0] + sum[1]) + (sum[2] + sum[3]);
+        std::memcpy(sums, &all, sizeof(all));
       } else {
+        float sum[4] = {};
         for (int64_t i = 0; i < count; i += 4) {
           for (int64_t k = 0; k < 4; ++k) {
-            sum[k] += values[i + k] * x[columns[i + k]];
+            sum[k] = multiply_add(values[i + k], x[columns[i + k]], sum[k]);
           }
         }
         *sums += (sum[0] + sum[1]) + (sum[2] + sum[3]);
