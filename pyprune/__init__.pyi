@@ -1,6 +1,8 @@
 """Prune PyTorch models with fused C++ and CUDA mask kernels, and end with a plain model."""
 
 from pyprune import integrations as integrations, ops as ops, torch_prune as torch_prune
+from pyprune.analysis.benchmark import benchmark as benchmark
+from pyprune.analysis.benchmark_result import BenchmarkResult as BenchmarkResult, ModelBenchmark as ModelBenchmark
 from pyprune.analysis.sensitivity import sensitivity as sensitivity
 from pyprune.analysis.sensitivity_allocation import allocation_from_sensitivity as allocation_from_sensitivity
 from pyprune.analysis.sensitivity_result import (
@@ -48,6 +50,10 @@ from pyprune.oneshot.retrain_free_result import RetrainFree as RetrainFree
 from pyprune.ops.build_info import build_info as build_info
 from pyprune.recipes.recipe import Recipe as Recipe
 from pyprune.recipes.recipe_pruner import RecipePruner as RecipePruner
+from pyprune.runtime.accelerate import accelerate as accelerate
+from pyprune.runtime.accelerated import Accelerated as Accelerated, AcceleratedLayer as AcceleratedLayer
+from pyprune.runtime.densify import densify as densify
+from pyprune.runtime.load_accelerated import load_accelerated as load_accelerated
 from pyprune.selection.prune import prune as prune
 from pyprune.selection.thresholds import ratios_below as ratios_below
 from pyprune.sparse.load_sparse import load_sparse as load_sparse

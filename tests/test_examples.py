@@ -372,3 +372,21 @@ def test_deploy_leaves_zeros_out_of_the_file(tmp_path):
         onnx.numpy_helper.to_array(sparse.values)
     )
     assert torch.equal(back.view(4, 3, 5), values)
+
+
+def test_faster_measures_every_way_and_shows_it(imports_examples, tmp_path, monkeypatch):
+    from faster import Case, magnitude, measure, plot, show
+
+    monkeypatch.setattr("pyprune.analysis.benchmark.peak_memory", lambda model, inputs: 1_000_000)
+    model = torch.nn.Sequential(torch.nn.Embedding(20, 16), torch.nn.Linear(16, 16)).eval()
+    rows = measure(
+        Case("tiny", model, torch.arange(6).reshape(2, 3), magnitude, lambda model: 0.5, (0.5,)), seconds=0
+    )
+    ways = ["dense float32", "bfloat16", "int8 dynamic", "packed", "packed, bfloat16 values"]
+    assert [row.way for row in rows] == ways
+    assert {(row.memory, row.score) for row in rows} == {(1_000_000, 0.5)}
+    console = rich.console.Console(file=io.StringIO(), width=120)
+    console.print(show(rows))
+    assert all(way in console.file.getvalue() for way in ways)
+    plot(rows, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

@@ -14,6 +14,9 @@ import pyprune
 import pyprune.torch_prune as torch_prune
 from pyprune import Method, Pruner, granularity, importance, schedules, scope
 from pyprune.integrations.training import Training, start_of
+from pyprune.runtime import accelerate as whole
+from pyprune.runtime import measure
+from pyprune.runtime.timing import in_turns
 from pyprune.selection.prune import update_masks
 from tests.fault_injector import check
 from tests.structured.small_blocks import Experts, Residual
@@ -328,6 +331,29 @@ def gated_units():
     }
 
 
+def replaceable():
+    """A model with zeros whose layers have buffers and hooks, and of which one may be replaced."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 64), nn.BatchNorm1d(64), nn.Linear(64, 64)).eval()
+    with torch.no_grad():
+        model[2].weight[1:] = 0
+    return {"model": model}
+
+
+def accelerated(things):
+    """Replace that layer, however fast it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (whole, measure):
+            patch.setattr(module, "in_turns", faster)
+        pyprune.accelerate(things["model"], ROWS)
+    return things
+
+
+def faster(ways, *, seconds, **options):
+    times = in_turns(ways, seconds=0, least=2, **options)
+    return {way: [1.0 if way == "dense" else 0.5] for way in times}
+
+
 CALLS = {
     "prune": (dense, PRUNE),
     "prune again": (masked, RATIO),
@@ -503,6 +529,18 @@ CALLS = {
     ),
     "sensitivity": (dense, of_model(pyprune.sensitivity, loss_of, ratios=(0.3, 0.6), progress=False)),
     "sensitivity under masks": (masked, of_model(pyprune.sensitivity, loss_of, ratios=(0.6,), progress=False)),
+    "accelerate": (replaceable, accelerated),
+    "densify": (lambda: accelerated(replaceable()), of_model(pyprune.densify)),
+    "load_accelerated": (
+        lambda: {**replaceable(), "state": accelerated(replaceable())["model"].state_dict()},
+        lambda things: pyprune.load_accelerated(things["model"], things["state"]),
+    ),
+    "benchmark": (
+        lambda: {**masked(), "dense": dense()["model"]},
+        lambda things: pyprune.benchmark(
+            things["model"], BATCH, dense=things["dense"], seconds=0, memory=False, files=False
+        ),
+    ),
     "iterative_prune": (
         dense,
         of_model(pyprune.iterative_prune, (0.3, 0.6), LOCAL, finetune, loss_of, progress=False),

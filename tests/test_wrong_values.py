@@ -19,11 +19,13 @@ from torch import nn
 
 import pyprune
 from pyprune import (
+    BenchmarkResult,
     Calibration,
     Dataset,
     HardConcreteGate,
     IgnoredScope,
     Method,
+    ModelBenchmark,
     RBLoss,
     Recipe,
     SensitivityResult,
@@ -603,6 +605,44 @@ ROWS: dict[str, Row] = {
         pyprune.strip,
         lambda: {"model": gated(HARD), "do_copy": False, "strip_format": "in_place", "expected_count": False},
     ),
+    "accelerate": Row(
+        pyprune.accelerate,
+        lambda: {
+            "model": net().eval(),
+            "examples": torch.ones(2, 4),
+            "dtype": None,
+            "min_gain": 1.1,
+            "seconds": 0,
+            "verify": None,
+        },
+        {
+            "dtype": OPTIONAL | {"torch.float32", "torch.int8"},
+            "min_gain": POSITIVE - SHARE,
+            "seconds": NOT_NEGATIVE - {"1e308", "2**63", "2**70"},
+            "verify": OPTIONAL | NOT_NEGATIVE | {"inf"},
+        },
+    ),
+    "densify": Row(pyprune.densify, lambda: {"model": net()}),
+    "load_accelerated": Row(
+        pyprune.load_accelerated, lambda: {"model": net(), "state_dict": net().state_dict()}, {"state_dict": set()}
+    ),
+    "benchmark": Row(
+        pyprune.benchmark,
+        lambda: {
+            "model": net(),
+            "examples": torch.ones(2, 4),
+            "dense": None,
+            "seconds": 0,
+            "memory": False,
+            "files": False,
+        },
+        {
+            "dense": OPTIONAL | MODULES,
+            "seconds": NOT_NEGATIVE - {"1e308", "2**63", "2**70"},
+            "memory": FLAG,
+            "files": FLAG,
+        },
+    ),
     "sensitivity": Row(
         pyprune.sensitivity,
         lambda: {
@@ -890,6 +930,14 @@ ROWS: dict[str, Row] = {
     "SensitivityResult.from_csv": Row(
         SensitivityResult.from_csv, lambda: {"path": written(analysis().to_csv, "csv")}, {"path": TEXT | {"a path"}}
     ),
+    "BenchmarkResult.from_json": Row(
+        BenchmarkResult.from_json,
+        lambda: {"path": written(BenchmarkResult(ModelBenchmark((1.0,))).to_json, "json")},
+        {"path": TEXT | {"a path"}},
+    ),
+    "BenchmarkResult.from_dict": Row(
+        BenchmarkResult.from_dict, lambda: {"content": BenchmarkResult(ModelBenchmark((1.0,))).to_dict()}
+    ),
     "allocation_from_sensitivity": Row(
         pyprune.allocation_from_sensitivity,
         lambda: {
@@ -1029,8 +1077,9 @@ ROWS: dict[str, Row] = {
 # What calls return, and tables: their fields are not checked. AcDcPruner takes what `ac_dc` takes; one_gate_sample is
 # called in its row, by another name.
 NOT_CALLED = """
-    __version__ build_info one_gate_sample AcDcPruner Calibration Dropped IterativeResult KeepSparse
-    ModelPruningStatistic
+    __version__ build_info one_gate_sample Accelerated AcceleratedLayer AcDcPruner Calibration Dropped
+    IterativeResult KeepSparse
+    BenchmarkResult ModelBenchmark ModelPruningStatistic
     OneShotResult Plan PruneMode PrunedWeight PruningRound Reconstructed RetrainFree Shrunk Recipe RecipePruner
     Schedule SensitivityResult SensitivityTarget
     StripFormat TensorPruningStatistic Written as_schedule
@@ -1092,7 +1141,7 @@ def faults(name, part, of):
                 row.function(**arguments)
             except (TypeError, ValueError) as error:
                 said = str(error)
-                if argument not in said and not (argument == "content" and "sensitivity result" in said):
+                if argument not in said and not (argument == "content" and "result" in said):
                     found.append(f"{argument}={label}: no name in {said!r:.150}")
                 elif len(said) > 1000:
                     found.append(f"{argument}={label}: {len(said)} characters")

@@ -2,18 +2,17 @@
 
 import argparse
 import statistics
-import time
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import torch
 
 from pyprune import ops
 from pyprune.cli.output import Output, percent
+from pyprune.runtime.timing import in_turns
 from pyprune.sparse.checkpoint import Checkpoint
 from pyprune.sparse.prunable import find_weights
-
-_FEWEST, _MOST = 5, 10_000
 
 
 def run(args: argparse.Namespace, output: Output) -> int:
@@ -59,13 +58,7 @@ def run(args: argparse.Namespace, output: Output) -> int:
 def _measured(weight: torch.Tensor, name: str, layers: int, args: argparse.Namespace) -> dict[str, Any]:
     weight = weight.clone()
     inputs = torch.randn(args.batch, weight.shape[1]).to(weight.dtype)
-    times: list[float] = []
-    torch.nn.functional.linear(inputs, weight)
-    end = time.perf_counter() + args.seconds
-    while len(times) < _FEWEST or (time.perf_counter() < end and len(times) < _MOST):
-        start = time.perf_counter()
-        torch.nn.functional.linear(inputs, weight)
-        times.append(time.perf_counter() - start)
+    times = in_turns({name: partial(torch.nn.functional.linear, inputs, weight)}, seconds=args.seconds)[name]
     seconds = statistics.median(times)
     return {
         "name": name,

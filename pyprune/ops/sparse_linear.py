@@ -83,6 +83,24 @@ def _check(input: Tensor, packed: SparseWeight, bias: Tensor | None) -> None:
         raise ValueError(f"bias is of shape {tuple(bias.shape)} on {bias.device}; give ({rows},) numbers on the CPU")
 
 
+def sparse_linear_unchecked(input: Tensor, packed: SparseWeight, bias: Tensor | None = None) -> Tensor:
+    """Return what `sparse_linear` does, for a layer whose weight and bias were checked once.
+
+    The checks of each call would take as long as a small product. The operator itself sees to dtypes, devices and
+    sizes, with fewer words, but for the number of columns, which it does not know.
+    """
+    if input.dim() == 0 or input.shape[-1] != packed.shape[1]:
+        raise ValueError(f"input is of shape {tuple(input.shape)}, and the layer takes (..., {packed.shape[1]})")
+    if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
+        raise ValueError(
+            "input or bias requires a gradient, and accelerated layers have none: call the model in torch.no_grad()"
+        )
+    result: Tensor = torch.ops.pyprune.sparse_linear(
+        input, *packed.tensors, bias, SPARSE_LAYOUTS.index(packed.layout), packed.shape[0], 0
+    )
+    return result
+
+
 def _fake(
     input: Tensor, values: Tensor, index: Tensor, offsets: Tensor, scale: Tensor | None, bias: Tensor | None,
     layout: int, out_features: int, activation: int,
