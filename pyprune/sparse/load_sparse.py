@@ -5,7 +5,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar, overload
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from pyprune.modules.attachments import check_module
 from pyprune.modules.undo import Change
@@ -39,8 +41,9 @@ def load_sparse(path: str | os.PathLike[str], model: nn.Module | None = None) ->
         The model; without one, its tensors by their names, on the CPU. Tied tensors are one object.
 
     Raises:
-        ValueError: if the file is damaged or cut off, with the name of the tensor, or does not fit the model, which
-            then is as it was.
+        ValueError: if the file is damaged or cut off, with the name of the tensor, or does not fit the model, or the
+            model has tensors that cannot be written (on the meta device, expanded ...). The model is then as it was;
+            also if code of its own that loads it raises.
         TypeError: for what is no path or no model.
 
     Example:
@@ -60,8 +63,12 @@ def load_sparse(path: str | os.PathLike[str], model: nn.Module | None = None) ->
             return tensors | {alias: tensors[name] for alias, name in file.tied.items()}
         wrapped = {plain: name for name, plain in plain_names(model).items()}
         there = model.state_dict()
-        _check_fits(file, {plain: there[name] for plain, name in wrapped.items()})
-        places = _places(file, {name: there[wrapped[name]] for name in file.tensors}) if _is_plain(model) else {}
+        by_plain = {plain: there[name] for plain, name in wrapped.items()}
+        foreign = _loads_itself(model)
+        _check_writable(by_plain, meta=foreign)
+        _check_fits(file, by_plain)
+        is_plain = not foreign and not any(holds_in(model))
+        places = _places(file, {name: there[wrapped[name]] for name in file.tensors}) if is_plain else {}
         for name in places:
             file.check(name)
         tensors = places | _read(file, [name for name in file.tensors if name not in places])
@@ -72,18 +79,25 @@ def load_sparse(path: str | os.PathLike[str], model: nn.Module | None = None) ->
                 file.read_into(name, place)
             model.load_state_dict(state)
 
-        with Change(model) as change:
-            change.finish(load)
+        # What torch alone loads does not fail from here on; what others may refuse halfway needs copies to go back to.
+        values = [one for one in (*model.parameters(), *model.buffers()) if foreign and not _unwritable(one)]
+        with Change(model, values=values) as change:
+            if foreign:
+                load()
+            else:
+                change.finish(load)
     return model
 
 
-def _is_plain(model: nn.Module) -> bool:
-    """Whether nothing but torch looks at what is loaded, and may refuse it, or compare it with what was there."""
-    return not any(holds_in(model)) and not any(
+def _loads_itself(model: nn.Module) -> bool:
+    """Whether others than torch look at what is loaded, and may refuse it, or compare it with what was there."""
+    return any(
         module._load_state_dict_pre_hooks
         or module._load_state_dict_post_hooks
         or not type(module)._load_from_state_dict.__module__.startswith("torch.nn.modules")
         or type(module).load_state_dict is not nn.Module.load_state_dict
+        or type(module).set_extra_state is not nn.Module.set_extra_state
+        or not vars(module).keys().isdisjoint(("load_state_dict", "_load_from_state_dict"))
         for module in model.modules()
     )
 
@@ -98,6 +112,7 @@ def _places(file: SparseFile, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         and type(tensor) is Tensor
         and tensor.is_cpu
         and tensor.is_contiguous()
+        and not (tensor.is_conj() or tensor.is_neg())
         and tensor.dtype == file.dtype(name)
         and owners[tensor.untyped_storage().data_ptr()] == 1
     }
@@ -105,6 +120,28 @@ def _places(file: SparseFile, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _read(file: SparseFile, names: Iterable[str]) -> dict[str, Tensor]:
     return {name: file.read(name) for name in names}
+
+
+def _check_writable(state: Mapping[str, object], *, meta: bool) -> None:
+    """Raise if torch would refuse to write one of these, after it wrote others; or, on the meta device, say nothing."""
+    for name, tensor in state.items():
+        if isinstance(tensor, Tensor) and (why := _unwritable(tensor)) and not (meta and tensor.is_meta):
+            raise ValueError(f"{name} of the model {why}")
+
+
+def _unwritable(tensor: Tensor) -> str:
+    """Return why a tensor cannot be written, and what to do; nothing if it can."""
+    if is_lazy(tensor):
+        return "has no shape yet; call the model once before"
+    if tensor.is_meta:
+        return 'is on the meta device; give it memory before: model.to_empty(device="cpu")'
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        return "was made in torch.inference_mode(), where alone it can be written; load there, or make it outside"
+    if tensor.layout is not torch.strided:
+        return f"is {tensor.layout}; make it dense before"
+    if any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        return "is expanded from fewer elements than it has; clone() it before"
+    return ""
 
 
 def _check_fits(file: SparseFile, state: dict[str, Tensor]) -> None:

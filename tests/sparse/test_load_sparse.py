@@ -54,12 +54,19 @@ def in_one_memory() -> nn.Module:
     return model
 
 
+def of_negations() -> nn.Module:
+    model = other()
+    model[1].running_mean = torch._neg_view(torch.full((8,), -3.0))
+    return model
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "plain": other,
     "of another dtype": lambda: other().double(),
     "with masks": with_masks,
     "not contiguous": transposed,
     "in one memory": in_one_memory,
+    "whose signs are flipped when it is read": of_negations,
     "without gradients": lambda: other().requires_grad_(False),
     "wrapped": lambda: nn.DataParallel(other()),
 }
@@ -125,12 +132,44 @@ def with_hook() -> nn.Module:
     return model
 
 
+def with_hook_after() -> nn.Module:
+    model = other()
+    model.register_load_state_dict_post_hook(refuse)
+    return model
+
+
+def with_method_of_its_own() -> nn.Module:
+    model = other()
+    model[4]._load_from_state_dict = refuse
+    return model
+
+
+def with_buffer(buffer: Tensor) -> nn.Module:
+    model = other()
+    model[1].running_var = buffer
+    return model
+
+
+@torch.inference_mode()
+def made_for_inference() -> nn.Module:
+    return other()
+
+
+def nothing(path) -> None:
+    pass
+
+
 @pytest.mark.parametrize(
     ("make", "damage", "error"),
     [
         (other, damage_last_byte, ValueError),
         (with_masks, damage_last_byte, ValueError),
-        (with_hook, lambda path: None, RuntimeError),
+        (with_hook, nothing, RuntimeError),
+        (with_hook_after, nothing, RuntimeError),
+        (with_method_of_its_own, nothing, RuntimeError),
+        (refusing, nothing, RuntimeError),
+        (lambda: with_buffer(torch.full((1,), 3.0).expand(8)), nothing, ValueError),
+        (made_for_inference, nothing, ValueError),
     ],
 )
 def test_load_sparse_that_fails_leaves_the_model_as_it_was(tmp_path, make, damage, error):
@@ -144,9 +183,42 @@ def test_load_sparse_that_fails_leaves_the_model_as_it_was(tmp_path, make, damag
         assert torch.equal(tensor, before[name]), name
 
 
-def test_load_sparse_writes_nothing_in_place_where_a_module_loads_itself(tmp_path):
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: with_buffer(torch.full((1,), 3.0).expand(8)), "1.running_var of the model is expanded"),
+        (lambda: with_buffer(torch.full((8,), 3.0).to_sparse()), "1.running_var of the model is torch.sparse_coo"),
+        (lambda: with_buffer(torch.ones(8, device="meta")), "1.running_var of the model is on the meta device"),
+        (lambda: other().to("meta"), "0.weight of the model is on the meta device"),
+        (made_for_inference, "0.weight of the model was made in torch.inference_mode"),
+        (lambda: nn.Sequential(nn.LazyLinear(2)), "0.weight of the model has no shape yet"),
+    ],
+)
+def test_load_sparse_names_what_cannot_be_written(tmp_path, make, message):
     path, _ = saved(tmp_path)
-    model = refusing()
+    with pytest.raises(ValueError, match=message):
+        pyprune.load_sparse(path, make())
+
+
+def test_load_sparse_in_inference_mode_writes_what_was_made_there(tmp_path):
+    path, wanted = saved(tmp_path)
+    with torch.inference_mode():
+        model = pyprune.load_sparse(path, other())
+        assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
+
+
+def test_load_sparse_asks_code_of_a_model_about_its_extra_state(tmp_path):
+    class Counting(nn.Linear):
+        def get_extra_state(self) -> Tensor:
+            return torch.ones(1)
+
+        def set_extra_state(self, state: Tensor) -> None:
+            refuse()
+
+    path = tmp_path / "model.safetensors"
+    pyprune.save_sparse(Counting(64, 64), path)
+    model = Counting(64, 64)
+    before = model.weight.detach().clone()
     with pytest.raises(RuntimeError, match="not this one"):
         pyprune.load_sparse(path, model)
-    assert torch.equal(model[4].weight, torch.full_like(model[4].weight, 3))
+    assert torch.equal(model.weight, before)
