@@ -260,8 +260,7 @@ def start(
         distillation, learns = None, (0.0, math.inf)
         if taught is not None and teacher is not None:
             distillation = taught.begin(model, teacher)
-            until = math.inf if taught.end is None else steps_of(taught.end, steps_per_epoch)
-            learns = steps_of(taught.start, steps_per_epoch), until
+            learns = taught.steps(steps_per_epoch)
         return RecipePruner(model, optimizers, steps_per_epoch, pruners[::-1], hold, hold_from, distillation, learns)
 
 

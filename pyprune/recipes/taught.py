@@ -1,10 +1,12 @@
 """What a recipe says of a teacher."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
+from pyprune.recipes.stages import steps_of
 from pyprune.recipes.yaml_source import Place
 from pyprune.training.teacher import Distillation
 
@@ -33,6 +35,27 @@ class Taught:
     temperature: float = 1.0
     weights: Mapping[str, float] = field(default_factory=dict)
     where: str = "teacher"
+
+    def steps(self, steps_per_epoch: int) -> tuple[float, float]:
+        """Return the step with which it begins, and the one before which it ends.
+
+        Raises:
+            ValueError: if there is none in between.
+
+        Example:
+            >>> Taught(end=5.0).steps(10)
+            (0, 50)
+        """
+        start = steps_of(self.start, steps_per_epoch)
+        if self.end is None:
+            return start, math.inf
+        end = steps_of(self.end, steps_per_epoch)
+        if end <= start:
+            raise ValueError(
+                f"{self.where}: from epoch {self.start:g} to {self.end:g} there is no step, of {steps_per_epoch} per "
+                "epoch; let it end later"
+            )
+        return start, end
 
     def begin(self, model: nn.Module, teacher: nn.Module) -> Distillation:
         """Put the teacher beside the model.

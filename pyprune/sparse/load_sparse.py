@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pyprune.modules.attachments import check_module
+from pyprune.modules.memory import overlaps_itself
 from pyprune.modules.undo import Change
 from pyprune.modules.zeros import holds_in
 from pyprune.sparse.model_state import plain_names
@@ -64,7 +65,8 @@ def load_sparse(path: str | os.PathLike[str], model: nn.Module | None = None) ->
         wrapped = {plain: name for name, plain in plain_names(model).items()}
         there = model.state_dict()
         by_plain = {plain: there[name] for plain, name in wrapped.items()}
-        foreign = _loads_itself(model)
+        # A tensor of a class of its own may refuse to be written, as one in shards does.
+        foreign = _loads_itself(model) or any(type(one) is not Tensor for one in by_plain.values())
         _check_writable(by_plain, meta=foreign)
         _check_fits(file, by_plain)
         is_plain = not foreign and not any(holds_in(model))
@@ -79,7 +81,7 @@ def load_sparse(path: str | os.PathLike[str], model: nn.Module | None = None) ->
                 file.read_into(name, place)
             model.load_state_dict(state)
 
-        # What torch alone loads does not fail from here on; what others may refuse halfway needs copies to go back to.
+        # What torch alone loads does not fail any more. What others may refuse halfway needs copies to go back to.
         values = [one for one in (*model.parameters(), *model.buffers()) if foreign and not _unwritable(one)]
         with Change(model, values=values) as change:
             if foreign:
@@ -123,7 +125,7 @@ def _read(file: SparseFile, names: Iterable[str]) -> dict[str, Tensor]:
 
 
 def _check_writable(state: Mapping[str, object], *, meta: bool) -> None:
-    """Raise if torch would refuse to write one of these, after it wrote others; or, on the meta device, say nothing."""
+    """Raise if torch would refuse to write one of these, after others; ``meta``: whether the meta device will do."""
     for name, tensor in state.items():
         if isinstance(tensor, Tensor) and (why := _unwritable(tensor)) and not (meta and tensor.is_meta):
             raise ValueError(f"{name} of the model {why}")
@@ -139,8 +141,8 @@ def _unwritable(tensor: Tensor) -> str:
         return "was made in torch.inference_mode(), where alone it can be written; load there, or make it outside"
     if tensor.layout is not torch.strided:
         return f"is {tensor.layout}; make it dense before"
-    if any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-        return "is expanded from fewer elements than it has; clone() it before"
+    if overlaps_itself(tensor):
+        return "has elements that share memory, as expanded ones do; clone() it before"
     return ""
 
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from pyprune.checks import check_number, shown
-from pyprune.modules.attachments import check_module
+from pyprune.modules.attachments import check_module, parameters_of
 from pyprune.modules.evaluation import evaluating
 from pyprune.training.distillation import check_temperature, distillation_loss, squarehead_loss
 
@@ -30,8 +31,8 @@ class Distillation:
             be of different shapes, or none.
 
     Raises:
-        TypeError, ValueError: for a teacher that is the model, names that a model does not have, weights below 0, or
-            nothing to learn from the teacher.
+        TypeError, ValueError: for a teacher that is the model, or has weights in its memory, names that a model does
+            not have, weights below 0, or nothing to learn from the teacher.
 
     Example:
         >>> import copy, pyprune
@@ -60,6 +61,12 @@ class Distillation:
         if set(model.modules()) & set(teacher.modules()):
             raise ValueError(
                 "teacher has modules of the model in it; give a model of its own, as copy.deepcopy makes"
+            )
+        learning = [one for one in parameters_of(model) if one.requires_grad]
+        if set(map(_place, learning)) & set(map(_place, parameters_of(teacher))):
+            raise ValueError(
+                "teacher has weights in the memory of the model's, as load_state_dict(assign=True) makes them, and "
+                "would change with it; give a model of its own, as copy.deepcopy makes"
             )
         self._temperature = check_temperature(temperature)
         self._weights = {
@@ -90,7 +97,7 @@ class Distillation:
 
         Raises:
             ValueError: if the model was not called with gradients since the last loss, or not those of its layers
-                that are paired, or outputs do not fit.
+                that are paired, or wrote into its inputs, or outputs do not fit.
         """
         if not isinstance(task, Tensor):
             raise TypeError(f"task is {shown(task)}; give the loss of the task, a tensor")
@@ -110,7 +117,13 @@ class Distillation:
                 "given, and then loss, once for each call"
             )
         (args, keywords), output, student = seen.inputs, seen.output, seen.layers
+        is_same = seen.versions == _versions(seen.inputs)
         seen.clear()
+        if not is_same:
+            raise ValueError(
+                "what the model was called with was changed in place since, so the teacher would see other inputs; "
+                "make new tensors in its forward and in the loop (x = x / 255, not x /= 255)"
+            )
         if mask is None:
             mask = keywords.get("attention_mask")
         taught = _Pass()
@@ -160,6 +173,7 @@ class _Pass:
 
     def clear(self) -> None:
         self.inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.versions: list[int] = []
         self.output: Any = None
         self.ended = self.gradients = False
         self.layers: dict[str, list[Tensor]] = {}
@@ -178,7 +192,9 @@ class _Begin:
         if self.seen is not None:
             self.seen.clear()
             if torch.is_grad_enabled():
-                self.seen.inputs, self.seen.gradients = (args, keywords), True
+                # Dicts and lists of one's own: a forward may take things out of those that it is given.
+                self.seen.inputs, self.seen.gradients = tree_map(lambda value: value, (args, keywords)), True
+                self.seen.versions = _versions(self.seen.inputs)
 
 
 class _End(_Begin):
@@ -205,6 +221,18 @@ class _See(_Begin):
             if torch.is_grad_enabled() != seen.gradients:
                 return
             seen.layers.setdefault(self.name, []).append(_first_tensor(self.name, output))
+
+
+def _place(parameter: nn.Parameter) -> int:
+    """Return what only the same parameter has, or another one in the same memory."""
+    if type(parameter) is nn.Parameter and not parameter.is_meta and parameter.numel():
+        return parameter.data_ptr()
+    return id(parameter)
+
+
+def _versions(inputs: Any) -> list[int]:
+    """Return how often each tensor was written to, of those that count it."""
+    return [one._version for one in tree_leaves(inputs) if isinstance(one, Tensor) and not one.is_inference()]
 
 
 def _checked_pairs(pairs: object, model: nn.Module, teacher: nn.Module) -> dict[str, str]:

@@ -157,6 +157,12 @@ def test_from_string_names_line_and_field_of_a_teacher(fields, message):
         ("{pairs: [9]}", other(), ValueError, "<string>:2: teacher: pairs has '9', which is no module of the model"),
         ("{module: net}", other(), ValueError, "<string>:2: teacher.module: 'net' is no module of the model"),
         ("{logits_weight: 0}", other(), ValueError, "<string>:2: teacher: logits_weight is 0"),
+        (
+            "{start: 0.6, end: 0.7}",
+            other(),
+            ValueError,
+            "<string>:2: teacher: from epoch 0.6 to 0.7 there is no step",
+        ),
         (None, other(), ValueError, "teacher was given, and the recipe has none"),
     ],
 )

@@ -150,6 +150,16 @@ def with_buffer(buffer: Tensor) -> nn.Module:
     return model
 
 
+class InShards(Tensor):
+    """A tensor that takes values of its own class alone, as DTensor does."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is Tensor.copy_ and not isinstance(args[1], InShards):
+            refuse()
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
 @torch.inference_mode()
 def made_for_inference() -> nn.Module:
     return other()
@@ -169,6 +179,7 @@ def nothing(path) -> None:
         (with_method_of_its_own, nothing, RuntimeError),
         (refusing, nothing, RuntimeError),
         (lambda: with_buffer(torch.full((1,), 3.0).expand(8)), nothing, ValueError),
+        (lambda: with_buffer(torch.full((8,), 3.0).as_subclass(InShards)), nothing, RuntimeError),
         (made_for_inference, nothing, ValueError),
     ],
 )
@@ -186,7 +197,7 @@ def test_load_sparse_that_fails_leaves_the_model_as_it_was(tmp_path, make, damag
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: with_buffer(torch.full((1,), 3.0).expand(8)), "1.running_var of the model is expanded"),
+        (lambda: with_buffer(torch.full((1,), 3.0).expand(8)), "1.running_var of the model has elements that share"),
         (lambda: with_buffer(torch.full((8,), 3.0).to_sparse()), "1.running_var of the model is torch.sparse_coo"),
         (lambda: with_buffer(torch.ones(8, device="meta")), "1.running_var of the model is on the meta device"),
         (lambda: other().to("meta"), "0.weight of the model is on the meta device"),

@@ -277,7 +277,21 @@ def test_distillation_refuses_layers_without_gradients():
         distillation.extra_loss()
 
 
+def in_the_memory_of(model, **assign):
+    teacher = copy.deepcopy(model)
+    teacher.load_state_dict(model.state_dict(), **assign)
+    return teacher
+
+
+def with_weight_of(model):
+    teacher = copy.deepcopy(model)
+    teacher.first.weight = model.first.weight
+    return teacher
+
+
 REFUSED = {
+    "its memory": (lambda model, _: {"teacher": in_the_memory_of(model, assign=True)}, ValueError, "in the memory"),
+    "its weight": (lambda model, _: {"teacher": with_weight_of(model)}, ValueError, "in the memory"),
     "the model": (lambda model, _: {"teacher": model}, ValueError, "teacher"),
     "a part of it": (lambda model, _: {"teacher": nn.Sequential(model.first)}, ValueError, "teacher"),
     "a function": (lambda *_: {"teacher": len}, TypeError, "teacher"),
@@ -322,3 +336,51 @@ def test_of_a_call_within_a_call_the_inner_one_counts():
     logits = model.layer(images)
     expected = 0.5 * logits.sum() + 0.5 * pyprune.distillation_loss(logits, teacher(images))
     torch.testing.assert_close(loss, expected)
+
+
+def test_a_teacher_may_share_what_does_not_train():
+    model = nn.Sequential(nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 3))
+    teacher = copy.deepcopy(model)
+    teacher[0] = nn.Linear(4, 4)
+    teacher[0].weight = model[0].weight
+    Distillation(model, teacher)
+
+
+class InDict(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, batch, more):
+        batch["x"] = self.layer(batch["x"])
+        return batch.pop("x") + more.pop()
+
+
+def test_a_teacher_sees_what_the_model_was_called_with():
+    torch.manual_seed(0)
+    model = InDict()
+    distillation = Distillation(model, copy.deepcopy(model))
+    model({"x": torch.randn(5, 4)}, more=[torch.randn(5, 4)])
+    assert distillation.extra_loss().item() == 0
+
+
+class Scales(nn.Linear):
+    def forward(self, x):
+        x /= 255
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("by", ["the model", "the loop"])
+def test_inputs_that_were_changed_in_place_are_an_error(by):
+    model = Scales(4, 3) if by == "the model" else nn.Linear(4, 3)
+    distillation = Distillation(model, copy.deepcopy(model))
+    x = torch.randn(5, 4)
+    model(x)
+    if by == "the loop":
+        x += 1
+    with pytest.raises(ValueError, match="changed in place"):
+        distillation.extra_loss()
+    x = torch.randn(5, 4)
+    if by == "the loop":  # nothing is left of it
+        model(x)
+        assert distillation.extra_loss().item() == 0
