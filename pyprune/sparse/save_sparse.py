@@ -111,7 +111,8 @@ def _tensors_of(model: object) -> dict[str, Tensor]:
             raise TypeError(f"{place} has layout {tensor.layout}; give dense tensors (tensor.to_dense())")
         if tensor.is_quantized:
             raise TypeError(f"{place} is quantised; save its int_repr(), scale and zero point, or dequantize() it")
-    return tensors
+    # x.conj() lies in the memory of x, and is another tensor.
+    return {name: tensor.resolve_conj().resolve_neg() for name, tensor in tensors.items()}
 
 
 def _without_ties(tensors: Mapping[str, Tensor]) -> tuple[list[Source], dict[str, str]]:

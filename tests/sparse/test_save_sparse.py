@@ -126,6 +126,21 @@ def test_save_sparse_stores_tied_tensors_once(path):
     assert load_sparse(path).keys() == {"0.weight", "1.weight"}
 
 
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("size", [64, 1500])  # the larger is packed in pieces
+def test_save_sparse_of_what_is_conjugated_or_negated_when_it_is_read(path, size, codec):
+    real = torch.randn(size, size)
+    pair = torch.complex(real, real + 1)
+    tensors = {"pair": pair, "conjugate": pair.conj(), "real": real, "negative": torch._neg_view(real)}
+    for zeros in (False, True):
+        if zeros:
+            real[:, ::2] = pair[:, ::2] = 0
+        save_sparse(tensors, path, codec=codec)
+        found = load_sparse(path)
+        for name, tensor in tensors.items():
+            assert torch.equal(found[name], tensor), name
+
+
 @pytest.mark.parametrize("point", [torch.tensor(128), torch.tensor([100]), torch.arange(100, 130).view(30, 1)])
 def test_save_sparse_finds_the_zeros_of_a_zero_point(path, point):
     weight = torch.randint(0, 256, (30, 40), dtype=torch.uint8)
