@@ -1,14 +1,13 @@
 """A teacher beside the model of a Lightning ``Trainer``."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from pyprune.checks import check_number, shown
-from pyprune.training.distillation import check_temperature
+from pyprune.checks import shown
+from pyprune.integrations.lesson import Lesson
 from pyprune.training.teacher import Distillation
 
 
@@ -50,19 +49,11 @@ class DistillationCallback(Callback):
         end: float | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(teacher, nn.Module):
-            raise TypeError(f"teacher is {shown(teacher)}; give an nn.Module")
+        weights = task_weight, logits_weight, hidden_weight
+        self._lesson = Lesson(teacher, pairs, temperature, weights, start=start, end=end)
         if not isinstance(module, str):
             raise TypeError(f"module is {shown(module)}; give the name of a part of the model, or an empty string")
-        self._teacher, self._module, self._pairs = teacher, module, pairs
-        self._temperature = check_temperature(temperature)
-        self._weights = task_weight, logits_weight, hidden_weight
-        self._start = check_number("start", start, what="an epoch, at least 0", least=0)
-        self._end = math.inf
-        if end is not None:
-            self._end = check_number(
-                "end", end, what="an epoch after start, or None", least=self._start, open_ends=True
-            )
+        self._module = module
         self._distillation: Distillation | None = None
         self._let_go: Callable[[], None] | None = None
         self._epoch = 0.0
@@ -76,16 +67,7 @@ class DistillationCallback(Callback):
             raise ValueError(
                 f"module is {self._module!r}, which is no module of the model; see its named_modules()"
             ) from error
-        task, logits, hidden = self._weights
-        self._distillation = Distillation(
-            learner,
-            self._teacher.to(pl_module.device),
-            pairs=self._pairs,
-            temperature=self._temperature,
-            task_weight=task,
-            logits_weight=logits,
-            hidden_weight=hidden,
-        )
+        self._distillation = self._lesson.begin(learner, pl_module.device)
         self._let_go = add_teacher(trainer, pl_module, self._now)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -106,7 +88,7 @@ class DistillationCallback(Callback):
             self._let_go = None
 
     def _now(self) -> Distillation | None:
-        return self._distillation if self._start <= self._epoch < self._end else None
+        return self._distillation if self._lesson.is_due(self._epoch) else None
 
 
 def add_teacher(

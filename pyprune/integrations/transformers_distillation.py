@@ -1,6 +1,5 @@
 """A teacher beside the model of a Hugging Face ``Trainer``."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -8,8 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pyprune.checks import check_number, shown
-from pyprune.training.distillation import check_temperature
+from pyprune.integrations.lesson import Lesson
 from pyprune.training.teacher import Distillation
 
 
@@ -47,16 +45,8 @@ class DistillationCallback(TrainerCallback):
         start: float = 0.0,
         end: float | None = None,
     ) -> None:
-        if not isinstance(teacher, nn.Module):
-            raise TypeError(f"teacher is {shown(teacher)}; give an nn.Module")
-        self._teacher, self._pairs, self._temperature = teacher, pairs, check_temperature(temperature)
-        self._weights = task_weight, logits_weight, hidden_weight
-        self._start = check_number("start", start, what="an epoch, at least 0", least=0)
-        self._end = math.inf
-        if end is not None:
-            self._end = check_number(
-                "end", end, what="an epoch after start, or None", least=self._start, open_ends=True
-            )
+        weights = task_weight, logits_weight, hidden_weight
+        self._lesson = Lesson(teacher, pairs, temperature, weights, start=start, end=end)
         self._distillation: Distillation | None = None
         self._is_on = False
 
@@ -65,23 +55,14 @@ class DistillationCallback(TrainerCallback):
     ) -> None:
         """Begin to look at the model."""
         self._let_go()
-        task, logits, hidden = self._weights
-        self._distillation = Distillation(
-            model,
-            self._teacher.to(args.device),
-            pairs=self._pairs,
-            temperature=self._temperature,
-            task_weight=task,
-            logits_weight=logits,
-            hidden_weight=hidden,
-        )
+        self._distillation = self._lesson.begin(model, args.device)
         self._hook = model.register_forward_hook(WithTeacher(self._now), with_kwargs=True)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         """Say whether it is time to learn."""
-        self._is_on = self._start <= (state.epoch or 0.0) < self._end
+        self._is_on = self._lesson.is_due(state.epoch or 0.0)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
