@@ -1,5 +1,6 @@
 """Files that are the old ones or the new ones, never half."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -38,6 +39,20 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         unfinished.unlink(missing_ok=True)  # if that was interrupted
         raise
+
+
+def write_json(path: str | os.PathLike[str], content: object) -> None:
+    """Write a JSON file; whoever reads it meanwhile sees the old one or the new one, whole.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "result.json")
+        >>> write_json(path, {"ratio": 0.5})
+        >>> json.loads(path.read_text())
+        {'ratio': 0.5}
+    """
+    with whole_file(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=1))
 
 
 def _sync_folder(folder: Path) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 from pyprune.analysis.benchmark_plot import draw
 from pyprune.checks import check_count, check_number, check_path, shown
 from pyprune.console import as_html, as_text
-from pyprune.files import whole_file
+from pyprune.files import write_json
+from pyprune.runtime.timing import gain
 
 _VERSION = 1
 # How the costs of a model are called in a table.
@@ -99,10 +100,7 @@ class BenchmarkResult:
     @property
     def speedup(self) -> float | None:
         """How many times faster the model is than the dense one, the median over the rounds."""
-        if self.dense is None:
-            return None
-        pairs = zip(self.dense.seconds, self.model.seconds, strict=True)
-        return statistics.median(before / after for before, after in pairs)
+        return None if self.dense is None else gain(self.dense.seconds, self.model.seconds)
 
     @property
     def per_second(self) -> float | None:
@@ -150,8 +148,7 @@ class BenchmarkResult:
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write a JSON file; whoever reads it meanwhile sees the old one or the new one, whole."""
         check_path("path", path)
-        with whole_file(path) as unfinished:
-            unfinished.write_text(json.dumps(self.to_dict(), indent=1))
+        write_json(path, self.to_dict())
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> "BenchmarkResult":

@@ -12,7 +12,7 @@ from typing import Any
 from pyprune.analysis.sensitivity_plot import draw
 from pyprune.checks import check_bool, check_count, check_number, check_path, shown
 from pyprune.console import as_html, as_text
-from pyprune.files import whole_file
+from pyprune.files import whole_file, write_json
 from pyprune.methods.allocation import check_ratio
 from pyprune.methods.tolerance import worsening
 
@@ -129,8 +129,7 @@ class SensitivityResult:
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write a JSON file; whoever reads it meanwhile sees the old one or the new one, whole."""
-        with whole_file(path) as unfinished:
-            unfinished.write_text(json.dumps(self.to_dict(), indent=1))
+        write_json(path, self.to_dict())
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> "SensitivityResult":

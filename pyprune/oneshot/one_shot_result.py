@@ -9,7 +9,7 @@ from typing import Any
 
 from pyprune.checks import check_path, shown
 from pyprune.console import as_html, as_text
-from pyprune.files import whole_file
+from pyprune.files import write_json
 from pyprune.oneshot.one_shot_plot import draw
 
 _VERSION = 1
@@ -90,8 +90,7 @@ class OneShotResult:
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write a JSON file; whoever reads it meanwhile sees the old one or the new one, whole."""
         check_path("path", path)
-        with whole_file(path) as unfinished:
-            unfinished.write_text(json.dumps(self.to_dict(), indent=1))
+        write_json(path, self.to_dict())
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> "OneShotResult":

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from pyprune.checks import check_path, shown
-from pyprune.files import whole_file
+from pyprune.files import whole_file, write_json
 from pyprune.oneshot.one_shot_result import PrunedWeight, weights_of
 from pyprune.oneshot.stored import InFolder, read_file, write_file
 
@@ -144,8 +144,7 @@ class RunFolder:
         return self.path / f"block-{place:05d}.pt"
 
     def _write(self) -> None:
-        with whole_file(self.path / _PROGRESS) as unfinished:
-            unfinished.write_text(json.dumps(self._content, indent=1))
+        write_json(self.path / _PROGRESS, self._content)
 
 
 def _read(path: Path, text: str) -> dict[str, Any]:

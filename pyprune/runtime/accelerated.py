@@ -1,13 +1,12 @@
 """What `accelerate` did: a table, and JSON."""
 
-import json
 import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from pyprune.checks import check_path
 from pyprune.console import as_html, as_text
-from pyprune.files import whole_file
+from pyprune.files import write_json
 
 _VERSION = 1
 
@@ -66,8 +65,7 @@ class Accelerated:
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write a JSON file; whoever reads it meanwhile sees the old one or the new one, whole."""
         check_path("path", path)
-        with whole_file(path) as unfinished:
-            unfinished.write_text(json.dumps(self.to_dict(), indent=1))
+        write_json(path, self.to_dict())
 
     def __str__(self) -> str:
         from rich.table import Table
