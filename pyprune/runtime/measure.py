@@ -53,20 +53,22 @@ class Bench:
         fitting, why = candidates_for(layer.matrix)
         if not fitting:
             return Found(reason=why)
-        packed = {one.layout: one.pack(layer.matrix, self.dtype) for one in fitting}
         calls = sorted(layer.calls.items(), key=lambda call: call[0][0].numel() * call[1])[-_MOST_SHAPES:]
         alike = (
             type(layer.module), layer.matrix.shape, layer.weight.dtype, layer.weight.device, round(32 * layer.zeros),
-            tuple(packed), tuple(calls), layer.bias is None,
+            tuple(fitting), tuple(calls), layer.bias is None,
         )  # fmt: skip
+        packed: dict[Candidate, Any] = {}
         if alike not in self._known:
-            self._known[alike] = self._gains(layer, {one: packed[one.layout] for one in fitting}, calls)
+            packed = {one: one.pack(layer.matrix, self.dtype) for one in fitting}
+            self._known[alike] = self._gains(layer, packed, calls)
         gains = self._known[alike]
-        layout = max(gains, key=lambda one: gains[one])
-        if gains[layout] < self.min_gain:
-            reason = f"at best {gains[layout]:.2f} x as fast ({layout})"
-            return Found(gain=gains[layout], reason=reason)
-        return Found(layout, packed[layout], gains[layout])
+        best = max(fitting, key=lambda one: gains[one.layout])
+        gain = gains[best.layout]
+        if gain < self.min_gain:
+            return Found(gain=gain, reason=f"at best {gain:.2f} x as fast ({best.layout})")
+        weight = packed[best] if best in packed else best.pack(layer.matrix, self.dtype)
+        return Found(best.layout, weight, gain)
 
     def _gains(
         self, layer: Layer, packed: dict[Candidate, Any], calls: Sequence[tuple[Input, int]]
