@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from pyprune.sparse.format import names_of
 from pyprune.sparse.header import NAMES
 
 # What the header says of a sparse tensor takes about so many bytes.
-DESCRIPTION = 400
+_DESCRIPTION = 400
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class Options:
     layout: str = "pyprune"
     keep_negative_zero: bool = False
     min_zeros: float = 0.1
+
+    def is_worth(self, dtype: torch.dtype, count: int, kept: int) -> bool:
+        """Whether a tensor of so many elements, of which so many are kept, is to be bits and values."""
+        taken = -(-count // 8) + kept * dtype.itemsize + _DESCRIPTION
+        return self.min_zeros <= 0 or (count - kept >= self.min_zeros * count and taken < count * dtype.itemsize)
 
     def __post_init__(self) -> None:
         if self.codec is not None and self.layout != "pyprune":
@@ -43,6 +49,11 @@ class Part:
     dtype: torch.dtype
     shape: tuple[int, ...]
     data: Bytes | Callable[[], Iterable[Bytes]]
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes there are."""
+        return prod(self.shape) * self.dtype.itemsize
 
     def pieces(self) -> Iterable[Bytes]:
         """Return the bytes, one piece after the other."""
@@ -109,7 +120,7 @@ class _Packed:
 
 def _pack(tensor: Tensor, options: Options) -> _Packed | None:
     """Return bits and values, or None if these are no smaller."""
-    count, size, least = tensor.numel(), tensor.dtype.itemsize, options.min_zeros
+    count, least = tensor.numel(), options.min_zeros
     if tensor.dtype in ops.WEIGHT_DTYPES and count and int(ops.count_zeros([tensor])) < least * count:
         return None
     [bits], [values] = ops.pack([tensor], negative_zeros=True)
@@ -119,10 +130,7 @@ def _pack(tensor: Tensor, options: Options) -> _Packed | None:
         negative = len(values) - len(others)
         if negative:
             [bits], [values] = ops.pack([tensor])
-    taken = len(bits) + len(values) * size + DESCRIPTION
-    if least > 0 and (count - len(values) < least * count or taken >= count * size):
-        return None
-    return _Packed(bits, values, negative)
+    return _Packed(bits, values, negative) if options.is_worth(tensor.dtype, count, len(values)) else None
 
 
 def _ours(name: str, tensor: Tensor, packed: _Packed, options: Options, zero: Tensor | None) -> Encoded:
@@ -131,7 +139,7 @@ def _ours(name: str, tensor: Tensor, packed: _Packed, options: Options, zero: Te
     shapes = [_numbers(names.shape, tensor.shape)]
     found = None
     if not options.keep_negative_zero or not tensor.is_floating_point():  # blocks keep all signs in them
-        found = find_block(tensor, len(bits) + values.nbytes + DESCRIPTION // 4)
+        found = find_block(tensor, len(bits) + values.nbytes + _DESCRIPTION // 4)
     if found is not None:
         block, mask = found
         whole = expand_blocks(mask, block, tuple(tensor.shape))

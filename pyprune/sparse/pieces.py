@@ -11,7 +11,7 @@ from torch import Tensor
 from pyprune import ops
 from pyprune.ops.crc32 import crc32
 from pyprune.sparse.blocks import SAMPLE, may_have_blocks
-from pyprune.sparse.encoding import DESCRIPTION, Encoded, Options, Part, may_be_sparse
+from pyprune.sparse.encoding import Encoded, Options, Part, may_be_sparse
 from pyprune.sparse.format import names_of
 from pyprune.sparse.header import NAMES
 
@@ -63,9 +63,7 @@ def encode_pieces(
         kept += len(values)
         values_crc = crc32(values, values_crc)
     fields: dict[str, Any] = {"dtype": NAMES[dtype], "shape": list(shape)}
-    count, least = prod(shape), options.min_zeros
-    taken = -(-count // 8) + kept * dtype.itemsize + DESCRIPTION
-    if not sparse or (least > 0 and (count - kept < least * count or taken >= count * dtype.itemsize)):
+    if not sparse or not options.is_worth(dtype, prod(shape), kept):
         part = Part(name, dtype, shape, lambda: map(_bytes, pieces()))
         return Encoded(fields | {"crc32": [dense_crc]}, [part])
     if rows and not (options.keep_negative_zero and dtype.is_floating_point):  # blocks keep all signs in them

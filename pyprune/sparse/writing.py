@@ -207,7 +207,7 @@ def _put(file: BinaryIO, part: Part, entries: dict[str, Entry], begin: int) -> i
     for data in part.pieces():
         file.write(data.data)
         end += data.nbytes
-    if end - begin != torch.Size(part.shape).numel() * part.dtype.itemsize:
+    if end - begin != part.nbytes:
         raise ValueError(f"{part.name} of shape {part.shape} got {end - begin} bytes")
     entries[part.name] = Entry(part.dtype, part.shape, begin, end)
     return end
@@ -234,7 +234,7 @@ def _begin_file(
 ) -> int:
     """Write the header, and the shapes between it and the data; return the bytes of the file."""
     size = file.tell()
-    early = sum(torch.Size(part.shape).numel() * part.dtype.itemsize for part in shapes)
+    early = sum(part.nbytes for part in shapes)
     moved = {
         name: Entry(entry.dtype, entry.shape, entry.begin + early, entry.end + early)
         for name, entry in entries.items()
@@ -242,7 +242,7 @@ def _begin_file(
     first: dict[str, Entry] = {}
     begin = 0
     for part in shapes:
-        end = begin + torch.Size(part.shape).numel() * part.dtype.itemsize
+        end = begin + part.nbytes
         first[part.name] = Entry(part.dtype, part.shape, begin, end)
         begin = end
     length = header_length(first | moved, metadata)
